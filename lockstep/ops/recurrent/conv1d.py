@@ -11,13 +11,11 @@ from lockstep.native.kernel import definition, inlined, kernel
 from lockstep.native.machine import float_array, int_array
 from lockstep.native.numbers import carray
 from lockstep.native.simd import fma
-from lockstep.ops.math import silu
+from lockstep.ops.math import ZERO, silu
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.operands import Operands, cache, constant, output, rows
 from lockstep.runtime.program import CacheArray, Tensor, Weight
 from lockstep.runtime.step import StepBlock
-
-ZERO = np.float32(0)
 
 
 class Conv1d(Operands):
@@ -35,7 +33,7 @@ class Conv1d(Operands):
 
 
 class Requests(NamedTuple):
-    """The requests of a step: where each one's rows begin, positions of all rows, and each one's slot of state."""
+    """The requests of a step: where the rows of each begin, positions of all rows, and the slot of state of each."""
 
     query_start_S1: np.ndarray
     position_T: np.ndarray
@@ -77,9 +75,9 @@ def conv1d(x_TW, offset, weight_CJ, requests, state_NJC, out_TC):
 def conv1d_ring(x_TW, offset, weight_CJ, requests, ring_NPC, out_TC):
     """`conv1d`, whose history is a ring: row p % P of a request's slot is its row of x at position p.
 
-    Shapes: as in `conv1d`, but ring [slots, P, C], P at least J - 1 and as many rows as may have to be forgotten.
-    Units: a step goes on from the positions before its first, whatever was computed past those; rows of its own are
-      written when all of them are done, the last P at most.
+    Shapes: as in `conv1d`, but ring [slots, P, C], P at least J - 1 + the number of drafts that may be rejected.
+    Units: a step goes on from the rows before its first position, whatever drafts were computed past them; its own
+      rows, at most the last P, are written when all of them are computed.
     """
     (C, J), P = weight_CJ.shape, ring_NPC.shape[1]
     window = np.empty(J, np.float32)
@@ -89,11 +87,11 @@ def conv1d_ring(x_TW, offset, weight_CJ, requests, ring_NPC, out_TC):
         for c in range(C):
             for t in range(first, end):
                 for j in range(J):
-                    at = t - (J - 1) + j
-                    position = start + at - first
+                    row = t - (J - 1) + j
+                    position = start + row - first
                     window[j] = ZERO if position < 0 else ring_NPC[slot, position % P, c]
-                    if at >= first:
-                        window[j] = x_TW[at, offset + c]
+                    if row >= first:
+                        window[j] = x_TW[row, offset + c]
                 acc = ZERO
                 for j in range(J):
                     acc = fma(window[j], weight_CJ[c, j], acc)
@@ -115,7 +113,7 @@ def requests_of(step):
 
 @inlined
 def convolve(a, requests, out, T):
-    """Runs the definition on the operands of an op, into the address of [T, channels]."""
+    """Runs the definition on the operands of an op; writes [T, channels] at the address out."""
     C, J = a.channels, a.conv_width
     x_TW, weight_CJ = carray(float_array(a.x), (T, a.row_width)), carray(float_array(a.weight), (C, J))
     state_NJC = carray(float_array(a.state), (requests.slot_S.max() + 1, J - 1, C))

@@ -1,8 +1,8 @@
-"""Causal convolution: the fast kernel, and with it everything else that prepares the gated delta rule's inputs.
+"""Causal convolution, alone and fused with the rest that prepares inputs of the gated delta rule: the fast kernels.
 
 Lanes are channels, so nothing is transposed: the weight is stored [J, C] and a row of 16 channels reads its J rows of x
 where the projection wrote them. Bound by exp in silu while x is in cache, else by 8 bytes per channel and token.
-A task is a run of channels through all requests: whoever reads a request's old state also writes the new one.
+A task is a run of channels through all requests, so that the thread that reads a request's old state writes the new.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from lockstep.native.kernel import inlined, kernel, variant
 from lockstep.native.machine import stack_memory
 from lockstep.native.numbers import int64
 from lockstep.native.simd import fma, lanes, load, peek, poke, sqrt, store
-from lockstep.ops.math import silu
+from lockstep.ops.math import ONE, ZERO, silu
 from lockstep.ops.recurrent.conv1d import Conv1d
 from lockstep.ops.recurrent.gated_delta import DeltaInputs
 from lockstep.ops.recurrent.gated_delta_cpu import gate_row, normalise_head
@@ -21,10 +21,9 @@ from lockstep.ops.recurrent.gated_delta_verify import DeltaInputsVerify
 from lockstep.runtime.backend import Implementation, Layout, raw_weight
 from lockstep.runtime.step import StepBlock, entry
 
-OP = HISTORY = None  # of a variant: the op, and how many rows of history a slot has
-ONE, ZERO = np.float32(1), np.float32(0)
+OP = RING_ROWS = None  # constants of a variant: the op; a function for the rows of a slot's ring, 0 without a ring
 CHANNELS = 256  # of a task
-TABLE = 144  # bytes of pairs of addresses, as many as the widest kernel has weights, and an end
+TABLE = 144  # bytes of pairs of addresses: one for each of at most 8 weights, and an end
 
 
 def taps(weight):
@@ -38,7 +37,7 @@ def conv1d(op, step, thread, num_threads):
     a, batch = Conv1d.read(op), StepBlock.read(step)
     c = convolution(a, 0)
     for channel in range(thread * CHANNELS, a.channels, num_threads * CHANNELS):
-        convolve(batch, c, channel, min(CHANNELS, a.channels - channel), (0, 0, 16))
+        convolve(batch, c, channel, min(CHANNELS, a.channels - channel), Heads(0, 0, 16))
 
 
 @inlined
@@ -47,17 +46,17 @@ def no_ring(a):
 
 
 @inlined
-def ring(a):
+def ring_rows(a):
     return a.num_rows
 
 
 def inputs(op, step, thread, num_threads):
-    """The same tasks, of whole heads, with q and k normalised while they are in L1; then the gates of some rows."""
+    """Tasks of whole heads, whose q and k are normalised while they are in L1; then the gates of the thread's rows."""
     a, batch = OP.read(op), StepBlock.read(step)
-    c, keys, K, H = convolution(a, HISTORY(a)), a.num_k_heads * a.k_head_dim, a.k_head_dim, a.num_v_heads
+    c, keys, K, H = convolution(a, RING_ROWS(a)), a.num_k_heads * a.k_head_dim, a.k_head_dim, a.num_v_heads
     width = max(CHANNELS // K, 1) * K
     for channel in range(thread * width, a.channels, num_threads * width):
-        heads = (keys - channel, 2 * keys - channel, K)
+        heads = Heads(keys - channel, 2 * keys - channel, K)
         convolve(batch, c, channel, min(width, a.channels - channel), heads)
     for t in range(thread, batch.num_tokens, num_threads):
         x = a.x + 4 * a.row_width * t
@@ -65,8 +64,8 @@ def inputs(op, step, thread, num_threads):
 
 
 class Convolution(NamedTuple):
-    """Addresses of x, weight [J, C], state and out; bytes of a row of x and of the others; J; how many rows a ring of
-    state has, 0 for the last J - 1 rows, oldest first."""
+    """Addresses of x, weight [J, C], state and out; bytes of a row of x (x_row) and of the others (row); J; rows of the
+    ring of state, 0 where state is the last J - 1 rows, oldest first."""
 
     x: int
     weight: int
@@ -78,6 +77,31 @@ class Convolution(NamedTuple):
     ring: int
 
 
+class Heads(NamedTuple):
+    """Channels from a task's first on that are q, and that are q or k (none where negative); channels of a head."""
+
+    num_q: int
+    num_qk: int
+    head_dim: int
+
+
+class Rows(NamedTuple):
+    """The address of the row for weight 0, and bytes to the next row."""
+
+    address: int
+    stride: int
+
+
+class History(NamedTuple):
+    """Rows before a step: address of the slot's first row, bytes to the next, the number of the row for weight 0; rows
+    of the ring, or 0."""
+
+    address: int
+    stride: int
+    first: int
+    ring: int
+
+
 @inlined
 def convolution(a, ring):
     """The Convolution of an op."""
@@ -86,8 +110,8 @@ def convolution(a, ring):
 
 
 @inlined
-def convolve(batch, c, channel, num, heads):
-    """All rows of num channels from `channel` on. c: a Convolution. heads: see `normalise_heads`."""
+def convolve(batch, c, channel, num_channels, heads):
+    """All rows of num_channels channels from `channel` on. c: a Convolution. heads: a Heads."""
     x, weight, state, out, x_row, row, J, ring = c
     table, offset = stack_memory(TABLE), 4 * channel
     for s in range(batch.num_requests):
@@ -98,51 +122,46 @@ def convolve(batch, c, channel, num, heads):
             before, age = max(J - 1 - (t - first), 0), t - first
             # zeros before position 0 are left out: they would leave the sum at +0
             skipped = max(J - 1 - (start + age), 0) if ring else before if start == 0 else 0
-            history = (old, row, start + age - (J - 1) if ring else age, ring)
-            new = (x + (t - J + 1) * x_row + offset, x_row)
-            find_rows(table, J, history, before, new, (weight + offset, row))
+            history = History(old, row, start + age - (J - 1) if ring else age, ring)
+            new = Rows(x + (t - J + 1) * x_row + offset, x_row)
+            find_rows(table, J, history, before, new, Rows(weight + offset, row))
+            out_row = out + t * row + offset
             if J == 4 and before == 0:
-                convolve_four(x + (t - 3) * x_row + offset, x_row, weight + offset, row, num, out + t * row + offset)
+                convolve_four(x + (t - 3) * x_row + offset, x_row, weight + offset, row, num_channels, out_row)
             else:
-                convolve_row(table + 16 * skipped, num, out + t * row + offset)
-            normalise_heads(heads, num, out + t * row + offset)
+                convolve_row(table + 16 * skipped, num_channels, out_row)
+            normalise_heads(heads, num_channels, out_row)
         if ring:
             for t in range(max(first, end - ring), end):
-                copy_row(x + t * x_row + offset, num, old + (start + t - first) % ring * row)
+                copy_row(x + t * x_row + offset, num_channels, old + (start + t - first) % ring * row)
         else:
-            keep_rows(table, skipped, J, num, old, row)
+            keep_rows(table, skipped, J, num_channels, old, row)
 
 
 @inlined
-def normalise_heads(heads, num, x):
-    """Normalises in place those of num channels that are heads of q or k.
-
-    heads: how many channels from here on are q, how many q or k (none or fewer, if negative), channels of a head.
-    """
-    queries, both, K = heads
+def normalise_heads(heads, num_channels, x):
+    """Normalises, in place, the heads of q and k among num_channels channels at x. heads: a Heads."""
+    num_q, num_qk, K = heads
     root = ONE / sqrt(np.float32(K))
-    for i in range(0, min(num, both), K):
-        normalise_head(x + 4 * i, 4 * K, root if i < queries else ONE, x + 4 * i)
+    for i in range(0, min(num_channels, num_qk), K):
+        normalise_head(x + 4 * i, 4 * K, root if i < num_q else ONE, x + 4 * i)
 
 
 @inlined
 def find_rows(table, J, old, before, new, weight):
-    """Writes pairs of addresses, of a row and of the weight that it meets, ended by 0; the first `before` rows are old.
-
-    old: (address of a slot's first row, bytes to the next, the row for weight 0, rows of a ring or 0). new, weight:
-    (address for weight 0, bytes to the next).
-    """
+    """Writes pairs of addresses, of a row and of its weight, ended by 0. The first `before` rows are those of old,
+    a History; new and weight are Rows."""
     for j in range(J):
-        at = (old[2] + j) % old[3] if old[3] else old[2] + j
-        poke(table + 16 * j, old[0] + at * old[1] if j < before else new[0] + j * new[1])
-        poke(table + 16 * j + 8, weight[0] + j * weight[1])
+        row = (old.first + j) % old.ring if old.ring else old.first + j
+        poke(table + 16 * j, old.address + row * old.stride if j < before else new.address + j * new.stride)
+        poke(table + 16 * j + 8, weight.address + j * weight.stride)
     poke(table + 16 * J, 0)
 
 
 @inlined
-def convolve_row(place, num, out):
-    """One row of num channels from the pairs of addresses at place."""
-    for i in range(0, 4 * num, 64):
+def convolve_row(place, num_channels, out):
+    """One row of num_channels channels from the pairs of addresses at place."""
+    for i in range(0, 4 * num_channels, 64):
         acc, pair = lanes(ZERO), place
         while peek(pair, int64) != 0:
             acc = fma(load(peek(pair, int64) + i), load(peek(pair + 8, int64) + i), acc)
@@ -151,9 +170,9 @@ def convolve_row(place, num, out):
 
 
 @inlined
-def convolve_four(x, x_row, weight, row, num, out):
-    """The usual case: four weights, all rows of this step. The same sums without the table."""
-    for i in range(0, 4 * num, 64):
+def convolve_four(x, x_row, weight, row, num_channels, out):
+    """The usual case, four weights and all rows of this step: the same sums without a table."""
+    for i in range(0, 4 * num_channels, 64):
         acc = fma(load(x + i), load(weight + i), lanes(ZERO))
         acc = fma(load(x + x_row + i), load(weight + row + i), acc)
         acc = fma(load(x + 2 * x_row + i), load(weight + 2 * row + i), acc)
@@ -162,24 +181,24 @@ def convolve_four(x, x_row, weight, row, num, out):
 
 
 @inlined
-def copy_row(x, num, out):
-    """Copies num channels of a row."""
-    for i in range(0, 4 * num, 64):
+def copy_row(x, num_channels, out):
+    """Copies num_channels channels of a row."""
+    for i in range(0, 4 * num_channels, 64):
         store(out + i, load(x + i))
 
 
 @inlined
-def keep_rows(table, skipped, J, num, state, row):
-    """Keeps all rows that the last token met but the oldest; those before position 0 as zeros."""
+def keep_rows(table, skipped, J, num_channels, state, row):
+    """Writes the last token's rows but the oldest to the state; rows before position 0 as zeros."""
     for j in range(1, J):
-        for i in range(0, 4 * num, 64):
+        for i in range(0, 4 * num_channels, 64):
             kept = lanes(ZERO) if j < skipped else load(peek(table + 16 * j, int64) + i)
             store(state + (j - 1) * row + i, kept)
 
 
 TAPS = Layout("conv1d taps", taps)
-delta_inputs = variant(inputs, "delta_inputs", OP=DeltaInputs, HISTORY=no_ring)
-delta_inputs_verify = variant(inputs, "delta_inputs_verify", OP=DeltaInputsVerify, HISTORY=ring)
+delta_inputs = variant(inputs, "delta_inputs", OP=DeltaInputs, RING_ROWS=no_ring)
+delta_inputs_verify = variant(inputs, "delta_inputs_verify", OP=DeltaInputsVerify, RING_ROWS=ring_rows)
 CPU = {
     "conv1d": Implementation(conv1d, TAPS),
     "delta_inputs": Implementation(delta_inputs, TAPS),

@@ -1,4 +1,4 @@
-"""The gated delta rule, a linear attention with a matrix as its memory, and what prepares its inputs: the definitions.
+"""The gated delta rule, a linear attention with a matrix as memory, and the ops that prepare its inputs: definitions.
 
     S <- decay * S;   delta = beta * (v - S^T k);   S <- S + k (x) delta;   o = S^T q
 
@@ -12,19 +12,19 @@ from lockstep.native.kernel import definition, inlined, kernel
 from lockstep.native.machine import float_array
 from lockstep.native.numbers import carray
 from lockstep.native.simd import fma, minimum, sqrt
-from lockstep.ops.math import EXP_HIGHEST, exp, sigmoid, softplus, tree_sum
+from lockstep.ops.math import EXP_HIGHEST, ONE, ZERO, exp, sigmoid, softplus, tree_sum
 from lockstep.ops.recurrent.conv1d import convolve, requests_of
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.operands import Operands, cache, constant, output, rows
 from lockstep.runtime.program import CacheArray, Tensor, Weight
 from lockstep.runtime.step import num_rows
 
-ONE, ZERO, L2_EPS = np.float32(1), np.float32(0), np.float32(1e-6)
+L2_EPS = np.float32(1e-6)
 BLOCK = 16  # value columns whose state lies together
 
 
 class L2Norm(Operands):
-    """Heads of q and of k, the first columns of x, as unit vectors; those of q divided by sqrt(k_head_dim)."""
+    """Heads of q and of k, the first columns of x, as unit vectors; heads of q are divided by sqrt(k_head_dim)."""
 
     in_place = True
     rules = ("k_head_dim % 16 == 0", "2 * num_k_heads * k_head_dim <= row_width")
@@ -179,7 +179,7 @@ def gated_delta(qk_TW, v_TX, v_offset, gates_T2H, num_k_heads, requests, state_N
       K and V are multiples of 16.
     Units: a request that starts at position 0 starts with S = 0 and never reads its slot. The slot is written when the
       request's tokens of this step are done.
-    Error: that of float32 sums over K; relative to float64 about 1e-6 of the largest output, over 1000 tokens too.
+    Error: that of float32 sums over K; relative to float64 about 1e-6 of the largest output, also after 1000 tokens.
     Order: for each value column: S = S * decay; p = fma(S, k, p) over i ascending from +0; delta = (v - p) * beta;
       S = fma(k, delta, S); o = fma(S, q, o) over i ascending from +0.
     Source: Yang et al. 2024, "Gated Delta Networks"; torch_recurrent_gated_delta_rule in transformers.
@@ -209,7 +209,7 @@ def _l2_norm(op, step, thread, num_threads):
 
 @inlined
 def _gates(a, out, T):
-    """Runs `delta_gates` on the operands of an op, into the address of [T, 2 H]."""
+    """Runs `delta_gates` on the operands of an op; writes [T, 2 H] at the address out."""
     x_TW, out_T2H = carray(float_array(a.x), (T, a.row_width)), carray(float_array(out), (T, 2 * a.num_v_heads))
     a_log_H = carray(float_array(a.a_log), (a.num_v_heads,))
     dt_bias_H = carray(float_array(a.dt_bias), (a.num_v_heads,))
@@ -236,7 +236,7 @@ def _gated_delta(op, step, thread, num_threads):
 
 @inlined
 def prepare(a, T):
-    """What DeltaInputs does after its convolution."""
+    """The steps of DeltaInputs after its convolution: `l2_norm` in place, and `delta_gates`."""
     out_TC = carray(float_array(a.out), (T, a.channels))
     l2_norm(out_TC, a.num_k_heads, a.k_head_dim, out_TC)
     _gates(a, a.gates, T)

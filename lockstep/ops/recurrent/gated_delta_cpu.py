@@ -12,6 +12,8 @@ bound by reading and writing 4 * H * K * V bytes of state.
     wide, and a target takes as many blocks at once as its registers hold: p, o and delta of each, plus k, q, k', decay.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from lockstep.native.kernel import inlined, kernel
@@ -19,12 +21,30 @@ from lockstep.native.machine import fetch_add, prefetch
 from lockstep.native.numbers import float32, int64
 from lockstep.native.simd import fma, lanes, load, peek, poke, sqrt, store, sum_lanes
 from lockstep.native.targets import wide_registers
-from lockstep.ops.math import sigmoid
+from lockstep.ops.math import ONE, ZERO, sigmoid
 from lockstep.ops.recurrent.gated_delta import BLOCK, L2_EPS, DeltaGates, GatedDelta, L2Norm, decay_gate
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import COUNTER, StepBlock, entry, num_rows
 
-ONE, ZERO = np.float32(1), np.float32(0)
+
+class Tokens(NamedTuple):
+    """Addresses of a token's q, k, v, decay, beta and output."""
+
+    q: int
+    k: int
+    v: int
+    decay: int
+    beta: int
+    out: int
+
+
+class Strides(NamedTuple):
+    """Bytes from a token's qk, v, gates and output to the next token's."""
+
+    qk: int
+    v: int
+    gates: int
+    out: int
 
 
 @kernel
@@ -77,37 +97,38 @@ def gate_row(a, b, a_log, dt_bias, H, out):
 
 
 @inlined
-def load_pair(place, other):
-    return load(place), load(place + other)
+def load_pair(place, block):
+    """A row of two blocks, `block` bytes apart."""
+    return load(place), load(place + block)
 
 
 @inlined
-def store_pair(place, other, pair):
+def store_pair(place, block, pair):
     store(place, pair[0])
-    store(place + other, pair[1])
+    store(place + block, pair[1])
 
 
 @inlined
-def forget_read(row, other, k, decay, read):
-    """One row of two blocks: decays it and adds what it holds for k."""
-    s0, s1 = load(row) * decay, load(row + other) * decay
+def forget_read(row, block, k, decay, read):
+    """One row of two blocks: decays it and adds its part of S^T k to read."""
+    s0, s1 = load(row) * decay, load(row + block) * decay
     store(row, s0)
-    store(row + other, s1)
+    store(row + block, s1)
     return fma(s0, k, read[0]), fma(s1, k, read[1])
 
 
 @inlined
-def write_out(row, other, k, q, delta, out):
-    """One row: writes a token and adds to its output."""
-    s0, s1 = fma(k, delta[0], load(row)), fma(k, delta[1], load(row + other))
+def write_out(row, block, k, q, delta, out):
+    """One row of two blocks: adds k (x) delta to it, and its part of S^T q to out."""
+    s0, s1 = fma(k, delta[0], load(row)), fma(k, delta[1], load(row + block))
     store(row, s0)
-    store(row + other, s1)
+    store(row + block, s1)
     return fma(s0, q, out[0]), fma(s1, q, out[1])
 
 
 @inlined
 def written_read(s, k, q, delta, decay, k_next, out, read):
-    """One row s: writes a token and adds to its output, then decays it and adds what it holds for the next k."""
+    """`write_out` of a row s in registers, then `forget_read` for the next token's k. Returns (out, read, s)."""
     s0, s1 = fma(k, delta[0], s[0]), fma(k, delta[1], s[1])
     out = fma(s0, q, out[0]), fma(s1, q, out[1])
     s0, s1 = s0 * decay, s1 * decay
@@ -115,9 +136,9 @@ def written_read(s, k, q, delta, decay, k_next, out, read):
 
 
 @inlined
-def correction(v, other, beta, read):
-    """beta * (v - what the state holds for k)."""
-    return (load(v) - read[0]) * beta, (load(v + other) - read[1]) * beta
+def correction(v, column, beta, read):
+    """delta = beta * (v - S^T k) of two blocks, whose values are `column` bytes apart; read: S^T k."""
+    return (load(v) - read[0]) * beta, (load(v + column) - read[1]) * beta
 
 
 @inlined
@@ -126,11 +147,11 @@ def zeros():
 
 
 @inlined
-def run_two(state, block, K, tokens, strides, num_tokens, fresh, ahead):
-    """Two blocks of the state, `block` bytes apart (0: the same one twice), through a request's tokens.
+def run_two(state, block, K, tokens, stride, num_tokens, fresh, ahead):
+    """Runs a request's tokens through two blocks of the state, `block` bytes apart (0: the same one twice).
 
-    tokens: addresses of the first token's q, k, v, decay, beta and output. strides: bytes to the next token's qk, v,
-    gates and output. ahead: how far behind these blocks lie those to fetch meanwhile, 0 for none.
+    tokens: Tokens of the first. stride: Strides. fresh: whether the state starts as zeros. ahead: bytes from these
+    blocks to those to prefetch, 0 for none.
     """
     q, k, v, decay, beta, out = tokens
     kept, read, column = peek(decay, float32), zeros(), min(block, 64)
@@ -141,15 +162,15 @@ def run_two(state, block, K, tokens, strides, num_tokens, fresh, ahead):
         for i in range(K):
             read = forget_read(state + 64 * i, block, peek(k + 4 * i, float32), kept, read)
     for _ in range(num_tokens - 1):
-        delta, sums, k_next = correction(v, column, peek(beta, float32), read), zeros(), k + strides[0]
-        kept, decay, read = peek(decay + strides[2], float32), decay + strides[2], zeros()
+        delta, sums, k_next = correction(v, column, peek(beta, float32), read), zeros(), k + stride.qk
+        kept, decay, read = peek(decay + stride.gates, float32), decay + stride.gates, zeros()
         for i in range(K):
             row, key, query = state + 64 * i, peek(k + 4 * i, float32), peek(q + 4 * i, float32)
             key_next = peek(k_next + 4 * i, float32)
             sums, read, s = written_read(load_pair(row, block), key, query, delta, kept, key_next, sums, read)
             store_pair(row, block, s)
         store_pair(out, column, sums)
-        q, k, v, beta, out = q + strides[0], k_next, v + strides[1], beta + strides[2], out + strides[3]
+        q, k, v, beta, out = q + stride.qk, k_next, v + stride.v, beta + stride.gates, out + stride.out
     delta, sums = correction(v, column, peek(beta, float32), read), zeros()
     for i in range(K):
         prefetch(state + 64 * i + ahead)
@@ -159,7 +180,7 @@ def run_two(state, block, K, tokens, strides, num_tokens, fresh, ahead):
 
 
 @inlined
-def run_four(state, block, K, tokens, strides, num_tokens, fresh):
+def run_four(state, block, K, tokens, stride, num_tokens, fresh):
     """`run_two` for four different blocks at once, where registers are wide and there are 32 of them."""
     q, k, v, decay, beta, out = tokens
     kept, low, high, pair = peek(decay, float32), zeros(), zeros(), 2 * block
@@ -172,7 +193,7 @@ def run_four(state, block, K, tokens, strides, num_tokens, fresh):
             key, row = peek(k + 4 * i, float32), state + 64 * i
             low, high = forget_read(row, block, key, kept, low), forget_read(row + pair, block, key, kept, high)
     for _ in range(num_tokens - 1):
-        k_next, kept, decay = k + strides[0], peek(decay + strides[2], float32), decay + strides[2]
+        k_next, kept, decay = k + stride.qk, peek(decay + stride.gates, float32), decay + stride.gates
         delta_low = correction(v, 64, peek(beta, float32), low)
         delta_high = correction(v + 128, 64, peek(beta, float32), high)
         out_low, out_high, low, high = zeros(), zeros(), zeros(), zeros()
@@ -186,7 +207,7 @@ def run_four(state, block, K, tokens, strides, num_tokens, fresh):
             store_pair(row + pair, block, s_high)
         store_pair(out, 64, out_low)
         store_pair(out + 128, 64, out_high)
-        q, k, v, beta, out = q + strides[0], k_next, v + strides[1], beta + strides[2], out + strides[3]
+        q, k, v, beta, out = q + stride.qk, k_next, v + stride.v, beta + stride.gates, out + stride.out
     delta_low = correction(v, 64, peek(beta, float32), low)
     delta_high = correction(v + 128, 64, peek(beta, float32), high)
     out_low, out_high = zeros(), zeros()
@@ -203,34 +224,34 @@ def run_four(state, block, K, tokens, strides, num_tokens, fresh):
 
 @inlined
 def num_new(batch, s):
-    """How many tokens a request has in this step."""
+    """Number of tokens of a request in this step."""
     return entry(batch.query_start, s + 1) - entry(batch.query_start, s)
 
 
 @inlined
 def addresses(a, slot, head, block, t):
-    """(state, (q, k, v, decay, beta, out)) of a block of value columns at row t of the step."""
+    """(address of the state, Tokens) of a block of value columns at row t of the step."""
     G, H, K, V = a.num_k_heads, a.num_v_heads, a.k_head_dim, a.v_head_dim
     q = a.qk + 4 * (t * a.qk_width + head // (H // G) * K)
     v = a.v + 4 * (t * a.v_width + a.v_offset + head * V + block * BLOCK)
     decay = a.gates + 4 * (t * 2 * H + head)
     out = a.out + 4 * ((t * H + head) * V + block * BLOCK)
     state = a.state + 4 * K * ((slot * H + head) * V + block * BLOCK)
-    return state, (q, q + 4 * G * K, v, decay, decay + 4 * H, out)
+    return state, Tokens(q, q + 4 * G * K, v, decay, decay + 4 * H, out)
 
 
 @inlined
 def strides(a):
-    """Bytes from a token's qk, v, gates and output to the next token's."""
-    return 4 * a.qk_width, 4 * a.v_width, 8 * a.num_v_heads, 4 * a.num_v_heads * a.v_head_dim
+    """The Strides of an op."""
+    return Strides(4 * a.qk_width, 4 * a.v_width, 8 * a.num_v_heads, 4 * a.num_v_heads * a.v_head_dim)
 
 
 @inlined
 def blocks_of(task, batch, S, H, num_blocks, size):
     """(request, head, first block, end) of a task.
 
-    First `size` blocks at a time of requests with several tokens, long work before short; then whole heads of those
-    with one, where memory is the limit and the next blocks can be fetched in time. Other tasks are empty.
+    First come requests with several tokens, `size` blocks at a time, long work before short; then whole heads of
+    requests with one token, where memory is the limit and the next blocks can be prefetched. Other tasks are empty.
     """
     groups = -(-num_blocks // size)
     if task < S * H * groups:
@@ -241,15 +262,15 @@ def blocks_of(task, batch, S, H, num_blocks, size):
 
 
 @inlined
-def next_task(op, batch, first):
-    """The number of a task that no thread has taken; `first` counts those for several tokens."""
-    nobody = batch.num_tokens == batch.num_requests
-    return fetch_add(peek(op + 8 * COUNTER, int64), 1) + (first if nobody else 0)
+def next_task(op, batch, num_several):
+    """Claims a task. num_several: tasks of requests with several tokens, skipped where no request has several."""
+    all_single = batch.num_tokens == batch.num_requests
+    return fetch_add(peek(op + 8 * COUNTER, int64), 1) + (num_several if all_single else 0)
 
 
 @inlined
 def run_pair(a, batch, s, head, block, ahead):
-    """Blocks `block` and the next, if there is one, through all new tokens of a request."""
+    """Runs all new tokens of a request through block `block` and the next, if there is one."""
     first, K = entry(batch.query_start, s), a.k_head_dim
     state, tokens = addresses(a, entry(batch.state_slot, s), head, block, first)
     other, fresh = 64 * K * min(a.v_head_dim // BLOCK - block - 1, 1), entry(batch.position, first) == 0
@@ -261,32 +282,32 @@ def gated_delta_two(op, step, thread, num_threads):
     """Two blocks at a time, for targets with 16 registers of 8 lanes (or 32 of 4)."""
     a, batch = GatedDelta.read(op), StepBlock.read(step)
     S, H, num_blocks = batch.num_requests, a.num_v_heads, a.v_head_dim // BLOCK
-    several = S * H * ((num_blocks + 1) // 2)
-    task = next_task(op, batch, several)
-    while task < several + S * H:
+    num_several = S * H * ((num_blocks + 1) // 2)
+    task = next_task(op, batch, num_several)
+    while task < num_several + S * H:
         s, head, block, end = blocks_of(task, batch, S, H, num_blocks, 2)
         for i in range(block, end, 2):
             run_pair(a, batch, s, head, i, i + 2 < end)
-        task = next_task(op, batch, several)
+        task = next_task(op, batch, num_several)
 
 
 @kernel
 def gated_delta_four(op, step, thread, num_threads):
-    """Four blocks at a time, for targets with 32 registers of 16 lanes; a single token or a rest by two."""
+    """Four blocks at a time, for targets with 32 registers of 16 lanes; single tokens and the rest two at a time."""
     a, batch = GatedDelta.read(op), StepBlock.read(step)
     S, H, K, num_blocks = batch.num_requests, a.num_v_heads, a.k_head_dim, a.v_head_dim // BLOCK
-    several = S * H * ((num_blocks + 3) // 4)
-    task = next_task(op, batch, several)
-    while task < several + S * H:
+    num_several = S * H * ((num_blocks + 3) // 4)
+    task = next_task(op, batch, num_several)
+    while task < num_several + S * H:
         s, head, block, end = blocks_of(task, batch, S, H, num_blocks, 4)
-        if block + 4 == end and task < several:
+        if block + 4 == end and task < num_several:
             first = entry(batch.query_start, s)
             state, tokens = addresses(a, entry(batch.state_slot, s), head, block, first)
             run_four(state, 64 * K, K, tokens, strides(a), num_new(batch, s), entry(batch.position, first) == 0)
             block = end
         for i in range(block, end, 2):
             run_pair(a, batch, s, head, i, i + 2 < end)
-        task = next_task(op, batch, several)
+        task = next_task(op, batch, num_several)
 
 
 @kernel

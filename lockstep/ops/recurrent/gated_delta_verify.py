@@ -1,11 +1,11 @@
 """The gated delta rule over drafts, tokens that may have to be forgotten: the definition.
 
-    1. absorb   S <- S * decay + k (x) delta, by the records of last step's right drafts
+    1. absorb   S <- S * decay + k (x) delta, by the records of the last step's accepted drafts
     2. certain  the tokens that are known, as in `gated_delta`; S is written
-    3. drafts   on a copy of S that nobody keeps; of each token is recorded what would bring S past it: k, delta, decay
+    3. drafts   on a copy of S that is thrown away; each draft's record is what brings S past it: k, delta, decay
 
-Nothing has to be undone: a draft that was wrong is one whose record nobody absorbs. Absorbing does what
-`gated_delta.recur` does to S, on the same numbers, so that S has the bits that it has without drafts.
+Nothing has to be undone: the record of a rejected draft is never absorbed. Absorbing does what `gated_delta.recur` does
+to S, on the same numbers, so that S has the bits that it has without drafts.
 """
 
 from typing import NamedTuple
@@ -16,8 +16,9 @@ from lockstep.native.kernel import definition, inlined, kernel
 from lockstep.native.machine import float_array, int_array
 from lockstep.native.numbers import carray
 from lockstep.native.simd import fma
+from lockstep.ops.math import ZERO
 from lockstep.ops.recurrent.conv1d import conv1d_ring, requests_of
-from lockstep.ops.recurrent.gated_delta import BLOCK, ZERO, DeltaInputs, GatedDelta, prepare, recur
+from lockstep.ops.recurrent.gated_delta import BLOCK, DeltaInputs, GatedDelta, prepare, recur
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.operands import cache
 from lockstep.runtime.program import CacheArray
@@ -27,8 +28,8 @@ from lockstep.runtime.step import StepBlock, num_rows
 class GatedDeltaVerify(GatedDelta):
     """`GatedDelta` in steps that may end in drafts.
 
-    records: of position p in row p % num_records: delta [H V], k [G K], decay [H]. There are so many that a step's
-    pending and its own lie in rows of their own: 2 D + 1 for D drafts.
+    records: that of position p is row p % num_records: delta [H V], k [G K], decay [H]. For D drafts there are 2 D + 1
+    rows, so that pending records and a step's own never share one.
     """
 
     rules = (*GatedDelta.rules, "k_head_dim <= 256")  # two blocks of the state lie on a kernel's stack
@@ -39,8 +40,8 @@ class GatedDeltaVerify(GatedDelta):
 
 
 class DeltaInputsVerify(DeltaInputs):
-    """`DeltaInputs` whose history of num_rows rows is a ring by position, so that drafts can be forgotten: for D drafts
-    conv_width - 1 + D rows."""
+    """`DeltaInputs` whose history is a ring of num_rows rows by position, so that drafts can be forgotten: num_rows is
+    conv_width - 1 + D for D drafts."""
 
     rules = (*DeltaInputs.rules, "conv_width - 1 <= num_rows")
     state: CacheArray = cache("num_rows, channels", "ring", "f32")
@@ -48,7 +49,7 @@ class DeltaInputsVerify(DeltaInputs):
 
 
 class Drafts(NamedTuple):
-    """int32 [S]: how many of each request's last rows are drafts, how many of the step before are to be absorbed."""
+    """int32 [S]: drafts among each request's last rows; accepted drafts of the last step, still to be absorbed."""
 
     num_drafts_S: np.ndarray
     num_pending_S: np.ndarray
@@ -56,7 +57,7 @@ class Drafts(NamedTuple):
 
 @definition
 def absorb(S_K, k_K, delta, decay):
-    """Brings one value column of the memory past a token that `recur` gave this delta for."""
+    """Brings one value column of the memory past a token for which `recur` returned this delta."""
     for i in range(S_K.size):
         S_K[i] = fma(k_K[i], delta, S_K[i] * decay)
 

@@ -1,8 +1,8 @@
 """Gated delta rule over drafts: the fast kernel.
 
-A pass over two or four blocks of the state absorbs what is pending, and decays and reads for the first token: the state
-is read once and written once a step, as without drafts. The last certain token leaves the state in its slot and a
-decayed copy, which the drafts go on with, on the stack (8 KiB a block at K = 128).
+A pass over two or four blocks of the state absorbs pending records, and decays and reads for the first token: the state
+is read once and written once a step, as without drafts. The last certain token leaves the state in its slot, and a
+decayed copy for the drafts on the stack (8 KiB a block at K = 128).
 """
 
 from typing import NamedTuple
@@ -32,14 +32,14 @@ from lockstep.ops.recurrent.gated_delta_verify import GatedDeltaVerify
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import StepBlock, entry
 
-SIZE = None  # of a variant: blocks of a task
-MAX_HEAD = 256  # keys
+SIZE = None  # constant of a variant: blocks of a task
+MAX_HEAD_DIM = 256
 PAGE = 4096  # bytes, up to which a load's address is compared with those of stores before it
-SCRATCH_BYTES = 4 * 64 * MAX_HEAD + PAGE
+SCRATCH_BYTES = 4 * 64 * MAX_HEAD_DIM + PAGE
 
 
-class Places(NamedTuple):
-    """From a record's start to the delta of two blocks, to k and to the decay of their head."""
+class Offsets(NamedTuple):
+    """Bytes from a record's start to the delta of two blocks, to k and to the decay of their head."""
 
     delta: int
     k: int
@@ -47,14 +47,14 @@ class Places(NamedTuple):
 
 
 class Records(NamedTuple):
-    """The records of a request as two blocks see them: where record 0 is, bytes of one, how many; the ring row of the
-    step's first token; how many are pending; how many of the step's tokens are certain, and how many are drafts."""
+    """The records of a request as two blocks see them: address of record 0, bytes of one, number of records; the record
+    of the step's first token; where fields are; pending records; certain tokens of the step, and drafts."""
 
     address: int
     row: int
-    count: int
+    num_records: int
     first: int
-    places: Places
+    offsets: Offsets
     num_pending: int
     num_certain: int
     num_drafts: int
@@ -68,21 +68,21 @@ def records_of(a, batch, s, head, block):
     address = a.records + row * a.num_records * entry(batch.state_slot, s)
     first = entry(batch.position, entry(batch.query_start, s)) % a.num_records
     pending, drafts = entry(batch.num_pending, s), entry(batch.num_drafts, s)
-    places = Places(4 * (head * V + block * BLOCK), k, 4 * (H * V + G * K + head))
-    return Records(address, row, a.num_records, first, places, pending, num_new(batch, s) - drafts, drafts)
+    offsets = Offsets(4 * (head * V + block * BLOCK), k, 4 * (H * V + G * K + head))
+    return Records(address, row, a.num_records, first, offsets, pending, num_new(batch, s) - drafts, drafts)
 
 
 @inlined
 def record(r, offset):
     """The address of the record `offset` tokens from the step's first."""
-    return r.address + r.row * ((r.first + offset + r.count) % r.count)
+    return r.address + r.row * ((r.first + offset + r.num_records) % r.num_records)
 
 
 @inlined
 def after(r, at):
     """The address of the record that follows the one at an address."""
     at += r.row
-    return r.address if at == r.address + r.row * r.count else at
+    return r.address if at == r.address + r.row * r.num_records else at
 
 
 @inlined
@@ -93,21 +93,21 @@ def absorbed(s, key, decay, delta):
 
 @inlined
 def decayed_read(s, key, kept, read):
-    """One row of two blocks, decayed, and what it adds to what they hold for a token's k."""
+    """One row of two blocks, decayed; and read with the row's part of S^T k added."""
     s = s[0] * kept, s[1] * kept
     return s, (fma(s[0], key, read[0]), fma(s[1], key, read[1]))
 
 
 @inlined
 def absorb_two(state, block, K, r, column, k, kept):
-    """Absorbs what is pending into two blocks, decays them for the first token, and reads what they hold for its k."""
+    """Absorbs pending records into two blocks and decays them for the first token. Returns S^T k for its k."""
     read, oldest = zeros(), record(r, -r.num_pending)
     for i in range(K):
         place, at = state + 64 * i, oldest
         s = load_pair(place, block)
         for _ in range(r.num_pending):
-            key, decay = peek(at + r.places.k + 4 * i, float32), peek(at + r.places.decay, float32)
-            s, at = absorbed(s, key, decay, load_pair(at + r.places.delta, column)), after(r, at)
+            key, decay = peek(at + r.offsets.k + 4 * i, float32), peek(at + r.offsets.decay, float32)
+            s, at = absorbed(s, key, decay, load_pair(at + r.offsets.delta, column)), after(r, at)
         s, read = decayed_read(s, peek(k + 4 * i, float32), kept, read)
         store_pair(place, block, s)
     return read
@@ -115,14 +115,14 @@ def absorb_two(state, block, K, r, column, k, kept):
 
 @inlined
 def absorb_four(state, block, K, r, k, kept):
-    """`absorb_two` for four blocks: what it returns is of the lower two, and of the higher."""
+    """`absorb_two` for four blocks. Returns S^T k of the lower two, and of the higher two."""
     low, high, pair, oldest = zeros(), zeros(), 2 * block, record(r, -r.num_pending)
     for i in range(K):
         place, at = state + 64 * i, oldest
         s_low, s_high = load_pair(place, block), load_pair(place + pair, block)
         for _ in range(r.num_pending):
-            key, decay, delta = peek(at + r.places.k + 4 * i, float32), peek(at + r.places.decay, float32), at
-            delta += r.places.delta
+            key, decay, delta = peek(at + r.offsets.k + 4 * i, float32), peek(at + r.offsets.decay, float32), at
+            delta += r.offsets.delta
             s_low = absorbed(s_low, key, decay, load_pair(delta, 64))
             s_high = absorbed(s_high, key, decay, load_pair(delta + 128, 64))
             at = after(r, at)
@@ -135,10 +135,10 @@ def absorb_four(state, block, K, r, k, kept):
 
 
 @inlined
-def verify_two(state, block, K, tokens, steps, fresh, r, scratch):
-    """Two blocks, `block` bytes apart (0: the same one twice), through a request's tokens and drafts.
+def verify_two(state, block, K, tokens, stride, fresh, r, scratch):
+    """Runs a request's tokens and drafts through two blocks, `block` bytes apart (0: the same one twice).
 
-    tokens, steps: as in `run_two`. r: Records. scratch: memory for two blocks.
+    tokens, stride, fresh: as in `run_two`. r: Records. scratch: memory for two blocks.
     """
     q, k, v, decay, beta, out = tokens
     kept, read, column = peek(decay, float32), zeros(), min(block, 64)
@@ -148,8 +148,8 @@ def verify_two(state, block, K, tokens, steps, fresh, r, scratch):
     else:
         read = absorb_two(state, block, K, r, column, k, kept)
     for t in range(r.num_certain + r.num_drafts - 1):
-        delta, sums, k_next = correction(v, column, peek(beta, float32), read), zeros(), k + steps[0]
-        kept, decay, read = peek(decay + steps[2], float32), decay + steps[2], zeros()
+        delta, sums, k_next = correction(v, column, peek(beta, float32), read), zeros(), k + stride.qk
+        kept, decay, read = peek(decay + stride.gates, float32), decay + stride.gates, zeros()
         is_last, is_draft = t == r.num_certain - 1, t >= r.num_certain
         source, target = scratch if is_draft else state, scratch if is_draft or is_last else state
         for i in range(K):
@@ -161,8 +161,8 @@ def verify_two(state, block, K, tokens, steps, fresh, r, scratch):
             store_pair(target + 64 * i, block, s)
         store_pair(out, column, sums)
         if is_draft:
-            store_pair(record(r, t) + r.places.delta, column, delta)
-        q, k, v, beta, out = q + steps[0], k_next, v + steps[1], beta + steps[2], out + steps[3]
+            store_pair(record(r, t) + r.offsets.delta, column, delta)
+        q, k, v, beta, out = q + stride.qk, k_next, v + stride.v, beta + stride.gates, out + stride.out
     delta, sums = correction(v, column, peek(beta, float32), read), zeros()
     source = scratch if r.num_drafts else state
     for i in range(K):
@@ -170,16 +170,15 @@ def verify_two(state, block, K, tokens, steps, fresh, r, scratch):
         sums = write_out(source + 64 * i, block, key, query, delta, sums)
     store_pair(out, column, sums)
     if r.num_drafts:
-        store_pair(record(r, r.num_certain + r.num_drafts - 1) + r.places.delta, column, delta)
+        store_pair(record(r, r.num_certain + r.num_drafts - 1) + r.offsets.delta, column, delta)
 
 
 @inlined
-def verify_four(places, block, K, tokens, steps, fresh, r):
+def verify_four(state, block, K, tokens, stride, fresh, r, scratch, next_state):
     """`verify_two` for four different blocks at once, where registers are wide and there are 32 of them.
 
-    places: of the blocks; of memory for as many; of the blocks that are worked on next, which are brought near.
+    scratch: memory for four blocks. next_state: address of the next blocks, which are prefetched.
     """
-    state, scratch, coming = places
     q, k, v, decay, beta, out = tokens
     kept, low, high, pair = peek(decay, float32), zeros(), zeros(), 2 * block
     if fresh:
@@ -189,7 +188,7 @@ def verify_four(places, block, K, tokens, steps, fresh, r):
     else:
         low, high = absorb_four(state, block, K, r, k, kept)
     for t in range(r.num_certain + r.num_drafts - 1):
-        k_next, kept, decay = k + steps[0], peek(decay + steps[2], float32), decay + steps[2]
+        k_next, kept, decay = k + stride.qk, peek(decay + stride.gates, float32), decay + stride.gates
         delta_low = correction(v, 64, peek(beta, float32), low)
         delta_high = correction(v + 128, 64, peek(beta, float32), high)
         out_low, out_high, low, high = zeros(), zeros(), zeros(), zeros()
@@ -200,8 +199,8 @@ def verify_four(places, block, K, tokens, steps, fresh, r):
             key_next, place = peek(k_next + 4 * i, float32), source + 64 * i
             s_low, s_high = load_pair(place, block), load_pair(place + pair, block)
             if is_last:
-                prefetch(coming + 64 * i)
-                prefetch(coming + block + 64 * i)
+                prefetch(next_state + 64 * i)
+                prefetch(next_state + block + 64 * i)
                 store_pair(state + 64 * i, block, written(s_low, key, delta_low))
                 store_pair(state + pair + 64 * i, block, written(s_high, key, delta_high))
             out_low, low, s_low = written_read(s_low, key, query, delta_low, kept, key_next, out_low, low)
@@ -210,21 +209,21 @@ def verify_four(places, block, K, tokens, steps, fresh, r):
             store_pair(target + pair + 64 * i, block, s_high)
         store_four(out, out_low, out_high)
         if is_draft:
-            store_four(record(r, t) + r.places.delta, delta_low, delta_high)
-        q, k, v, beta, out = q + steps[0], k_next, v + steps[1], beta + steps[2], out + steps[3]
+            store_four(record(r, t) + r.offsets.delta, delta_low, delta_high)
+        q, k, v, beta, out = q + stride.qk, k_next, v + stride.v, beta + stride.gates, out + stride.out
     delta_low = correction(v, 64, peek(beta, float32), low)
     delta_high = correction(v + 128, 64, peek(beta, float32), high)
     out_low, out_high, source = zeros(), zeros(), scratch if r.num_drafts else state
     for i in range(K):
         place, key, query = source + 64 * i, peek(k + 4 * i, float32), peek(q + 4 * i, float32)
-        prefetch(coming + pair + 64 * i)
-        prefetch(coming + pair + block + 64 * i)
+        prefetch(next_state + pair + 64 * i)
+        prefetch(next_state + pair + block + 64 * i)
         out_low = write_out(place, block, key, query, delta_low, out_low)
         out_high = write_out(place + pair, block, key, query, delta_high, out_high)
     store_four(out, out_low, out_high)
     if r.num_drafts:
         last = record(r, r.num_certain + r.num_drafts - 1)
-        store_four(last + r.places.delta, delta_low, delta_high)
+        store_four(last + r.offsets.delta, delta_low, delta_high)
 
 
 @inlined
@@ -241,86 +240,84 @@ def store_four(place, low, high):
 
 
 @inlined
-def record_shared(a, r, head, tokens, steps):
-    """Of each draft: the head's decay, and k if the head is the first of those that share it."""
-    _, k, _, decay, _, _ = tokens
+def record_shared(a, r, head, tokens, stride):
+    """Records each draft's decay of a head, and k if the head is the first of the value heads that share it."""
     for t in range(r.num_certain, r.num_certain + r.num_drafts):
         at = record(r, t)
-        poke(at + r.places.decay, peek(decay + steps[2] * t, float32))
+        poke(at + r.offsets.decay, peek(tokens.decay + stride.gates * t, float32))
         for i in range(0, 4 * a.k_head_dim if head % (a.num_v_heads // a.num_k_heads) == 0 else 0, 64):
-            store(at + r.places.k + i, load(k + steps[0] * t + i))
+            store(at + r.offsets.k + i, load(tokens.k + stride.qk * t + i))
 
 
 @inlined
 def state_of(a, batch, task):
-    """The address of the first block of a task."""
+    """The address of the first block of a task, as `blocks_of` tells it."""
     s, head, block, _ = task
     return addresses(a, entry(batch.state_slot, s), head, block, 0)[0]
 
 
 @inlined
-def verify_blocks(a, batch, s, head, block, size, scratch, coming):
-    """`size` blocks from `block` on, or one if there is no other, through all tokens and drafts of a request.
-
-    size: four, or two.
-    """
+def verify_blocks(a, batch, s, head, block, size, scratch, next_state):
+    """Runs all tokens and drafts of a request through `size` blocks (four or two) from `block` on, or one if it is the
+    last."""
     first, K = entry(batch.query_start, s), a.k_head_dim
     state, tokens = addresses(a, entry(batch.state_slot, s), head, block, first)
     scratch += (state - scratch + PAGE // 2) % PAGE
-    fresh, r, steps = entry(batch.position, first) == 0, records_of(a, batch, s, head, block), strides(a)
+    fresh, r, stride = entry(batch.position, first) == 0, records_of(a, batch, s, head, block), strides(a)
     if size == 4:
-        verify_four((state, scratch, coming), 64 * K, K, tokens, steps, fresh, r)
+        verify_four(state, 64 * K, K, tokens, stride, fresh, r, scratch, next_state)
     else:
         other = 64 * K * min(a.v_head_dim // BLOCK - block - 1, 1)
-        verify_two(state, other, K, tokens, steps, fresh, r, scratch)
+        verify_two(state, other, K, tokens, stride, fresh, r, scratch)
     if block == 0:
-        record_shared(a, r, head, tokens, steps)
+        record_shared(a, r, head, tokens, stride)
 
 
 @inlined
 def plain_four(a, batch, s, head, block):
-    """Four blocks through the tokens of a request without drafts, new or pending, as the kernel of `gated_delta`."""
+    """Runs a request without drafts or pending records through four blocks, as the kernel of `gated_delta` does."""
     first, K = entry(batch.query_start, s), a.k_head_dim
     state, tokens = addresses(a, entry(batch.state_slot, s), head, block, first)
     run_four(state, 64 * K, K, tokens, strides(a), num_new(batch, s), entry(batch.position, first) == 0)
 
 
 def verify(op, step, thread, num_threads):
-    """SIZE blocks at a time, a rest by two; by two also the single tokens of requests without drafts."""
+    """SIZE blocks at a time; two at a time the rest, and single tokens of requests without drafts."""
     a, batch, scratch = GatedDeltaVerify.read(op), StepBlock.read(step), stack_memory(SCRATCH_BYTES)
     S, H, num_blocks = batch.num_requests, a.num_v_heads, a.v_head_dim // BLOCK
-    several = S * H * ((num_blocks + SIZE - 1) // SIZE)
-    task, following = next_task(op, batch, several), next_task(op, batch, several)
-    while task < several + S * H:
+    num_several = S * H * ((num_blocks + SIZE - 1) // SIZE)
+    task, following = next_task(op, batch, num_several), next_task(op, batch, num_several)
+    while task < num_several + S * H:
         s, head, block, end = blocks_of(task, batch, S, H, num_blocks, SIZE)
-        coming = state_of(a, batch, blocks_of(min(following, several + S * H - 1), batch, S, H, num_blocks, SIZE))
+        last = num_several + S * H - 1
+        next_state = state_of(a, batch, blocks_of(min(following, last), batch, S, H, num_blocks, SIZE))
         is_plain = entry(batch.num_drafts, s) + entry(batch.num_pending, s) == 0
-        while SIZE == 4 and block + 4 <= end and not (is_plain and task >= several):
+        while SIZE == 4 and block + 4 <= end and not (is_plain and task >= num_several):
             if is_plain:
                 plain_four(a, batch, s, head, block)
             else:
-                near = state_of(a, batch, (s, head, block + 4, end)) if block + 4 < end else coming
+                near = state_of(a, batch, (s, head, block + 4, end)) if block + 4 < end else next_state
                 verify_blocks(a, batch, s, head, block, 4, scratch, near)
             block += 4
         for i in range(block, end, 2):
             if is_plain:
                 run_pair(a, batch, s, head, i, i + 2 < end)
             else:
-                verify_blocks(a, batch, s, head, i, 2, scratch, coming)
-        task, following = following, next_task(op, batch, several)
+                verify_blocks(a, batch, s, head, i, 2, scratch, next_state)
+        task, following = following, next_task(op, batch, num_several)
 
 
 @inlined
 def one_of(r, t, is_draft):
-    """The Records of token t of the step, as if it were alone: a certain one, or a draft (1)."""
+    """The Records of a step that had only token t, a certain one (is_draft 0) or a draft (1)."""
     pending = r.num_pending if t == 0 else 0
-    return Records(r.address, r.row, r.count, r.first + t, r.places, pending, 1 - is_draft, is_draft)
+    return Records(r.address, r.row, r.num_records, r.first + t, r.offsets, pending, 1 - is_draft, is_draft)
 
 
 @kernel
 def gated_delta_verify_per_token(op, step, thread, num_threads):
-    """The same bits one token at a time: all heads take a certain token before any takes the next; then each its
-    drafts."""
+    """The same bits one token at a time: all heads take a certain token before any takes the next; then each head takes
+    its drafts."""
     a, batch, scratch = GatedDeltaVerify.read(op), StepBlock.read(step), stack_memory(SCRATCH_BYTES)
     K, num_blocks = a.k_head_dim, a.v_head_dim // BLOCK
     pairs = (num_blocks + 1) // 2

@@ -9,17 +9,15 @@ from lockstep.native.kernel import definition, kernel
 from lockstep.native.machine import float_array
 from lockstep.native.numbers import carray
 from lockstep.native.simd import fma, sqrt
-from lockstep.ops.math import silu, tree_sum
+from lockstep.ops.math import ONE, ZERO, silu, tree_sum
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.operands import Operands, constant, output, rows
 from lockstep.runtime.program import Tensor, Weight
 from lockstep.runtime.step import num_rows
 
-ONE, ZERO = np.float32(1), np.float32(0)
-
 
 class GatedNorm(Operands):
-    """out = o / rms(o) * weight * silu(gate), head by head; the gate of o [T, H K]: columns z_offset .. of z."""
+    """out = o / rms(o) * weight * silu(gate), head by head; the gate is columns z_offset .. + H K of z."""
 
     rules = ("head_dim % 16 == 0", "eps >= 0", "z_offset + num_heads * head_dim <= row_width")
     out: Tensor = output("num_heads * head_dim")

@@ -1,3 +1,5 @@
+"""The causal convolution and softplus: kernels equal definitions, and definitions are accurate."""
+
 import numpy as np
 import pytest
 
@@ -15,7 +17,7 @@ def floats(*shape):
 
 
 def poisoned(num_slots, shape, slots, contexts, lengths):
-    """State whose slots are NaN except those that a request goes on from."""
+    """State that is NaN but for the slots from which a request goes on."""
     state = np.full((num_slots, *shape), np.nan, np.float32)
     for slot, context, length in zip(slots, contexts, lengths, strict=True):
         if context > length:
@@ -26,9 +28,9 @@ def poisoned(num_slots, shape, slots, contexts, lengths):
 def convolve(backend, x, w, state, offset=0, num_threads=1, **requests):
     """(out, state after) of one step; state is not changed."""
     state = state.copy()
-    step, _keep = ragged_step(**requests)
-    how = dict(row_width=x.shape[1], offset=offset, channels=w.shape[0], conv_width=w.shape[1])
-    return run_op(backend, Conv1d, step, num_threads, x=x, weight=w, state=state, **how)["out"], state
+    step, _held = ragged_step(**requests)
+    sizes = dict(row_width=x.shape[1], offset=offset, channels=w.shape[0], conv_width=w.shape[1])
+    return run_op(backend, Conv1d, step, num_threads, x=x, weight=w, state=state, **sizes)["out"], state
 
 
 @pytest.mark.parametrize(
@@ -52,10 +54,10 @@ def test_kernel_equals_definition(lengths, contexts, channels, width):
     expected = convolve(conv1d.REFERENCE, x, w, state, **requests)
     assert np.isfinite(expected[0]).all() and np.isfinite(expected[1][slots]).all()
     for num_threads in (1, 2, 5):
-        for got, want in zip(
+        for found, wanted in zip(
             convolve(conv1d_cpu.CPU, x, w, state, num_threads=num_threads, **requests), expected, strict=True
         ):
-            same_bits(got, want)
+            same_bits(found, wanted)
 
 
 def test_every_cut_gives_the_same_rows_and_state():

@@ -1,3 +1,5 @@
+"""The gated delta rule and what prepares its inputs: kernels equal definitions, whatever threads, cuts and order."""
+
 import pathlib
 
 import numpy as np
@@ -47,20 +49,20 @@ def state_shape(H, K, V):
 def recur(implementation, arrays, state, shape, num_threads=1, spare=8, **requests):
     """(out, state after) of one step; state is not changed."""
     (qk, v, gates), state = arrays, state.copy()
-    step, _keep = ragged_step(**(requests or dict(lengths=[len(qk)])))
+    step, _held = ragged_step(**(requests or dict(lengths=[len(qk)])))
     given = dict(qk=qk, v=v, gates=gates, state=state, **rule_of(shape, qk, v, spare))
     return run_op(implementation, GatedDelta, step, num_threads, **given)["out"], state
 
 
 def rule_of(shape, qk, v, v_offset):
-    """The parameters of GatedDelta."""
+    """The numbers of a GatedDelta."""
     G, H, K, V = shape
     heads = dict(num_k_heads=G, num_v_heads=H, k_head_dim=K, v_head_dim=V)
     return dict(qk_width=qk.shape[1], v_width=v.shape[1], v_offset=v_offset, **heads)
 
 
-def both_same(got, want):
-    for a, b in zip(got, want, strict=True):
+def all_same(found, expected):
+    for a, b in zip(found, expected, strict=True):
         same_bits(a, b)
 
 
@@ -70,10 +72,10 @@ def test_kernel_equals_definition(kernel, shape):
     slots = RNG.permutation(8)[:5]
     state = poisoned(8, state_shape(*shape[1:]), slots, RAGGED["contexts"], RAGGED["lengths"])
     arrays = inputs(42, *shape)
-    want = recur(REFERENCE, arrays, state, shape, state_slot=slots, **RAGGED)
-    assert np.isfinite(want[0]).all() and np.isfinite(want[1][slots]).all()
+    expected = recur(REFERENCE, arrays, state, shape, state_slot=slots, **RAGGED)
+    assert np.isfinite(expected[0]).all() and np.isfinite(expected[1][slots]).all()
     for num_threads in (1, 3):
-        both_same(recur(KERNELS[kernel], arrays, state, shape, num_threads, state_slot=slots, **RAGGED), want)
+        all_same(recur(KERNELS[kernel], arrays, state, shape, num_threads, state_slot=slots, **RAGGED), expected)
 
 
 @pytest.mark.parametrize("num_threads", [2, 4, 5])
@@ -81,7 +83,7 @@ def test_threads_and_order_of_requests_do_not_matter(num_threads):
     shape, starts = (1, 2, 32, 64), np.cumsum([0] + RAGGED["lengths"])
     state = poisoned(5, state_shape(*shape[1:]), range(5), RAGGED["contexts"], RAGGED["lengths"])
     arrays = inputs(42, *shape)
-    want = recur(CPU, arrays, state, shape, **RAGGED)
+    expected = recur(CPU, arrays, state, shape, **RAGGED)
     order = [3, 0, 4, 1, 2]
     rows = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in order])
     out, after = recur(
@@ -94,7 +96,7 @@ def test_threads_and_order_of_requests_do_not_matter(num_threads):
         lengths=[RAGGED["lengths"][s] for s in order],
         contexts=[RAGGED["contexts"][s] for s in order],
     )
-    both_same((out, after), (want[0][rows], want[1]))
+    all_same((out, after), (expected[0][rows], expected[1]))
 
 
 def test_every_cut_gives_the_same_rows_and_state():
@@ -104,7 +106,7 @@ def test_every_cut_gives_the_same_rows_and_state():
     for cut in range(1, 40):
         first, state = recur(CPU, [a[:cut] for a in arrays], unused, shape)
         second, state = recur(CPU, [a[cut:] for a in arrays], state, shape, lengths=[40 - cut], contexts=[40])
-        both_same((np.concatenate([first, second]), state), whole)
+        all_same((np.concatenate([first, second]), state), whole)
 
 
 def test_definition_compiled_equals_interpreted():
@@ -116,7 +118,7 @@ def test_definition_compiled_equals_interpreted():
         out, after = np.empty((4, H, V), np.float32), state.copy()
         run(qk, v, 8, gates, G, requests, after, out)
         results.append((out, after))
-    both_same(*results)
+    all_same(*results)
 
 
 def exact_recurrence(qk, v, gates, G, H, K, V, state):
@@ -141,37 +143,37 @@ def test_definition_is_accurate():
 
 
 def normalised(backend, x, G, K, num_threads=1):
-    how = dict(row_width=x.shape[1], num_k_heads=G, k_head_dim=K)
-    return run_op(backend, L2Norm, num_threads=num_threads, x=x, **how)["out"]
+    sizes = dict(row_width=x.shape[1], num_k_heads=G, k_head_dim=K)
+    return run_op(backend, L2Norm, num_threads=num_threads, x=x, **sizes)["out"]
 
 
 def gates(backend, x, a_log, dt_bias, num_threads=1, a_offset=3, b_offset=None):
     H = a_log.size
-    how = dict(row_width=x.shape[1], a_offset=a_offset, b_offset=b_offset or 5 + H, num_v_heads=H)
-    return run_op(backend, DeltaGates, num_threads=num_threads, x=x, a_log=a_log, dt_bias=dt_bias, **how)["out"]
+    sizes = dict(row_width=x.shape[1], a_offset=a_offset, b_offset=b_offset or 5 + H, num_v_heads=H)
+    return run_op(backend, DeltaGates, num_threads=num_threads, x=x, a_log=a_log, dt_bias=dt_bias, **sizes)["out"]
 
 
 @pytest.mark.parametrize("G, K", [(1, 16), (3, 48), (4, 128)])
 def test_l2_norm(G, K):
     x = floats(7, 2 * G * K + 24)
-    want = normalised(gated_delta.REFERENCE, x, G, K)
-    same_bits(normalised(gated_delta_cpu.CPU, x, G, K, 3), want)
+    expected = normalised(gated_delta.REFERENCE, x, G, K)
+    same_bits(normalised(gated_delta_cpu.CPU, x, G, K, 3), expected)
     heads = x[:, : 2 * G * K].astype(np.float64).reshape(7, 2, G, K)
     exact = heads / np.sqrt((heads**2).sum(-1, keepdims=True) + 1e-6) * np.array([K**-0.5, 1])[:, None, None]
-    assert (np.abs(want.reshape(exact.shape) - exact) / np.spacing(np.abs(exact).astype(np.float32))).max() < 4
+    assert (np.abs(expected.reshape(exact.shape) - exact) / np.spacing(np.abs(exact).astype(np.float32))).max() < 4
 
 
 @pytest.mark.parametrize("H", [1, 4, 16, 24, 48])
 def test_delta_gates(H):
     x, a_log, dt_bias = floats(7, 2 * H + 9) * 5, floats(H) * 2, floats(H)
-    want = gates(gated_delta.REFERENCE, x, a_log, dt_bias)
-    same_bits(gates(gated_delta_cpu.CPU, x, a_log, dt_bias, 3), want)
+    expected = gates(gated_delta.REFERENCE, x, a_log, dt_bias)
+    same_bits(gates(gated_delta_cpu.CPU, x, a_log, dt_bias, 3), expected)
     b = x[:, 5 + H : 5 + 2 * H].astype(np.float64)
     log_decay = -np.exp(a_log.astype(np.float64)) * np.logaddexp(0, x[:, 3 : 3 + H] + dt_bias)
     normal = log_decay > -80
-    relative = np.abs(want[:, :H][normal] / np.exp(log_decay[normal]) - 1)
+    relative = np.abs(expected[:, :H][normal] / np.exp(log_decay[normal]) - 1)
     assert (relative < 2e-7 + 4e-7 * np.abs(log_decay[normal])).all()
-    assert np.abs(want[:, H:] * (1 + np.exp(-b)) - 1).max() < 4e-7
+    assert np.abs(expected[:, H:] * (1 + np.exp(-b)) - 1).max() < 4e-7
     extreme = gates(gated_delta_cpu.CPU, np.full((1, 2 * H + 9), 300, np.float32), a_log + 90, dt_bias)
     assert (extreme[:, :H] == 0).all() and (extreme[:, H:] == 1).all()
     assert (gates(gated_delta_cpu.CPU, np.full((1, 2 * H + 9), -300, np.float32), a_log, dt_bias)[:, :H] == 1).all()
@@ -188,16 +190,16 @@ def test_helpers_interpreted():
 
 
 def prepared(backend, x, arrays, shape, state, num_threads=1, **requests):
-    """(u, gates, conv state after) of the fused op."""
+    """(convolved and normalised rows, gates, state of the convolution after) of the fused op."""
     (w, a_log, dt_bias), C, state = arrays, len(arrays[0]), state.copy()
-    step, _keep = ragged_step(**requests)
+    step, _held = ragged_step(**requests)
     given = dict(x=x, weight=w, a_log=a_log, dt_bias=dt_bias, state=state)
     made = run_op(backend, DeltaInputs, step, num_threads, **given, **inputs_of(shape, x, 4, 4 + C, 4 + C + shape[1]))
     return made["out"], made["gates"], state
 
 
 def inputs_of(shape, x, offset, a_offset, b_offset):
-    """The parameters of DeltaInputs, whose convolution has four weights a channel."""
+    """The numbers of a DeltaInputs, whose convolution has four weights a channel."""
     G, H, K, V = shape
     heads = dict(num_k_heads=G, k_head_dim=K, num_v_heads=H, channels=2 * G * K + H * V, conv_width=4)
     return dict(row_width=x.shape[1], offset=offset, a_offset=a_offset, b_offset=b_offset, **heads)
@@ -212,10 +214,10 @@ def test_fused_inputs_equal_the_ops_they_are_made_of(shape):
     u, after = convolve(conv1d.REFERENCE, x, arrays[0], state, 4, **RAGGED)
     u[:, : 2 * G * K] = normalised(gated_delta.REFERENCE, u, G, K)
     gate = gates(gated_delta.REFERENCE, x, *arrays[1:], a_offset=4 + C, b_offset=4 + C + H)
-    both_same(prepared(gated_delta.REFERENCE, x, arrays, shape, state, **RAGGED), (u, gate, after))
+    all_same(prepared(gated_delta.REFERENCE, x, arrays, shape, state, **RAGGED), (u, gate, after))
     for num_threads in (1, 3):
         fused = prepared(conv1d_cpu.CPU, x, arrays, shape, state, num_threads, **RAGGED)
-        both_same(fused, (u, gate, after))
+        all_same(fused, (u, gate, after))
 
 
 def test_a_layer_gives_the_numbers_of_transformers():
@@ -223,7 +225,7 @@ def test_a_layer_gives_the_numbers_of_transformers():
     golden = np.load(pathlib.Path(__file__).parents[2] / "golden" / "gated_delta.npz")
     G, H, K, V = (int(golden[n]) for n in ("num_k_heads", "num_v_heads", "k_size", "v_size"))
     C, x = 2 * G * K + H * V, golden["proj"]
-    state, step, _keep = np.full((1, *state_shape(H, K, V)), np.nan, np.float32), *ragged_step([len(x)])
+    state, step, _held = np.full((1, *state_shape(H, K, V)), np.nan, np.float32), *ragged_step([len(x)])
     weights = dict(zip(("weight", "a_log", "dt_bias"), (golden[n] for n in ("conv", "a_log", "dt_bias")), strict=True))
     where = inputs_of((G, H, K, V), x, 0, C + H * V + H, C + H * V)
     history = np.full((1, 3, C), np.nan, np.float32)

@@ -1,5 +1,5 @@
-"""Drafts in the gated delta rule: whatever was guessed and however much of it was right, states and rows have the bits
-that they have when tokens come one by one."""
+"""Drafts in the gated delta rule: whatever the drafts and however many are accepted, states and rows have the bits that
+they have when tokens come one by one."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from tests.ops.recurrent.test_conv1d import floats
 from tests.ops.recurrent.test_gated_delta import CPU as PLAIN
 from tests.ops.recurrent.test_gated_delta import inputs, inputs_of, prepared, recur, rule_of, state_shape
 
-MOST = 7  # drafts
+MAX_DRAFTS = 7
 PLAIN_INPUTS = conv1d_cpu.CPU["delta_inputs"]
 KERNELS = {
     "definition": gated_delta_verify.REFERENCE["gated_delta_verify"],
@@ -26,18 +26,18 @@ SHAPES = [(1, 2, 16, 48), (2, 4, 32, 16), (1, 3, 128, 64), (1, 1, 256, 112)]
 
 
 class Memory:
-    """State and records of so many slots, all NaN."""
+    """State and records of some slots, all NaN at first."""
 
     def __init__(self, shape, slots=4):
         G, H, K, V = self.shape = shape
         self.state = np.full((slots, *state_shape(H, K, V)), np.nan, np.float32)
-        self.records = np.full((slots, 2 * MOST + 1, H * V + G * K + H), np.nan, np.float32)
+        self.records = np.full((slots, 2 * MAX_DRAFTS + 1, H * V + G * K + H), np.nan, np.float32)
 
     def run(self, kernel, arrays, lengths, drafts, pending, num_threads=1, **requests):
-        """out of a step; state and records are changed."""
+        """The output of a step; state and records are changed."""
         qk, v, gates = arrays
-        step, _keep = ragged_step(lengths, num_drafts=drafts, num_pending=pending, **requests)
-        given = dict(qk=qk, v=v, gates=gates, state=self.state, records=self.records, num_records=2 * MOST + 1)
+        step, _held = ragged_step(lengths, num_drafts=drafts, num_pending=pending, **requests)
+        given = dict(qk=qk, v=v, gates=gates, state=self.state, records=self.records, num_records=2 * MAX_DRAFTS + 1)
         return run_op(kernel, GatedDeltaVerify, step, num_threads, **given, **rule_of(self.shape, qk, v, 8))["out"]
 
 
@@ -60,16 +60,16 @@ def test_rejected_and_accepted_drafts_leave_the_bits_of_single_tokens(kernel, sh
     while at < total:
         certain = int(rng.integers(1, 12)) if pending == 0 else 1
         certain = min(certain, total - at)
-        drafts = int(min(rng.integers(0, MOST + 1), total - at - certain))
-        right = int(rng.integers(0, drafts + 1))
+        drafts = int(min(rng.integers(0, MAX_DRAFTS + 1), total - at - certain))
+        accepted = int(rng.integers(0, drafts + 1))
         end = at + certain + drafts
-        step = wrong([a[at:end] for a in arrays], np.arange(certain + right, certain + drafts), shape)
+        step = wrong([a[at:end] for a in arrays], np.arange(certain + accepted, certain + drafts), shape)
         where = dict(contexts=[end], state_slot=[2])
         out = memory.run(KERNELS[kernel], step, [certain + drafts], [drafts], [pending], 3, **where)
-        same_bits(out[: certain + right], whole[at : at + certain + right])
+        same_bits(out[: certain + accepted], whole[at : at + certain + accepted])
         after = recur(PLAIN, [a[: at + certain] for a in arrays], none, shape)[1]
         same_bits(memory.state[2:3], after)
-        at, pending = at + certain + right, right
+        at, pending = at + certain + accepted, accepted
     assert np.isnan(memory.state[[0, 1, 3]]).all() and np.isnan(memory.records[[0, 1, 3]]).all()
 
 
@@ -118,9 +118,9 @@ INPUTS = {
 
 
 def prepared_in_steps(kernel, x, arrays, shape, history, num_threads=1, **requests):
-    """(u, gates) of a step; the history, a ring [slots, rows, C], is changed."""
+    """(convolved and normalised rows, gates) of a step; the history, a ring [slots, rows, C], is changed."""
     (w, a_log, dt_bias), C = arrays, len(arrays[0])
-    step, _keep = ragged_step(**requests)
+    step, _held = ragged_step(**requests)
     given = dict(x=x, weight=w, a_log=a_log, dt_bias=dt_bias, state=history, num_rows=history.shape[1])
     where = inputs_of(shape, x, 4, 4 + C, 4 + C + shape[1])
     made = run_op(kernel, DeltaInputsVerify, step, num_threads, **given, **where)
@@ -135,10 +135,10 @@ def test_the_convolution_forgets_rejected_drafts(kernel, shape):
     x, arrays = floats(total, C + 2 * H + 8), (floats(C, 4), floats(H), floats(H))
     none = np.full((1, 3, C), np.nan, np.float32)
     u, gates, _ = prepared(PLAIN_INPUTS, x, arrays, shape, none, lengths=[total])
-    history, rng, at = np.full((3, 3 + MOST, C), np.nan, np.float32), np.random.default_rng(6), 0
+    history, rng, at = np.full((3, 3 + MAX_DRAFTS, C), np.nan, np.float32), np.random.default_rng(6), 0
     while at < total:
         certain = min(int(rng.integers(1, 3)), total - at) if rng.random() < 0.9 else min(25, total - at)
-        drafts = int(min(rng.integers(0, MOST + 1), total - at - certain))
+        drafts = int(min(rng.integers(0, MAX_DRAFTS + 1), total - at - certain))
         kept = certain + int(rng.integers(0, drafts + 1))
         rows = x[at : at + certain + drafts].copy()
         rows[kept:] = floats(*rows[kept:].shape)
@@ -154,7 +154,7 @@ def test_convolution_kernel_equals_definition_in_a_ragged_batch():
     shape = (1, 2, 32, 48)
     C, lengths, contexts = 2 * 32 + 2 * 48, [1, 33, 2, 1, 9], [1, 33, 3, 70, 1000]
     x, arrays = floats(sum(lengths), C + 12), (floats(C, 4), floats(2), floats(2))
-    start, made = floats(7, 3 + MOST, C), []
+    start, made = floats(7, 3 + MAX_DRAFTS, C), []
     for kernel in INPUTS:
         history = start.copy()
         where = dict(lengths=lengths, contexts=contexts, state_slot=[5, 0, 3, 2, 6])

@@ -1,3 +1,5 @@
+"""The gated norm of each head: the kernel equals the definition, which is accurate."""
+
 import numpy as np
 import pytest
 

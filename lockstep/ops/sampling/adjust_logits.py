@@ -1,8 +1,8 @@
-"""Logits as a request wants them before a token is chosen: penalties, biases, masks. The definition.
+"""Penalties, biases and masks on logits, before a token is chosen: the definition.
 
-    adjusted = mask(logits - penalties + bias)        only in rows that ask for it
+    adjusted = mask(logits - penalties + bias)        only in rows whose sampling record has an adjustment
 
-A row that asks for nothing is neither read nor written.
+Rows without an adjustment are neither read nor written.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,8 @@ from lockstep.runtime.program import Tensor
 from lockstep.runtime.step import StepBlock, num_rows
 
 FORBIDDEN, HIGHEST = np.float32(-np.inf), np.float32(3.4028235e38)
-# what lasts as long as a request; addresses of seen int32 [.., 2], bias_ids int32, bias float32, banned int32
+# an adjustment, the same in all steps of a request, with addresses of seen int32 [.., 2], bias_ids int32, bias float32
+# and banned int32
 ADJUSTMENT_RECORD = np.dtype(
     [(name, np.int64) for name in ("seen", "bias_ids", "bias", "banned")]
     + [("num_bias", np.int32)]
@@ -32,7 +33,7 @@ SEEN, BIAS_IDS, BIAS, BANNED, NUM_BIAS, REPETITION, PRESENCE, FREQUENCY = (
 
 
 class AdjustLogits(Operands):
-    """Rows of logits, `width` wide with vocab_size tokens each, as those want them that ask for something."""
+    """out = logits, adjusted, in rows with an adjustment; rows are `width` wide, with vocab_size tokens."""
 
     rules = ("vocab_size <= width",)
     out: Tensor = output("width", on_request=True)
@@ -42,7 +43,7 @@ class AdjustLogits(Operands):
 
 
 class Penalties(NamedTuple):
-    """What a seen token pays; see `adjust_row`."""
+    """The penalties of seen tokens; see `adjust_row`."""
 
     repetition: float
     presence: float
@@ -50,7 +51,7 @@ class Penalties(NamedTuple):
 
 
 class Bias(NamedTuple):
-    """What is added to some logits: tokens int32 [B] without repeats, and values float32 [B]."""
+    """Biases of some logits: token ids int32 [B] without repeats, and what is added, float32 [B]."""
 
     ids_B: np.ndarray
     values_B: np.ndarray
@@ -63,9 +64,9 @@ def adjust_row(logits_V, seen_N2, penalties, bias, banned_C, mask_W, out_V):
     Shapes: logits, out [V] float32 without NaN or +inf; seen [N, 2] int32: a token of the prompt or the output, and how
       often it is in the output up to here, of which a token's last entry counts; banned [C] int32 tokens; mask [W]
       int32, whose bit i % 32 of word i // 32 allows token i, or no words, which allow all.
-    Units: repetition, at least 0.01, divides a positive logit of a seen token and multiplies another; frequency is
+    Units: repetition, at least 0.01, divides a positive logit of a seen token and multiplies any other; frequency is
       subtracted for each time that the output has the token, presence once; 1, 0 and 0 change nothing. Tokens from V on
-      are passed over: a draft's row has only the first of the vocabulary.
+      are passed over: a draft head may have only the first tokens of the vocabulary.
     Error: an ulp of each step.
     Order: see `penalized`; then out + bias; a token that is not allowed is minus infinity.
     Source: Keskar et al. 2019 (repetition); the OpenAI API reference (frequency, presence, bias).
@@ -88,11 +89,11 @@ def adjust_row(logits_V, seen_N2, penalties, bias, banned_C, mask_W, out_V):
 
 
 @inlined
-def penalized(x, penalties, count):
-    """The logit of a seen token that is `count` times in the output. At most the largest finite number."""
+def penalized(x, penalties, num_output):
+    """The logit of a seen token that is in the output num_output times. At most the largest finite number."""
     x = minimum(x / penalties.repetition if x > ZERO else x * penalties.repetition, HIGHEST)
-    if count > 0:
-        x = fma(-penalties.frequency, to_f32(count), x) - penalties.presence
+    if num_output > 0:
+        x = fma(-penalties.frequency, to_f32(num_output), x) - penalties.presence
     return minimum(x, HIGHEST)
 
 
@@ -116,16 +117,16 @@ def _run(op, step, thread, num_threads):
     a = AdjustLogits.read(op)
     for r in range(num_rows(op, step) if thread == 0 else 0):
         record, row, V = StepBlock.read(step).sampling + RECORD_BYTES * r, 4 * a.width * r, a.vocab_size
-        asked, mask = peek(record + ADJUSTMENT, int64), peek(record + MASK, int64)
-        if asked != 0:
-            B = peek(asked + NUM_BIAS, int32)
-            bias_B = carray(float_array(peek(asked + BIAS, int64)), (B,))
+        adjustment, mask = peek(record + ADJUSTMENT, int64), peek(record + MASK, int64)
+        if adjustment != 0:
+            B = peek(adjustment + NUM_BIAS, int32)
+            bias_B = carray(float_array(peek(adjustment + BIAS, int64)), (B,))
             adjust_row(
                 carray(float_array(a.logits + row), (V,)),
-                _ints(peek(asked + SEEN, int64), (peek(record + NUM_SEEN, int32), 2)),
-                penalties_of(asked),
-                Bias(_ints(peek(asked + BIAS_IDS, int64), (B,)), bias_B),
-                _ints(peek(asked + BANNED, int64), (peek(record + NUM_BANNED, int32),)),
+                _ints(peek(adjustment + SEEN, int64), (peek(record + NUM_SEEN, int32), 2)),
+                penalties_of(adjustment),
+                Bias(_ints(peek(adjustment + BIAS_IDS, int64), (B,)), bias_B),
+                _ints(peek(adjustment + BANNED, int64), (peek(record + NUM_BANNED, int32),)),
                 _ints(mask, ((V + 31) // 32 if mask != 0 else 0,)),
                 carray(float_array(a.out + row), (V,)),
             )

@@ -1,7 +1,7 @@
-"""Logits as a request wants them: the fast kernel. Bound by memory: a row that asks is read once and written once.
+"""Penalties, biases and masks: the fast kernel. Bound by memory: an adjusted row is read once and written once.
 
-Threads share the copying of a row, and of its mask, by chunks of the vocabulary; then one thread a row visits the few
-tokens that have been seen or have a bias. The mask may go first: what is added to minus infinity does not change it.
+Threads share the copying and masking of rows by chunks of the vocabulary; then one thread for each row visits the few
+tokens that were seen or have a bias. The mask may go first: minus infinity stays whatever is added to it.
 """
 
 import numpy as np
@@ -41,12 +41,12 @@ HALF = np.float32(0.5)
 
 @kernel
 def adjust_logits(op, step, thread, num_threads):
-    """See above; the barrier counts on the op's own counter."""
-    a, R, records, asked = AdjustLogits.read(op), num_rows(op, step), StepBlock.read(step).sampling, False
+    """Copies, waits for all threads on the op's own counter, then adjusts tokens."""
+    a, R, records, any_adjusted = AdjustLogits.read(op), num_rows(op, step), StepBlock.read(step).sampling, False
     V, C, row = a.vocab_size, (a.vocab_size + CHUNK - 1) // CHUNK, 4 * a.width
     for r in range(R):
-        asked = asked or peek(records + RECORD_BYTES * r + ADJUSTMENT, int64) != 0
-    if asked:
+        any_adjusted = any_adjusted or peek(records + RECORD_BYTES * r + ADJUSTMENT, int64) != 0
+    if any_adjusted:
         for task in range(thread, R * C, num_threads):
             r, c = task // C, task % C
             if peek(records + RECORD_BYTES * r + ADJUSTMENT, int64) != 0:
@@ -59,7 +59,7 @@ def adjust_logits(op, step, thread, num_threads):
 
 @inlined
 def copy_chunk(logits, V, mask, c, out):
-    """Copies a chunk, without the tokens that the mask forbids. Whole lanes: up to 60 bytes past the end of the row."""
+    """Copies a chunk, without the tokens that the mask forbids. Whole vectors: up to 60 bytes past the end."""
     for i in range(CHUNK * c, min(CHUNK * c + CHUNK, V), 16):
         x = load(logits + 4 * i)
         if mask != 0:
@@ -71,17 +71,17 @@ def copy_chunk(logits, V, mask, c, out):
 
 @inlined
 def adjust_tokens(logits, vocab_size, record, out):
-    """Penalties of the seen tokens, biases, and the banned ones."""
-    a = peek(record + ADJUSTMENT, int64)
-    seen, banned = peek(a + SEEN, int64), peek(a + BANNED, int64)
+    """Penalties of seen tokens, biases, and banned tokens."""
+    adjustment = peek(record + ADJUSTMENT, int64)
+    seen, banned = peek(adjustment + SEEN, int64), peek(adjustment + BANNED, int64)
     for n in range(peek(record + NUM_SEEN, int32)):
-        i, count = 4 * int64(peek(seen + 8 * n, int32)), peek(seen + 8 * n + 4, int32)
+        i, num_output = 4 * int64(peek(seen + 8 * n, int32)), peek(seen + 8 * n + 4, int32)
         if i < 4 * vocab_size and peek(out + i, float32) != FORBIDDEN:
-            poke(out + i, penalized(peek(logits + i, float32), penalties_of(a), count))
-    for b in range(peek(a + NUM_BIAS, int32)):
-        i = 4 * int64(peek(peek(a + BIAS_IDS, int64) + 4 * b, int32))
+            poke(out + i, penalized(peek(logits + i, float32), penalties_of(adjustment), num_output))
+    for b in range(peek(adjustment + NUM_BIAS, int32)):
+        i = 4 * int64(peek(peek(adjustment + BIAS_IDS, int64) + 4 * b, int32))
         if i < 4 * vocab_size:
-            poke(out + i, peek(out + i, float32) + peek(peek(a + BIAS, int64) + 4 * b, float32))
+            poke(out + i, peek(out + i, float32) + peek(peek(adjustment + BIAS, int64) + 4 * b, float32))
     for n in range(peek(record + NUM_BANNED, int32)):
         i = 4 * int64(peek(banned + 4 * n, int32))
         if i < 4 * vocab_size:

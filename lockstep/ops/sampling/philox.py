@@ -47,8 +47,8 @@ def noise(seed, position, token):
 def gumbel(n):
     """-log(-log(1 - u)) for n in 0..2**31 - 1 as float32, u = (n + 1/2) / 2**31 but never 1.
 
-    Small u make the large values that decide, so u keeps its full relative precision there: up to 22.2, no atoms of
-    visible weight. Order: u by one FMA, then `log1p` and `log`.
+    Small u make the large values that decide, so u keeps its full relative precision there: up to 22.2, and no
+    single value has a visible probability. Order: u by one FMA, then `log1p` and `log`.
     """
     u = minimum(fma(n, TO_UNIT, HALF_STEP), BELOW_ONE)
     return -log(-log1p(-u))

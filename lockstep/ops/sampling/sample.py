@@ -6,8 +6,8 @@ which is a draw from the softmax, and a function of nothing but the row and its 
 Log-probabilities are the model's own: of the logits before adjustment, temperature and what is kept.
 
 A row with a logit that is NaN or +inf, which only a broken model or machine makes, has no softmax: its token is 0, its
-likeliest tokens are 0, 1, 2, ..., and every log-probability is NaN, by which the engine knows it. Whatever the logits
-are, a token is one of the vocabulary.
+likeliest tokens are 0, 1, 2, ..., and every log-probability is NaN, which tells the engine. Whatever the logits are, a
+token is one of the vocabulary.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ from lockstep.native.kernel import definition, inlined, kernel
 from lockstep.native.machine import float_array, int_array
 from lockstep.native.numbers import carray, float32, int32, int64
 from lockstep.native.simd import absolute, fma, maximum, minimum, peek, poke, rint, to_i32
-from lockstep.ops.math import exp, log, tree_sum
+from lockstep.ops.math import ZERO, exp, log, tree_sum
 from lockstep.ops.sampling.philox import noise
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.operands import Operands, output, rows
@@ -26,12 +26,12 @@ from lockstep.runtime.step import StepBlock, num_rows
 CHUNK = 4096  # vocabulary entries per partial sum of the log-softmax: a numerics constant
 BLOCK = 256  # vocabulary entries per maximum that the fast kernel keeps
 MAX_LOGPROBS = 20  # alternatives that a row may ask for
-LOWEST, ZERO, INFINITY = np.float32(-3.4028235e38), np.float32(0), np.float32(np.inf)
+LOWEST, INFINITY = np.float32(-3.4028235e38), np.float32(np.inf)
 UNKNOWN = np.float32(np.nan)  # a log-probability of a row that has none
-WEIGHT_UNITS = np.float32(2**30)  # in one weight of the likeliest token
+WEIGHT_UNITS = np.float32(2**30)  # the weight of the likeliest token
 
 # adjustment, mask, num_seen, num_banned: see `adjust_logits`; adjustment 0: the row's logits are taken as they are.
-# given: 0, or one more than a token that is not chosen but known, and whose log-probability is asked for.
+# given: 0, or 1 + the id of a token that is known, not chosen, and whose log-probability is reported.
 SAMPLING_RECORD = np.dtype(
     [
         ("temperature", np.float32),
@@ -57,7 +57,7 @@ TEMPERATURE, TOP_P, MIN_P, TOP_K, SEED, POSITION, ADJUSTMENT, MASK, NUM_SEEN, NU
 class Sample(Operands):
     """A token for each row, its log-probability, and the likeliest tokens with theirs, likeliest first.
 
-    logits, and adjusted in rows with an adjustment: rows `width` wide, the first vocab_size of which count.
+    logits, and adjusted in rows with an adjustment: rows `width` wide, of which the first vocab_size are tokens.
     """
 
     rules = ("vocab_size <= width",)
@@ -148,16 +148,16 @@ def argmax(logits_V):
 def kept_token(logits_V, temperature, top_k, top_p, min_p, seed, position):
     """The kept token of highest score.
 
-    Tokens are visited by (logit descending, index ascending). Of the first top_k, those are kept before which the
-    weights sum to less than top_p of all, and whose logit is near enough to the largest. Weights are integers, so that
+    Tokens are visited by (logit descending, index ascending). Of the first top_k, a token is kept if the weights before
+    it sum to less than top_p of all, and its logit is near enough to the largest (min_p). Weights are integers, so that
     their sums are exact and have no order.
     """
     order = descending(logits_V)
-    count = top_k if 0 < top_k < logits_V.size else logits_V.size
+    num_visited = top_k if 0 < top_k < logits_V.size else logits_V.size
     largest = logits_V[order[0]] / temperature
-    limit, floor = weight_limit(logits_V, order[:count], temperature, largest, top_p), lowest_offset(min_p)
+    limit, floor = weight_limit(logits_V, order[:num_visited], temperature, largest, top_p), lowest_offset(min_p)
     token, best, before = order[0], LOWEST, np.int64(0)
-    for i in order[:count]:
+    for i in order[:num_visited]:
         scaled = logits_V[i] / temperature
         if before >= limit or scaled - largest < floor:
             break
@@ -186,7 +186,7 @@ def descending(logits_V):
 
 @definition
 def weight_limit(logits_V, tokens, temperature, largest, top_p):
-    """How much weight may lie before a kept token; the first token is always kept."""
+    """The weight that tokens before a kept one stay below; the first token is always kept."""
     total = np.int64(0)
     for i in tokens:
         total += token_weight(logits_V[i] / temperature, largest)

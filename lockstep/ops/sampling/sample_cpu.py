@@ -2,7 +2,7 @@
 
 Threads share every row by chunks of the vocabulary:  maxima of blocks and sums of exp | weights, where top_p restricts
 all tokens | (one thread a row) where the kept tokens end | the best noisy score of a chunk | (one thread a row) token
-and likeliest tokens. Noise is made only for blocks with a kept token. An adjusted row is scanned as it was, too.
+and likeliest tokens. Noise is made only for blocks with a kept token. An adjusted row is scanned before and after.
 """
 
 import numpy as np
@@ -60,7 +60,7 @@ from lockstep.ops.sampling.sample_cut_cpu import (
     SUM,
     TOKEN,
     TOTAL,
-    WORDS,
+    WORD,
     Row,
     block_bound,
     draws,
@@ -76,14 +76,14 @@ from lockstep.runtime.step import COUNTER, StepBlock, num_rows
 
 GROUP, GROUP_BYTES = 64, 256  # tokens that share sixteen Philox counters, and the bytes of their scores
 SLACK, RELATIVE_SLACK = np.float32(1e-3), np.float32(2.0**-21)
-TOP_BYTES = MAX_LOGPROBS * WORDS
+TOP_BYTES = MAX_LOGPROBS * WORD
 
 
 @kernel
 def sample(op, step, thread, num_threads):
-    """See above; the barriers count on the op's own counter."""
+    """The passes above, with barriers on the op's own counter."""
     a, R, records = Sample.read(op), num_rows(op, step), StepBlock.read(step).sampling
-    V, C, scratch, width = a.vocab_size, (a.vocab_size + CHUNK - 1) // CHUNK, a.scratch, WORDS * a.scratch_width
+    V, C, scratch, width = a.vocab_size, (a.vocab_size + CHUNK - 1) // CHUNK, a.scratch, WORD * a.scratch_width
     random = False
     for r in range(R):
         random = random or draws(records + RECORD_BYTES * r)
@@ -112,14 +112,14 @@ def sample(op, step, thread, num_threads):
 @inlined
 def plain(a, r):
     """Address of a row of logits."""
-    return a.logits + WORDS * a.width * r
+    return a.logits + WORD * a.width * r
 
 
 @inlined
 def choice(a, records, r):
     """Address of the logits that a row's token is chosen from."""
     if is_adjusted(records + RECORD_BYTES * r):
-        return a.adjusted + WORDS * a.width * r
+        return a.adjusted + WORD * a.width * r
     return plain(a, r)
 
 
@@ -130,7 +130,7 @@ def is_adjusted(record):
 
 @inlined
 def unadjusted(scratch, C):
-    """Where maxima and sums of a row's logits before adjustment are."""
+    """The address of maxima and sums of a row's logits before adjustment."""
     return scratch + CUT * C + CUT_BYTES
 
 
@@ -149,22 +149,22 @@ def wait_for_all(op, arrivals):
 def scan_chunk(logits, V, scratch, c, C):
     """Maximum of each block, and the sum of exp(logit - the chunk's maximum), NaN where a logit is NaN or +inf."""
     first, last = CHUNK * c, min(CHUNK * c + CHUNK, V)
-    maxima, top, total = scratch + WORDS * BLOCKS * c, lanes(LOWEST), lanes(ZERO)
+    maxima, top, total = scratch + WORD * BLOCKS * c, lanes(LOWEST), lanes(ZERO)
     store(maxima, top)  # the last chunk may have fewer blocks
     for b in range(first, last, BLOCK):
         block, end = lanes(LOWEST), min(b + BLOCK, last)
         for i in range(b, end - 15, 16):
-            block = maximum(load(logits + WORDS * i), block)
+            block = maximum(load(logits + WORD * i), block)
         if end % 16 != 0:
             block = maximum(entries(logits, end - end % 16, V), block)
-        poke(maxima + WORDS * ((b - first) // BLOCK), max_lanes(block))
+        poke(maxima + WORD * ((b - first) // BLOCK), max_lanes(block))
         top = maximum(block, top)
     largest = max_lanes(top) + ZERO
     for i in range(first, last - 15, 16):
-        total = total + weight(load(logits + WORDS * i), largest)
+        total = total + weight(load(logits + WORD * i), largest)
     if last % 16 != 0:
         total = total + weight(entries(logits, last - last % 16, V), largest)
-    poke(scratch + SUM * C + WORDS * c, sum_lanes(total))
+    poke(scratch + SUM * C + WORD * c, sum_lanes(total))
 
 
 @inlined
@@ -193,15 +193,15 @@ def score_chunk(logits, V, record, scratch, c, C):
     scores, best, token, cut = stack_memory(GROUP_BYTES), LOWEST, int64(0), scratch + CUT * C
     end = min(CHUNK * c + CHUNK, V)
     for b in range(CHUNK * c, end if has_scores(record, scratch, C) else 0, BLOCK):
-        if may_win(record, peek(scratch + WORDS * (b // BLOCK), float32), cut, b):
+        if may_win(record, peek(scratch + WORD * (b // BLOCK), float32), cut, b):
             for g in range(b, min(b + BLOCK, end), GROUP):
                 highest = score_group(logits, V, record, cut, g, scores)
                 if highest > best:
                     best, token = highest, first_equal(scores, g, g, end, highest)
-                    # other threads may lose this, which costs them time and nothing else
+                    # another thread may overwrite this, which costs time and changes nothing else
                     poke(cut + BAR, maximum(peek(cut + BAR, float32), best))
-    poke(scratch + BEST * C + WORDS * c, best)
-    poke(scratch + TOKEN * C + WORDS * c, np.int32(token))
+    poke(scratch + BEST * C + WORD * c, best)
+    poke(scratch + TOKEN * C + WORD * c, np.int32(token))
 
 
 @inlined
@@ -266,32 +266,29 @@ def finish_row(a, records, r, scratch, C):
     largest, total, token = row_maximum(maxima, C), ZERO, int64(peek(record + GIVEN, int32)) - 1
     sound = is_sound(maxima, C)
     for c in range(C):
-        top = max_lanes(load(maxima + WORDS * BLOCKS * c)) + ZERO
-        total = fma(peek(maxima + SUM * C + WORDS * c, float32), exp(top - largest), total)
+        top = max_lanes(load(maxima + WORD * BLOCKS * c)) + ZERO
+        total = fma(peek(maxima + SUM * C + WORD * c, float32), exp(top - largest), total)
     if token < 0:
         token = chosen(choice(a, records, r), V, record, scratch, C)
     logprob = UNKNOWN
     if sound and is_sound(scratch, C):
-        logprob = (peek(logits + WORDS * token, float32) - largest) - log(total)
-    poke(a.token + WORDS * r, np.int32(token))
-    poke(a.logprob + WORDS * r, logprob)
-    count, tokens, logprobs = (
-        peek(record + NUM_LOGPROBS, int32),
-        a.top_token + TOP_BYTES * r,
-        a.top_logprob + TOP_BYTES * r,
-    )
-    if count > 0 and sound:
-        top_logprobs(Row(logits, V, maxima, C), count, largest, log(total), tokens, logprobs)
-    elif count > 0:
-        no_logprobs(min(int64(count), V), tokens, logprobs)
+        logprob = (peek(logits + WORD * token, float32) - largest) - log(total)
+    poke(a.token + WORD * r, np.int32(token))
+    poke(a.logprob + WORD * r, logprob)
+    tokens, logprobs = a.top_token + TOP_BYTES * r, a.top_logprob + TOP_BYTES * r
+    num_logprobs = peek(record + NUM_LOGPROBS, int32)
+    if num_logprobs > 0 and sound:
+        top_logprobs(Row(logits, V, maxima, C), num_logprobs, largest, log(total), tokens, logprobs)
+    elif num_logprobs > 0:
+        no_logprobs(min(int64(num_logprobs), V), tokens, logprobs)
 
 
 @inlined
-def no_logprobs(count, tokens, logprobs):
-    """What is written of the likeliest tokens of a row that is not sound."""
-    for n in range(count):
-        poke(tokens + WORDS * n, np.int32(n))
-        poke(logprobs + WORDS * n, UNKNOWN)
+def no_logprobs(num_logprobs, tokens, logprobs):
+    """Writes tokens 0, 1, ... without log-probabilities, for a row that is not sound."""
+    for n in range(num_logprobs):
+        poke(tokens + WORD * n, np.int32(n))
+        poke(logprobs + WORD * n, UNKNOWN)
 
 
 @inlined
@@ -304,9 +301,9 @@ def chosen(logits, V, record, scratch, C):
         largest = row_maximum(scratch, C)
         return first_equal(logits, int64(0), block_of(scratch, V, largest), V, largest)
     for c in range(C):
-        if peek(scratch + BEST * C + WORDS * c, float32) > best:
-            best = peek(scratch + BEST * C + WORDS * c, float32)
-            token = int64(peek(scratch + TOKEN * C + WORDS * c, int32))
+        if peek(scratch + BEST * C + WORD * c, float32) > best:
+            best = peek(scratch + BEST * C + WORD * c, float32)
+            token = int64(peek(scratch + TOKEN * C + WORD * c, int32))
     return token
 
 
@@ -327,36 +324,36 @@ def highest_unit(scaled, bar):
 
 
 @inlined
-def top_logprobs(row, count, largest, log_total, tokens, logprobs):
+def top_logprobs(row, num_logprobs, largest, log_total, tokens, logprobs):
     """Writes the likeliest tokens and their log-probabilities: only blocks that can hold one of them are read."""
     logits, V, maxima, C = row
-    count = min(int64(count), V)
-    bound, found = block_bound(maxima, C, count), int64(0)
+    num_logprobs = min(int64(num_logprobs), V)
+    bound, num_found = block_bound(maxima, C, num_logprobs), int64(0)
     if bound <= LOWEST:  # there are fewer blocks, or fewer finite logits, than are asked for
         bound = -INFINITY
     for b in range(0, V, BLOCK):
-        if peek(maxima + WORDS * (b // BLOCK), float32) < bound:
+        if peek(maxima + WORD * (b // BLOCK), float32) < bound:
             continue
         for g in range(b, min(b + BLOCK, V), 16):
             if max_lanes(entries(logits, g, V)) < bound:
                 continue
             for i in range(g, min(g + 16, V)):
-                x = peek(logits + WORDS * i, float32)
-                if x >= bound and (found < count or x > peek(logprobs + WORDS * (count - 1), float32)):
-                    found = min(found + 1, count)
-                    insert(x, i, found, tokens, logprobs)
-    for n in range(count):
-        poke(logprobs + WORDS * n, (peek(logprobs + WORDS * n, float32) - largest) - log_total)
+                x = peek(logits + WORD * i, float32)
+                if x >= bound and (num_found < num_logprobs or x > peek(logprobs + WORD * (num_logprobs - 1), float32)):
+                    num_found = min(num_found + 1, num_logprobs)
+                    insert(x, i, num_found, tokens, logprobs)
+    for n in range(num_logprobs):
+        poke(logprobs + WORD * n, (peek(logprobs + WORD * n, float32) - largest) - log_total)
 
 
 @inlined
-def insert(x, i, count, tokens, values):
-    """Puts token i behind all values of at least x; the last of `count` entries is lost."""
-    at = WORDS * (count - 1)
-    while at > 0 and peek(values + at - WORDS, float32) < x:
-        poke(values + at, peek(values + at - WORDS, float32))
-        poke(tokens + at, peek(tokens + at - WORDS, int32))
-        at -= WORDS
+def insert(x, i, num_entries, tokens, values):
+    """Inserts token i behind all values of at least x; the last of num_entries entries is lost."""
+    at = WORD * (num_entries - 1)
+    while at > 0 and peek(values + at - WORD, float32) < x:
+        poke(values + at, peek(values + at - WORD, float32))
+        poke(tokens + at, peek(tokens + at - WORD, int32))
+        at -= WORD
     poke(values + at, x)
     poke(tokens + at, np.int32(i))
 
@@ -365,14 +362,14 @@ def insert(x, i, count, tokens, values):
 def block_of(maxima, V, largest):
     """First token of the first block that holds the largest logit."""
     for b in range(0, V, BLOCK):
-        if peek(maxima + WORDS * (b // BLOCK), float32) == largest:
+        if peek(maxima + WORD * (b // BLOCK), float32) == largest:
             return b
     return V
 
 
 @inlined
 def first_equal(values, start, first, end, x):
-    """The lowest index in first .. end - 1 whose value is x, 0 if there is none; values begin with that of `start`."""
+    """The lowest index in first .. end - 1 whose value is x, or 0; values: the address of the value of index start."""
     for i in range(first, end):
         if peek(values + 4 * (i - start), float32) == x:
             return i

@@ -31,7 +31,7 @@ from lockstep.native.simd import (
     to_i32,
     where_below,
 )
-from lockstep.ops.math import exp
+from lockstep.ops.math import ONE, exp
 from lockstep.ops.sampling.sample import (
     BLOCK,
     CHUNK,
@@ -48,20 +48,19 @@ from lockstep.ops.sampling.sample import (
     nucleus,
 )
 
-FEW = 64  # blocks in which a nucleus is looked for first
+FEW = 64  # blocks that are searched first for the end of a nucleus
 DIGITS, HISTOGRAM_BYTES, GROUP, GROUP_BYTES = 2048, 2 * 8 * 2048, 64, 256
 EVEN, TOP_DIGIT, DIGITS_PER_UNIT = 64, np.float32(2047), np.float32(93)  # exp(-2047 / 93) weighs nothing
 INDEX_BITS, ALL_INDICES = 23, (1 << 23) - 1  # a token's rank is its key, then its index inverted
-ONE = np.float32(1)
-WORDS, BLOCKS = 4, CHUNK // BLOCK  # bytes of a word, blocks of a chunk
+WORD, BLOCKS = 4, CHUNK // BLOCK  # bytes of a word of scratch, blocks of a chunk
 # a row of scratch, by words per chunk: 16 maxima, sum of exp, best score, its token, total weight (two words); the cut;
 # maxima and sum of exp of the logits before adjustment, where there was one
-SUM, BEST, TOKEN, TOTAL, CUT = ((BLOCKS + n) * WORDS for n in (0, 1, 2, 3, 5))
-CUT_BYTES, BAR = 16 * WORDS, 5 * WORDS
+SUM, BEST, TOKEN, TOTAL, CUT = ((BLOCKS + n) * WORD for n in (0, 1, 2, 3, 5))
+CUT_BYTES, BAR = 16 * WORD, 5 * WORD
 
 
 class Row(NamedTuple):
-    """A row of logits: their address and how many they are, and the maxima of its blocks, in so many chunks."""
+    """A row of logits: their address and number V; the address of the maxima of blocks, and the number C of chunks."""
 
     logits: int
     V: int
@@ -70,7 +69,7 @@ class Row(NamedTuple):
 
 
 class Weighing(NamedTuple):
-    """What a search goes by: the temperature, the largest logit by it, and whether a token counts by its weight."""
+    """How `search` counts: temperature, largest logit / temperature, and whether tokens count by weight or as 1."""
 
     temperature: float
     largest: float
@@ -94,7 +93,7 @@ def row_maximum(scratch, C):
     """The largest logit of a row, from the maxima of its blocks."""
     top = lanes(LOWEST)
     for c in range(C):
-        top = maximum(load(scratch + WORDS * BLOCKS * c), top)
+        top = maximum(load(scratch + WORD * BLOCKS * c), top)
     return max_lanes(top) + ZERO
 
 
@@ -102,7 +101,7 @@ def row_maximum(scratch, C):
 def is_sound(scratch, C):
     """Whether a row has no logit that is NaN or +inf: the sum of its chunk would be NaN."""
     for c in range(C):
-        total = peek(scratch + SUM * C + WORDS * c, float32)
+        total = peek(scratch + SUM * C + WORD * c, float32)
         if not total == total:
             return False
     return True
@@ -126,26 +125,26 @@ def weights_of(logits, temperature, largest):
 def find_cut(logits, V, record, scratch, C):
     """Writes where the kept tokens of a row end.
 
-    The lowest logit kept, the index up to which it is, the next logit above it, the largest logit / temperature, how
-    far below that a kept one may lie; and BAR, the best score known, at first none.
+    These are: the lowest logit kept, the index up to which tokens of that logit are kept, the next logit above it, the
+    largest logit / temperature, how far below that a kept one may lie; and BAR, the best score so far, at first none.
     """
     temperature, top_p = peek(record + TEMPERATURE, float32), peek(record + TOP_P, float32)
     limit = peek(record + TOP_K, int32)
     top, limited, cut = row_maximum(scratch, C), 0 < limit < V, scratch + CUT * C
     largest, row = top / temperature, Row(logits, V, scratch, C)
-    wanted, total, last = int64(FEW), int64(0), int64(0)
+    num_tokens, total, last = int64(FEW), int64(0), int64(0)
     if limited:
-        wanted = int64(limit)
+        num_tokens = int64(limit)
     for c in range(0 if limited else C):
         total += peek(scratch + TOTAL * C + 8 * c, int64)
     if has_scores(record, scratch, C) and (limited or top_p < ONE):
-        bound = sort_key(block_bound(scratch, C, wanted)) << INDEX_BITS
+        bound = sort_key(block_bound(scratch, C, num_tokens)) << INDEX_BITS
         weighted = not limited
         while top_p < ONE or not weighted:
             weighing = Weighing(temperature, largest, weighted)
-            found = search(row, weighing, max(bound, last), wanted, total, top_p)
-            last = max(last, found)
-            if found < 0 and bound > 0:
+            rank = search(row, weighing, max(bound, last), num_tokens, total, top_p)
+            last = max(last, rank)
+            if rank < 0 and bound > 0:
                 bound = int64(0)
             elif weighted:
                 break
@@ -160,28 +159,28 @@ def find_cut(logits, V, record, scratch, C):
 
 
 @inlined
-def block_bound(maxima, C, wanted):
-    """A logit that at least `wanted` tokens reach: each step takes the next smaller maximum of a block."""
-    bound, steps = INFINITY, wanted if wanted <= 2 * FEW else 0
+def block_bound(maxima, C, num_tokens):
+    """A logit that at least num_tokens tokens reach: each step takes the next smaller maximum of a block."""
+    bound, steps = INFINITY, num_tokens if num_tokens <= 2 * FEW else 0
     for _ in range(steps):
         below = lanes(-INFINITY)
         for c in range(C):
-            block = load(maxima + WORDS * BLOCKS * c)
+            block = load(maxima + WORD * BLOCKS * c)
             below = maximum(where_below(block, bound, block, -INFINITY), below)
         bound = max_lanes(below)
     return bound if steps > 0 else -INFINITY
 
 
 @inlined
-def search(row, weighing, first, wanted, total, top_p):
+def search(row, weighing, first, num_tokens, total, top_p):
     """Rank of the token at which the running sum reaches its target.
 
-    Only tokens whose rank is at least `first` count, each as one or by its weight; total 0 stands for the sum of all of
-    them. -1 where they hold too little. Each round leaves the tokens of one digit: first of an even division of the
-    logits, then of what is left of the sort keys; those of one key weigh the same and are counted.
+    The target is num_tokens or, by weight, the nucleus of total (0: the sum of all). Only tokens whose rank is at least
+    `first` count; -1 where they sum to too little. Each round leaves the tokens of one digit: first of an even division
+    of the logits, then of the rest of the sort keys; tokens of one key weigh the same and are counted.
     """
     temperature, largest, weighted = weighing
-    histogram, target, before, shift = stack_memory(HISTOGRAM_BYTES), np.float64(wanted), int64(0), int64(EVEN)
+    histogram, target, before, shift = stack_memory(HISTOGRAM_BYTES), np.float64(num_tokens), int64(0), int64(EVEN)
     start, end = first >> INDEX_BITS, int64(1 << 32)
     while end - start > 1:
         tally(row, weighing, first, (start, end), shift, histogram)
@@ -216,14 +215,14 @@ def search(row, weighing, first, wanted, total, top_p):
 
 @inlined
 def even_digits(logits, temperature, largest):
-    """The first round's digits: they never fall as the logit rises, and what weighs nothing has digit 0."""
+    """The first round's digits: they never fall as the logit rises, and tokens that weigh nothing have digit 0."""
     below = (largest - logits / temperature) * DIGITS_PER_UNIT
     return to_i32(TOP_DIGIT - minimum(below, TOP_DIGIT))
 
 
 @inlined
 def lowest_key(digit, temperature, largest):
-    """The lowest sort key with at least this digit in the first round; one above all for a digit that there is not."""
+    """The lowest sort key with at least this digit in the first round; one above all keys for a digit past the last."""
     low, high = int64(0), int64(1 << 32)
     while low < high:
         middle = (low + high) // 2
@@ -249,7 +248,7 @@ def tally(row, weighing, first, keys, shift, histogram):
     for d in range(0, HISTOGRAM_BYTES, 64):
         store(histogram + d, lanes(ZERO))
     for b in range(0, V, GROUP):
-        if peek(maxima + WORDS * (b // BLOCK), float32) < low or none_between(logits, b, V, low, above):
+        if peek(maxima + WORD * (b // BLOCK), float32) < low or none_between(logits, b, V, low, above):
             continue
         filled = int64(0)
         for g in range(b, min(b + GROUP, V), 16):
@@ -288,16 +287,16 @@ def add_to(address, amount):
 
 @inlined
 def amount(histogram, digit):
-    """What the tokens of a digit sum to."""
+    """The sum over the tokens of a digit."""
     return peek(histogram + 16 * digit, int64) + peek(histogram + 16 * digit + 8, int64)
 
 
 @inlined
 def reaching(row, x, before, each, target):
-    """The first token of logit x, each adding the same to a running sum, with which it reaches its target."""
+    """The first token of logit x with which the running sum `before` reaches its target; each token adds `each`."""
     logits, V, maxima, _ = row
     for b in range(0, V, BLOCK):
-        if peek(maxima + WORDS * (b // BLOCK), float32) < x:
+        if peek(maxima + WORD * (b // BLOCK), float32) < x:
             continue
         for g in range(b, min(b + BLOCK, V), 16):
             logit = entries(logits, g, V)

@@ -1,6 +1,6 @@
-"""How well rows of a model predict the tokens that follow, and how far from another model: the definition.
+"""How well rows of a model predict the tokens that follow, and how far they are from a base model: the definition.
 
-    logits[t] = W x[t]        base[t] = W0 x0[t]        both [vocab_size], and neither is ever in memory as a whole
+    logits[t] = W x[t]        base[t] = W0 x0[t]        both [vocab_size], neither of which is ever in memory as a whole
 
 Every logit is what `ops/linear/linear.py` defines (`ops/integer/code_linear.py` for a head of codes), and
 log-probabilities are what `ops/sampling/sample.py` reports: the negative log-likelihood of a token is the engine's own
@@ -25,7 +25,7 @@ from lockstep.ops.integer.code_rows import check_codes, code_bytes, tail_of
 from lockstep.ops.integer.code_weights import FORMAT as CODES
 from lockstep.ops.integer.code_weights import ROWS
 from lockstep.ops.linear.linear import LAYOUTS, PREPARATION, PRODUCTS, constants
-from lockstep.ops.math import exp, tree_sum
+from lockstep.ops.math import ONE, ZERO, exp, tree_sum
 from lockstep.ops.rounded.grids import GRID_WORDS, KIND, ROW_ASYMMETRIC, ROW_SYMMETRIC, quantize_row
 from lockstep.ops.sampling.sample import CHUNK, UNKNOWN, argmax, is_sound, log_normalizer, maximum_of
 from lockstep.runtime.backend import Implementation, Layout
@@ -33,14 +33,14 @@ from lockstep.runtime.operands import Operands, output, packed, rows, setting
 from lockstep.runtime.program import Setting, Tensor, Weight
 from lockstep.runtime.step import num_rows
 
-ZERO, ONE, NO_TARGET = np.float32(0), np.float32(1), -1
+NO_TARGET = -1
 # columns of a row of scores
 NLL, BASE_NLL, KL, DELTA_P, SAME_TOP, TOP, BASE_TOP, TOP_LOGPROB = range(8)
 NUM_SCORES = 8
 MOST_TOKENS = 2**24  # a float32 holds every token below this
-# what the fast kernel keeps of each chunk of a row's logits, and behind all chunks the logits of the target
+# words that the fast kernel keeps of each chunk of a row, and of the target's logits behind all chunks
 CHUNK_WORDS, TARGET_WORDS = 7, 2
-ROW_BYTES = READ = DOT = None  # of a variant: as in `ops/linear/linear.py`
+ROW_BYTES = READ = DOT = None  # constants of a variant, as in `ops/linear/linear.py`
 
 
 class Score(Operands):
@@ -49,8 +49,8 @@ class Score(Operands):
     out: float32 [rows, 8]. x, base_x: rows of in_features values, as of `Linear`: float32 as recorded, prepared for the
     weight once lowered, or rows of codes for a head of codes. weight, base_weight [vocab_size, in_features]: heads,
     which may be one; that of the base has the same format, or is f32, which base_f32 says. target: the token that
-    follows a row, -1 for none. base_x and base_weight are given both or neither. grid: what logits W x are rounded to;
-    one with a scale for each row of logits, which are never there as a whole, makes them NaN.
+    follows a row, -1 for none. base_x and base_weight are given both or neither. grid: to which logits W x are rounded;
+    a grid with a scale for each row makes them NaN, since a row of logits is never in memory as a whole.
     """
 
     group = "linear"
@@ -109,7 +109,7 @@ class Score(Operands):
 
 
 def num_chunks(vocabulary: int) -> int:
-    """How many parts of the vocabulary have sums of their own."""
+    """The number of chunks of the vocabulary, each of which has sums of its own."""
     return -(-vocabulary // CHUNK)
 
 
@@ -155,7 +155,7 @@ def scores(logits_V, base_V, target, out):
 
 @definition
 def normalizer(logits_V):
-    """(Whether a row has a softmax, its largest logit, the logarithm of its sum)."""
+    """(Whether a row has a softmax, its largest logit, the logarithm of the sum of exp(logit - largest))."""
     if not is_sound(logits_V):
         return False, ZERO, ZERO
     largest, log_total = log_normalizer(logits_V)
@@ -177,7 +177,7 @@ def nll(logits_V, target, sound, largest, log_total):
 
 @inlined
 def nll_of(logit, target, V, sound, largest, log_total):
-    """-log p(target), the target's logit being known."""
+    """-log p(target), from the target's logit."""
     if not sound or target >= V or target < NO_TARGET:
         return UNKNOWN
     return log_total - (logit - largest) if target >= 0 else ZERO
@@ -228,7 +228,7 @@ def divergence(mean, largest, log_total, base_largest, base_log_total):
 
 @definition
 def round_logits(logits_V, grid):
-    """Rounds a row of logits to a grid [GRID_WORDS]; to one whose scale the row would make, to NaN."""
+    """Rounds a row of logits to a grid [GRID_WORDS]; to NaN, if the grid's scale comes from the row."""
     kind = int(grid[KIND])
     if kind == ROW_SYMMETRIC or kind == ROW_ASYMMETRIC:
         logits_V[:] = UNKNOWN
@@ -245,7 +245,7 @@ def f32_logits(x_K, head, logits_V):
 
 @inlined
 def code_row(row, K):
-    """What a row of codes is to `row_dot_codes`: its codes less their zero point, and its scale."""
+    """A row of codes as `row_dot_codes` takes it: codes less their zero point, and the scale."""
     return centered_row(row, K), tail_of(row, K)[0]
 
 
@@ -277,12 +277,12 @@ def _score(op, step, thread, num_threads):
 
 
 def implementations(kernels: Mapping[str, Kernel], layouts: Mapping[str, Layout]) -> dict[str, Implementation]:
-    """An op table: of heads of each format, whose base has the same or is f32. By formats."""
-    made = {f"score_{format}": Implementation(kernel, layouts[format]) for format, kernel in kernels.items()}
+    """The table of score ops, from kernels and layouts by format; the base's head has the same format or is f32."""
+    table = {f"score_{format}": Implementation(kernel, layouts[format]) for format, kernel in kernels.items()}
     for format in kernels.keys() - {"f32"}:
-        plain = Implementation(kernels[format], layouts[format], layouts={"base_weight": layouts["f32"]})
-        made[f"score_{format}_base_f32"] = plain
-    return made
+        with_f32 = Implementation(kernels[format], layouts[format], layouts={"base_weight": layouts["f32"]})
+        table[f"score_{format}_base_f32"] = with_f32
+    return table
 
 
 _CODES = dict(READ=code_row, ROW_BYTES=code_bytes, DOT=row_dot_codes)

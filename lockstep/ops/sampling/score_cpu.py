@@ -1,7 +1,7 @@
-"""Scores of rows by their logits: the fast kernel. It takes the time of the linear layers that it consists of.
+"""Scores of rows by their logits: the fast kernel. It takes the time of the linear layers that make the logits.
 
-Threads claim (4096 tokens of the vocabulary, a few rows), the rows of the same tokens one after the other, so that
-these weights are read from memory once. A claim's logits are made by the tiles of `linear_cpu` and stay in the cache:
+Threads claim (4096 tokens of the vocabulary, a few rows); claims of the same tokens follow one another, so that their
+weights are read from memory once. A claim's logits are made by the tiles of `linear_cpu` and stay in the cache:
 
     logits of a claim | of each row: grid, maximum and first token that has it | sums of exp and of exp * difference
     wait for all | of each row: the chunks' sums in ascending order, and the scores
@@ -73,8 +73,8 @@ from lockstep.ops.sampling.score import (
 from lockstep.runtime.operands import WeightArrays
 from lockstep.runtime.step import COUNTER, num_rows
 
-WORDS = 4  # bytes
-ROW = WORDS * (CHUNK + 16)  # from one row of a claim's logits to the next: a line more, since caches dislike 4096
+WORD = 4  # bytes
+ROW = WORD * (CHUNK + 16)  # from one row of a claim's logits to the next: a line more, so that cache sets differ
 MOST_ROWS = 48  # of a claim; with a base half as many, since each has two rows of logits
 FEWEST_ROWS = 2 * MAX_ROWS  # fewer would be too little arithmetic for the bytes of a chunk of weights
 MEMORY_BYTES = MOST_ROWS * ROW
@@ -83,13 +83,13 @@ DONE = 1 << 32  # what a thread without work adds to the counter, which counts c
 SIXTEEN, FAR = np.float32(16), np.float32(CHUNK)
 # words of a chunk in a row's scratch
 HIGHEST, FIRST, SUM, BASE_HIGHEST, BASE_FIRST, BASE_SUM, CROSS = range(CHUNK_WORDS)
-FEW_ROWS = 2  # share a panel at a time, as in `linear_cpu`, but in all formats: more rows are the rule here
-FORMAT = BLOCK = PANEL_BYTES = ROW_BYTES = None  # of a variant, see `linear_cpu`
-MULTIPLY = None  # of a variant: what makes the logits of a claim
+FEW_ROWS = 2  # rows that go through one panel at a time, as in `linear_cpu`, but for all formats
+FORMAT = BLOCK = PANEL_BYTES = ROW_BYTES = None  # constants of a variant, see `linear_cpu`
+MULTIPLY = None  # constant of a variant: the function that makes the logits of a claim
 
 
 class Head(NamedTuple):
-    """What `multiply_claim` wants of a layer, for some rows and a chunk of a head; out: where panel 0 would be."""
+    """The operands that `multiply_claim` reads, of some rows and a chunk of a head; out: where panel 0 would be."""
 
     x: int
     weight: WeightArrays
@@ -102,7 +102,7 @@ class Head(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A claim: a chunk of the vocabulary, by its panels first .. last, and so many rows from row t on."""
+    """A claim: a chunk of the vocabulary, its panels first .. last - 1, and num_rows rows from row t on."""
 
     chunk: int
     first: int
@@ -136,14 +136,14 @@ def multiplied(format, head, row, panel, part):
 
 @separate
 def multiplied_pairs(head, row, panel, part):
-    """The same by pairs of bf16 where they take FLUSH mode."""
+    """`multiplied` of bf16, in FLUSH mode, by pairs."""
     kept_apart()
     multiplied("bf16", head, row, panel, part)
 
 
 @separate
 def multiplied_flushing(format, head, row, panel, part):
-    """The same, and the mode, which scores do not have."""
+    """`multiplied` in FLUSH mode; scores are computed in IEEE mode again."""
     kept_apart()
     set_float_control(FLUSH)
     multiplied_pairs(head, row, panel, part)
@@ -160,7 +160,7 @@ def multiplied_codes(format, head, row, panel, part):
 
 
 def _score(op, step, thread, num_threads):
-    """See above; claims and the barrier count on the op's own counter."""
+    """The passes above; claims and the barrier use the op's own counter."""
     a, T = Score.read(op), num_rows(op, step)
     K, C, counter, memory = a.in_features, chunks_of(a), peek(op + 8 * COUNTER, int64), stack_memory(MEMORY_BYTES)
     rows, base = rows_of_claim(T, C, num_threads, a.base_x != 0), memory + MEMORY_BYTES // 2
@@ -187,7 +187,7 @@ def _score(op, step, thread, num_threads):
 
 @inlined
 def part_of(a, claim, num_blocks, rows, T):
-    """A claim's `Part`: the blocks of rows of a chunk follow one another."""
+    """The `Part` of a claim: claims of the same chunk follow one another."""
     chunk, t = claim // num_blocks, claim % num_blocks * rows
     first = CHUNK // 16 * chunk
     return Part(chunk, first, min(first + CHUNK // 16, (a.vocab_size + 15) // 16), t, min(rows, T - t))
@@ -196,7 +196,7 @@ def part_of(a, claim, num_blocks, rows, T):
 @inlined
 def head_of(a, x, weights, out, part):
     """The `Head` that writes a claim's logits at an address."""
-    return Head(x, weights, a.in_features, a.vocab_size, out - 64 * part.first, 0, ROW // WORDS, 0)
+    return Head(x, weights, a.in_features, a.vocab_size, out - 64 * part.first, 0, ROW // WORD, 0)
 
 
 @inlined
@@ -207,87 +207,87 @@ def chunks_of(a):
 @inlined
 def rows_of_claim(T, C, num_threads, has_base):
     """Rows of a claim: whole tiles, few enough for all threads to end together, enough to be worth the weights."""
-    wanted = T * C // (CLAIMS * num_threads) // MAX_ROWS * MAX_ROWS
-    return max(FEWEST_ROWS, min(wanted, MOST_ROWS // 2 if has_base else MOST_ROWS))
+    even = T * C // (CLAIMS * num_threads) // MAX_ROWS * MAX_ROWS
+    return max(FEWEST_ROWS, min(even, MOST_ROWS // 2 if has_base else MOST_ROWS))
 
 
 @inlined
 def row_scratch(a, t):
-    """Address of what is kept of a row's chunks."""
-    return a.scratch + WORDS * a.scratch_width * t
+    """The address of a row's scratch."""
+    return a.scratch + WORD * a.scratch_width * t
 
 
 @inlined
 def score_chunk(a, t, c, C, logits, base):
-    """What is kept of a chunk of row t: logits and base logits lie at addresses, with room for whole lanes."""
-    count, scratch = min(CHUNK, a.vocab_size - CHUNK * c), row_scratch(a, t)
-    kept, at_target = scratch + WORDS * CHUNK_WORDS * c, scratch + WORDS * CHUNK_WORDS * C
-    place = int64(peek(a.target + WORDS * t, int32)) - CHUNK * c
+    """Writes the words of chunk c of row t. logits, base: addresses of its logits, with room for whole vectors."""
+    num_logits, scratch = min(CHUNK, a.vocab_size - CHUNK * c), row_scratch(a, t)
+    kept, at_target = scratch + WORD * CHUNK_WORDS * c, scratch + WORD * CHUNK_WORDS * C
+    place = int64(peek(a.target + WORD * t, int32)) - CHUNK * c
     if a.grid:
-        round_part(logits, count, a.grid)
-    if 0 <= place < count:
-        poke(at_target, peek(logits + WORDS * place, float32))
+        round_part(logits, num_logits, a.grid)
+    if 0 <= place < num_logits:
+        poke(at_target, peek(logits + WORD * place, float32))
         if a.base_x:
-            poke(at_target + WORDS, peek(base + WORDS * place, float32))
-    fill_lanes(logits, count)
-    largest = keep_peak(logits, count, kept + WORDS * HIGHEST)
+            poke(at_target + WORD, peek(base + WORD * place, float32))
+    fill_lanes(logits, num_logits)
+    largest = keep_peak(logits, num_logits, kept + WORD * HIGHEST)
     if a.base_x:
-        fill_lanes(base, count)
-        compare_sums(logits, base, count, largest, keep_peak(base, count, kept + WORDS * BASE_HIGHEST), kept)
+        fill_lanes(base, num_logits)
+        compare_sums(logits, base, num_logits, largest, keep_peak(base, num_logits, kept + WORD * BASE_HIGHEST), kept)
     else:
         total = lanes(ZERO)
-        for i in range(0, count, 16):
-            total = total + weight(load(logits + WORDS * i), largest)
-        poke(kept + WORDS * SUM, sum_lanes(total))
+        for i in range(0, num_logits, 16):
+            total = total + weight(load(logits + WORD * i), largest)
+        poke(kept + WORD * SUM, sum_lanes(total))
 
 
 @inlined
-def round_part(logits, count, grid):
+def round_part(logits, num_logits, grid):
     """Rounds a chunk of a row's logits as `score.round_logits` does the row: blocks do not cross chunks."""
-    kind = int64(peek(grid + WORDS * KIND, float32))
+    kind = int64(peek(grid + WORD * KIND, float32))
     if kind == ROW_SYMMETRIC or kind == ROW_ASYMMETRIC:
-        for i in range(count):
-            poke(logits + WORDS * i, UNKNOWN)
+        for i in range(num_logits):
+            poke(logits + WORD * i, UNKNOWN)
     else:
-        quantize_row(logits, count, grid)
+        quantize_row(logits, num_logits, grid)
 
 
 @inlined
-def fill_lanes(logits, count):
-    """Gives the lanes past the end the lowest logit: they weigh nothing, and have no difference to a base's."""
-    for i in range(count, (count + 15) // 16 * 16):
-        poke(logits + WORDS * i, LOWEST)
+def fill_lanes(logits, num_logits):
+    """Sets the lanes past the end to the lowest logit: they weigh nothing, and do not differ from a base's."""
+    for i in range(num_logits, (num_logits + 15) // 16 * 16):
+        poke(logits + WORD * i, LOWEST)
 
 
 @inlined
-def keep_peak(logits, count, kept):
-    """Writes the largest of a chunk's logits, and the first place that has it. Returns it as sums go by it."""
+def keep_peak(logits, num_logits, kept):
+    """Writes the largest of a chunk's logits, and the first place that has it. Returns the largest, as sums use it."""
     best, here = lanes(-INFINITY), to_f32(lane_numbers())
     place = here
-    for i in range(0, count, 16):
-        x = load(logits + WORDS * i)
+    for i in range(0, num_logits, 16):
+        x = load(logits + WORD * i)
         place = where_below(best, x, here, place)
         best = maximum(x, best)
         here = here + SIXTEEN
     highest = max_lanes(best)
     first = -max_lanes(-where_below(best, highest, FAR, place))
     poke(kept, highest)
-    poke(kept + WORDS, where_below(first, np.float32(count), first, ZERO))
+    poke(kept + WORD, where_below(first, np.float32(num_logits), first, ZERO))
     return maximum(highest, LOWEST) + ZERO
 
 
 @inlined
-def compare_sums(logits, base, count, largest, base_largest, kept):
+def compare_sums(logits, base, num_logits, largest, base_largest, kept):
     """Writes a chunk's sums of exp of logits and of base logits, and of the latter times the difference."""
     total, base_total, cross = lanes(ZERO), lanes(ZERO), lanes(ZERO)
-    for i in range(0, count, 16):
-        x, y = load(logits + WORDS * i), load(base + WORDS * i)
+    for i in range(0, num_logits, 16):
+        x, y = load(logits + WORD * i), load(base + WORD * i)
         base_weight = weight(y, base_largest)
         total, base_total = total + weight(x, largest), base_total + base_weight
         cross = fma(base_weight, y - x, cross)
-    poke(kept + WORDS * SUM, sum_lanes(total))
-    poke(kept + WORDS * BASE_SUM, sum_lanes(base_total))
-    poke(kept + WORDS * CROSS, sum_lanes(cross))
+    poke(kept + WORD * SUM, sum_lanes(total))
+    poke(kept + WORD * BASE_SUM, sum_lanes(base_total))
+    poke(kept + WORD * CROSS, sum_lanes(cross))
 
 
 # ---------------------------------------------------------------- rows
@@ -296,27 +296,27 @@ def compare_sums(logits, base, count, largest, base_largest, kept):
 @inlined
 def finish_row(a, t, C):
     """Writes the scores of a row."""
-    scratch, out, target = row_scratch(a, t), a.out + WORDS * NUM_SCORES * t, int64(peek(a.target + WORDS * t, int32))
-    at_target = scratch + WORDS * CHUNK_WORDS * C
+    scratch, out, target = row_scratch(a, t), a.out + WORD * NUM_SCORES * t, int64(peek(a.target + WORD * t, int32))
+    at_target = scratch + WORD * CHUNK_WORDS * C
     trial = joined(scratch, C)
     trial_nll = score_of(trial, target, a.vocab_size, at_target)
     for i in range(NUM_SCORES):
-        poke(out + WORDS * i, ZERO)
-    poke(out + WORDS * NLL, trial_nll)
-    poke(out + WORDS * TOP, trial.token if trial.sound else UNKNOWN)
-    poke(out + WORDS * TOP_LOGPROB, ZERO - trial.log_total if trial.sound else UNKNOWN)
+        poke(out + WORD * i, ZERO)
+    poke(out + WORD * NLL, trial_nll)
+    poke(out + WORD * TOP, trial.token if trial.sound else UNKNOWN)
+    poke(out + WORD * TOP_LOGPROB, ZERO - trial.log_total if trial.sound else UNKNOWN)
     if a.base_x:
-        base = joined(scratch + WORDS * BASE_HIGHEST, C)
-        base_nll = score_of(base, target, a.vocab_size, at_target + WORDS)
+        base = joined(scratch + WORD * BASE_HIGHEST, C)
+        base_nll = score_of(base, target, a.vocab_size, at_target + WORD)
         both = trial.sound and base.sound
         kl = divergence(
             mean_difference(scratch, C, base.largest), trial.largest, trial.log_total, base.largest, base.log_total
         )
-        poke(out + WORDS * BASE_NLL, base_nll)
-        poke(out + WORDS * KL, kl if both else UNKNOWN)
-        poke(out + WORDS * DELTA_P, difference(trial_nll, base_nll, target) if both else UNKNOWN)
-        poke(out + WORDS * SAME_TOP, (ONE if trial.token == base.token else ZERO) if both else UNKNOWN)
-        poke(out + WORDS * BASE_TOP, base.token if base.sound else UNKNOWN)
+        poke(out + WORD * BASE_NLL, base_nll)
+        poke(out + WORD * KL, kl if both else UNKNOWN)
+        poke(out + WORD * DELTA_P, difference(trial_nll, base_nll, target) if both else UNKNOWN)
+        poke(out + WORD * SAME_TOP, (ONE if trial.token == base.token else ZERO) if both else UNKNOWN)
+        poke(out + WORD * BASE_TOP, base.token if base.sound else UNKNOWN)
 
 
 @inlined
@@ -328,15 +328,15 @@ def score_of(row, target, V, at_target):
 
 @inlined
 def joined(kept, C):
-    """The `Logits` of all chunks; kept: where the highest logit of the first is."""
+    """The `Logits` of all chunks; kept: the address of the first chunk's highest logit."""
     highest, token, total, sound = -INFINITY, ZERO, ZERO, True
     for c in range(C):
-        found = peek(kept + WORDS * CHUNK_WORDS * c, float32)
-        if found > highest:
-            highest, token = found, np.float32(CHUNK * c) + peek(kept + WORDS * (CHUNK_WORDS * c + FIRST), float32)
+        top = peek(kept + WORD * CHUNK_WORDS * c, float32)
+        if top > highest:
+            highest, token = top, np.float32(CHUNK * c) + peek(kept + WORD * (CHUNK_WORDS * c + FIRST), float32)
     largest = maximum(highest, LOWEST) + ZERO
     for c in range(C):
-        part = peek(kept + WORDS * (CHUNK_WORDS * c + SUM), float32)
+        part = peek(kept + WORD * (CHUNK_WORDS * c + SUM), float32)
         sound = sound and part == part
         total = fma(part, chunk_scale(kept, c, largest), total)
     return Logits(largest, log(total), token, sound)
@@ -344,8 +344,8 @@ def joined(kept, C):
 
 @inlined
 def chunk_scale(kept, c, largest):
-    """What the sums of a chunk are multiplied by."""
-    top = maximum(peek(kept + WORDS * CHUNK_WORDS * c, float32), LOWEST) + ZERO
+    """The factor of a chunk's sums: exp(its largest logit - the row's)."""
+    top = maximum(peek(kept + WORD * CHUNK_WORDS * c, float32), LOWEST) + ZERO
     return exp(top - largest)
 
 
@@ -354,20 +354,20 @@ def mean_difference(scratch, C, base_largest):
     """The sum of p0 * (l0 - l), by the sums of the chunks."""
     total, cross = ZERO, ZERO
     for c in range(C):
-        scale, place = chunk_scale(scratch + WORDS * BASE_HIGHEST, c, base_largest), scratch + WORDS * CHUNK_WORDS * c
-        total = fma(peek(place + WORDS * BASE_SUM, float32), scale, total)
-        cross = fma(peek(place + WORDS * CROSS, float32), scale, cross)
+        scale, place = chunk_scale(scratch + WORD * BASE_HIGHEST, c, base_largest), scratch + WORD * CHUNK_WORDS * c
+        total = fma(peek(place + WORD * BASE_SUM, float32), scale, total)
+        cross = fma(peek(place + WORD * CROSS, float32), scale, cross)
     return cross / total
 
 
 _KERNELS = {}
 for _name in (*FORMATS, CODES):
-    _how = dict(FORMAT=_name, MULTIPLY=multiplied, BLOCK=1, PANEL_BYTES=0, ROW_BYTES=code_bytes)
+    _constants = dict(FORMAT=_name, MULTIPLY=multiplied, BLOCK=1, PANEL_BYTES=0, ROW_BYTES=code_bytes)
     if _name in FORMATS:
-        _how |= {name: value for name, value in constants(FORMATS[_name]).items() if name != "FEW"}
+        _constants |= {name: value for name, value in constants(FORMATS[_name]).items() if name != "FEW"}
     if _name == CODES:
-        _how["MULTIPLY"] = multiplied_codes
+        _constants["MULTIPLY"] = multiplied_codes
     elif FORMATS[_name].flushes and not NATIVE_BF16:
-        _how["MULTIPLY"] = multiplied_flushing
-    _KERNELS[_name] = globals()[f"score_{_name}"] = variant(_score, f"score_{_name}", **_how)
+        _constants["MULTIPLY"] = multiplied_flushing
+    _KERNELS[_name] = globals()[f"score_{_name}"] = variant(_score, f"score_{_name}", **_constants)
 CPU = implementations(_KERNELS, {**LAYOUTS, CODES: PANELS})

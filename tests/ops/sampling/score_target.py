@@ -1,4 +1,4 @@
-"""Prints a digest of scores for each format, compiled for whatever target NUMBA_CPU_NAME says.
+"""Prints a digest of scores for each format, compiled for the target that NUMBA_CPU_NAME names.
 
 python -m tests.ops.sampling.score_target FORMAT...
 """

@@ -1,3 +1,5 @@
+"""Penalties, biases and masks: the kernel equals the definition, which is what the options say."""
+
 import numpy as np
 import pytest
 
@@ -10,9 +12,9 @@ SIZES = (1, 2, 3, 17, 31, 32, 33, 300, 4096 + 5)
 NOTHING = dict(seen=(), repetition=1.0, presence=0.0, frequency=0.0, bias={}, banned=(), mask=None)
 
 
-def arguments(wanted):
-    """The arrays and numbers of a row's adjustment, as the definition takes them. mask: a list of booleans."""
-    w = {**NOTHING, **wanted}
+def arguments(options):
+    """The arrays and numbers of a row's options, as the definition takes them. mask: a list of booleans."""
+    w = {**NOTHING, **options}
     bits = np.zeros(0, np.int32)
     if w["mask"] is not None:
         padded = np.zeros(-(-len(w["mask"]) // 32) * 32, bool)
@@ -28,11 +30,11 @@ def arguments(wanted):
 
 
 def run(backend, logits, rows, num_threads=1):
-    """Adjusted logits; rows: what each asks for (a dict), or None. Unwritten elements are NaN."""
+    """Adjusted logits; rows: the options of each (a dict), or None. Unwritten elements are NaN."""
     records, held = np.zeros(len(rows), sample.SAMPLING_RECORD), []
-    for record, wanted in zip(records, rows, strict=True):
-        if wanted is not None:
-            seen, penalties, (ids, bias), banned, mask = arguments(wanted)
+    for record, options in zip(records, rows, strict=True):
+        if options is not None:
+            seen, penalties, (ids, bias), banned, mask = arguments(options)
             made = np.zeros(1, adjust_logits.ADJUSTMENT_RECORD)
             made[0] = (*(a.ctypes.data for a in (seen, ids, bias, banned)), len(ids), *penalties)
             record["adjustment"], record["mask"] = made.ctypes.data, mask.ctypes.data if mask.size else 0
@@ -41,13 +43,13 @@ def run(backend, logits, rows, num_threads=1):
     step, _arrays = ragged_step([1] * len(logits), sampling=records)
     width = -(-logits.shape[1] // 16) * 16
     padded = np.pad(logits, ((0, 0), (0, width - logits.shape[1])), constant_values=7)
-    how = dict(logits=padded, vocab_size=logits.shape[1], width=width)
-    out = run_op(backend, AdjustLogits, step, num_threads, "R", **how)["out"]
+    operands = dict(logits=padded, vocab_size=logits.shape[1], width=width)
+    out = run_op(backend, AdjustLogits, step, num_threads, "R", **operands)["out"]
     return out[:, : logits.shape[1]]
 
 
 def random_row(rng, vocabulary):
-    """A random wish."""
+    """Random options of a row."""
     tokens = rng.integers(0, vocabulary, rng.integers(0, 30))
     prompt, output = tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :].tolist()
     seen = [(t, 0) for t in dict.fromkeys(prompt.tolist())]
@@ -64,30 +66,30 @@ def random_row(rng, vocabulary):
     )
 
 
-def many(vocabulary, seed=0, count=24):
+def many(vocabulary, seed=0, num_rows=24):
     rng = np.random.default_rng(seed)
-    rows = [random_row(rng, vocabulary) if i % 4 else None for i in range(count)]
-    return (4 * rng.standard_normal((count, vocabulary))).astype(np.float32), rows
+    rows = [random_row(rng, vocabulary) if i % 4 else None for i in range(num_rows)]
+    return (4 * rng.standard_normal((num_rows, vocabulary))).astype(np.float32), rows
 
 
 @pytest.mark.parametrize("vocabulary", SIZES)
-def test_kernel_equals_definition_and_writes_only_rows_that_ask(vocabulary):
+def test_kernel_equals_definition_and_writes_only_adjusted_rows(vocabulary):
     logits, rows = many(vocabulary)
     logits[5], logits[6, ::2] = -0.0, -np.inf
     expected = run(adjust_logits.REFERENCE, logits, rows)
     for threads in (1, 2, 5):
         same_bits(run(adjust_logits_cpu.CPU, logits, rows, threads), expected)
-    asked = np.array([r is not None for r in rows])
-    assert np.isnan(expected[~asked]).all() and not np.isnan(expected[asked]).any()
+    adjusted = np.array([r is not None for r in rows])
+    assert np.isnan(expected[~adjusted]).all() and not np.isnan(expected[adjusted]).any()
 
 
 def test_definition_compiled_equals_interpreted():
     logits, rows = many(40)
     expected = run(adjust_logits.REFERENCE, logits, rows)
-    for x, wanted, found in zip(logits, rows, expected, strict=True):
-        if wanted is not None:
+    for x, options, found in zip(logits, rows, expected, strict=True):
+        if options is not None:
             out = np.empty_like(x)
-            interpreted(adjust_logits.adjust_row)(x, *arguments(wanted), out)
+            interpreted(adjust_logits.adjust_row)(x, *arguments(options), out)
             same_bits(out, found)
 
 
@@ -107,9 +109,9 @@ def in_float64(x, w):
 @pytest.mark.parametrize("vocabulary", [3, 50, 4101])
 def test_accuracy_in_float64(vocabulary):
     logits, rows = many(vocabulary, 1, 60)
-    for x, wanted, found in zip(logits, rows, run(adjust_logits.REFERENCE, logits, rows), strict=True):
-        if wanted is not None:
-            exact = in_float64(x, wanted)
+    for x, options, found in zip(logits, rows, run(adjust_logits.REFERENCE, logits, rows), strict=True):
+        if options is not None:
+            exact = in_float64(x, options)
             assert (np.isneginf(found) == np.isneginf(exact)).all()
             finite = np.isfinite(exact)
             np.testing.assert_allclose(found[finite], exact[finite], rtol=3e-7, atol=3e-5)  # a bias is up to 100
@@ -118,8 +120,8 @@ def test_accuracy_in_float64(vocabulary):
 def test_a_row_does_not_depend_on_the_others():
     logits, rows = many(333)
     together = run(adjust_logits_cpu.CPU, logits, rows, 3)
-    for x, wanted, found in zip(logits, rows, together, strict=True):
-        same_bits(run(adjust_logits_cpu.CPU, x[None], [wanted])[0], found)
+    for x, options, found in zip(logits, rows, together, strict=True):
+        same_bits(run(adjust_logits_cpu.CPU, x[None], [options])[0], found)
     order = np.random.default_rng(3).permutation(len(rows))
     same_bits(run(adjust_logits_cpu.CPU, logits[order], [rows[i] for i in order], 2), together[order])
 
@@ -133,8 +135,8 @@ def test_a_prefix_of_what_was_seen_gives_an_earlier_position():
         (3, [-0.25, -2, 0.5, 0.25]),
         (5, [-0.25, -2, 0.5, -1.75]),
     ):
-        wanted = dict(seen=seen[:n], repetition=2.0, presence=0.25, frequency=1.0)
-        assert run(adjust_logits_cpu.CPU, x, [wanted])[0].tolist() == expected
+        options = dict(seen=seen[:n], repetition=2.0, presence=0.25, frequency=1.0)
+        assert run(adjust_logits_cpu.CPU, x, [options])[0].tolist() == expected
 
 
 def test_nothing_overflows_to_plus_infinity_or_nan():

@@ -1,3 +1,5 @@
+"""Philox and its noise: known answers, lanes as scalars, and the Gumbel distribution."""
+
 import numpy as np
 import pytest
 from numba import njit

@@ -1,3 +1,5 @@
+"""Sampling: the kernel equals the definition bit for bit, and the definition draws what its description says."""
+
 import numpy as np
 import pytest
 
@@ -19,14 +21,14 @@ def run_all(backend, logits, settings, num_threads=1, adjusted=None):
         for name, value in {"temperature": 1, "top_p": 1, "seed": 5, "position": 9, **chosen}.items():
             record[name] = value
     step, _held = ragged_step([1] * len(logits), sampling=records)
-    # what lies beyond the vocabulary is not looked at, nor a row of adjusted logits where nothing is
-    rows, wanted = (
+    # columns past the vocabulary are not read, nor rows of adjusted logits without an adjustment
+    rows, adjusted_rows = (
         np.pad(x, ((0, 0), (0, 5)), constant_values=1e30)
         for x in (logits, np.full_like(logits, 1e30) if adjusted is None else adjusted)
     )
     V = logits.shape[1]
-    how = dict(vocab_size=V, width=rows.shape[1], scratch_width=scratch_width(V))
-    out = run_op(backend, Sample, step, num_threads, "R", logits=rows, adjusted=wanted, **how)
+    sizes = dict(vocab_size=V, width=rows.shape[1], scratch_width=scratch_width(V))
+    out = run_op(backend, Sample, step, num_threads, "R", logits=rows, adjusted=adjusted_rows, **sizes)
     return {name: out[name] for name in ("token", "logprob", "top_token", "top_logprob")}
 
 
@@ -213,8 +215,10 @@ def test_an_adjusted_row_chooses_by_adjusted_logits_and_reports_by_its_own(vocab
     adjusted[:, 1:][RNG.random((len(settings), vocabulary - 1)) < 0.3] = -np.inf
     adjusted[4] = -np.inf
     out = same_outputs(logits, settings, adjusted)
-    asked = np.array([s["adjustment"] != 0 for s in settings])
-    same_bits(out["token"][:, 0], run(sample.REFERENCE, np.where(asked[:, None], adjusted, logits), SETTINGS).token)
+    is_adjusted = np.array([s["adjustment"] != 0 for s in settings])
+    same_bits(
+        out["token"][:, 0], run(sample.REFERENCE, np.where(is_adjusted[:, None], adjusted, logits), SETTINGS).token
+    )
     x = logits.astype(np.float64)
     exact = (x - np.log(np.exp(x).sum(1, keepdims=True)))[np.arange(len(settings)), out["token"][:, 0]]
     assert np.abs(out["logprob"][:, 0] - exact).max() < 3e-6

@@ -1,3 +1,5 @@
+"""Scores: the kernel equals the definition, which is the engine's log-probability and accurate in float64."""
+
 import subprocess
 import sys
 
@@ -57,7 +59,7 @@ ROWS = [1, 2, 3, 4, 5, 6, 7, 13]
 
 
 def run(table, x, part, target, base=None, base_part=None, grid=None, num_threads=1):
-    """Scores [rows, 8]; base_part: the base's head, the same one if it is left out. grid: [GRID_WORDS]."""
+    """Scores [rows, 8]; base_part: the base's head, by default the same head. grid: [GRID_WORDS]."""
     head, operands = Weight("head", part.format, part.shape, (part,)), {}
     if base is not None:
         base_head = head if base_part is None else Weight("base head", base_part.format, part.shape, (base_part,))
@@ -94,7 +96,7 @@ def near(x):
 
 
 def targets_of(num_rows, vocabulary):
-    """Any tokens; some rows have none, and one is of another chunk than most."""
+    """Random tokens; some rows have none, and the last has the last token, in another chunk than most."""
     made = RNG.integers(0, vocabulary, num_rows)
     made[::3], made[-1] = -1, vocabulary - 1
     return made
@@ -171,14 +173,14 @@ def exactly(logits, base, target):
 
 @pytest.mark.parametrize("scale, distance", [(3.0, 0.01), (3.0, 1.0), (30.0, 0.1), (0.01, 0.01)])
 def test_scores_against_float64(scale, distance):
-    """By the same float32 logits, so that what is left is the error of the scores.
+    """Both have the same float32 logits, so that differences are errors of the scores alone.
 
     Of kl: exp has relative errors of 2**-23 and its argument, a rounded difference of up to s = the spread of a row's
     logits, of s * 2**-24; lanes and trees of sums of positive terms, as many as a lane has of a chunk, 256, and then
     chunks, add (256 + 4 + 3) * 2**-24 at worst, relative to the sum of |terms|. The terms are p0 * (l0 - l), with
     |l0 - l| at most d. A mean of |l0 - l| over p0 so is off by at most d * (s + 2 + 263) * 2**-24, twice for the
     division; the four numbers that are added at last are each rounded to 2**-24 of themselves, and the two logarithms
-    have the error of `sample.report`, 3e-6, which the bound of nll is, too.
+    have the error of `sample.report`, 3e-6, which is also the bound of nll.
     """
     part, x = stored("f32", 2 * CHUNK + 77, 96), rows_of(12, "f32", scale)
     base = x + np.float32(distance) * RNG.standard_normal(x.shape).astype(np.float32)
@@ -194,7 +196,7 @@ def test_scores_against_float64(scale, distance):
     largest = np.abs(base_logits - logits).max(1)
     bound = 2 * largest * (spread + 265) * ulp + 6e-6 + 4 * ulp * np.abs(base_logits).max(1)
     assert (np.abs(found[:, KL] - exact[:, KL]) < bound).all()
-    # and what is seen is far less: the worst case of sums is not met
+    # measured errors are far smaller: the worst case of sums does not occur
     assert np.abs(found[:, KL] - exact[:, KL]).max() < 2e-6 * max(1, largest.max())
 
 
@@ -208,7 +210,7 @@ def grids():
 
 @pytest.mark.parametrize("name, grid", grids().items(), ids=grids())
 def test_logits_pass_a_grid_before_they_are_scored(name, grid):
-    """Those of the base do not; of the whole row at once, in the kernel chunk after chunk."""
+    """Base logits do not. The definition rounds a whole row at once, the kernel chunk after chunk."""
     part, x = stored("f32", CHUNK + 37, 96), rows_of(7, "f32")
     base, target = near(x), targets_of(7, CHUNK)
     expected = run(score.REFERENCE, x, part, target, base, grid=grid)
@@ -261,7 +263,7 @@ def test_a_target_that_is_no_token_is_seen(table):
 @pytest.mark.parametrize("format", ["f32", "q8_0"])
 @pytest.mark.parametrize("vocabulary", [40, CHUNK + 40])
 def test_rows_that_are_not_finite_are_seen(format, vocabulary):
-    """The rows of the model, of the base, or of both; the others are what they are without them."""
+    """Rows of the model, of the base, or of both; the other rows do not change."""
     part, x = stored(format, vocabulary, narrow(format)), rows_of(6, format)
     base, target = near(x), [3, 7, -1, 39, 0, 1]
     sound = run(score.REFERENCE, x, part, target, base)
@@ -302,7 +304,7 @@ def test_definition_interpreted():
 
 
 def test_other_targets_give_the_same_bits():
-    """Without an instruction for pairs of bf16, too, where only their products are flushed."""
+    """Also on a target without bf16 dot products, where only the products of pairs are flushed."""
     formats = ["bf16", "q8_0", "q4_k"]
     command = [sys.executable, "-m", "tests.ops.sampling.score_target", *formats]
     printed = subprocess.run(command, env=compiling_for("haswell"), capture_output=True, text=True, check=True).stdout

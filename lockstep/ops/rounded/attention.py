@@ -6,8 +6,8 @@ each rounded to the grid of its query head. Softmax has three passes: the larges
 online form of `attention` has no finished weights to round.
 
 The mask is structural (a token's row ends at its own position) or added: a row then has all keys of the sequence, those
-after the token with `fill` added to their scores, as hardware does that cannot shorten a row. What an added mask gives
-depends on which later tokens are there, so that a window must be one step.
+after the token with `fill` added to their scores, as hardware does that cannot shorten a row. The
+result of an added mask depends on which later tokens are there, so that a window must be one step.
 """
 
 import numpy as np
@@ -18,9 +18,8 @@ from lockstep.native.numbers import carray
 from lockstep.native.simd import fma, maximum
 from lockstep.ops.attention.attention import gated
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS, check_pages, k_index, kv_dtype_of, read_number, v_index
-from lockstep.ops.math import exp, tree_sum
+from lockstep.ops.math import ZERO, exp, tree_sum
 from lockstep.ops.rounded.grids import GRID_WORDS, quantize_row
-from lockstep.ops.rounded.row_keys import row_keys
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.operands import Operands, cache, output, rows, setting
 from lockstep.runtime.program import CacheArray, Setting, Tensor
@@ -29,11 +28,10 @@ from lockstep.runtime.step import StepBlock, entry, pages_of
 SITES = ("qk.raw", "qk", "qk.masked", "p", "pv")  # in the order of the rows of grids, each for all query heads
 RAW, QK, MASKED, P, PV = range(len(SITES))
 MAX_KEYS = 32768  # of a row of scores, which a thread keeps on its stack
-ZERO = np.float32(0)
 
 
 def check_whole(op: Operands, *caches: CacheArray) -> None:
-    """ValueError for caches that do not keep all keys of a sequence: the op reads every one."""
+    """ValueError for caches that do not keep all keys of a sequence, since the op reads all of them."""
     for pages in caches:
         if pages.window:
             raise ValueError(
@@ -45,7 +43,7 @@ class RoundedAttention(Operands):
     """out[h] = softmax(scale * q[h] . k) v with every intermediate on grids, times sigmoid(gate[h]) if there is a gate.
 
     grids: of SITES, one after the other, a row for each query head. additive: the mask is added, see above. max_keys:
-    of a sequence. The gate is laid out as that of `attention`. page_group: that of the pages.
+    the most keys of a sequence. The gate is laid out as in `attention`. page_group: the group of the pages.
     """
 
     group = "attention"
@@ -82,8 +80,16 @@ class RoundedAttention(Operands):
 
 
 @inlined
+def row_keys(a, batch, t):
+    """The number of keys in a token's row of scores: all of its sequence where the mask is added (a.additive), else
+    those up to the token's own."""
+    position = entry(batch.position, t)
+    return entry(batch.context_len, entry(batch.request, t)) if a.additive else position + 1
+
+
+@inlined
 def grid_of(grids, site, num_heads, head):
-    """The grid of a head at a site, of grids at an address."""
+    """The grid of a head at a site, from the address of an op's grids."""
     return carray(float_array(grids + 4 * GRID_WORDS * (site * num_heads + head)), (GRID_WORDS,))
 
 
@@ -104,7 +110,7 @@ def scores_of(q_K, k_CK, out_C):
 
 @definition
 def mask_added(x_C, position, fill):
-    """fill is added to the scores of keys after a position, 0 to the others."""
+    """Adds fill to the scores of keys after a position, and 0 to all others."""
     for j in range(x_C.size):
         x_C[j] = x_C[j] + (fill if j > position else ZERO)
 
@@ -144,11 +150,11 @@ def values_of(p_C, v_CK, out_K):
 
 
 @inlined
-def cached(pages, index_of, table, g, count, G, K):
-    """The first so many keys or values of a kv head of a request, [count, K]. index_of: `k_index` or `v_index`. table:
-    the request's, see `pages_of`."""
-    rows_CK = np.empty((count, K), np.float32)
-    for j in range(count):
+def cached(pages, index_of, table, g, num_keys, G, K):
+    """The first num_keys keys or values of a kv head of a request, [num_keys, K]. index_of: `k_index` or `v_index`.
+    table: the request's pages, see `pages_of`."""
+    rows_CK = np.empty((num_keys, K), np.float32)
+    for j in range(num_keys):
         page = entry(table, j // PAGE_TOKENS)
         for d in range(K):
             rows_CK[j, d] = read_number(pages, index_of(page, g, d, j % PAGE_TOKENS, G, K, False), False)
@@ -159,12 +165,12 @@ def cached(pages, index_of, table, g, count, G, K):
 def attend_head(a, batch, t, h):
     """One query head of token t."""
     H, G, K = a.num_heads, a.num_kv_heads, a.head_dim
-    table, g, count = pages_of(batch, entry(batch.request, t), a.page_group), h // (H // G), row_keys(a, batch, t)
-    x_C, out_K = np.empty(count, np.float32), carray(float_array(a.out + 4 * K * (H * t + h)), (K,))
+    table, g, num_keys = pages_of(batch, entry(batch.request, t), a.page_group), h // (H // G), row_keys(a, batch, t)
+    x_C, out_K = np.empty(num_keys, np.float32), carray(float_array(a.out + 4 * K * (H * t + h)), (K,))
     q_K = carray(float_array(a.q + 4 * K * (H * t + h)), (K,))
-    scores_of(q_K, cached(a.k_pages, k_index, table, g, count, G, K), x_C)
+    scores_of(q_K, cached(a.k_pages, k_index, table, g, num_keys, G, K), x_C)
     quantize_row(x_C, grid_of(a.grids, RAW, H, h))
-    for j in range(count):
+    for j in range(num_keys):
         x_C[j] = x_C[j] * a.scale
     quantize_row(x_C, grid_of(a.grids, QK, H, h))
     if a.additive:
@@ -172,7 +178,7 @@ def attend_head(a, batch, t, h):
         quantize_row(x_C, grid_of(a.grids, MASKED, H, h))
     softmax(x_C)
     quantize_row(x_C, grid_of(a.grids, P, H, h))
-    values_of(x_C, cached(a.v_pages, v_index, table, g, count, G, K), out_K)
+    values_of(x_C, cached(a.v_pages, v_index, table, g, num_keys, G, K), out_K)
     quantize_row(out_K, grid_of(a.grids, PV, H, h))
     if a.gate != 0:
         gate = a.gate + 4 * (a.gate_width * t + a.gate_offset + a.gate_stride * h)

@@ -1,14 +1,14 @@
 """Rounding of activations to grids: the definition.
 
-The heads of a tensor's rows are rounded each on a grid of its own. What is not a head's stays as it is.
+Each head of a tensor's rows is rounded to a grid of its own. Columns outside the heads stay as they are.
 """
 
 from lockstep.native.kernel import inlined, kernel
 from lockstep.native.machine import float_array
 from lockstep.native.numbers import carray, float32
 from lockstep.native.simd import peek, poke
+from lockstep.ops.rounded.attention import row_keys
 from lockstep.ops.rounded.grids import GRID_WORDS, quantize_row
-from lockstep.ops.rounded.row_keys import row_keys
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.operands import Operands, output, rows, setting
 from lockstep.runtime.program import Setting, Tensor
@@ -18,9 +18,9 @@ from lockstep.runtime.step import StepBlock, num_rows
 class FakeQuant(Operands):
     """out = x with head h, columns column + h * stride on, head_width of them, on grid h.
 
-    seen_only: columns are keys, by position, of which only those are there that the row's token has scores for (see
-    `row_keys`; additive: a mask is added to them): a head's row is that long, and the rest of it is left alone. out may
-    be x; otherwise one head must be all of it.
+    seen_only: columns are keys by position, of which a head's row has only the first `row_keys`, those that its token
+    has scores for (additive: with an added mask); the rest is left alone. out may be x; otherwise one head must have
+    all columns.
     """
 
     in_place = True

@@ -1,37 +1,26 @@
 """Rounding of activations to grids: the fast kernel. Bound by memory: a read and a write of four bytes a number."""
 
-from lockstep.native.kernel import inlined, variant
-from lockstep.native.numbers import float32
-from lockstep.native.simd import load, peek, poke, store
+from lockstep.native.kernel import variant
 from lockstep.ops.rounded.fake_quant import FakeQuant, seen_width
 from lockstep.ops.rounded.grids import GRID_WORDS
 from lockstep.ops.rounded.grids_cpu import quantize_row
+from lockstep.ops.rounded.row_math_cpu import copy_row
 from lockstep.ops.share import strided
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import num_rows
 
-ONE_THREAD = None  # of a variant: whether one thread takes row after row
+ONE_THREAD = None  # constant of a variant: whether one thread does all rows
 
 
 def quantize_rows(op, step, thread, num_threads):
     """Rows are dealt to threads in turn."""
     a = FakeQuant.read(op)
     for t in strided(num_rows(op, step), thread, num_threads, ONE_THREAD):
-        row, count = 4 * a.width * t, seen_width(a, step, t)
+        row, num_values = 4 * a.width * t, seen_width(a, step, t)
         if a.out != a.x:
             copy_row(a.x + row, a.width, a.out + row)
         for h in range(a.num_heads):
-            quantize_row(a.out + row + 4 * (a.column + h * a.stride), count, a.grids + 4 * GRID_WORDS * h)
-
-
-@inlined
-def copy_row(x, count, out):
-    """So many float32."""
-    whole = count - count % 16
-    for i in range(0, 4 * whole, 64):
-        store(out + i, load(x + i))
-    for i in range(4 * whole, 4 * count, 4):
-        poke(out + i, peek(x + i, float32))
+            quantize_row(a.out + row + 4 * (a.column + h * a.stride), num_values, a.grids + 4 * GRID_WORDS * h)
 
 
 fake_quant = variant(quantize_rows, "fake_quant", ONE_THREAD=False)

@@ -1,6 +1,6 @@
-"""Grids: the values that a number may have on quantized hardware, and what rounds a row of numbers to them.
+"""Grids: the values that a number may have on quantized hardware, and the rounding of a row of numbers to them.
 
-A grid is a row of GRID_WORDS float32 in a `Setting`, so that a kernel takes a new one without being made anew:
+A grid is a row of GRID_WORDS float32 in a `Setting`, so that a new grid needs no new kernel:
 
     OFF            0                                                    numbers stay as they are
     INTEGER        1  scale  1/scale  zero  low  high                   (code - zero) * scale, low <= code <= high
@@ -22,6 +22,7 @@ import numpy as np
 from lockstep.native.kernel import definition, inlined
 from lockstep.native.simd import exponent, maximum, minimum, pow2, rint, where_below
 from lockstep.ops.elementwise.activations import magnitude
+from lockstep.ops.math import ONE, ZERO
 
 GRID_WORDS = 8
 KIND, SCALE, INVERSE, ZERO_POINT, LOW, HIGH, LARGEST = range(7)
@@ -35,7 +36,7 @@ SMALL_FLOATS = {
     "e5m2": (2, -14, 15, 57344.0),
     "e2m1": (1, 0, 2, 6.0),
 }
-ZERO, ONE, INFINITY, UNKNOWN = np.float32(0), np.float32(1), np.float32(np.inf), np.float32(np.nan)
+INFINITY, UNKNOWN = np.float32(np.inf), np.float32(np.nan)
 SMALLEST_SCALE = np.float32(1e-8)
 LOWEST_EXPONENT, HIGHEST_EXPONENT = np.float32(-126), np.float32(126)
 E4M3_MANTISSA, E4M3_EMIN, E4M3_EMAX, E4M3_LARGEST = (np.float32(x) for x in SMALL_FLOATS["e4m3"])
@@ -96,7 +97,7 @@ def block_exponent(amax, emax):
 
 @inlined
 def nvfp4_scale(amax, scale, inverse):
-    """The e4m3 of an NVFP4 block, times the tensor's scale."""
+    """The scale of an NVFP4 block: an e4m3 times the tensor's scale."""
     return on_floats(amax * SIXTH * inverse, E4M3_MANTISSA, E4M3_EMIN, E4M3_EMAX, E4M3_LARGEST) * scale
 
 
@@ -105,7 +106,7 @@ def nvfp4_scale(amax, scale, inverse):
 
 @definition
 def largest_size(x):
-    """The largest size among numbers; infinity if one is not finite."""
+    """The largest absolute value; infinity if a number is not finite."""
     amax = ZERO
     for i in range(x.size):
         amax = maximum(magnitude(x[i]), amax)
@@ -113,50 +114,50 @@ def largest_size(x):
 
 
 @definition
-def quantize_row(x, g):
+def quantize_row(x, grid):
     """Rounds a row of float32, in place, to a grid [GRID_WORDS]. Blocks begin at the row's first number; the last one
     may be short."""
-    kind = int(g[KIND])
+    kind = int(grid[KIND])
     if kind == INTEGER:
         for i in range(x.size):
-            x[i] = on_integers(x[i], g[SCALE], g[INVERSE], g[ZERO_POINT], g[LOW], g[HIGH])
+            x[i] = on_integers(x[i], grid[SCALE], grid[INVERSE], grid[ZERO_POINT], grid[LOW], grid[HIGH])
     elif kind == ROW_SYMMETRIC or kind == ROW_ASYMMETRIC:
-        quantize_dynamic(x, g, kind)
+        quantize_dynamic(x, grid, kind)
     elif kind == FLOAT:
         for i in range(x.size):
-            x[i] = on_floats(x[i] * g[INVERSE], g[MANTISSA], g[EMIN], g[EMAX], g[LARGEST]) * g[SCALE]
+            x[i] = on_floats(x[i] * grid[INVERSE], grid[MANTISSA], grid[EMIN], grid[EMAX], grid[LARGEST]) * grid[SCALE]
     elif kind != OFF:
         size = NVFP4_BLOCK if kind == NVFP4 else MICROSCALED_BLOCK
         for start in range(0, x.size, size):
-            quantize_block(x[start : min(start + size, x.size)], g, kind)
+            quantize_block(x[start : min(start + size, x.size)], grid, kind)
 
 
 @definition
-def quantize_dynamic(x, g, kind):
-    """A row on an integer grid that its own smallest and largest number (0 among them) make."""
+def quantize_dynamic(x, grid, kind):
+    """Rounds a row to an integer grid whose scale comes from the row's smallest and largest number, 0 included."""
     lowest, highest, amax = ZERO, ZERO, largest_size(x)
     for i in range(x.size):
         lowest, highest = minimum(x[i], lowest), maximum(x[i], highest)
-    scale, zero = symmetric_scale(amax, g[HIGH]), ZERO
+    scale, zero = symmetric_scale(amax, grid[HIGH]), ZERO
     if kind == ROW_ASYMMETRIC:
-        scale, zero = asymmetric_scale(lowest, highest, g[LOW], g[HIGH])
+        scale, zero = asymmetric_scale(lowest, highest, grid[LOW], grid[HIGH])
     inverse = ONE / scale
     for i in range(x.size):
-        x[i] = UNKNOWN if amax == INFINITY else on_integers(x[i], scale, inverse, zero, g[LOW], g[HIGH])
+        x[i] = UNKNOWN if amax == INFINITY else on_integers(x[i], scale, inverse, zero, grid[LOW], grid[HIGH])
 
 
 @definition
-def quantize_block(x, g, kind):
-    """One block of a MICROSCALED, NVFP4 or Q8 grid."""
+def quantize_block(x, grid, kind):
+    """Rounds one block of a MICROSCALED, NVFP4 or Q8 grid."""
     amax = largest_size(x)
     if amax == INFINITY:
         x[:] = UNKNOWN
     elif kind == MICROSCALED:
-        e = block_exponent(amax, g[EMAX])
+        e = block_exponent(amax, grid[EMAX])
         for i in range(x.size):
-            x[i] = on_floats(x[i] * pow2(ZERO - e), g[MANTISSA], g[EMIN], g[EMAX], g[LARGEST]) * pow2(e)
+            x[i] = on_floats(x[i] * pow2(ZERO - e), grid[MANTISSA], grid[EMIN], grid[EMAX], grid[LARGEST]) * pow2(e)
     elif kind == NVFP4:
-        scale = nvfp4_scale(amax, g[SCALE], g[INVERSE])
+        scale = nvfp4_scale(amax, grid[SCALE], grid[INVERSE])
         inverse = ONE / scale if scale > ZERO else ZERO
         for i in range(x.size):
             x[i] = on_floats(x[i] * inverse, E2M1_MANTISSA, E2M1_EMIN, E2M1_EMAX, E2M1_LARGEST) * scale

@@ -56,64 +56,64 @@ def word(grid, index):
 
 
 @inlined
-def quantize_integers(x, count, scale, inverse, zero, low, high):
-    """So many float32 at x, in place, on an integer grid."""
-    whole = count - count % 16
+def quantize_integers(x, num_values, scale, inverse, zero, low, high):
+    """Rounds num_values float32 at x, in place, to an integer grid."""
+    whole = num_values - num_values % 16
     for i in range(0, 4 * whole, 64):
         store(x + i, on_integers(load(x + i), scale, inverse, zero, low, high))
-    for i in range(4 * whole, 4 * count, 4):
+    for i in range(4 * whole, 4 * num_values, 4):
         poke(x + i, on_integers(peek(x + i, float32), scale, inverse, zero, low, high))
 
 
 @inlined
-def range_of(x, count):
-    """(smallest, largest, largest size) of so many float32 at x, 0 among them; infinite if one is not finite."""
+def range_of(x, num_values):
+    """(smallest, largest, largest absolute) of num_values float32 at x and 0; the last is inf if one is not finite."""
     low, high, size = lanes(ZERO), lanes(ZERO), lanes(ZERO)
-    whole = count - count % 16
+    whole = num_values - num_values % 16
     for i in range(0, 4 * whole, 64):
         v = load(x + i)
         low, high, size = minimum(v, low), maximum(v, high), maximum(magnitude(v), size)
     lowest, highest, amax = ZERO - max_lanes(ZERO - low), max_lanes(high), max_lanes(size)
-    for i in range(4 * whole, 4 * count, 4):
+    for i in range(4 * whole, 4 * num_values, 4):
         v = peek(x + i, float32)
         lowest, highest, amax = minimum(v, lowest), maximum(v, highest), maximum(magnitude(v), amax)
     return lowest, highest, amax
 
 
 @inlined
-def fill(x, count, value):
-    """So many float32 at x become one."""
-    for i in range(0, 4 * count, 4):
+def fill(x, num_values, value):
+    """Sets num_values float32 at x to a value."""
+    for i in range(0, 4 * num_values, 4):
         poke(x + i, value)
 
 
 @inlined
-def quantize_dynamic(x, count, grid, kind):
-    lowest, highest, amax = range_of(x, count)
+def quantize_dynamic(x, num_values, grid, kind):
+    lowest, highest, amax = range_of(x, num_values)
     low, high = word(grid, LOW), word(grid, HIGH)
     scale, zero = symmetric_scale(amax, high), ZERO
     if kind == ROW_ASYMMETRIC:
         scale, zero = asymmetric_scale(lowest, highest, low, high)
     if amax == INFINITY:
-        fill(x, count, UNKNOWN)
+        fill(x, num_values, UNKNOWN)
     else:
-        quantize_integers(x, count, scale, ONE / scale, zero, low, high)
+        quantize_integers(x, num_values, scale, ONE / scale, zero, low, high)
 
 
 @inlined
-def quantize_floats(x, count, grid):
+def quantize_floats(x, num_values, grid):
     scale, inverse, largest = word(grid, SCALE), word(grid, INVERSE), word(grid, LARGEST)
     mantissa, emin, emax = word(grid, MANTISSA), word(grid, EMIN), word(grid, EMAX)
-    whole = count - count % 16
+    whole = num_values - num_values % 16
     for i in range(0, 4 * whole, 64):
         store(x + i, on_floats(load(x + i) * inverse, mantissa, emin, emax, largest) * scale)
-    for i in range(4 * whole, 4 * count, 4):
+    for i in range(4 * whole, 4 * num_values, 4):
         poke(x + i, on_floats(peek(x + i, float32) * inverse, mantissa, emin, emax, largest) * scale)
 
 
 @inlined
 def quantize_whole_block(x, grid, kind):
-    """One block, 16 numbers of NVFP4 or 32, as `grids.quantize_block`."""
+    """Rounds one block, 16 numbers of NVFP4 or else 32, as `grids.quantize_block` does."""
     size = NVFP4_BLOCK if kind == NVFP4 else MICROSCALED_BLOCK
     amax = max_lanes(maximum(magnitude(load(x)), magnitude(load(x + (0 if kind == NVFP4 else 64)))))
     if amax == INFINITY:
@@ -135,26 +135,26 @@ def quantize_whole_block(x, grid, kind):
 
 
 @inlined
-def quantize_blocks(x, count, grid, kind):
+def quantize_blocks(x, num_values, grid, kind):
     size = NVFP4_BLOCK if kind == NVFP4 else MICROSCALED_BLOCK
-    whole = count - count % size
+    whole = num_values - num_values % size
     for start in range(0, whole, size):
         quantize_whole_block(x + 4 * start, grid, kind)
-    if whole < count:
-        rest = carray(float_array(x + 4 * whole), (count - whole,))
+    if whole < num_values:
+        rest = carray(float_array(x + 4 * whole), (num_values - whole,))
         quantize_block(rest, carray(float_array(grid), (GRID_WORDS,)), kind)
 
 
 @native
-def quantize_row(x, count, grid):
-    """So many float32 at address x, in place, on the grid at an address: `grids.quantize_row`."""
+def quantize_row(x, num_values, grid):
+    """Rounds num_values float32 at address x, in place, to the grid at an address, as `grids.quantize_row` does."""
     kind = np.int64(word(grid, KIND))
     if kind == INTEGER:
         parts = word(grid, SCALE), word(grid, INVERSE), word(grid, ZERO_POINT)
-        quantize_integers(x, count, parts[0], parts[1], parts[2], word(grid, LOW), word(grid, HIGH))
+        quantize_integers(x, num_values, parts[0], parts[1], parts[2], word(grid, LOW), word(grid, HIGH))
     elif kind == ROW_SYMMETRIC or kind == ROW_ASYMMETRIC:
-        quantize_dynamic(x, count, grid, kind)
+        quantize_dynamic(x, num_values, grid, kind)
     elif kind == FLOAT:
-        quantize_floats(x, count, grid)
+        quantize_floats(x, num_values, grid)
     elif kind != OFF:
-        quantize_blocks(x, count, grid, kind)
+        quantize_blocks(x, num_values, grid, kind)

@@ -1,4 +1,4 @@
-"""What enters attention as quantized hardware computes it, every intermediate of norm and rotation on a grid.
+"""The inputs of attention as quantized hardware computes them, every intermediate of norm and rotation on a grid.
 
 A head x of a query or key, with the first 2 R of its channels rotated, halves x1 and x2:
 
@@ -6,7 +6,7 @@ A head x of a query or key, with the first 2 R of its channels rotated, halves x
     cos = norm * (c, c)           sin = cat * (s, s), or cat * (-s, s)          rot = cos + sin, then the other channels
 
 Each is rounded to the grid of its head; x1 and x2 are rounded copies that only `cat` reads. The products are rounded
-before they are added, which `kv_cache` does in one operation. What goes to the cache is rounded once more.
+before they are added, which `kv_cache` does in one operation. Keys and values are rounded once more for the cache.
 """
 
 import numpy as np
@@ -26,15 +26,14 @@ SITES = ("norm", "x1", "x2", "cat", "cos", "sin", "rot", "all")  # in the order 
 NORM, X1, X2, CAT, COS, SIN, ROT, ALL = range(len(SITES))
 Q_SITES, K_SITES = len(SITES) - 1, len(SITES)
 TABLE_SITES = ("rope.cos", "rope.sin")
-ZERO = np.float32(0)
 
 
 class RoundedInputs(Operands):
     """q = rope(norm(heads of x)); keys, likewise, and values go to their pages: `attention_inputs` with every
     intermediate on a grid.
 
-    q_grids, k_grids: of SITES, one after the other, a row for each head. v_grids: of what is cached. rope_grids: of
-    TABLE_SITES. pre_negated: see above. Other operands as those of `attention_inputs`.
+    q_grids, k_grids: of SITES, one after the other, a row for each head. v_grids: of cached values. rope_grids: of
+    TABLE_SITES. pre_negated: the table of sines has a negated first half. Other operands as in `attention_inputs`.
     """
 
     group = "attention"
@@ -79,7 +78,7 @@ class RoundedInputs(Operands):
 
 @definition
 def doubled(values_R, negated, out_2R):
-    """The values of a position twice, the first ones negated if so."""
+    """The values of a position twice, the first half negated if `negated`."""
     R = values_R.size
     for i in range(R):
         out_2R[i] = -values_R[i] if negated else values_R[i]
@@ -96,18 +95,17 @@ def swapped_halves(x1_R, x2_R, pre_negated, out_2R):
 
 
 @definition
-def rounded_head(x_K, norm_K, norm, tables, pre_negated, grids, H, out_K):
+def rounded_head(x_K, norm_K, eps, offset, cos_2R, sin_2R, pre_negated, grids, H, out_K):
     """One head, normed (not if norm_K is empty) and rotated.
 
-    Shapes: x, out [K]; grids [SITES * H, GRID_WORDS] from the head's own first row. norm: (eps, offset). tables: (cos,
-    sin), [2 R] each, as from `tables_of`.
+    Shapes: x, out [K]; norm [K] or [0]; cos, sin [2 R] as from `tables_of`; grids [SITES * H, GRID_WORDS] from the
+      head's own first row.
     """
-    cos_2R, sin_2R = tables
     K, R2 = x_K.size, cos_2R.size
     out_K[:] = x_K
     if norm_K.size > 0:
-        both = out_K.reshape(1, K)
-        rms_norm(both, norm_K, norm[0], norm[1], both)
+        row = out_K.reshape(1, K)
+        rms_norm(row, norm_K, eps, offset, row)
     quantize_row(out_K, grids[NORM * H])
     if R2 > 0:
         cat_2R, cos_product_2R, sin_product_2R = np.empty(R2, np.float32), out_K[:R2] * cos_2R, np.empty_like(sin_2R)
@@ -127,7 +125,7 @@ def rounded_head(x_K, norm_K, norm, tables, pre_negated, grids, H, out_K):
 
 @inlined
 def grids_from(address, head, num_rows):
-    """Rows of grids at an address, from that of a head on."""
+    """The rows of grids at an address, from a head's first row on."""
     return carray(float_array(address + 4 * GRID_WORDS * head), (num_rows - head, GRID_WORDS))
 
 
@@ -146,20 +144,20 @@ def tables_of(a, position):
 
 @inlined
 def write_token(a, batch, t):
-    """A token's query heads to q, its keys and values to their page."""
+    """Writes a token's query heads to q, its keys and values to their page."""
     H, G, K, row = a.num_heads, a.num_kv_heads, a.head_dim, a.x + 4 * a.row_width * t
     position, out_K = entry(batch.position, t), np.empty(K, np.float32)
-    tables, norm = tables_of(a, position), (a.eps, a.norm_offset)
+    cos_2R, sin_2R = tables_of(a, position)
     q_norm_K = carray(float_array(a.q_norm), (K if a.q_norm != 0 else 0,))
     k_norm_K = carray(float_array(a.k_norm), (K if a.k_norm != 0 else 0,))
     for h in range(H):
         x_K = carray(float_array(row + 4 * (a.q_offset + h * a.q_stride)), (K,))
         q_K, grids = carray(float_array(a.q + 4 * K * (t * H + h)), (K,)), grids_from(a.q_grids, h, Q_SITES * H)
-        rounded_head(x_K, q_norm_K, norm, tables, a.pre_negated, grids, H, q_K)
+        rounded_head(x_K, q_norm_K, a.eps, a.norm_offset, cos_2R, sin_2R, a.pre_negated, grids, H, q_K)
     for g in range(G):
         page = entry(pages_of(batch, entry(batch.request, t), a.page_group), position // PAGE_TOKENS)
         x_K, grids = carray(float_array(row + 4 * (a.k_offset + g * K)), (K,)), grids_from(a.k_grids, g, K_SITES * G)
-        rounded_head(x_K, k_norm_K, norm, tables, a.pre_negated, grids, G, out_K)
+        rounded_head(x_K, k_norm_K, a.eps, a.norm_offset, cos_2R, sin_2R, a.pre_negated, grids, G, out_K)
         quantize_row(out_K, grids[ALL * G])
         for d in range(K):
             write_number(a.k_pages, k_index(page, g, d, position % PAGE_TOKENS, G, K, False), out_K[d], False)

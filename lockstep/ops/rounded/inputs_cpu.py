@@ -1,4 +1,4 @@
-"""What enters attention, every intermediate on a grid: the fast kernel. A token's heads one after the other."""
+"""The inputs of attention, every intermediate on a grid: the fast kernel. A token's heads one after the other."""
 
 from collections import namedtuple
 
@@ -20,15 +20,15 @@ MAX_HEAD_DIM = 256
 ROW = 4 * MAX_HEAD_DIM  # bytes of a vector of scratch
 COSINES, SINES, FIRST, SECOND, SWAPPED, PRODUCT, KEY = (i * ROW for i in range(7))
 SCRATCH_BYTES = 7 * ROW
-ONE_THREAD = None  # of a variant: whether one thread takes all tokens
+ONE_THREAD = None  # constant of a variant: whether one thread does all tokens
 
-# a head's norm weight (0: none), the grids of its kind of head, from its own on, and how many such heads there are
+# a head's norm weight (0: none), the address of its grids, and the number of heads (query or key) between its grids
 Head = namedtuple("Head", "norm grids num_heads")
 
 
 @inlined
 def double_row(values, R, negated, out):
-    """So many values twice, the first ones negated if so."""
+    """R values twice, the first half negated if `negated`."""
     if negated:
         negate_row(values, R, out)
     else:
@@ -38,7 +38,7 @@ def double_row(values, R, negated, out):
 
 @inlined
 def swap_halves(x1, x2, R, pre_negated, out):
-    """cat: the second half, negated if its table of sines is not, then the first."""
+    """cat: the second half, negated unless the table of sines is (pre_negated), then the first."""
     if pre_negated:
         copy_row(x2, R, out)
     else:
@@ -48,7 +48,7 @@ def swap_halves(x1, x2, R, pre_negated, out):
 
 @inlined
 def make_tables(a, position, memory):
-    """cos and sin of a position, twice each and on their grids, to scratch."""
+    """Writes cos and sin of a position, twice each and on their grids, to scratch."""
     R = a.rope_dim // 2
     double_row(a.cos + 4 * R * position, R, False, memory + COSINES)
     double_row(a.sin + 4 * R * position, R, a.pre_negated, memory + SINES)
@@ -57,14 +57,14 @@ def make_tables(a, position, memory):
 
 
 @inlined
-def round_at(x, count, head, site):
-    """A head's vector on the grid of a site."""
-    quantize_row(x, count, head.grids + 4 * GRID_WORDS * site * head.num_heads)
+def round_at(x, num_values, head, site):
+    """Rounds a head's vector to the grid of a site."""
+    quantize_row(x, num_values, head.grids + 4 * GRID_WORDS * site * head.num_heads)
 
 
 @inlined
 def make_cat(a, out, head, memory):
-    """cat of the rotated channels at `out`, to scratch."""
+    """Writes cat of the rotated channels at `out` to scratch."""
     R = a.rope_dim // 2
     copy_row(out, R, memory + FIRST)
     copy_row(out + 4 * R, R, memory + SECOND)
@@ -76,7 +76,7 @@ def make_cat(a, out, head, memory):
 
 @inlined
 def make_head(a, x, head, out, memory):
-    """One head of float32 at x, normed and rotated, to out."""
+    """Writes one head of float32 at x, normed and rotated, to out."""
     K, R2 = a.head_dim, a.rope_dim
     if head.norm != 0:
         norm_row(x, head.norm, K, a.eps, a.norm_offset, out)
@@ -94,15 +94,15 @@ def make_head(a, x, head, out, memory):
 
 
 @inlined
-def keep(a, row, page, slot, g, memory):
-    """One kv head's key and value of a token, to their page."""
+def write_key_value(a, row, page, slot, g, memory):
+    """Writes a token's key and value of one kv head to their page."""
     G, K = a.num_kv_heads, a.head_dim
     head, key = Head(a.k_norm, a.k_grids + 4 * GRID_WORDS * g, G), memory + KEY
     make_head(a, row + 4 * (a.k_offset + g * K), head, key, memory)
     round_at(key, K, head, ALL)
-    at = a.k_pages + 4 * k_index(page, g, 0, slot, G, K, False)
+    column = a.k_pages + 4 * k_index(page, g, 0, slot, G, K, False)
     for d in range(K):
-        poke(at + 4 * PAGE_TOKENS * d, peek(key + 4 * d, float32))
+        poke(column + 4 * PAGE_TOKENS * d, peek(key + 4 * d, float32))
     value = a.v_pages + 4 * v_index(page, g, 0, slot, G, K, False)
     copy_row(row + 4 * (a.v_offset + g * K), K, value)
     quantize_row(value, K, a.v_grids + 4 * GRID_WORDS * g)
@@ -123,7 +123,7 @@ def make_tokens(op, step, thread, num_threads):
             make_head(a, row + 4 * (a.q_offset + h * a.q_stride), head, a.q + 4 * a.head_dim * (H * t + h), memory)
         _, page, slot = slot_of(a, batch, t)
         for g in range(a.num_kv_heads):
-            keep(a, row, page, slot, g, memory)
+            write_key_value(a, row, page, slot, g, memory)
 
 
 rounded_inputs = variant(make_tokens, "rounded_inputs", ONE_THREAD=False)

@@ -1,13 +1,13 @@
-"""What activations are like: their number, range and histogram for each head. The definition.
+"""Statistics of activations, for each head: count, range and histogram. The definition.
 
 Only whole numbers are added up, and smallest and largest numbers found, so that the result does not depend on the
-order of the numbers, on how they are shared among threads, or on which were counted together.
+order of the numbers, on how threads share them, or on which of them were counted in one step.
 
-A head is WORDS int32: how many numbers there were, how many of them are not finite (these count nowhere else), the
+A head is WORDS int32: the count of numbers, how many of them are not finite (they are in no other word), the
 smallest and the largest as the bits of float32 (a zero without its sign; +inf and -inf before the first number), and a
-histogram of BINS counters for numbers without a sign bit, and of BINS for those with one. A bin is a sixteenth of what
-lies between two powers of two; bins begin at 2**-32 and end at 2**32. Smaller numbers are counted in the first bin, and
-larger ones in the last.
+histogram of BINS counters for numbers without a sign bit, and of BINS for those with one. A bin is a sixteenth of the
+range between two powers of two; bins begin at 2**-32 and end at 2**32. Smaller numbers are counted in the first bin,
+and larger ones in the last.
 """
 
 import numpy as np
@@ -16,6 +16,7 @@ from lockstep.native.kernel import definition, kernel
 from lockstep.native.machine import float_array, int_array
 from lockstep.native.numbers import carray
 from lockstep.native.simd import maximum, minimum
+from lockstep.ops.math import ZERO
 from lockstep.ops.rounded.fake_quant import seen_width
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.operands import Operands, rows, setting
@@ -28,17 +29,16 @@ WORDS = HISTOGRAM + 2 * BINS
 SHIFT = 19  # bits of a float32 below those that choose its bin
 FIRST_BIN, INFINITE_BIN = (127 - 32) * 16, 255 * 16  # bits >> SHIFT of 2**-32, and of infinity
 SIZE_BITS = 0x7FFFFFFF
-MOST = 2**31 - 1  # numbers that are counted before a reader clears the words
-TOO_MANY = -1  # the count when there were more
-ZERO = np.float32(0)
+MOST = 2**31 - 1  # the largest count
+TOO_MANY = -1  # the count of more numbers than that
 
 
 class Observe(Operands):
-    """Counts x's numbers, head h being head_width columns from column + h * stride on.
+    """Counts the numbers of x. Head h is head_width columns from column + h * stride on.
 
     counters: int32 words, [copies, num_heads, WORDS], to which numbers are added until a reader clears them, see
-    `cleared`. A thread adds to a copy of its own; where there are fewer copies, only so many threads work. seen_only
-    and additive: as `FakeQuant` has them.
+    `cleared`. A thread adds to a copy of its own; at most `copies` threads work. seen_only and additive: as in
+    `FakeQuant`.
     """
 
     rules = (
@@ -66,14 +66,14 @@ class Observe(Operands):
 
 
 def cleared(num_heads: int, copies: int) -> np.ndarray:
-    """Words that nothing was added to yet: int32 [copies * num_heads, WORDS]."""
+    """New words to which nothing was added: int32 [copies * num_heads, WORDS]."""
     words = np.empty((copies * num_heads, WORDS), np.int32)
     clear(words)
     return words
 
 
 def clear(words: np.ndarray) -> None:
-    """Makes words, int32 [.., WORDS], such that nothing was added to them yet."""
+    """Clears words, int32 [.., WORDS]."""
     words[...] = 0
     words[..., MINIMUM] = np.float32(np.inf).view(np.int32)
     words[..., MAXIMUM] = np.float32(-np.inf).view(np.int32)
@@ -83,7 +83,7 @@ def clear(words: np.ndarray) -> None:
 def observe_row(x, words):
     """Adds a row of float32 to a head's words.
 
-    Order: none; all that is added is whole.
+    Order: none, since only whole numbers are added.
     """
     bits, extremes = x.view(np.int32), words[MINIMUM : MAXIMUM + 1].view(np.float32)
     if words[COUNT] == TOO_MANY or words[COUNT] > MOST - x.size:

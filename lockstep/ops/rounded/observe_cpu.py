@@ -1,4 +1,4 @@
-"""What activations are like: the fast kernel. Bound by one counter in memory after another, a nanosecond a number."""
+"""Statistics of activations: the fast kernel. Bound by one counter in memory after another, a nanosecond a number."""
 
 from lockstep.native.kernel import inlined, kernel, native
 from lockstep.native.numbers import float32, int32, int64
@@ -36,7 +36,7 @@ def add(words, index, number):
 
 @inlined
 def count_bin(bits, words):
-    """One number, by its bits, in the histogram or among those that are not finite."""
+    """Counts one number, by its bits, in the histogram or as not finite."""
     place = int64(bits & SIZE_BITS) >> SHIFT
     if place >= INFINITE_BIN:
         add(words, NOT_FINITE, 1)
@@ -46,7 +46,7 @@ def count_bin(bits, words):
 
 @inlined
 def lower(x, low):
-    """The lower of two, lanes or one number; low if x is not finite."""
+    """The lower of x and low, lanes or one number; low where x is not finite."""
     return minimum(where_below(magnitude(x), INFINITY, x + ZERO, low), low)
 
 
@@ -56,15 +56,15 @@ def higher(x, high):
 
 
 @inlined
-def find_extremes(x, count, words):
-    """Smallest and largest of so many float32 at x and of what there was before."""
+def find_extremes(x, num_values, words):
+    """Updates smallest and largest with num_values float32 at x."""
     least, most = peek(words + 4 * MINIMUM, float32), peek(words + 4 * MAXIMUM, float32)
-    low, high, whole = lanes(least), lanes(most), count - count % 16
+    low, high, whole = lanes(least), lanes(most), num_values - num_values % 16
     for i in range(0, 4 * whole, 64):
         v = load(x + i)
         low, high = lower(v, low), higher(v, high)
     least, most = ZERO - max_lanes(ZERO - low), max_lanes(high)
-    for i in range(4 * whole, 4 * count, 4):
+    for i in range(4 * whole, 4 * num_values, 4):
         v = peek(x + i, float32)
         least, most = lower(v, least), higher(v, most)
     poke(words + 4 * MINIMUM, least)
@@ -72,15 +72,15 @@ def find_extremes(x, count, words):
 
 
 @native
-def observe_row(x, count, words):
-    """Adds so many float32 at address x to a head's words at an address: `observe.observe_row`."""
+def observe_row(x, num_values, words):
+    """Adds num_values float32 at address x to a head's words at an address, as `observe.observe_row` does."""
     before = int64(peek(words + 4 * COUNT, int32))
-    if before == TOO_MANY or before > MOST - count:
+    if before == TOO_MANY or before > MOST - num_values:
         poke(words + 4 * COUNT, int32(TOO_MANY))
     else:
-        add(words, COUNT, count)
-        find_extremes(x, count, words)
-        for i in range(0, 4 * count, 4):
+        add(words, COUNT, num_values)
+        find_extremes(x, num_values, words)
+        for i in range(0, 4 * num_values, 4):
             count_bin(peek(x + i, int32), words)
 
 

@@ -1,6 +1,6 @@
 """SwiGLU's product as quantized hardware computes it: the definition.
 
-sig = sigmoid(gate)    act = gate * sig    mul = act * up        each on its grid
+sig = sigmoid(gate)    act = gate * sig    mul = act * up        each rounded to its grid
 """
 
 from lockstep.native.kernel import definition, kernel

@@ -9,7 +9,7 @@ from lockstep.ops.share import strided
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import num_rows
 
-ONE_THREAD = None  # of a variant: whether one thread takes row after row
+ONE_THREAD = None  # constant of a variant: whether one thread does all rows
 
 
 def multiply(op, step, thread, num_threads):

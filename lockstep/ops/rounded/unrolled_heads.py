@@ -1,8 +1,8 @@
 """Attention of one head in small steps: the definition.
 
-`rounded_attention` taken apart, an op for each number that hardware keeps; see `ptq.unroll`. A row of scores has a
-column for each key of the token's sequence by position, of which those are there that `row_keys` counts; what is in the
-others is not read. A row of a token with more keys than columns is NaN.
+`rounded_attention` taken apart, an op for each intermediate that hardware keeps; see `ptq.unroll`. A row of scores has
+a column for each key of the token's sequence by position, of which the first `row_keys` are used; the others are not
+read. A row of a token with more keys than columns is NaN.
 """
 
 import numpy as np
@@ -10,8 +10,7 @@ import numpy as np
 from lockstep.native.kernel import inlined, kernel
 from lockstep.native.simd import poke
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS, check_group, k_index, page_shapes, v_index, write_number
-from lockstep.ops.rounded.attention import cached, check_whole, mask_added, scores_of, softmax, values_of
-from lockstep.ops.rounded.row_keys import row_keys
+from lockstep.ops.rounded.attention import cached, check_whole, mask_added, row_keys, scores_of, softmax, values_of
 from lockstep.ops.rounded.unrolled_rows import row_of
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.operands import Operands, cache, output, rows
@@ -24,7 +23,7 @@ SCORE_RULES = ("width % 16 == 0",)
 
 
 class KeepHead(Operands):
-    """The key and the value of each token, of one kv head, go to their pages."""
+    """Writes each token's key and value of one kv head to their pages."""
 
     group = "attention"
     rules = HEAD_RULES
@@ -66,7 +65,7 @@ class HeadScores(Operands):
 
 
 class ScaleRows(Operands):
-    """out = x * factor, scores by key."""
+    """out = x * factor, for the keys of a row of scores."""
 
     group = "attention"
     rules = SCORE_RULES
@@ -133,7 +132,7 @@ class HeadValues(Operands):
 
 
 def check_page(op, pages, index):
-    """ValueError if a cache has not the pages of an op's kv heads and group, of keys (index 0) or of values (1)."""
+    """ValueError unless a cache has pages of an op's group and kv heads, for keys (index 0) or values (1)."""
     check_group(op, pages)
     expected = page_shapes(op.num_kv_heads, op.head_dim, "f32")[index]
     if tuple(pages.shape) != expected:
@@ -144,15 +143,15 @@ def check_page(op, pages, index):
 
 
 @inlined
-def keys_there(a, batch, t):
-    """How many keys of a row are there: those that it has, as far as there are columns."""
+def keys_in_row(a, batch, t):
+    """The number of keys of a row for which there are columns."""
     return min(row_keys(a, batch, t), a.width)
 
 
 @inlined
 def scores_at(a, array, batch, t):
     """The scores of row t of a tensor at an address, [keys]."""
-    return row_of(array, a.width, t, 0, keys_there(a, batch, t))
+    return row_of(array, a.width, t, 0, keys_in_row(a, batch, t))
 
 
 @kernel
@@ -172,10 +171,10 @@ def _keep_head(op, step, thread, num_threads):
 def _head_scores(op, step, thread, num_threads):
     a, batch = HeadScores.read(op), StepBlock.read(step)
     for t in range(num_rows(op, step) if thread == 0 else 0):
-        table, count = pages_of(batch, entry(batch.request, t), a.page_group), keys_there(a, batch, t)
-        k_CK = cached(a.k_pages, k_index, table, a.kv_head, count, a.num_kv_heads, a.head_dim)
+        table, num_keys = pages_of(batch, entry(batch.request, t), a.page_group), keys_in_row(a, batch, t)
+        k_CK = cached(a.k_pages, k_index, table, a.kv_head, num_keys, a.num_kv_heads, a.head_dim)
         scores_of(row_of(a.q, a.head_dim, t, 0, a.head_dim), k_CK, scores_at(a, a.out, batch, t))
-        if count < row_keys(a, batch, t):
+        if num_keys < row_keys(a, batch, t):
             poke(a.out + 4 * a.width * t, UNKNOWN)
 
 
@@ -210,8 +209,8 @@ def _softmax_rows(op, step, thread, num_threads):
 def _head_values(op, step, thread, num_threads):
     a, batch = HeadValues.read(op), StepBlock.read(step)
     for t in range(num_rows(op, step) if thread == 0 else 0):
-        table, count = pages_of(batch, entry(batch.request, t), a.page_group), keys_there(a, batch, t)
-        v_CK = cached(a.v_pages, v_index, table, a.kv_head, count, a.num_kv_heads, a.head_dim)
+        table, num_keys = pages_of(batch, entry(batch.request, t), a.page_group), keys_in_row(a, batch, t)
+        v_CK = cached(a.v_pages, v_index, table, a.kv_head, num_keys, a.num_kv_heads, a.head_dim)
         values_of(scores_at(a, a.p, batch, t), v_CK, row_of(a.out, a.head_dim, t, 0, a.head_dim))
 
 

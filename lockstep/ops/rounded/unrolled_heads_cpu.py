@@ -1,7 +1,7 @@
 """Attention of one head in small steps: the fast kernels.
 
-A thread has every num_threads-th row, in every op, so that rows stay in its caches. Where keys or values are
-multiplied, HEIGHT of its rows of one request at a time: the sums are in registers.
+A thread has the same rows in every op, every num_threads-th, so that they stay in its caches. Products with keys or
+values take HEIGHT of its rows of one request at a time, with sums in registers.
 """
 
 from lockstep.native.kernel import inlined, kernel
@@ -9,8 +9,8 @@ from lockstep.native.numbers import float32
 from lockstep.native.simd import peek, poke
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS, k_index, v_index
 from lockstep.ops.attention.kv_cache_cpu import slot_of
+from lockstep.ops.rounded.attention import row_keys
 from lockstep.ops.rounded.attention_cpu import HEIGHT, score_rows, sequence_of, value_rows, value_tail
-from lockstep.ops.rounded.row_keys import row_keys
 from lockstep.ops.rounded.row_math_cpu import add_mask_row, copy_row, scale_row, softmax_row
 from lockstep.ops.rounded.unrolled_heads import (
     UNKNOWN,
@@ -20,7 +20,7 @@ from lockstep.ops.rounded.unrolled_heads import (
     MaskRows,
     ScaleRows,
     SoftmaxRows,
-    keys_there,
+    keys_in_row,
 )
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import StepBlock, entry, num_rows, pages_of
@@ -47,14 +47,13 @@ def first_of(start, thread, num_threads):
 
 @inlined
 def rows_until(first, end, num_threads):
-    """How many rows from a thread's first one on, before `end`, are its own."""
+    """The number of a thread's rows from its first one up to `end`."""
     return max(0, (end - first + num_threads - 1) // num_threads)
 
 
 @inlined
 def tile_at(i, num_rows):
-    """(first row, how many) of tile i of so many rows: the first tile, whose rows see the fewest keys, is the short
-    one."""
+    """(first row, height) of tile i of num_rows rows. The first, whose rows see the fewest keys, is the short one."""
     short = num_rows % HEIGHT
     if short == 0:
         return HEIGHT * i, HEIGHT
@@ -63,7 +62,7 @@ def tile_at(i, num_rows):
 
 @kernel
 def head_scores(op, step, thread, num_threads):
-    """See above."""
+    """q . k of the thread's rows, a tile at a time."""
     a, batch = HeadScores.read(op), StepBlock.read(step)
     for request in range(batch.num_requests):
         first = first_of(entry(batch.query_start, request), thread, num_threads)
@@ -72,47 +71,47 @@ def head_scores(op, step, thread, num_threads):
         for i in range((num_own + HEIGHT - 1) // HEIGHT):
             skip, height = tile_at(i, num_own)
             t = first + num_threads * skip
-            keys = keys_there(a, batch, t + num_threads * (height - 1))
+            keys = keys_in_row(a, batch, t + num_threads * (height - 1))
             q, out = a.q + 4 * a.head_dim * t, a.out + 4 * a.width * t
             apart = 4 * num_threads * a.head_dim, 4 * num_threads * a.width
             score_rows(q, apart[0], height, s, keys, out, apart[1])
     for t in range(thread, num_rows(op, step), num_threads):
-        if keys_there(a, batch, t) < row_keys(a, batch, t):
+        if keys_in_row(a, batch, t) < row_keys(a, batch, t):
             poke(a.out + 4 * a.width * t, UNKNOWN)
 
 
 @kernel
 def scale_rows(op, step, thread, num_threads):
-    """See above."""
+    """The thread's rows times a factor."""
     a, batch = ScaleRows.read(op), StepBlock.read(step)
     for t in range(thread, num_rows(op, step), num_threads):
         row = 4 * a.width * t
-        scale_row(a.x + row, keys_there(a, batch, t), a.factor, a.out + row)
+        scale_row(a.x + row, keys_in_row(a, batch, t), a.factor, a.out + row)
 
 
 @kernel
 def mask_rows(op, step, thread, num_threads):
-    """See above."""
+    """The thread's rows plus the mask."""
     a, batch = MaskRows.read(op), StepBlock.read(step)
     for t in range(thread, num_rows(op, step), num_threads):
-        row, keys = 4 * a.width * t, keys_there(a, batch, t)
+        row, keys = 4 * a.width * t, keys_in_row(a, batch, t)
         copy_row(a.x + row, keys, a.out + row)
         add_mask_row(a.out + row, keys, entry(batch.position, t), a.fill)
 
 
 @kernel
 def softmax_rows(op, step, thread, num_threads):
-    """See above."""
+    """The softmax of the thread's rows."""
     a, batch = SoftmaxRows.read(op), StepBlock.read(step)
     for t in range(thread, num_rows(op, step), num_threads):
-        row, keys = 4 * a.width * t, keys_there(a, batch, t)
+        row, keys = 4 * a.width * t, keys_in_row(a, batch, t)
         copy_row(a.x + row, keys, a.out + row)
         softmax_row(a.out + row, keys)
 
 
 @kernel
 def head_values(op, step, thread, num_threads):
-    """See above."""
+    """p v of the thread's rows, a tile at a time."""
     a, batch = HeadValues.read(op), StepBlock.read(step)
     for request in range(batch.num_requests):
         first = first_of(entry(batch.query_start, request), thread, num_threads)
@@ -121,11 +120,11 @@ def head_values(op, step, thread, num_threads):
         for i in range((num_own + HEIGHT - 1) // HEIGHT):
             skip, height = tile_at(i, num_own)
             t = first + num_threads * skip
-            shared = keys_there(a, batch, t)
+            shared = keys_in_row(a, batch, t)
             p, out = 4 * a.width, 4 * a.head_dim
             value_rows(a.p + p * t, p * num_threads, height, s, shared, a.out + out * t, out * num_threads)
             for row in range(t, t + num_threads * height, num_threads):
-                value_tail(a.p + p * row, s, shared, keys_there(a, batch, row), a.out + out * row)
+                value_tail(a.p + p * row, s, shared, keys_in_row(a, batch, row), a.out + out * row)
 
 
 CPU = {

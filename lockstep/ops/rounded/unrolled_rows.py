@@ -1,7 +1,7 @@
 """Small steps between grids: the definition.
 
-`rounded_inputs` and `rounded_silu_mul` taken apart, an op for each number that hardware keeps; see `ptq.unroll`. Every
-row is a token's; tensors of several heads or projections are read and written by columns.
+`rounded_inputs` and `rounded_silu_mul` taken apart, an op for each intermediate that hardware keeps; see `ptq.unroll`.
+Every row is a token's; tensors of several heads or projections are read and written by columns.
 """
 
 from lockstep.native.kernel import definition, inlined, kernel
@@ -17,7 +17,7 @@ from lockstep.runtime.step import StepBlock, entry, num_rows
 
 
 class Columns(Operands):
-    """Columns out_column on of out = columns x_column on of x, `width` of them. What else out has stays."""
+    """Columns out_column on of out = columns x_column on of x, `width` of them. Other columns of out stay."""
 
     group = "elementwise"
     rules = ("x_column + width <= x_width", "out_column + width <= out_width")
@@ -31,7 +31,7 @@ class Columns(Operands):
 
 
 class RopeRows(Operands):
-    """out = the values of each token's position twice, the first ones negated if so."""
+    """out = the table's values of each token's position twice, the first half negated if `negated`."""
 
     group = "elementwise"
     out: Tensor = output("2 * half")
@@ -85,7 +85,7 @@ class Sigmoid(Operands):
 
 
 class GateRows(Operands):
-    """out = x times sigmoid of columns gate_column on of gate; 0 instead of what is near the smallest float32."""
+    """out = x times sigmoid of columns gate_column on of gate; 0 for results near the smallest float32."""
 
     group = "elementwise"
     rules = ("width % 16 == 0", "gate_column + width <= gate_width")
@@ -123,9 +123,9 @@ def sigmoids(x_D, out_D):
 
 
 @inlined
-def row_of(array, width, t, column, count):
-    """Columns of row t of a tensor at an address, [count]."""
-    return carray(float_array(array + 4 * (width * t + column)), (count,))
+def row_of(array, width, t, column, num_columns):
+    """num_columns columns, from `column` on, of row t of a tensor at an address."""
+    return carray(float_array(array + 4 * (width * t + column)), (num_columns,))
 
 
 @kernel

@@ -22,7 +22,7 @@ def columns(op, step, thread, num_threads):
 
 @kernel
 def rope_rows(op, step, thread, num_threads):
-    """Likewise."""
+    """Rows are dealt to threads in turn."""
     a = RopeRows.read(op)
     for t in range(thread, num_rows(op, step), num_threads):
         values = a.values + 4 * a.half * entry(StepBlock.read(step).position, t)
@@ -31,7 +31,7 @@ def rope_rows(op, step, thread, num_threads):
 
 @kernel
 def swapped(op, step, thread, num_threads):
-    """Likewise."""
+    """Rows are dealt to threads in turn."""
     a = SwapHalves.read(op)
     for t in range(thread, num_rows(op, step), num_threads):
         row = 4 * a.half * t
@@ -40,7 +40,7 @@ def swapped(op, step, thread, num_threads):
 
 @kernel
 def multiply(op, step, thread, num_threads):
-    """Likewise."""
+    """Rows are dealt to threads in turn."""
     a = Multiply.read(op)
     for t in range(thread, num_rows(op, step), num_threads):
         x, y = a.x + 4 * (a.x_width * t + a.x_column), a.y + 4 * (a.y_width * t + a.y_column)
@@ -49,22 +49,22 @@ def multiply(op, step, thread, num_threads):
 
 @kernel
 def sigmoids(op, step, thread, num_threads):
-    """Likewise."""
+    """Rows are dealt to threads in turn."""
     a = Sigmoid.read(op)
     for t in range(thread, num_rows(op, step), num_threads):
         sigmoid_row(a.x + 4 * (a.x_width * t + a.x_column), a.width, a.out + 4 * a.width * t)
 
 
 @inlined
-def gate_row(x, gate, count, out):
-    """out = x * sigmoid(gate), a multiple of 16 numbers: `attention.gated`."""
-    for i in range(0, 4 * count, 64):
+def gate_row(x, gate, num_values, out):
+    """out = x * sigmoid(gate), for a multiple of 16 values: `attention.gated`."""
+    for i in range(0, 4 * num_values, 64):
         store(out + i, cleared(load(x + i) * sigmoid(load(gate + i))))
 
 
 @kernel
 def gate_rows(op, step, thread, num_threads):
-    """Likewise."""
+    """Rows are dealt to threads in turn."""
     a = GateRows.read(op)
     for t in range(thread, num_rows(op, step), num_threads):
         gate, row = a.gate + 4 * (a.gate_width * t + a.gate_column), 4 * a.width * t

@@ -1,4 +1,4 @@
-"""What every test of an op has: random numbers that do not depend on which tests ran before."""
+"""For every test of an op: random numbers that do not depend on which tests ran before."""
 
 import zlib
 

@@ -11,7 +11,7 @@ from lockstep.runtime.threads import Team
 from lockstep.weights.store import WeightStore
 from lockstep.weights.tensor import StoredTensor
 
-NAN_BYTES = 0xFF  # float32 and bf16 of all ones are NaN: what a kernel leaves unwritten shows
+NAN_BYTES = 0xFF  # float32 and bf16 of all ones are NaN: elements that a kernel does not write show
 
 
 def weight(array, name="weight"):
@@ -22,13 +22,13 @@ def weight(array, name="weight"):
 
 
 def ragged_step(lengths=(1,), contexts=None, pages=None, **arrays):
-    """A step block, and what keeps its arrays alive, for requests of so many new tokens and so much context in all.
+    """(A step block, its arrays, which it needs alive) for requests of `lengths` new tokens and `contexts` in all.
 
     arrays: fields of the step block in place of those made here.
     """
     contexts = contexts if contexts is not None else lengths
     start = np.cumsum([0, *lengths])
-    made = dict(
+    fields = dict(
         query_start=start,
         context_len=contexts,
         state_slot=np.arange(len(lengths)),
@@ -42,19 +42,19 @@ def ragged_step(lengths=(1,), contexts=None, pages=None, **arrays):
         num_pending=np.zeros(len(lengths)),
         page_table=pages if pages is not None else np.zeros((len(lengths), 1)),
     )
-    keep = {
-        name: np.ascontiguousarray(array, np.int32) for name, array in (made | arrays).items() if name != "sampling"
+    held = {
+        name: np.ascontiguousarray(array, np.int32) for name, array in (fields | arrays).items() if name != "sampling"
     }
-    of = dict(T="token_ids", S="context_len", R="sampled_row", E="embedded_row", O="output_row")
-    counts = {letter: len(keep[name]) for letter, name in of.items()} | dict(P=keep["page_table"].shape[1])
-    counts["W"] = len(keep["page_table"]) // counts["S"]
-    keep["sampling"] = arrays.get("sampling", np.zeros(counts["R"], SAMPLING_RECORD))
+    counted_by = dict(T="token_ids", S="context_len", R="sampled_row", E="embedded_row", O="output_row")
+    counts = {letter: len(held[name]) for letter, name in counted_by.items()} | dict(P=held["page_table"].shape[1])
+    counts["W"] = len(held["page_table"]) // counts["S"]
+    held["sampling"] = arrays.get("sampling", np.zeros(counts["R"], SAMPLING_RECORD))
     for name, shape in StepBlock.shapes(**counts).items():
-        assert keep[name].shape == shape, (name, keep[name].shape, shape)
-    step = StepBlock.made(**keep)
+        assert held[name].shape == shape, (name, held[name].shape, shape)
+    step = StepBlock.made(**held)
     for letter, index in StepBlock.counts().items():
         step[index] = counts[letter]
-    return step, keep
+    return step, held
 
 
 class Given(Operands):
@@ -72,7 +72,7 @@ def run_op(backend, declaration, step=None, num_threads=1, rows="T", **operands)
     whose width or type the declaration leaves open is given as (width, dtype).
     """
     program, written, caches, values = Program(), [], {}, {}
-    for group in range(operands.get("page_group", 0)):  # those before it are others' groups
+    for group in range(operands.get("page_group", 0)):  # the groups before it belong to other layers
         program.cache(f"pages of group {group}", "pages", "f32", (1,), window=1 + group)
         caches[f"pages of group {group}"] = 0
     for name, operand in declaration.declared():

@@ -18,11 +18,12 @@ def widen(x):
 
 
 def page_table(contexts, rng):
-    """i32[S, P] with pages in random order; entries past a request's last page point far outside the cache."""
-    counts = [-(-c // 64) for c in contexts]
-    order, table = rng.permutation(sum(counts) + 2), np.full((len(contexts), max(counts) + 1), NEVER, np.int32)
-    for s, count in enumerate(counts):
-        table[s, :count] = order[sum(counts[:s]) : sum(counts[: s + 1])]
+    """(int32 [S, P] with pages in random order, the number of pages); entries past a request's last page are NEVER, far
+    outside the cache."""
+    num_pages = [-(-c // 64) for c in contexts]
+    order, table = rng.permutation(sum(num_pages) + 2), np.full((len(contexts), max(num_pages) + 1), NEVER, np.int32)
+    for s, num in enumerate(num_pages):
+        table[s, :num] = order[sum(num_pages[:s]) : sum(num_pages[: s + 1])]
     return table, len(order)
 
 
@@ -33,7 +34,7 @@ def quantize(x):
 
 
 def random_cache(contexts, G, K, kv_dtype, rng):
-    """(k pages, v pages, table, k [S][C, G, K], v): what attention reads, and the same numbers in order."""
+    """(k pages, v pages, table, k [S][C, G, K], v): the cache that attention reads, and its numbers in order."""
     table, N = page_table(contexts, rng)
     keys, values = ([rng.standard_normal((c, G, K), np.float32) for c in contexts] for _ in "kv")
     if kv_dtype == "q8":
@@ -85,7 +86,7 @@ def in_pairs(pages):
 
 
 def by_row(pages, together=2):
-    """Pages as they lie in a cache, so many rows together or one by one, as [N, G, rows, width]."""
+    """Pages as they lie in a cache, `together` rows interleaved or one by one, as [N, G, rows, width]."""
     if pages.ndim == 4:
         return pages
     N, G, groups, width, _ = pages.shape

@@ -1,3 +1,5 @@
+"""Elementary functions: scalars equal lanes and plain Python, and errors are bounded in ulp."""
+
 import functools
 
 import numpy as np
@@ -16,7 +18,7 @@ FUNCTIONS = {
     "log1p": (math.log1p, np.log1p, (-0.999, 1)),
     "tanh": (math.tanh, np.tanh, (-10, 10)),
 }
-# every so-manieth float32 between two positive ones, negated too where the function takes it
+# float32 at even distances of their bits between two positive ones, negated too where the function allows it
 BIT_GRIDS = {
     "exp": (math.exp, np.exp, (2.0**-40, 87), True, 1),
     "log": (math.log, np.log, (2.0**-126, 3.4e38), False, 0.9),

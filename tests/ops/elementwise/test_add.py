@@ -1,3 +1,5 @@
+"""The residual addition: kernels equal the definition."""
+
 import numpy as np
 import pytest
 

@@ -1,3 +1,5 @@
+"""Two tensors side by side."""
+
 import numpy as np
 import pytest
 

@@ -1,3 +1,5 @@
+"""Lookups of embeddings: every format decodes as it says, by definition and kernel."""
+
 import numpy as np
 import pytest
 
@@ -33,8 +35,8 @@ def _finite_scales(data, format):
 
 def run(backend, stored, ids, scale=1.0, num_threads=1):
     step, _held = ragged_step([len(ids)], token_ids=ids)
-    how = dict(width=stored.shape[1], scale=scale)
-    return run_op(backend, Embed, step, num_threads, table=weight(stored), **how)["out"]
+    sizes = dict(width=stored.shape[1], scale=scale)
+    return run_op(backend, Embed, step, num_threads, table=weight(stored), **sizes)["out"]
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -1,3 +1,5 @@
+"""Root-mean-square norm: the kernel equals the definition, which is accurate."""
+
 import numpy as np
 import pytest
 

@@ -1,3 +1,5 @@
+"""Selection of rows by each letter that counts them."""
+
 import numpy as np
 import pytest
 

@@ -1,3 +1,5 @@
+"""Attention on grids: kernels equal the definition, each site is rounded, and without grids it is attention."""
+
 import numpy as np
 import pytest
 
@@ -29,13 +31,13 @@ class Batch:
         self.q = rng.standard_normal((sum(lengths), H * K), np.float32)
         self.gate = rng.standard_normal((sum(lengths), 2 * H * K + 5), np.float32)
 
-    def run(self, table, grids, num_threads=1, gated=False, **how):
+    def run(self, table, grids, num_threads=1, gated=False, **options):
         H, G, K = self.shape
         step, _held = ragged_step(self.lengths, self.contexts, self.table)
         gate = dict(gate=self.gate, gate_width=self.gate.shape[1], gate_offset=5 + K, gate_stride=2 * K)
         made = dict(num_heads=H, num_kv_heads=G, head_dim=K, max_keys=4096, scale=K**-0.5, additive=False, fill=-120.0)
         cached = dict(q=self.q, k_pages=self.k_pages, v_pages=self.v_pages, grids=grids, **(gate if gated else {}))
-        return run_op(table, RoundedAttention, step=step, num_threads=num_threads, **cached, **made | how)["out"]
+        return run_op(table, RoundedAttention, step=step, num_threads=num_threads, **cached, **made | options)["out"]
 
 
 SHAPES = [(4, 2, 16), (6, 1, 48), (3, 3, 64), (8, 2, 32), (2, 1, 128)]
@@ -57,9 +59,9 @@ def test_kernels_equal_definition(shape, lengths, contexts, gated):
 @pytest.mark.parametrize("fill", [-120.0, -5.0])
 def test_an_added_mask_counts_all_keys(fill):
     batch, grids = Batch([40, 3], [40, 3], 4, 2, 32), mixed_grids(4, 7)
-    how = dict(additive=True, fill=fill)
-    expected = batch.run(REFERENCE, grids, **how)
-    same_bits(batch.run(CPU, grids, 3, **how), expected)
+    options = dict(additive=True, fill=fill)
+    expected = batch.run(REFERENCE, grids, **options)
+    same_bits(batch.run(CPU, grids, 3, **options), expected)
     assert (expected != batch.run(REFERENCE, grids)).any()
 
 
@@ -79,11 +81,11 @@ def test_without_grids_it_is_attention():
 @pytest.mark.parametrize("site", range(len(SITES)))
 def test_one_wrong_head_shows(site):
     batch, grids = Batch([9], [70], 4, 2, 32), np.stack([GRIDS["mxint8"]] * 20)
-    how = dict(additive=True, fill=-9.0)
-    right = batch.run(CPU, grids, **how)
+    options = dict(additive=True, fill=-9.0)
+    right = batch.run(CPU, grids, **options)
     wrong = grids.copy()
     wrong[4 * site + 2] = GRIDS["mxfp4"]
-    found = batch.run(CPU, wrong, **how).reshape(9, 4, 32)
+    found = batch.run(CPU, wrong, **options).reshape(9, 4, 32)
     assert [(found[:, h] != right.reshape(9, 4, 32)[:, h]).any() for h in range(4)] == [False, False, True, False]
 
 

@@ -1,3 +1,5 @@
+"""Rounding to grids: kernels equal the definition, which follows published formulas."""
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ ODD = np.array([0.0, -0.0, 1e-30, -1e-38, 1e-45, 3e38, -3e38, 0.5, 1.5, 2.5, -2.
 
 
 def numbers(num_rows, width):
-    """Rows of numbers of several sizes, with zeros, denormals and ties among them."""
+    """Rows of numbers of several magnitudes, zeros, denormals and ties among them."""
     x = (RNG.standard_normal((num_rows, width)) * np.exp2(RNG.integers(-6, 5, (num_rows, 1)))).astype(np.float32)
     at = RNG.integers(0, x.size, x.size // 5)
     x.ravel()[at] = RNG.choice(ODD, at.size)
@@ -27,9 +29,9 @@ def numbers(num_rows, width):
     return x
 
 
-def run(table, x, grid_rows, num_threads=1, step=None, **how):
+def run(table, x, grid_rows, num_threads=1, step=None, **changes):
     heads = len(grid_rows)
-    sizes = dict(width=x.shape[1], column=0, stride=x.shape[1], head_width=x.shape[1], num_heads=heads) | how
+    sizes = dict(width=x.shape[1], column=0, stride=x.shape[1], head_width=x.shape[1], num_heads=heads) | changes
     made = dict(out=(x.shape[1], "f32"), x=x, grids=np.stack(grid_rows), **sizes)
     return run_op(table, FakeQuant, step=step, num_threads=num_threads, **made)["out"]
 
@@ -85,7 +87,7 @@ def test_small_floats_are_those_of_ml_dtypes(name, dtype):
 def test_microscaled_blocks_have_the_published_scales():
     x = numbers(1, 64)
     x[0, :32] = np.linspace(-1, 1, 32)
-    x[0, 5] = 5.0  # exponent 2: with e2m1's 2, a scale of 1
+    x[0, 5] = 5.0  # exponent 2: less e2m1's largest exponent 2, a scale of 1
     out = run(fake_quant_cpu.CPU, x, [GRIDS["mxfp4"]])
     expected = np.clip(x[0, :32], -6, 6).astype(ml_dtypes.float4_e2m1fn).astype(np.float32)
     np.testing.assert_array_equal(out[0, :32], expected)
@@ -127,7 +129,7 @@ def test_heads_have_grids_of_their_own_and_other_columns_stay():
 
 
 def in_place(program, op, backend, values):
-    """A program of one op on rows that are given to it."""
+    """The rows after a program of one op, which works on them in place."""
     memory = aligned(4 * values.size + 64)[: 4 * values.size].view(np.float32).reshape(values.shape)
     memory[...] = values
     team = Team(1)
@@ -150,9 +152,9 @@ def test_a_grid_is_one_row_a_head():
 def test_with_an_added_mask_a_row_has_all_keys_of_its_sequence(table):
     x, step = numbers(3, 96), ragged_step([2, 1], [34, 70])
     out = run(table, x, [GRIDS["i8/row"]], step=step[0], seen_only=True, additive=True)
-    for t, there in enumerate((34, 34, 70)):
-        same_bits(out[t, there:], x[t, there:])
-        alone = run(table, np.ascontiguousarray(x[t : t + 1, :there]), [GRIDS["i8/row"]])
-        same_bits(out[t, :there], alone[0])
+    for t, num_keys in enumerate((34, 34, 70)):
+        same_bits(out[t, num_keys:], x[t, num_keys:])
+        alone = run(table, np.ascontiguousarray(x[t : t + 1, :num_keys]), [GRIDS["i8/row"]])
+        same_bits(out[t, :num_keys], alone[0])
     with pytest.raises(ValueError, match="expected seen_only >= additive, got seen_only False, additive True"):
         run(table, x, [GRIDS["off"]], additive=True)

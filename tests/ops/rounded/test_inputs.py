@@ -1,3 +1,5 @@
+"""Inputs of attention on grids: kernels equal the definition, and each site is rounded."""
+
 import numpy as np
 import pytest
 
@@ -37,7 +39,7 @@ class Batch:
         return q, pages["k_pages"], pages["v_pages"]
 
     def grids(self, choose):
-        """Grids of all operands. choose: of a count of rows, names of GRIDS."""
+        """Grids of all operands. choose: a function from a number of rows to names in GRIDS."""
         H, G = self.sizes["num_heads"], self.sizes["num_kv_heads"]
         counts = dict(q_grids=Q_SITES * H, k_grids=K_SITES * G, v_grids=G, rope_grids=2)
         return {name: np.stack([GRIDS[word] for word in choose(count)]) for name, count in counts.items()}

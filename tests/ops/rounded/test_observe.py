@@ -1,3 +1,5 @@
+"""Statistics of activations: kernel, definition and a count by hand are equal."""
+
 from typing import Any
 
 import numpy as np
@@ -17,16 +19,16 @@ ODD = np.array(
 
 
 def numbers(num_rows, width):
-    """Rows of numbers of all sizes, odd ones among them."""
+    """Rows of numbers of all magnitudes, special ones among them."""
     x = (RNG.standard_normal((num_rows, width)) * np.exp2(RNG.integers(-40, 40, (num_rows, width)))).astype(np.float32)
     at = RNG.integers(0, x.size, x.size // 4)
     x.ravel()[at] = RNG.choice(ODD, at.size)
     return x
 
 
-def count(table, x, num_threads=1, copies=None, step=None, words=None, **how):
+def count(table, x, num_threads=1, copies=None, step=None, words=None, **changes):
     """The words after a run: int32 [copies, heads, WORDS]."""
-    sizes: dict[str, Any] = dict(width=x.shape[1], column=0, stride=0, head_width=x.shape[1], num_heads=1) | how
+    sizes: dict[str, Any] = dict(width=x.shape[1], column=0, stride=0, head_width=x.shape[1], num_heads=1) | changes
     copies = copies or num_threads
     words = cleared(sizes["num_heads"], copies) if words is None else words
     run_op(table, Observe, step=step, num_threads=num_threads, x=x, counters=words, copies=copies, **sizes)
@@ -34,7 +36,7 @@ def count(table, x, num_threads=1, copies=None, step=None, words=None, **how):
 
 
 def together(words):
-    """Copies as one, [heads, WORDS]."""
+    """All copies joined, [heads, WORDS]."""
     made = words.sum(0, dtype=np.int32)
     extremes = words[..., MINIMUM : MAXIMUM + 1].view(np.float32)
     made[:, MINIMUM], made[:, MAXIMUM] = (
@@ -44,7 +46,7 @@ def together(words):
 
 
 def by_hand(x):
-    """Words of all numbers of an array, from the meaning of a bin."""
+    """The words of an array's numbers, from the definition of a bin in float64."""
     made, good = cleared(1, 1)[0], x[np.isfinite(x)].astype(np.float64)
     made[COUNT], made[NOT_FINITE] = x.size, x.size - good.size
     if good.size:

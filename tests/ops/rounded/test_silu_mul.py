@@ -1,3 +1,5 @@
+"""SwiGLU on grids: kernels equal the definition, and each site is rounded."""
+
 import numpy as np
 import pytest
 

@@ -1,3 +1,5 @@
+"""The small steps of attention and of its inputs: kernels equal definitions."""
+
 import numpy as np
 import pytest
 
@@ -17,7 +19,7 @@ def numbers(*shape):
 
 
 def by_all(declaration, step=None, **operands):
-    """What the definition gives, and 1 to 3 threads of the kernel, which must be equal."""
+    """The output of the definition, to which 1 to 3 threads of the kernel must be equal."""
     expected = run_op(REFERENCE, declaration, step, **operands)["out"]
     for num_threads in (1, 2, 3):
         same_bits(run_op(CPU, declaration, step, num_threads, **operands)["out"], expected)
@@ -73,7 +75,7 @@ THERE = np.concatenate([np.arange(c - n, c) for n, c in zip(LENGTHS, CONTEXTS, s
 
 
 class Head:
-    """Kv head 1 of 3, and which keys each row has."""
+    """Kv head 1 of 3, and the number of keys of each row."""
 
     def __init__(self, K, additive):
         self.K, self.additive = K, additive
@@ -85,7 +87,7 @@ class Head:
         self.sizes = dict(num_kv_heads=3, head_dim=K, kv_head=1, width=WIDTH, additive=additive)
 
     def run(self, declaration, width=WIDTH, **operands):
-        """The output by definition and kernels, what is not there as 0."""
+        """The output, equal by definition and kernels, with 0 in columns past a row's keys."""
         names = [name for name in self.sizes if name in declaration.parameters()]
         operands |= {name: self.sizes[name] for name in names} | dict(width=width)
         made = [run_op(REFERENCE, declaration, self.step, **operands)["out"]]

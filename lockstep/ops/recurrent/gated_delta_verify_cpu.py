@@ -38,6 +38,14 @@ PAGE = 4096  # bytes, up to which a load's address is compared with those of sto
 SCRATCH_BYTES = 4 * 64 * MAX_HEAD_DIM + PAGE
 
 
+class Blocks(NamedTuple):
+    """Addresses of four blocks of the state, of memory for as many, and of the next blocks, which are prefetched."""
+
+    state: int
+    scratch: int
+    following: int
+
+
 class Offsets(NamedTuple):
     """Bytes from a record's start to the delta of two blocks, to k and to the decay of their head."""
 
@@ -174,11 +182,9 @@ def verify_two(state, block, K, tokens, stride, fresh, r, scratch):
 
 
 @inlined
-def verify_four(state, block, K, tokens, stride, fresh, r, scratch, next_state):
-    """`verify_two` for four different blocks at once, where registers are wide and there are 32 of them.
-
-    scratch: memory for four blocks. next_state: address of the next blocks, which are prefetched.
-    """
+def verify_four(blocks, block, K, tokens, stride, fresh, r):
+    """`verify_two` for four different Blocks at once, where registers are wide and there are 32 of them."""
+    state, scratch, following = blocks
     q, k, v, decay, beta, out = tokens
     kept, low, high, pair = peek(decay, float32), zeros(), zeros(), 2 * block
     if fresh:
@@ -199,8 +205,8 @@ def verify_four(state, block, K, tokens, stride, fresh, r, scratch, next_state):
             key_next, place = peek(k_next + 4 * i, float32), source + 64 * i
             s_low, s_high = load_pair(place, block), load_pair(place + pair, block)
             if is_last:
-                prefetch(next_state + 64 * i)
-                prefetch(next_state + block + 64 * i)
+                prefetch(following + 64 * i)
+                prefetch(following + block + 64 * i)
                 store_pair(state + 64 * i, block, written(s_low, key, delta_low))
                 store_pair(state + pair + 64 * i, block, written(s_high, key, delta_high))
             out_low, low, s_low = written_read(s_low, key, query, delta_low, kept, key_next, out_low, low)
@@ -216,8 +222,8 @@ def verify_four(state, block, K, tokens, stride, fresh, r, scratch, next_state):
     out_low, out_high, source = zeros(), zeros(), scratch if r.num_drafts else state
     for i in range(K):
         place, key, query = source + 64 * i, peek(k + 4 * i, float32), peek(q + 4 * i, float32)
-        prefetch(next_state + pair + 64 * i)
-        prefetch(next_state + pair + block + 64 * i)
+        prefetch(following + pair + 64 * i)
+        prefetch(following + pair + block + 64 * i)
         out_low = write_out(place, block, key, query, delta_low, out_low)
         out_high = write_out(place + pair, block, key, query, delta_high, out_high)
     store_four(out, out_low, out_high)
@@ -265,7 +271,7 @@ def verify_blocks(a, batch, s, head, block, size, scratch, next_state):
     scratch += (state - scratch + PAGE // 2) % PAGE
     fresh, r, stride = entry(batch.position, first) == 0, records_of(a, batch, s, head, block), strides(a)
     if size == 4:
-        verify_four(state, 64 * K, K, tokens, stride, fresh, r, scratch, next_state)
+        verify_four(Blocks(state, scratch, next_state), 64 * K, K, tokens, stride, fresh, r)
     else:
         other = 64 * K * min(a.v_head_dim // BLOCK - block - 1, 1)
         verify_two(state, other, K, tokens, stride, fresh, r, scratch)

@@ -9,6 +9,8 @@ Each is rounded to the grid of its head; x1 and x2 are rounded copies that only 
 before they are added, which `kv_cache` does in one operation. Keys and values are rounded once more for the cache.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from lockstep.native.kernel import definition, inlined, kernel
@@ -26,6 +28,21 @@ SITES = ("norm", "x1", "x2", "cat", "cos", "sin", "rot", "all")  # in the order 
 NORM, X1, X2, CAT, COS, SIN, ROT, ALL = range(len(SITES))
 Q_SITES, K_SITES = len(SITES) - 1, len(SITES)
 TABLE_SITES = ("rope.cos", "rope.sin")
+
+
+class Norm(NamedTuple):
+    """The norm of a head: its weight [K], or [0] for none, eps, and what is added to the weight."""
+
+    weight_K: np.ndarray
+    eps: float
+    offset: float
+
+
+class Rope(NamedTuple):
+    """cos and sin of a position, [2 R] each, on their grids."""
+
+    cos_2R: np.ndarray
+    sin_2R: np.ndarray
 
 
 class RoundedInputs(Operands):
@@ -95,17 +112,17 @@ def swapped_halves(x1_R, x2_R, pre_negated, out_2R):
 
 
 @definition
-def rounded_head(x_K, norm_K, eps, offset, cos_2R, sin_2R, pre_negated, grids, H, out_K):
-    """One head, normed (not if norm_K is empty) and rotated.
+def rounded_head(x_K, norm, rope, pre_negated, grids, H, out_K):
+    """One head, normed and rotated. norm: a Norm. rope: a Rope.
 
-    Shapes: x, out [K]; norm [K] or [0]; cos, sin [2 R] as from `tables_of`; grids [SITES * H, GRID_WORDS] from the
-      head's own first row.
+    Shapes: x, out [K]; grids [SITES * H, GRID_WORDS] from the head's own first row.
     """
+    cos_2R, sin_2R = rope
     K, R2 = x_K.size, cos_2R.size
     out_K[:] = x_K
-    if norm_K.size > 0:
+    if norm.weight_K.size > 0:
         row = out_K.reshape(1, K)
-        rms_norm(row, norm_K, eps, offset, row)
+        rms_norm(row, norm.weight_K, norm.eps, norm.offset, row)
     quantize_row(out_K, grids[NORM * H])
     if R2 > 0:
         cat_2R, cos_product_2R, sin_product_2R = np.empty(R2, np.float32), out_K[:R2] * cos_2R, np.empty_like(sin_2R)
@@ -130,8 +147,8 @@ def grids_from(address, head, num_rows):
 
 
 @inlined
-def tables_of(a, position):
-    """cos and sin of a position, on their grids: [2 R] each."""
+def rope_of(a, position):
+    """The Rope of a position."""
     R = a.rope_dim // 2
     grids = carray(float_array(a.rope_grids), (2, GRID_WORDS))
     cos_2R, sin_2R = np.empty(2 * R, np.float32), np.empty(2 * R, np.float32)
@@ -139,7 +156,7 @@ def tables_of(a, position):
     doubled(carray(float_array(a.sin + 4 * R * position), (R,)), a.pre_negated, sin_2R)
     quantize_row(cos_2R, grids[0])
     quantize_row(sin_2R, grids[1])
-    return cos_2R, sin_2R
+    return Rope(cos_2R, sin_2R)
 
 
 @inlined
@@ -147,17 +164,17 @@ def write_token(a, batch, t):
     """Writes a token's query heads to q, its keys and values to their page."""
     H, G, K, row = a.num_heads, a.num_kv_heads, a.head_dim, a.x + 4 * a.row_width * t
     position, out_K = entry(batch.position, t), np.empty(K, np.float32)
-    cos_2R, sin_2R = tables_of(a, position)
-    q_norm_K = carray(float_array(a.q_norm), (K if a.q_norm != 0 else 0,))
-    k_norm_K = carray(float_array(a.k_norm), (K if a.k_norm != 0 else 0,))
+    rope = rope_of(a, position)
+    q_norm = Norm(carray(float_array(a.q_norm), (K if a.q_norm != 0 else 0,)), a.eps, a.norm_offset)
+    k_norm = Norm(carray(float_array(a.k_norm), (K if a.k_norm != 0 else 0,)), a.eps, a.norm_offset)
     for h in range(H):
         x_K = carray(float_array(row + 4 * (a.q_offset + h * a.q_stride)), (K,))
         q_K, grids = carray(float_array(a.q + 4 * K * (t * H + h)), (K,)), grids_from(a.q_grids, h, Q_SITES * H)
-        rounded_head(x_K, q_norm_K, a.eps, a.norm_offset, cos_2R, sin_2R, a.pre_negated, grids, H, q_K)
+        rounded_head(x_K, q_norm, rope, a.pre_negated, grids, H, q_K)
     for g in range(G):
         page = entry(pages_of(batch, entry(batch.request, t), a.page_group), position // PAGE_TOKENS)
         x_K, grids = carray(float_array(row + 4 * (a.k_offset + g * K)), (K,)), grids_from(a.k_grids, g, K_SITES * G)
-        rounded_head(x_K, k_norm_K, a.eps, a.norm_offset, cos_2R, sin_2R, a.pre_negated, grids, G, out_K)
+        rounded_head(x_K, k_norm, rope, a.pre_negated, grids, G, out_K)
         quantize_row(out_K, grids[ALL * G])
         for d in range(K):
             write_number(a.k_pages, k_index(page, g, d, position % PAGE_TOKENS, G, K, False), out_K[d], False)

@@ -160,10 +160,10 @@ def test_kernel_equals_definition(name):
     batch = Batch(*MIXED, **CASES[name])
     expected = batch.run(REFERENCE)
     for num_threads in (1, 2, 5):
-        for made, want in zip(batch.run(CPU, num_threads), expected, strict=True):
-            same_bits(made, want)
-    for made, want in zip(batch.run(PER_TOKEN, 3), expected, strict=True):
-        same_bits(made, want)
+        for result, want in zip(batch.run(CPU, num_threads), expected, strict=True):
+            same_bits(result, want)
+    for result, want in zip(batch.run(PER_TOKEN, 3), expected, strict=True):
+        same_bits(result, want)
     assert np.abs(expected[0] - batch.exact()).max() < tolerance(batch)
 
 
@@ -172,9 +172,9 @@ def test_relative_error_from_the_cache_and_from_the_numbers_before_it(kv_dtype, 
     shape = dict(H=8, G=2, K=128)
     batch, before = Batch(*MIXED, **shape, kv_dtype=kv_dtype), Batch(*MIXED, **shape)
     same_bits(batch.q_TD, before.q_TD)
-    made, rms = batch.run(CPU, 2)[0], lambda x: np.sqrt((x**2).mean())
+    result, rms = batch.run(CPU, 2)[0], lambda x: np.sqrt((x**2).mean())
     for exact, allowed in ((batch.exact(), from_cache), (before.exact(), from_source)):
-        assert rms(made - exact) < allowed * rms(exact)
+        assert rms(result - exact) < allowed * rms(exact)
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
@@ -186,16 +186,16 @@ def test_chunks_give_the_same_bits_as_the_whole(window, num_threads, kv_dtype):
     cuts = [0, 1, 2, 50, 63, 64, 65, 128, 200, 1023, 1024, 1025, 1100, 2047, 2049, 2060]
     for first, last in itertools.pairwise(cuts):
         part = batch.run(CPU, num_threads, rows=slice(first, last), lengths=[last - first], contexts=[last])
-        for made, want in zip(part, whole, strict=True):
-            same_bits(made, want[first:last])
+        for result, want in zip(part, whole, strict=True):
+            same_bits(result, want[first:last])
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("num_threads", [2, 3, 8])
 def test_long_contexts_are_cut_into_spans_and_merged_in_order(num_threads, kv_dtype):
     batch = Batch([1, 3], [5000, 3073], 2, 1, 16, kv_dtype)
-    for made, want in zip(batch.run(CPU, num_threads), batch.run(CPU), strict=True):
-        same_bits(made, want)
+    for result, want in zip(batch.run(CPU, num_threads), batch.run(CPU), strict=True):
+        same_bits(result, want)
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
@@ -233,8 +233,8 @@ def test_the_page_table_of_the_group_is_read_and_of_it_what_a_window_shows(backe
         batch.table[s, : max(0, context - length - 70 + 1) // 64] = NEVER
     assert (batch.table == NEVER).sum(1).tolist() == [1 + 3, 0 + 5, 1 + 1]
     for group in (0, 2):
-        for made, want in zip(batch.run(backend, group=group), expected, strict=True):
-            same_bits(made, want)
+        for result, want in zip(batch.run(backend, group=group), expected, strict=True):
+            same_bits(result, want)
 
 
 @pytest.mark.parametrize("kv_dtype", ["f32", "bf16"])
@@ -243,15 +243,15 @@ def test_scores_that_nearly_overflow_are_not_below_what_is_hidden(query, kv_dtyp
     batch = Batch([1, 70], [1, 70], 2, 1, 16, kv_dtype)
     batch.q_TD[...], large = query, np.array([1e37], np.float32)
     batch.k_pages[...] = large if kv_dtype == "f32" else round_bf16(large)
-    expected, made = batch.run(REFERENCE)[0], batch.run(CPU)[0]
-    assert np.array_equal(made, expected, equal_nan=True) and np.isfinite(expected).all() == (query > -6)
+    expected, result = batch.run(REFERENCE)[0], batch.run(CPU)[0]
+    assert np.array_equal(result, expected, equal_nan=True) and np.isfinite(expected).all() == (query > -6)
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 def test_gate(kv_dtype):
     batch = Batch([5, 1], [5, 70], 4, 2, 32, kv_dtype)
-    for made, want in zip(batch.run(CPU, 2, gated=True), batch.run(REFERENCE, gated=True), strict=True):
-        same_bits(made, want)
+    for result, want in zip(batch.run(CPU, 2, gated=True), batch.run(REFERENCE, gated=True), strict=True):
+        same_bits(result, want)
     gate = batch.gate_TW[:, 5:].reshape(-1, 4, 2, 32)[:, :, 1].reshape(-1, 128).astype(np.float64)
     want = batch.exact() / (1 + np.exp(-gate))
     assert np.abs(batch.run(CPU, gated=True)[0] - want).max() < tolerance(batch)
@@ -273,8 +273,8 @@ def test_denormal_products_are_the_same_bits_everywhere(scale, kv_dtype):
     expected = batch.run(REFERENCE)
     assert np.isfinite(expected[0]).all()
     for backend in (CPU, PER_TOKEN):
-        for made, want in zip(batch.run(backend, 2), expected, strict=True):
-            same_bits(made, want)
+        for result, want in zip(batch.run(backend, 2), expected, strict=True):
+            same_bits(result, want)
 
 
 DEFINITIONS = {"f32": attention.attend, "bf16": attention.attend_pairs, "q8": attention_q8.attend_quantized}

@@ -106,8 +106,8 @@ def test_kernel_equals_definition(name, kv_dtype):
     inputs = Inputs(*SHAPES[name], kv_dtype)
     expected = inputs.run(BACKENDS["reference"])
     for num_threads in (1, 3):
-        for made, want in zip(inputs.run(BACKENDS["cpu"], num_threads), expected, strict=True):
-            same_bits(made, want)
+        for result, want in zip(inputs.run(BACKENDS["cpu"], num_threads), expected, strict=True):
+            same_bits(result, want)
 
 
 @pytest.mark.parametrize("kv_dtype", ["f32", "bf16"])
@@ -207,9 +207,9 @@ def declared(**changed):
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_pages_are_found_in_the_table_of_the_group(backend, kv_dtype):
-    expected, made = (Inputs(4, 2, 32, 16, True, kv_dtype, group).run(BACKENDS[backend]) for group in (0, 2))
-    for found, want in zip(made, expected, strict=True):
-        same_bits(found, want)
+    expected, results = (Inputs(4, 2, 32, 16, True, kv_dtype, group).run(BACKENDS[backend]) for group in (0, 2))
+    for result, want in zip(results, expected, strict=True):
+        same_bits(result, want)
 
 
 WRONG = [

@@ -84,13 +84,13 @@ def test_all_codes_of_a_byte_are_what_they_are_in_float32(dtype, K):
     q = np.resize(np.array([1, -0.5, 0.25], np.float32), (31, 2, K))
     rest = np.array([190, 200]), np.resize(np.random.default_rng(0).permutation(40), (2, 40)), np.array([0, 1, 31]), [2]
     rest = [np.array(x, np.int32) for x in rest]
-    made = [ragged_paged_attention(q, pages, *rest, sm_scale=1e-5) for pages in (kv, kv.astype(np.float32))]
-    same_bits(*made)
-    assert np.isfinite(made[0]).all()
+    results = [ragged_paged_attention(q, pages, *rest, sm_scale=1e-5) for pages in (kv, kv.astype(np.float32))]
+    same_bits(*results)
+    assert np.isfinite(results[0]).all()
     if len(finite) < 256:
         kv.view(np.uint8)[rest[1][1, 199 // 7], 199 % 7] = 0x7F  # NaN in both types; only the last row sees it
-        made = ragged_paged_attention(q, kv, *rest)
-        assert np.isnan(made[30]).all() and np.isfinite(made[:30]).all()
+        result = ragged_paged_attention(q, kv, *rest)
+        assert np.isnan(result[30]).all() and np.isfinite(result[:30]).all()
 
 
 @pytest.mark.parametrize("name", RECORDED)
@@ -98,10 +98,10 @@ def test_like_jax(name):
     batch, recorded = RECORDED[name], np.load(ROOT / "tests/golden/ragged.npz")[name]
     if batch.dtype == BF16:
         recorded = (recorded.astype(np.uint32) << 16).view(np.float32)
-    made = ragged_paged_attention(*batch.arguments(), **batch.options).astype(np.float32)
+    result = ragged_paged_attention(*batch.arguments(), **batch.options).astype(np.float32)
     # JAX's reference rounds the weights to bfloat16, too
-    assert np.abs(made[: len(recorded)] - recorded).max() < (0.03 if batch.dtype == BF16 else 5e-6)
-    assert len(recorded) == sum(batch.lengths) and not made[len(recorded) :].any()
+    assert np.abs(result[: len(recorded)] - recorded).max() < (0.03 if batch.dtype == BF16 else 5e-6)
+    assert len(recorded) == sum(batch.lengths) and not result[len(recorded) :].any()
 
 
 @pytest.mark.parametrize("window, cap", [(0, 0.0), (7, 5.0)])
@@ -124,13 +124,13 @@ def test_definition_compiled_equals_interpreted(window, cap):
 
 def test_a_row_has_the_bits_of_the_engine_s_attention():
     batch = Batch([3], [1100], (2, 1, 16), options=dict(sm_scale=0.25))
-    (k, v), made = batch.kv(0), ragged_paged_attention(*batch.arguments(), **batch.options)
+    (k, v), result = batch.kv(0), ragged_paged_attention(*batch.arguments(), **batch.options)
     scales = scoring_of(0.25)[:2]
     for t in range(3):
         for h in range(2):
             out = np.empty(16, np.float32)
             attention.attend(batch.q[t, h], k[:, 0].copy(), v[:, 0].copy(), 1097 + t, 0, scales, out)
-            same_bits(made[t, h], out)
+            same_bits(result[t, h], out)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
@@ -158,8 +158,8 @@ def test_any_address_will_do():
         start = 2 - memory.ctypes.data % 2 + 2
         moved.append(memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape))
         moved[-1][...] = array
-    made = ragged_paged_attention(*moved, *rest, **batch.options)
-    same_bits(made, ragged_paged_attention(q, kv, *rest, **batch.options))
+    result = ragged_paged_attention(*moved, *rest, **batch.options)
+    same_bits(result, ragged_paged_attention(q, kv, *rest, **batch.options))
 
 
 def guarded(array, at_end):
@@ -198,7 +198,7 @@ def test_chunks_give_the_same_bits_as_the_whole(window):
     expected = ragged_paged_attention(*whole.arguments(), **whole.options)
     cuts = [0, 1, 2, 50, 63, 64, 65, 128, 200, 1023, 1024, 1025, 1100, 2047, 2049, 2060]
     for first, last in itertools.pairwise(cuts):
-        made = ragged_paged_attention(
+        result = ragged_paged_attention(
             q[first:last],
             kv,
             np.array([last], np.int32),
@@ -207,7 +207,7 @@ def test_chunks_give_the_same_bits_as_the_whole(window):
             num_seqs,
             **whole.options,
         )
-        same_bits(made, expected[first:last])
+        same_bits(result, expected[first:last])
 
 
 def test_batch_mates_do_not_matter():
@@ -257,8 +257,8 @@ def test_scores_that_nearly_overflow_are_not_below_what_is_hidden(score):
     q[..., 1:], kv[:, :, 0] = 0, 1e37
     q[..., 0] = score / 1e37
     expected = ragged_paged_attention(q, kv, *rest, backend="reference")
-    made = ragged_paged_attention(q, kv, *rest)
-    assert np.array_equal(made, expected, equal_nan=True) and np.isfinite(expected).all() == (score > -3e38)
+    result = ragged_paged_attention(q, kv, *rest)
+    assert np.array_equal(result, expected, equal_nan=True) and np.isfinite(expected).all() == (score > -3e38)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -277,8 +277,8 @@ def test_shared_pages():
     q[4:8] = q[:4]
     for s in range(64, 90):
         kv[table[1, s // 16], s % 16] = kv[table[0, s // 16], s % 16]
-    made = ragged_paged_attention(q, kv, kv_lens, table, *rest)
-    same_bits(made[:4], made[4:8])
+    result = ragged_paged_attention(q, kv, kv_lens, table, *rest)
+    same_bits(result[:4], result[4:8])
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -286,10 +286,10 @@ def test_nothing_to_do_gives_zeros(backend):
     q, kv, kv_lens, table, starts, _ = Batch([0, 0], [5, 0]).arguments()
     for num_seqs in (0, 2):
         out = np.full(q.shape, np.nan, np.float32)
-        made = ragged_paged_attention(
+        result = ragged_paged_attention(
             q, kv, kv_lens, table, starts, np.array([num_seqs], np.int32), out=out, backend=backend
         )
-        assert made is out and not made.any()
+        assert result is out and not result.any()
     empty = ragged_paged_attention(q[:0], kv, kv_lens, table, starts, np.zeros(1, np.int32), backend=backend)
     assert empty.shape == (0, 4, 32)
 
@@ -298,26 +298,26 @@ def test_num_seqs_is_read_at_run_time():
     batch = Batch(*MIXED)
     arguments = batch.arguments()
     whole = ragged_paged_attention(*arguments)
-    for count in range(6):
-        arguments[5][0] = count
-        made, rows = ragged_paged_attention(*arguments), sum(batch.lengths[:count])
-        same_bits(made[:rows], whole[:rows])
-        assert not made[rows:].any()
+    for num_seqs in range(6):
+        arguments[5][0] = num_seqs
+        result, rows = ragged_paged_attention(*arguments), sum(batch.lengths[:num_seqs])
+        same_bits(result[:rows], whole[:rows])
+        assert not result[rows:].any()
 
 
 def test_callers_in_many_threads():
     batches = [Batch(*MIXED, seed=s) for s in range(4)]
-    expected, made = [ragged_paged_attention(*b.arguments()) for b in batches], {}
+    expected, results_of = [ragged_paged_attention(*b.arguments()) for b in batches], {}
 
     def call(i):
-        made[i] = [ragged_paged_attention(*batches[i].arguments(), threads=2) for _ in range(20)]
+        results_of[i] = [ragged_paged_attention(*batches[i].arguments(), threads=2) for _ in range(20)]
 
     threads = [threading.Thread(target=call, args=(i,)) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for i, results in made.items():
+    for i, results in results_of.items():
         for result in results:
             same_bits(result, expected[i])
 

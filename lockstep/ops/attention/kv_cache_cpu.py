@@ -114,8 +114,8 @@ def prepare(op, step, thread, num_threads, write_key, write_values):
     """The thread's share: runs of tokens, whole rows of the projection; where there are few runs, they are cut by kv
     heads.
 
-    A thread's runs are neighbours: where a run ends inside a cache line of K, the thread of the next run writes to the
-    same line. write_key, write_values: write a key, and the values of a run, to pages of one type.
+    A thread's runs are neighbours: a run and the next one may write to the same cache line of K, for which two threads
+    would have to take turns. write_key, write_values: write a key, and the values of a run, to pages of one type.
     """
     a, batch, T = AttentionInputs.read(op), StepBlock.read(step), num_rows(op, step)
     memory = stack_memory(MAX_HEAD_BYTES)

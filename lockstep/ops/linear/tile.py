@@ -8,7 +8,7 @@ from lockstep.native.emit import ir
 from lockstep.native.numbers import types
 from lockstep.native.simd import I64, LANES, primitive
 
-WHOLE_PANELS = 2  # up to so many rows leave registers for whole panels where a panel is more than one vector
+WHOLE_PANELS = 2  # up to this number of rows, registers hold whole panels even where a panel is several vectors
 
 
 @primitive()

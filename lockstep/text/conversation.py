@@ -143,7 +143,7 @@ class ChatModel:
         return reasoning.add_rules(rules, reasoning.is_open(prompt))
 
     def _mask_of_free_calls(self, use: ToolUse, prompt: str, num_samples: int) -> Mask:
-        """A mask for tool_choice "auto": free text, but once the model writes the mark of a call, the call must be valid.
+        """A mask for tool_choice "auto": free text, but after the mark of a call comes a valid call.
 
         None where the mark is no single token, or the schemas cannot be enforced."""
         trigger = self._added.get(self.style.begin)

@@ -102,8 +102,8 @@ class ThoughtParser:
             made = [Reasoning(rest)]
         return made + self._rest.finish(is_cut)
 
-    # Each state consumes a part of the text, adds its events, and either holds the rest back in `_held` (and returns "")
-    # or returns the rest for the next state.
+    # Each state consumes a part of the text and adds its events. It holds the rest back in `_held` and returns "", or
+    # returns the rest for the next state.
 
     def _before(self, text: str, made: list[Event]) -> str:
         stripped = text.lstrip()

@@ -35,8 +35,8 @@ NOTES = frozenset(
 
 
 def check_size(value: object, what: str = "JSON schema") -> None:
-    """ValueError if objects and lists are nested more than MAX_NESTING deep, or have so many values that their JSON text is
-    longer than MAX_SCHEMA_BYTES."""
+    """ValueError if objects and lists are nested more than MAX_NESTING deep, or have so many values that their JSON
+    text is longer than MAX_SCHEMA_BYTES."""
     level, depth, num_values = [value], 0, 0
     while more := sum(map(len, map(_children, level))):
         depth, num_values = depth + 1, num_values + more

@@ -1,4 +1,4 @@
-"""Grammars are compiled where they can be ended: none takes time, memory or the process from anybody else."""
+"""Grammars are compiled in a worker process that can be killed: none takes time or memory from other requests."""
 
 import gc
 import json
@@ -22,7 +22,7 @@ SIZES = dict(seconds=0.5, num_bytes=BYTES)
 
 
 def unchecked(schema):
-    """The grammar of a schema that was not looked at."""
+    """The grammar of a schema without the checks of schemas.py."""
     return json.dumps({"grammars": [{"json_schema": schema}]})
 
 
@@ -83,7 +83,7 @@ def test_a_grammar_that_recurs_without_end_is_a_value_error(costs):
 
 
 def child_of(costs):
-    """The id of the process, which is in a session of its own."""
+    """The id of the worker process, which is in a session of its own."""
     costs.jobs.start()
     return costs.jobs.process_id
 

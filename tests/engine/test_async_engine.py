@@ -1,4 +1,5 @@
-"""The engine in its own thread: many clients, cancel, errors, close; everybody gets the tokens of a request alone."""
+"""The engine in its own thread: many clients, cancel, errors, close; each request gets the tokens that it gets
+alone."""
 
 import asyncio
 import math
@@ -91,7 +92,7 @@ def wait_until(condition):
 
 
 def hold_after(engine, num_tokens):
-    """Makes the steps of an AsyncEngine wait once a request has so many tokens, until the event returned is set."""
+    """Makes the steps of an AsyncEngine wait once a request has num_tokens tokens, until the returned event is set."""
     go, step, seen = threading.Event(), engine.engine.step, []
 
     def step_or_wait():
@@ -230,7 +231,7 @@ def test_close_ends_the_thread_and_open_streams(model):
 
 
 class Letters:
-    """A detokenizer: each token is a letter, shown with the next one."""
+    """A detokenizer: each token is a letter, which comes with the next token."""
 
     held = ""
 

@@ -1,4 +1,4 @@
-"""Planned models: every path has the same bits, those that the study measured; and whose plans are refused."""
+"""Models under a quantization plan: every path has the bits that the study measured; and which plans are refused."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""Earlier answers: what is kept of them, for whom, and for how long."""
+"""Earlier answers: what is kept of them, which requests find them, and for how long."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ def text(seed, length=30):
 
 
 def found(answers, salt, of, at=20):
-    """What follows the first tokens of an answer."""
+    """The tokens that are found after the first `at` tokens of an answer."""
     place = answers.find(salt, of[:at])
     return None if place is None else list(place.tokens[place.at :])
 

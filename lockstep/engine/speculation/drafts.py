@@ -197,7 +197,7 @@ class Drafter:
         if self.head is None:
             return Active(in_texts or has_masks, False)
         head_rests = rows == num_requests and self._head_may_rest and self._choice.rests(HEAD, rows)
-        return Active(in_texts or has_masks, not head_rests, self._choice.is_due())
+        return Active(in_texts or has_masks, not head_rests, self._choice.is_head_due())
 
     @property
     def _head_may_rest(self) -> bool:

@@ -133,7 +133,7 @@ def test_a_cancel_may_overtake_the_start(running):
     assert {stream.finish_reason for stream in streams} == {"cancelled"}
 
 
-def test_what_cannot_run_is_refused_where_it_is_submitted(running):
+def test_a_request_that_cannot_run_is_refused_where_it_is_submitted(running):
     with pytest.raises(ValueError, match="0 to 95"):
         running.submit([96], PARAMS[0])
 

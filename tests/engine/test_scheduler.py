@@ -81,12 +81,12 @@ GROUPS = st.lists(
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 200), st.integers(1, 4), GROUPS, st.booleans(), st.lists(STEP, min_size=1, max_size=12))
-def test_they_are_equal_for_groups_of_layers_with_windows(budget, num_slots, groups, caches, steps):
+def test_plans_equal_those_of_a_naive_scheduler_with_windows(budget, num_slots, groups, caches, steps):
     compare(budget, num_slots, groups, caches, steps)
 
 
 @pytest.mark.parametrize("windows", [(), ((8, 24),), ((10, 65), (14, 130))])
-def test_they_are_equal_under_load_too_with_preemption_eviction_and_shared_pages(windows):
+def test_plans_equal_those_of_a_naive_scheduler_under_load(windows):
     seen, rng = Counter(), random.Random(0)
     for _ in range(20 if windows else 40):
         steps = []
@@ -200,7 +200,7 @@ def test_a_shared_prefix_is_computed_once_even_if_all_ask_at_once():
     assert scheduler.prefix.counts.hit_tokens == 2 * 192
 
 
-def test_who_waits_for_a_prefix_goes_on_when_its_maker_is_cancelled():
+def test_a_request_that_waits_for_a_prefix_goes_on_when_the_one_that_computes_it_is_cancelled():
     scheduler = Scheduler(Limits(50, 4, 20, 4), cached)
     maker, other = request(0, [9] * 200, 5), request(1, [9] * 200, 5)
     for r in (maker, other):

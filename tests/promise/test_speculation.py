@@ -81,7 +81,7 @@ def test_a_long_text_is_the_same_with_drafts(menu, source, widths, tmp_path):
 
 
 @pytest.mark.parametrize("company", ["crowded", "tight", "disk"])
-def test_wrong_drafts_delay_nobody(menu, company, tmp_path, monkeypatch):
+def test_wrong_drafts_delay_no_request(menu, company, tmp_path, monkeypatch):
     """Each step computes the same known tokens of the same requests as without drafts, with preemptions and cancels."""
     monkeypatch.setattr(GrammarMask, "forced", lambda self, output_ids, drafts: [])  # they would be right
     on, off = (

@@ -80,7 +80,8 @@ class Tries:
             self.patience = min(2 * self.patience, PROBE_SELDOM)
 
     def decide(self, is_none: bool, rows: int, num_noted: int, now: int) -> None:
-        """Notes a choice. is_none: whether no draft was worth its row. num_noted: see `WidthChoice`."""
+        """Notes a choice. is_none: whether no draft was worth its row. num_noted: how often the acceptance of drafts
+        of this sort has changed."""
         self._without, self._decided = (rows, num_noted) if is_none else None, now
         self._num_without = self._num_without + 1 if is_none else 0
 

@@ -230,7 +230,7 @@ def test_what_was_left_is_given_up_for_others(model, watched):
     assert late == {6, 7, 8}
 
 
-def test_who_finds_no_pages_has_no_guesses_and_nobody_waits(model, watched):
+def test_a_request_without_pages_gets_no_guesses_and_no_request_waits(model, watched):
     made = watched(model, model, kv_tokens=64 * 9)
     [allocator] = made.drafts.memory.pages.allocators
     taken = allocator.take(5)
@@ -261,7 +261,7 @@ def test_a_step_that_was_broken_off_is_no_harm(model, watched):
     assert not wrong(made.guesses) and made.guesses[-4][2]
 
 
-def test_what_is_no_number_ends_guesses_of_its_request_alone(model, watched, tmp_path):
+def test_a_nan_ends_the_guesses_of_its_request_alone(model, watched, tmp_path):
     raw = case("qwen3", head_dim=32, num_hidden_layers=1)
     arrays = tiny.tensors(raw, 3)
     arrays["lm_head.weight"][5] = 0

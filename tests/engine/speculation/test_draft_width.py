@@ -109,7 +109,7 @@ def test_each_source_is_judged_by_its_own_drafts():
     assert made.hopes() == pytest.approx([1, 1, 1], abs=0.03)  # the third might be predicted, too
 
 
-def test_a_request_is_taken_to_be_like_all_until_it_showed_itself():
+def test_a_new_request_has_the_rates_of_all_requests_until_its_own_count():
     everybody = rates(lambda i: 0)
     own = Acceptance(DEPTHS, everybody)
     assert own.of("lookup") is everybody.of("lookup") and own.hopes() == everybody.hopes()

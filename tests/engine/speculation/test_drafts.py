@@ -191,7 +191,7 @@ def preemptions(engine):
     return made, engine.scheduler.pages.num_evicted, [answer(r) for r in requests]
 
 
-def test_wrong_drafts_preempt_nobody_and_evict_nothing(engine):
+def test_wrong_drafts_preempt_no_request_and_evict_nothing(engine):
     wrong = engine(lambda request, most: [50] * most, draft=MAX_DRAFTS, **CROWDED)
     expected = preemptions(engine(speculate="off", **CROWDED))
     assert preemptions(wrong) == expected and expected[0] and expected[1]

@@ -16,7 +16,7 @@ def found(answers, salt, of, at=20):
     return None if place is None else list(place.tokens[place.at :])
 
 
-def test_they_are_found_by_their_own_salt_only():
+def test_answers_are_found_by_their_own_salt_only():
     answers = EarlierAnswers()
     answers.add("a", [1], text(0))
     assert found(answers, "a", text(0)) == text(0)[20:]

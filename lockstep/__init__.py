@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lockstep.completion import Completion
+    from lockstep.engine.async_engine import AsyncEngine
     from lockstep.engine.request import SamplingParams
     from lockstep.llm import LLM
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Completion", "SamplingParams"]
+__all__ = ["LLM", "AsyncEngine", "Completion", "SamplingParams"]
 _HOMES = {
     "LLM": "lockstep.llm",
+    "AsyncEngine": "lockstep.engine.async_engine",
     "Completion": "lockstep.completion",
     "SamplingParams": "lockstep.engine.request",
 }
@@ -32,3 +34,8 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'lockstep' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The names of the module, the public ones included that are not imported yet."""
+    return sorted({*globals(), *__all__})

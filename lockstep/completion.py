@@ -1,8 +1,27 @@
 """`Completion`: the result of a generation, and `Stream`: its text while it is generated."""
 
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-from lockstep.engine.request import Request
+from lockstep.engine.engine import Engine
+from lockstep.engine.request import Request, SamplingParams
+
+Prompt = str | Sequence[int]  # text, or token ids
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call of a tool: its id, the tool's name, and the arguments as JSON text."""
+
+    id: str
+    name: str
+    arguments: str
+
+    def as_message(self) -> dict[str, Any]:
+        """The call as an assistant's message has it."""
+        return dict(id=self.id, type="function", function=dict(name=self.name, arguments=self.arguments))
 
 
 @dataclass
@@ -14,7 +33,9 @@ class Completion:
     SamplingParams.logprobs asks for them. prompt_logprobs, prompt_top_logprobs: the same for the prompt's tokens from
     the second on, where SamplingParams.prompt_logprobs asks for them. finish_reason: "stop", "length" (max_tokens, or
     the context is full) or "error". stop_reason: the token id or string that stopped the answer. error: what went
-    wrong, in one sentence. others: the second and later samples, where SamplingParams.n is more than 1.
+    wrong, in one sentence. others: the second and later samples, where SamplingParams.n is more than 1. Of `LLM.chat`:
+    content: the text without thoughts and tool calls, which is all of it in `generate`; reasoning: the thoughts;
+    tool_calls: the ToolCalls.
     """
 
     text: str
@@ -28,11 +49,19 @@ class Completion:
     stop_reason: int | str | None = None
     error: str | None = None
     others: list["Completion"] = field(default_factory=list)
+    content: str = ""
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
 
     @property
     def samples(self) -> list["Completion"]:
         """All samples of the prompt, this one first."""
         return [self, *self.others]
+
+    def as_message(self) -> dict[str, Any]:
+        """The answer as the assistant's message of a conversation that goes on. Thoughts are no part of it."""
+        calls = [call.as_message() for call in self.tool_calls]
+        return dict(role="assistant", content=self.content) | (dict(tool_calls=calls) if calls else {})
 
 
 def completion(request: Request, *others: Request) -> Completion:
@@ -50,6 +79,7 @@ def completion(request: Request, *others: Request) -> Completion:
         stop_reason=request.stop_reason,
         error=request.error,
         others=[completion(other) for other in others],
+        content=request.text,
     )
 
 
@@ -66,3 +96,43 @@ class Stream:
         """Updates `text` and `new_text` with what the engine has generated since the last call."""
         self.new_text = self.request.text[len(self.text) :]
         self.text += self.new_text
+
+
+class Starts(Protocol):
+    """What starts requests: an `LLM`."""
+
+    engine: Engine
+
+    def start_samples(self, prompt: Prompt, params: SamplingParams, prediction: Prompt | None = None) -> list[Stream]:
+        """Queues the samples of a prompt."""
+        ...
+
+
+def run_all(
+    llm: Starts, prompts: Sequence[Prompt], params: Sequence[SamplingParams], predictions: Sequence[Any]
+) -> list[list[Stream]]:
+    """Runs every prompt's samples to their end and returns their Streams; runs nothing if one prompt is refused. An
+    exception, such as Ctrl-C, cancels the requests that have not ended."""
+    started: list[list[Stream]] = []
+    try:
+        for arguments in zip(prompts, params, predictions, strict=True):
+            started.append(llm.start_samples(*arguments))
+        for stream in itertools.chain(*started):
+            while stream.request.finish_reason is None:
+                llm.engine.step()
+            stream.advance()
+    finally:
+        for stream in itertools.chain(*started):
+            llm.engine.cancel(stream.request)
+    return started
+
+
+def prompt_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
+    """The prompts as a list; a single string becomes a list of one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    listed: Any = prompts
+    try:
+        return list(listed)
+    except TypeError:
+        raise ValueError(f"prompts: expected text or a list of prompts, got {prompts!r:.80}") from None

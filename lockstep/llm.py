@@ -1,16 +1,15 @@
 """`LLM`: offline generation from Python."""
 
 import functools
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from lockstep.completion import Completion, Stream, completion
+from lockstep.completion import Completion, Prompt, Stream, completion, prompt_list, run_all
 from lockstep.draft_model import LoadOptions, load_draft
 from lockstep.engine.cache.size import context_size
 from lockstep.engine.engine import Engine, EngineOptions
@@ -19,8 +18,7 @@ from lockstep.engine.model import load_model
 from lockstep.engine.planned import planned
 from lockstep.engine.request import SamplingParams, check_single, token_list
 from lockstep.engine.speculation.drafts import MODEL, SOURCES
-from lockstep.models.checkpoint import open_checkpoint
-from lockstep.models.config import end_ids, text_config
+from lockstep.models.checkpoint import end_of_sequence_ids, open_checkpoint
 from lockstep.models.pooling import default_pooling
 from lockstep.native.kernel import OnCompile
 from lockstep.ptq.solved import Solved
@@ -35,8 +33,8 @@ from lockstep.weights.content import ContentHash, Progress
 from lockstep.weights.hub import resolve_model
 from lockstep.weights.store import PackedStore
 
-Prompt = str | Sequence[int]  # text, or token ids
-log = logging.getLogger("lockstep.model")
+if TYPE_CHECKING:
+    from lockstep.text.conversation import ChatModel
 
 
 class LLM:
@@ -134,7 +132,8 @@ class LLM:
         )
         self.makers_sampling()  # refuses a source that cannot be read
         new_detokenizer = functools.partial(answer_detokenizer, self.tokenizer) if self.has_tokenizer else None
-        self.engine = Engine(self.model, options, ops, self._eos_ids(), new_detokenizer, on_compile, self._draft)
+        eos_ids = end_of_sequence_ids(checkpoint, self.tokenizer.eos_ids if self.has_tokenizer else ())
+        self.engine = Engine(self.model, options, ops, eos_ids, new_detokenizer, on_compile, self._draft)
         try:
             for read in (checkpoint, self._draft.checkpoint) if self._draft else (checkpoint,):
                 read.check_unchanged()  # all weights have been read
@@ -193,20 +192,6 @@ class LLM:
         """Whether the checkpoint has a tokenizer; without one, prompts are token ids and answers have no text."""
         return has_tokenizer(self.path, self._checkpoint.metadata)
 
-    def _eos_ids(self) -> frozenset[int]:
-        """Every end-of-sequence id that the config, the generation config or the tokenizer names."""
-        config = self._checkpoint.config
-        ids = {
-            *end_ids(config),
-            *end_ids(text_config(config)),
-            *end_ids(self._checkpoint.generation_config, "generation_config.json"),
-        }
-        ids |= self.tokenizer.eos_ids if self.has_tokenizer else set()
-        vocab_size = self.vocab_size
-        if strange := sorted(i for i in ids if not 0 <= i < vocab_size):
-            log.warning("%s: end tokens %s are ignored: the model has %d tokens", self.path, strange, vocab_size)
-        return frozenset(ids.difference(strange))
-
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: a string is tokenized, with BOS where the model expects it; token ids are returned as
         they are."""
@@ -244,18 +229,39 @@ class LLM:
         messages: Sequence[Mapping[str, Any]],
         params: SamplingParams | None = None,
         prediction: Prompt | None = None,
-        **options: Any,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str = "auto",
+        schema: Mapping[str, Any] | str | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        **variables: Any,
     ) -> Completion:
-        """The model's answer to a conversation: a list of {"role", "content"}, as its chat template expects them.
+        """The model's answer to a conversation: a list of {"role", "content"}, as OpenAI's API has them.
 
         params: None: `default_params` with as many tokens as the context has room for. prediction: see `generate`.
-        options: for `chat_prompt`: tools, and variables of the template. ValueError if the model has no chat template,
-        or it refuses the conversation.
+        tools: functions that the model may call, as in OpenAI's API; calls are constrained to their schemas.
+        tool_choice: "auto", "required", "none" or a tool's name. schema, regex, grammar: see `generate`. variables: of
+        the chat template, such as enable_thinking. The Completion's `content`, `reasoning` and `tool_calls` are what
+        its `text` consists of. ValueError if the model has no chat template or the template refuses, and for tools or
+        a form that cannot be enforced.
         """
-        ids = self.chat_prompt(messages, **options)
+        from lockstep import constrained  # grammars take a while to import
+
+        form, num_samples = constrained.grammar_of(schema, regex, grammar), 1 if params is None else params.n
+        asked = constrained.conversation(messages, tools, tool_choice, form, variables)
+        prepared = self._chat_model.prepare(asked, num_samples)
         if params is None:
-            params = self.default_params(max_tokens=max(1, self.max_context - len(ids)))
-        return self.generate([ids], params, [prediction])[0]
+            params = self.default_params(max_tokens=max(1, self.max_context - len(prepared.ids)))
+        params = constrained.with_mask(params, prepared.options)
+        [answer] = self.generate([prepared.ids], params, [prediction])
+        return constrained.read(answer, prepared.new_parser)
+
+    @functools.cached_property
+    def _chat_model(self) -> "ChatModel":
+        from lockstep.text.conversation import ChatModel  # grammars take a while to import
+
+        return ChatModel(self.tokenizer, self.engine.eos_ids, self.vocab_size, self.max_context)
 
     def start(
         self, prompt: Prompt, params: SamplingParams = SamplingParams(), prediction: Prompt | None = None
@@ -308,6 +314,10 @@ class LLM:
         prompts: Prompt | Iterable[Prompt],
         params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
         prediction: str | Sequence[Prompt | None] | None = None,
+        *,
+        schema: Mapping[str, Any] | str | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
     ) -> list[Completion]:
         """Completes all prompts (strings or lists of token ids) in one batch; returns a Completion for each, in order.
 
@@ -315,16 +325,23 @@ class LLM:
         tokens, whatever the model's makers recommend (`default_params` has that). With n > 1 the Completion is the
         first sample's, and its `samples` are all n. prediction: a text that the answers are likely to repeat in large
         part, or a list with one (text, token ids or None) for each prompt: with speculate "auto" or "lookup" the tokens
-        that match are decoded faster. ValueError for a prompt that cannot run; then none of them runs.
+        that match are decoded faster. schema (a JSON schema or its text), regex (Rust's syntax, the whole answer) or
+        grammar (Lark or GBNF) constrain every answer; a schema's keyword that cannot be enforced is refused. ValueError
+        for a prompt that cannot run; then none of them runs.
         """
-        prompts = _prompt_list(prompts)
+        prompts = prompt_list(prompts)
         each: list[Any] = list(params) if isinstance(params, (list, tuple)) else [params] * len(prompts)
         if len(each) != len(prompts):
             raise ValueError(f"params: expected one or {len(prompts)}, got {len(each)}")
         predictions = list(prediction) if isinstance(prediction, (list, tuple)) else [prediction] * len(prompts)
         if len(predictions) != len(prompts):
             raise ValueError(f"prediction: expected one text or a list of {len(prompts)}, got {len(predictions)}")
-        ended = self._run_all(prompts, each, predictions)
+        if (schema, regex, grammar) != (None, None, None):
+            from lockstep import constrained  # grammars take a while to import
+
+            form = constrained.grammar_of(schema, regex, grammar)
+            each = [constrained.constrained(one, form, self._chat_model.grammars) for one in each]
+        ended = run_all(self, prompts, each, predictions)
         return [completion(*[stream.request for stream in streams]) for streams in ended]
 
     @functools.cached_property
@@ -342,56 +359,30 @@ class LLM:
         normalize: scale each row to length 1. ValueError for a prompt that cannot run, or whose embedding has numbers
         that are not finite.
         """
-        prompts, params = _prompt_list(prompts), SamplingParams(pooling=self.pooling if pooling is None else pooling)
-        ended = self._run_all(prompts, [params] * len(prompts), [None] * len(prompts))
+        prompts, params = prompt_list(prompts), SamplingParams(pooling=self.pooling if pooling is None else pooling)
+        ended = run_all(self, prompts, [params] * len(prompts), [None] * len(prompts))
         error = next((stream.request.error for streams in ended for stream in streams if stream.request.error), None)
         if error is not None:
             raise ValueError(error)
         rows = [pool.embedding(normalize) for streams in ended if (pool := streams[0].request.pool) is not None]
         return np.stack(rows) if rows else np.zeros((0, self.hidden_size), np.float32)
 
-    def _run_all(
-        self, prompts: list[Prompt], params: Sequence[SamplingParams], predictions: Sequence[Any]
-    ) -> list[list[Stream]]:
-        """Runs every prompt's samples to their end and returns their Streams; runs nothing if one prompt is refused."""
-        started = []
-        try:
-            for arguments in zip(prompts, params, predictions, strict=True):
-                started.append(self.start_samples(*arguments))
-        except BaseException:
-            self._cancel([stream for streams in started for stream in streams])
-            raise
-        self._run([stream for streams in started for stream in streams])
-        return started
-
-    def _run(self, streams: Sequence[Stream]) -> None:
-        """Runs the engine's steps until all these streams have ended. An exception, such as Ctrl-C, cancels the streams
-        that have not."""
-        left = list(streams)
-        try:
-            while left:
-                if left[-1].request.finish_reason is None:
-                    self.engine.step()
-                else:
-                    left.pop().advance()
-        finally:
-            self._cancel(left)
-
-    def _cancel(self, streams: Sequence[Stream]) -> None:
-        for stream in streams:
-            self.engine.cancel(stream.request)
-
     def close(self) -> None:
-        """Stops the engine's threads. The model cannot be used after that."""
+        """Stops the engine's threads. The model cannot be used after that. The end of `with LLM() as llm:` does it."""
         self.engine.close()
+        if "_chat_model" in self.__dict__:
+            self._chat_model.grammars.close()
 
+    def __enter__(self) -> Self:
+        return self
 
-def _prompt_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
-    """The prompts as a list; a single string becomes a list of one."""
-    if isinstance(prompts, str):
-        return [prompts]
-    listed: Any = prompts
-    try:
-        return list(listed)
-    except TypeError:
-        raise ValueError(f"prompts: expected text or a list of prompts, got {prompts!r:.80}") from None
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        """Name, family, formats of weights and KV cache, size of the packed weights, context."""
+        formats = ", ".join(self.model.main_formats)
+        return (
+            f"LLM({self.path.name!r}, {self.model.config.model_type}, weights {formats}, KV cache "
+            f"{self.model.kv_dtype}, {self._store.num_bytes / 1e6:.0f} MB, context {self.max_context})"
+        )

@@ -21,6 +21,7 @@ ORDER = (
     "study",
     "serve",
     "llm",
+    "constrained",
     "completion",
     "draft_model",
     "engine",

@@ -1,4 +1,4 @@
-"""`lockstep parity`: shows that every path gives the same bits, or names the first op that does not."""
+"""`lockstep parity`: show that every path gives the same bits, or the first op that does not."""
 
 import json
 from typing import Annotated
@@ -34,8 +34,8 @@ def heappop(heap):
 
 
 def prompt_ids(llm, prompt, length):
-    """Token ids of the prompt, repeated or cut to `length` if it is given; random ids for a model without a tokenizer
-    that encodes."""
+    """Token ids of the prompt, repeated or cut to `length` if it is given; random ones for a model that is given no
+    texts."""
     if not llm.has_tokenizer or llm.tokenizer.only_decodes is not None:
         return np.random.default_rng(0).integers(0, llm.vocab_size, length or 200).tolist()
     ids = llm.encode(prompt)
@@ -48,9 +48,7 @@ def command(
     *,
     model: ModelName = None,
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="The prompt to run.")] = PROMPT,
-    length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of the prompt, which is repeated or cut to this length.")
-    ] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="Repeat or cut the prompt to so many tokens.")] = None,
     weights: Weights = "auto",
     threads: Threads = None,
     op: OpSwaps = None,
@@ -96,7 +94,7 @@ def command(
 
 
 def report_paths(model, ids, swaps, max_threads, as_json):
-    """Prints the table of all paths; exits with 1 if one differs."""
+    """The table of all paths; exits with 1 if one differs."""
     console = Console(stderr=as_json)
     columns = ("path", "threads", "max_abs_diff", "argmax", "digest", "bits")
     table = made_table(f"{len(ids)} tokens, every path", *columns)
@@ -115,11 +113,8 @@ def report_paths(model, ids, swaps, max_threads, as_json):
             )
     identical = all(r.identical for r in results)
     if as_json:
-        rows = [
-            vars(result) | dict(path=result.path.name, threads=result.path.threads, identical=result.identical)
-            for result in results
-        ]
-        print(json.dumps(rows))
+        plain = [vars(r) | dict(path=r.path.name, threads=r.path.threads, identical=r.identical) for r in results]
+        print(json.dumps(plain))
     else:
         console.print(table)
         console.print(
@@ -131,7 +126,7 @@ def report_paths(model, ids, swaps, max_threads, as_json):
 
 
 def report_drafts(model, ids, tokens, swaps, max_threads, as_json):
-    """Prints the table of answers with drafts; exits with 1 if one differs."""
+    """The table of answers with drafts; exits with 1 if one differs."""
     from lockstep.lab import parity_drafts as drafts
 
     console = Console(stderr=as_json)
@@ -167,17 +162,17 @@ def report_drafts(model, ids, tokens, swaps, max_threads, as_json):
 
 
 def _bits(result):
-    """The table's cell about a path's bits."""
+    """What the table says of a path's bits."""
     return "[green]same" if result.identical else f"[red]DIFFERS[/] ({_listed(result.differing)})"
 
 
 def _listed(names, most: int = 2):
-    """The first `most` names, and the number of the others."""
+    """The first few of some names."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def report_first_difference(model, ids, backends, swaps, threads, as_json):
-    """Prints the first op that differs; exits with 1 if there is one."""
+    """Names the first op that differs; exits with 1 if there is one."""
     names = backends.split(":")
     if len(names) != 2 or not set(names) <= set(BACKENDS):
         raise ValueError(f"--first-difference {backends!r}: expected two of {', '.join(BACKENDS)} as A:B")

@@ -1,6 +1,8 @@
 """A loaded model: its config, its program in recorded and in runnable form, and its weights."""
 
 import functools
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,7 +19,7 @@ from lockstep.ops.sampling.adjust_logits import AdjustLogits
 from lockstep.ops.sampling.sample import MAX_LOGPROBS, Sample, scratch_width
 from lockstep.runtime.backend import OpTable, swapped
 from lockstep.runtime.operands import GROUPS
-from lockstep.runtime.program import Program, Tensor
+from lockstep.runtime.program import Program, Tensor, Weight
 from lockstep.weights.checkpoint import Checkpoint
 from lockstep.weights.store import WeightStore
 
@@ -41,6 +43,15 @@ class Model:
     kv_dtype: str
     max_context: int
     plan: str = ""
+
+    @functools.cached_property
+    def main_formats(self) -> list[str]:
+        """The formats of at least a twentieth of the weights each, the one with most weights first."""
+        weights = {value for op in self.recorded.ops for value in op.inputs if isinstance(value, Weight)}
+        sizes: Counter[str] = Counter()
+        for weight in weights:
+            sizes[weight.format] += math.prod(weight.shape)
+        return [format for format, size in sizes.most_common() if size * 20 >= sizes.total()]
 
     @functools.cached_property
     def can_generate(self) -> bool:

@@ -1,1 +1,1 @@
-"""Post-training quantization: plans that round tensors to grids, and programs and weights that are rounded so."""
+"""Studies of quantization: which grids for which tensors keep a model good on a target."""

@@ -1,4 +1,4 @@
-"""Signal to quantization noise: powers of weights and of their rounding errors, and their ratio in decibels."""
+"""How far rounded weights are from what they were: signal to quantization noise."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import numpy as np
 
 from lockstep.native.kernel import interpreted, native
 from lockstep.ops.math import log
-
-DECIBELS = 10 / 2.302585092994046  # by which a natural logarithm becomes decibels
+from lockstep.ptq.figures import DECIBELS
 
 
 def powers(values: np.ndarray, rounded: np.ndarray) -> tuple[float, float]:
-    """(Sum of squares of float32 values, sum of squares of their rounding errors).
+    """(Sum of the squares of float32 values, sum of those of their differences to the rounded ones).
 
-    In float64 and in memory's order, so that both sums are the same on every machine.
+    In float64, one after the other in memory's order, so that both are the same wherever they are computed.
     """
     signal, noise = _powers(values.reshape(-1), rounded.reshape(-1))
     return float(signal), float(noise)
@@ -24,12 +23,12 @@ def _powers(values, rounded):
     signal, noise = 0.0, 0.0
     for i in range(values.size):
         x = np.float64(values[i])
-        error = x - np.float64(rounded[i])
+        apart = x - np.float64(rounded[i])
         signal += x * x
-        noise += error * error
+        noise += apart * apart
     return signal, noise
 
 
 def decibels(signal: float, noise: float) -> float | None:
-    """The ratio of two powers in decibels; None without noise or without signal."""
+    """A ratio of powers, as `figures` gives it; None if there is no noise, or no signal."""
     return float(interpreted(log)(np.float32(signal / noise))) * DECIBELS if noise and signal else None

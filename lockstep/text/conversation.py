@@ -1,7 +1,6 @@
-"""Turns a conversation into a prompt, a logits mask that enforces the form of the answer, and a parser of the answer.
+"""A conversation as what the engine runs: a prompt, a mask that holds the answer to what was asked for, and a parser.
 
-Each conversation route of the server (chat, responses, messages) makes a Conversation of its request, and `ChatModel`
-prepares it.
+Every route that talks (chat, responses, messages) makes a Conversation of its request and sends it through here.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +21,7 @@ from lockstep.text.tool_calls.parser import CallParser
 from lockstep.text.tool_calls.styles import MISTRAL
 from lockstep.text.tool_calls.tools import Tool, ToolUse
 
-MAX_TRIES = 64  # trial compilations that look for the tools whose schemas cannot be enforced
+MAX_TRIES = 64  # to find the tools of a request whose schemas cannot be enforced
 
 
 T = TypeVar("T")
@@ -31,11 +30,11 @@ Mask = Callable[[list[int]], Any] | None
 
 @dataclass(frozen=True)
 class Conversation:
-    """A request of a conversation route, independent of the API it came through.
+    """What a request says and wants.
 
-    messages: in the form of chat templates; the arguments of tool calls are objects, not JSON text. grammar: for the
-    text of the answer, made by structured.py. form: the request's field that asks for the grammar, for error messages.
-    variables: of the chat template. continues: the last message is the beginning of the answer.
+    messages: as chat templates know them; the arguments of tool calls are objects. grammar: of structured.py, for the
+    text of the answer; form: the request's field that asks for it. variables: of the chat template. continues: the last
+    message is the beginning of the answer.
     """
 
     messages: list[dict]
@@ -48,11 +47,8 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A Conversation that is ready to run.
-
-    ids: of the prompt. options: arguments for SamplingParams. new_parser: makes a Parser (tool_calls/events.py) for the
-    text of one sample.
-    """
+    """What a Conversation comes to: the prompt's token ids, arguments for SamplingParams, and what makes a parser for
+    the text of one answer: its `push` and `finish` return events, see tool_calls/events.py."""
 
     ids: list[int]
     options: dict[str, Any]
@@ -60,9 +56,9 @@ class Prepared:
 
 
 class ChatModel:
-    """Prepares Conversations for one model, by its tokenizer and chat template. Any thread may use it.
+    """What a model's tokenizer and chat template say about conversations. Any thread may use it.
 
-    max_context: a prompt with far more tokens is refused before all of it is tokenized.
+    max_context: tokens that a prompt may have, where a longer one need not be tokenized.
     """
 
     def __init__(
@@ -78,18 +74,17 @@ class ChatModel:
         self._special = {token.content: token_id for token_id, token in added.items() if token.special}
 
     def prepare(self, conversation: Conversation, num_samples: int = 1) -> Prepared:
-        """Renders and tokenizes the prompt and compiles the grammar, which can take seconds. num_samples: that one mask
-        serves.
+        """The Prepared of a Conversation, for so many samples. It renders, tokenizes and compiles: it may take a while.
 
-        ValueError if the model has no chat template, the template refuses the messages, the prompt is far too long, or
-        the grammar is wrong.
+        ValueError if the model has no chat template, the template refuses, the prompt is far too long, or the grammar
+        is wrong.
         """
         prompt = self.prompt(conversation)
         uses_tools, opened = bool(conversation.tools.tools), reasoning.is_open(prompt)
         options: dict[str, Any] = dict(logits_mask=self.mask(conversation, prompt, num_samples))
         marks = (self.style.begin, *self.style.after) if uses_tools else ()
         if self._special.keys() & {*marks, *((reasoning.OPEN, reasoning.CLOSE) if self._thinks else ())}:
-            options["skip_special_tokens"] = False  # the parser needs the marks in the text
+            options["skip_special_tokens"] = False  # the parser has to see them
 
         def new_parser():
             made = CallParser(self.style, conversation.tools) if uses_tools else PlainParser()
@@ -99,8 +94,8 @@ class ChatModel:
         return Prepared(ids, options, new_parser)
 
     def prompt(self, conversation: Conversation, asks: bool = True) -> str:
-        """The text of the prompt. asks: whether it ends with the beginning of the assistant's turn
-        (add_generation_prompt). ValueError if the model has no chat template, or the template refuses the messages."""
+        """The text of the prompt. asks: it ends where an answer begins. ValueError if the model has no chat template or
+        it refuses."""
         messages, use, variables = conversation.messages, conversation.tools, conversation.variables
         abilities = self._abilities if use.tools else self._without_tools
         if not abilities.developer:
@@ -115,10 +110,10 @@ class ChatModel:
         text = rendered(self._tokenizer, abilities, marked, use.tools, add_generation_prompt=False, **variables)
         return text.partition(CUT)[0]
 
-    # ------------------------------------------------------------ constrained decoding
+    # ------------------------------------------------------------ what the answer may be
 
     def mask(self, conversation: Conversation, prompt: str, num_samples: int) -> Mask:
-        """The logits mask for the answer; None where any text is allowed."""
+        """The mask that the conversation asks for; None where the answer is free."""
         use, grammar = conversation.tools, conversation.grammar
         if not use.must_call and grammar is None:
             return self._mask_of_free_calls(use, prompt, num_samples) if use.tools else None
@@ -137,15 +132,13 @@ class ChatModel:
         return self._with_enforceable(use.callable, mask_with, conversation.form if grammar else "tools")
 
     def _before_answer(self, rules: Lark, prompt: str) -> str:
-        """The expression for a thought before the answer, whose rules are added to `rules`; empty if there is none."""
+        """The part of a grammar for what the model thinks; empty where it does not."""
         if not self._thinks or reasoning.is_closed(prompt):
             return ""
         return reasoning.add_rules(rules, reasoning.is_open(prompt))
 
     def _mask_of_free_calls(self, use: ToolUse, prompt: str, num_samples: int) -> Mask:
-        """A mask for tool_choice "auto": free text, but after the mark of a call comes a valid call.
-
-        None where the mark is no single token, or the schemas cannot be enforced."""
+        """A mask that makes calls valid once the model has begun one; None where that cannot be seen or enforced."""
         trigger = self._added.get(self.style.begin)
         if trigger is None:
             return None
@@ -176,10 +169,10 @@ class ChatModel:
         self.style.rules(rules, tools, parallel)
 
     def _with_enforceable(self, tools: list[Tool], make: Callable[[list[Tool]], T], form: str = "tools") -> T:
-        """make(tools), or, where a schema cannot be enforced, make() of the tools without the schemas that cannot be.
+        """What is made of tools; where that cannot be, of tools whose schemas say no more than can be enforced.
 
-        So one tool's schema does not weaken the tools beside it. If the tool is strict, its schema is an error instead,
-        which names the tool; an error that no tool causes names `form`, the field that asks for the answer's form.
+        A schema that cannot be enforced so takes nothing from the tools beside it, unless its tool is strict: the error
+        then names that tool, and otherwise the form of the answer.
         """
         try:
             return make(tools)
@@ -195,8 +188,7 @@ class ChatModel:
             return make(loose)
 
     def _enforceable(self, tools: list[Tool]) -> set[str]:
-        """The names of the tools whose schemas can be enforced, found by bisection. It stops after MAX_TRIES trials, so
-        that among many bad schemas some good ones may be missed."""
+        """The names of the tools whose schemas can be enforced, found by halves; too many that cannot hide others."""
         good, groups, tries = set(), [tools] if tools else [], 0
         while groups and tries < MAX_TRIES:
             group, tries = groups.pop(), tries + 1
@@ -217,10 +209,10 @@ class ChatModel:
 
 
 def with_short_ids(message: dict) -> dict:
-    """The message with ids of tool calls in the form that Mistral's templates accept: nine letters or digits."""
-    changed = dict(message)
-    if "tool_call_id" in changed:
-        changed["tool_call_id"] = short_id(changed["tool_call_id"])
-    if "tool_calls" in changed:
-        changed["tool_calls"] = [call | dict(id=short_id(call["id"])) for call in changed["tool_calls"]]
-    return changed
+    """A message whose ids of tool calls are such as Mistral's templates accept."""
+    made = dict(message)
+    if "tool_call_id" in made:
+        made["tool_call_id"] = short_id(made["tool_call_id"])
+    if "tool_calls" in made:
+        made["tool_calls"] = [call | dict(id=short_id(call["id"])) for call in made["tool_calls"]]
+    return made

@@ -1,4 +1,4 @@
-"""Reasoning: the thought, <think>...</think>, that a model writes before its answer."""
+"""What a model thinks before it answers: <think>...</think> in its text."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from lockstep.text.tool_calls.events import Content, Event, Parser, Reasoning, p
 from lockstep.text.tool_calls.grammar import Lark
 
 OPEN, CLOSE = "<think>", "</think>"
-# Variables of chat templates that a request may set. Names that replace the template or its rendering are not here.
+# Variables of chat templates that a request may set; never a template, nor how it is rendered or tokenized.
 TEMPLATE_VARIABLES = frozenset(
     """enable_thinking thinking thinking_budget reasoning_effort reasoning preserve_thinking
     clear_thinking custom_instructions date_string system_prompt xml_tools python_tools builtin_tools
@@ -18,31 +18,30 @@ MAX_VARIABLE_CHARS = 10_000
 
 
 def thinks(template: str) -> bool:
-    """Whether a chat template is for a model that can write thoughts."""
+    """Whether a chat template is that of a model that may think."""
     return CLOSE in template
 
 
 def is_open(prompt: str) -> bool:
-    """Whether a prompt ends inside of a thought, so that the answer continues the thought."""
+    """Whether a prompt ends inside of a thought, which the answer then goes on with."""
     return prompt.rstrip().endswith(OPEN)
 
 
 def is_closed(prompt: str) -> bool:
-    """Whether a prompt ends with a complete thought, so that the answer has none: thinking was switched off."""
+    """Whether a prompt ends with a thought, so that the answer has none: thinking was switched off."""
     return prompt.rstrip().endswith(CLOSE)
 
 
 def add_rules(lark: Lark, opened: bool) -> str:
-    """Adds grammar rules for a thought; returns the expression that stands for it in another rule.
-
-    opened: the prompt has begun the thought; otherwise the thought is optional."""
+    """Adds rules for a thought; returns what stands for it in another. opened: the prompt began it, otherwise there
+    may be none."""
     lark.text_until("thought", CLOSE)
     parts = ["thought", r"/\n{0,2}/"]
     return " ".join(parts if opened else ["(", lark.mark(OPEN), *parts, ")?"])
 
 
 def template_variables(given: Mapping[str, Any] | None, effort: str | None = None) -> dict[str, Any]:
-    """The variables for a chat template that a request sets. ValueError for one that may not be set.
+    """Checked variables for a chat template. ValueError for one that may not be set.
 
     effort: OpenAI's reasoning_effort; "none" switches thinking off where the template can.
     """
@@ -72,10 +71,10 @@ def _is_plain(value: Any) -> bool:
 
 
 class ThoughtParser:
-    """Splits a streamed answer into Reasoning events and the text after the thought, which goes to another parser.
+    """Splits an answer that comes in pieces into Reasoning and the text after it, which goes to another parser.
 
-    rest: the Parser of the text after the thought. opened: the answer begins inside of a thought. White space around
-    the thought is dropped.
+    opened: the answer begins inside of a thought. White space around the thought is dropped. rest: anything with
+    `push` and `finish` that return events.
     """
 
     def __init__(self, rest: Parser, opened: bool = False) -> None:
@@ -83,7 +82,7 @@ class ThoughtParser:
         self._state = self._inside_start if opened else self._before
 
     def push(self, text: str) -> list[Event]:
-        """The events that this piece of text completes."""
+        """The events that a piece of text completes."""
         if self._state == self._outside:
             return self._rest.push(text)
         made: list[Event] = []
@@ -94,7 +93,7 @@ class ThoughtParser:
         return made
 
     def finish(self, is_cut: bool = False) -> list[Event]:
-        """The remaining events, at the end of the answer. is_cut: the answer reached its maximum length."""
+        """What was held back, now that nothing follows. is_cut: the answer was as long as it might be."""
         rest, self._held = self._held, ""
         inside = self._state in (self._inside_start, self._inside)
         made: list[Event] = self._rest.push(rest) if rest and not inside else []
@@ -102,8 +101,7 @@ class ThoughtParser:
             made = [Reasoning(rest)]
         return made + self._rest.finish(is_cut)
 
-    # Each state consumes a part of the text and adds its events. It holds the rest back in `_held` and returns "", or
-    # returns the rest for the next state.
+    # Each state takes what it can out of the text and either holds the rest back or hands it to the next state.
 
     def _before(self, text: str, made: list[Event]) -> str:
         stripped = text.lstrip()
@@ -147,12 +145,12 @@ class ThoughtParser:
 
 
 class PlainParser:
-    """A Parser that turns every piece of text into Content."""
+    """Every piece of text is Content."""
 
     def push(self, text: str) -> list[Event]:
         """The events of a piece of text."""
         return [Content(text)] if text else []
 
     def finish(self, is_cut: bool = False) -> list[Event]:
-        """No events: no text is ever held back."""
+        """Nothing is ever held back."""
         return []

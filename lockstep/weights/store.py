@@ -38,6 +38,11 @@ class WeightStore:
             self._arrays[key] = self.make(weight, layout)
         return self._arrays[key]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all arrays that were made."""
+        return sum(array.nbytes for arrays in self._arrays.values() for array in arrays)
+
     def make(self, weight, layout):
         """The arrays of a weight in a layout, made anew."""
         return tuple(_line_aligned(a) for a in layout.make(weight))

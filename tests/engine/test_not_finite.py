@@ -1,5 +1,4 @@
-"""A model whose logits overflow after some prompts: these requests fail with a clear error, and no other request is
-disturbed."""
+"""A model whose logits overflow after some prompts: those requests fail by name, and nobody else notices."""
 
 import numpy as np
 import pytest
@@ -29,8 +28,7 @@ WISHES = [
 
 @pytest.fixture(scope="module", params=["llama", "qwen3_5"])
 def model(request, tmp_path_factory):
-    """All weights are finite; one logit overflows where one number of the last hidden state is above 1.1 or below
-    -1.1."""
+    """All weights are finite; one logit overflows where one number of the last hidden state is above 1.1, or less."""
     config = hybrid() if request.param == "qwen3_5" else case("llama")
     arrays = tiny.tensors(config, 11)
     arrays["lm_head.weight"][5] = 0
@@ -40,7 +38,7 @@ def model(request, tmp_path_factory):
 
 
 def run(engine, prompts, params):
-    """The requests at their end; the steps must have returned each of them as ended once."""
+    """The requests after their ends, each of which a step told once."""
     made, ended = [engine.add(prompt, p) for prompt, p in zip(prompts, params, strict=True)], []
     while engine.has_work:
         ended += [request for request in engine.step() if request.finish_reason is not None]
@@ -49,7 +47,7 @@ def run(engine, prompts, params):
 
 
 def told(r):
-    return r.finish_reason, r.error, r.output_ids, r.logprobs, repr(r.prompt_logprobs)  # repr: NaN != NaN
+    return r.finish_reason, r.error, r.output_ids, r.logprobs, repr(r.prompt_logprobs)  # a NaN is no other's equal
 
 
 def test_requests_fail_by_name_and_their_neighbours_give_the_same_bits(model, tmp_path):
@@ -90,7 +88,7 @@ def test_hidden_states_that_are_not_finite_fail_as_logits_do(tmp_path):
         engine.close()
 
 
-# the overflowing numbers: all queries, keys and values of a layer, or one of the three, in the first or the last layer
+# what overflows: all of a layer's queries, keys and values, or one of these, in the first layer or in the last
 OVERFLOWS = [
     ("layers.0.input_layernorm", "f32"),
     ("layers.1.input_layernorm", "q8_0"),

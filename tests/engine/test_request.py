@@ -1,4 +1,4 @@
-"""SamplingParams: the values that they allow, and the messages for all others."""
+"""What SamplingParams allow, and what they say about the rest."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Measures how long a call keeps other threads from running, because it holds Python's global lock."""
+"""How long other threads cannot run while something is done."""
 
 import contextlib
 import threading

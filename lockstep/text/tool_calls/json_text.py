@@ -1,7 +1,7 @@
-"""Repairs JSON that a model writes, one character at a time, to valid JSON.
+"""JSON as models write it, one character at a time, passed on as JSON that every client can read.
 
-Valid JSON passes unchanged. Trailing and missing commas, raw line breaks in strings, single or missing quotes, Python's
-constants and brackets that do not match are repaired. Readers are coroutines: see readers.py.
+What is valid stays as it is written. Trailing and missing commas, raw line breaks in strings, single or missing quotes,
+Python's constants and brackets that do not match are repaired.
 """
 
 import json
@@ -21,15 +21,13 @@ CONSTANTS = {"true": "true", "True": "true", "false": "false", "False": "false"}
 )
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 NEARLY_NUMBER = re.compile(r"[+-]?([1-9][0-9]*\.?|0?\.[0-9]+|[1-9][0-9]*\.[0-9]+)")
-KEY, COLON, VALUE, END = range(4)  # what comes next: a key, the colon after it, a value, a comma or bracket after it
+KEY, COLON, VALUE, END = range(4)  # what may come next: a key, what follows a key, a value, what follows a value
 
 
 def json_container(opening: str, out: Out, marks: tuple[str, ...] = ()) -> Reader:
-    """Reads the rest of a JSON object or array after its opening bracket. `out` is called with pieces of the whole
-    object or array, repaired.
+    """Reads the rest of a JSON object or array after its opening bracket; `out` gets the whole of it, repaired.
 
-    A mark outside of strings, or a CallEnd thrown into the coroutine, ends it early: the missing brackets are written,
-    and a CallEnd is raised.
+    A mark outside of its strings, or a CallEnd that is thrown in, ends it: it is completed, and a CallEnd raised.
     """
     writer, source, character = _Writer(out), _Source(marks), ""
     writer.open(opening)
@@ -53,13 +51,13 @@ def json_container(opening: str, out: Out, marks: tuple[str, ...] = ()) -> Reade
 
 
 class _Source:
-    """The characters of a text up to a mark outside of strings. end: the CallEnd that ended the text, or None."""
+    """The characters of a text up to a mark outside of its strings. end: the CallEnd that ended it, if one has."""
 
     def __init__(self, marks) -> None:
         self._marks, self._read_ahead, self.end = marks, "", None
 
     def next(self):
-        """The next character; empty at the end of the text."""
+        """The next character; empty at the end."""
         try:
             read = yield from self._character()
             while read not in self._marks and any(mark.startswith(read) for mark in self._marks):
@@ -82,14 +80,14 @@ class _Source:
         return first
 
     def string(self, out, quote):
-        """Reads the rest of a string after its quote. No mark has a quote in it, so nothing has been read ahead."""
+        """Reads the rest of a string. Nothing is read ahead then: no mark has a quote in it."""
         try:
             yield from json_string(out, quote)
         except CallEnd as end:
             self.end = end
 
     def word(self, first, ends):
-        """(a value or key without quotes, the character after it). ends: further characters that end it."""
+        """A value without quotes, or a key, and the character after it."""
         pieces = [first]
         while (character := (yield from self.next())) and character not in ',{}[]"\n' + ends:
             pieces.append(character)
@@ -97,7 +95,7 @@ class _Source:
 
 
 class _Writer:
-    """Writes repaired JSON: adds missing commas, colons, keys and brackets, and drops a comma that nothing follows."""
+    """Writes what the next part of a text needs before it, and keeps commas until something follows them."""
 
     def __init__(self, out) -> None:
         self._out, self._open, self._comma, self.expects = out, [], "", VALUE
@@ -125,7 +123,7 @@ class _Writer:
         self._comma = ""
 
     def ended(self) -> None:
-        """A key, or a value that is no object or array, has been written."""
+        """A key or a value that is no container has been written."""
         self.expects = COLON if self.expects == KEY else END
 
     def open(self, character) -> None:
@@ -147,7 +145,7 @@ class _Writer:
             self.expects, self._comma = END, ""
 
     def close_all(self) -> None:
-        """Writes the closing brackets of all open objects and arrays."""
+        """Ends all that is open."""
         while self._open:
             self.close(self._open[-1])
 
@@ -170,7 +168,7 @@ class _Writer:
             self._out(character)
 
     def _complete(self) -> None:
-        """Writes null if the last member has a key but no value."""
+        """Writes the value that a member lacks."""
         if self._open[-1] == "}" and self.expects in (COLON, VALUE):
             self._out("null" if self.expects == VALUE else ": null")
             self.expects = END
@@ -187,8 +185,8 @@ PUNCTUATION = {
 
 
 def json_string(out: Out, quote: str = '"') -> Reader:
-    """Reads the rest of a string after its opening quote. `out` is called with pieces of the whole JSON string, which
-    is closed even if a CallEnd is thrown in."""
+    """Reads the rest of a string after its opening quote; `out` gets all of it, as a JSON string, which is closed where
+    a CallEnd is thrown in."""
     out('"')
     try:
         character = yield
@@ -205,8 +203,8 @@ def json_string(out: Out, quote: str = '"') -> Reader:
 
 
 def _escape(out):
-    """Reads the escape after a backslash. Returns None, or, if it was no valid escape, the character that was read
-    instead, which may be the closing quote."""
+    """Reads what follows a backslash; returns the character that belongs to no escape, which may be the quote, or
+    None."""
     character = yield
     if character == "u":
         return (yield from _code(out))
@@ -214,7 +212,7 @@ def _escape(out):
         out("\\" + character)
     elif character in "'\n":
         out(json.dumps(character)[1:-1])
-    else:  # such as \d of a regular expression: the backslash was meant literally
+    else:  # \d of a regular expression
         out("\\\\")
         return character
     return None
@@ -244,13 +242,13 @@ def _repaired_word(word, is_key):
 
 
 def json_value(text: str, default: object, is_cut: bool = False) -> object:
-    """The value of a JSON text, repaired if necessary; `default` if it cannot be.
+    """The value of a JSON text, which may need to be repaired; default where it is none.
 
     is_cut: the text may be the beginning of an object or array, which is then completed.
     """
-    for candidate in (text, repaired(text, is_cut)):
+    for made in (text, repaired(text, is_cut)):
         try:
-            value = json.loads(candidate, parse_constant=_refuse)
+            value = json.loads(made, parse_constant=_refuse)
             json.dumps(value, allow_nan=False)
             return value
         except (ValueError, RecursionError):
@@ -259,8 +257,8 @@ def json_value(text: str, default: object, is_cut: bool = False) -> object:
 
 
 def repaired(text: str, is_cut: bool = False) -> str:
-    """The JSON object or array in a text, repaired; empty if the text does not begin with a bracket, has more after the
-    end, or (unless is_cut) has no end."""
+    """A JSON object or array, repaired; empty where the text is no such thing, or more than one, or, unless is_cut, the
+    beginning of one."""
     text, pieces = text.strip(), []
     if not text or text[0] not in CLOSING:
         return ""

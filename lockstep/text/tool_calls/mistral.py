@@ -1,4 +1,4 @@
-"""Calls as Mistral's models write them: [TOOL_CALLS] and a JSON array of calls, or (newer) name[ARGS]{...} for each."""
+"""Calls after [TOOL_CALLS]: Mistral's older models write a JSON array of them, the newer name[ARGS]{...} for each."""
 
 from lockstep.text.grammars.structured import quote
 from lockstep.text.tool_calls.events import CallEnd
@@ -17,11 +17,11 @@ from lockstep.text.tool_calls.readers import (
 
 KEYS = ("arguments", "parameters")
 CALL_ID, ARGS = "[CALL_ID]", "[ARGS]"
-ID = "/[A-Za-z0-9]{9}/"  # of a call: these models were trained to write one
+ID = "/[A-Za-z0-9]{9}/"  # a call's own, which these models were trained to write
 
 
 def read(calls):
-    """Reads the array of calls, or the one call, after a mark."""
+    """Reads the array, or the one call, behind a mark."""
     character = yield from after_space()
     if character == "[":
         yield from _array(calls)
@@ -65,7 +65,7 @@ def _named(calls, character):
 
 
 def rules(lark, tools, parallel) -> None:
-    """Adds rules `call`, for the array after the mark, and `calls`, for a whole answer of calls."""
+    """Adds rules `call`, for what follows the mark, and `calls`."""
     begin, end = quote(', "id": "'), quote('"')
     objects = json_objects(lark, tools, ("name", "arguments"), f"({begin} {ID} {end})?")
     one = lark.rule("one", either(objects))
@@ -74,11 +74,11 @@ def rules(lark, tools, parallel) -> None:
 
 
 def named_rules(lark, tools, parallel) -> None:
-    """As `rules`, for calls of the form name[ARGS]{...}."""
-    options, call_id = [], f"({lark.mark(CALL_ID)} {ID})?"
+    """The same for name[ARGS]{...}."""
+    made, identity = [], f"({lark.mark(CALL_ID)} {ID})?"
     for i, tool in enumerate(tools):
         arguments = lark.json(f"tool_{i}_arguments", tool.arguments, tool.strict)
-        options.append(lark.rule(f"tool_{i}", quote(tool.name), call_id, lark.mark(ARGS), arguments))
-    lark.rule("call", either(options))
+        made.append(lark.rule(f"tool_{i}", quote(tool.name), identity, lark.mark(ARGS), arguments))
+    lark.rule("call", either(made))
     marked = lark.rule("marked", lark.mark("[TOOL_CALLS]"), "call")
     lark.rule("calls", f"{marked}{{1,{MAX_CALLS}}}" if parallel else marked)

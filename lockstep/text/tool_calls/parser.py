@@ -1,4 +1,4 @@
-"""`CallParser`: finds tool calls in the streamed text of an answer."""
+"""Finds tool calls in the text of an answer, which comes in pieces."""
 
 from lockstep.text.tool_calls.events import Arguments, CallEnd, Content, Event, partial
 from lockstep.text.tool_calls.readers import Calls, NotACall, Reader
@@ -6,14 +6,15 @@ from lockstep.text.tool_calls.styles import Style
 from lockstep.text.tool_calls.tools import ToolUse
 
 SPACE_AND_BRACKETS = " \t\r\n}]"
-MAX_REST = 200  # characters that may stand between a call and its end mark
+MAX_REST = 200  # characters between a call and its end
 
 
 class CallParser:
-    """Turns pieces of text into Content, CallStart and Arguments events, however the text is cut into pieces.
+    """Turns pieces of text into Content, CallStart and Arguments events; how the pieces are cut changes nothing.
 
-    style: how this model writes calls, see styles.py. use: the request's ToolUse; unless calls may be parallel, only
-    the first one has events. Text that cannot be read as a call stays content. White space around calls is dropped.
+    style: how this model writes calls, see styles.py. use: the ToolUse; of calls that may not be parallel only the
+    first is told. What cannot be read as a call stays content. White space around
+    calls is dropped.
     """
 
     def __init__(self, style: Style, use: ToolUse) -> None:
@@ -30,11 +31,9 @@ class CallParser:
         return made + self._calls.take()
 
     def finish(self, is_cut: bool = False) -> list[Event]:
-        """The remaining events, at the end of the answer. is_cut: the answer reached its maximum length.
-
-        Incomplete arguments are completed to valid JSON, unless is_cut. If the answer ends before the name of its first
-        call, the text of the call becomes Content; an incomplete later call or mark is dropped.
-        """
+        """What was held back, now that nothing follows. A first call that was cut off before its name stays text; of
+        another one, and of a mark after a call, nothing is told. Arguments that are not complete are completed, so that
+        they are JSON, unless is_cut: the answer was as long as it might be, and more of them would have followed."""
         made: list[Event] = [*self._calls.take()]
         if self._reader is not None and self._calls.count > self._raw_count and not is_cut:
             return made + self._closed(self._reader)
@@ -46,7 +45,7 @@ class CallParser:
         return made
 
     def _closed(self, reader: Reader) -> list[Event]:
-        """The remaining events where the answer ended within a call whose CallStart has been returned."""
+        """The events that are left where the answer ended within a call that is told."""
         rest = ""
         try:
             reader.throw(CallEnd())
@@ -67,7 +66,7 @@ class CallParser:
     # ------------------------------------------------------------ text between calls
 
     def _scan(self, text: str, made: list[Event]) -> str:
-        """Adds Content up to the next call; returns the rest of the text."""
+        """Passes text on up to the next call; returns what is left of it then."""
         text = self._held + text
         self._held = ""
         if self._after_call:
@@ -85,7 +84,7 @@ class CallParser:
         return ""
 
     def _after(self, text: str) -> str:
-        """The text without marks that end or separate calls, and without text between a call and its end mark."""
+        """Drops what ends or separates calls, and what stands between a call and its end."""
         marks, end = self._style.after, self._style.end
         while True:
             text = text.lstrip(SPACE_AND_BRACKETS if self._lacks_end else None)
@@ -99,7 +98,7 @@ class CallParser:
         return text
 
     def _rest_of_call(self, text: str) -> str | None:
-        """The beginning of the text up to and with the end mark of the call before it; None without such a mark."""
+        """The beginning of a text up to a mark that belongs to the call before it; None if there is none."""
         if not self._lacks_end or self._style.end is None:
             return None
         before = text[:MAX_REST].partition(self._style.begin)[0]
@@ -107,7 +106,7 @@ class CallParser:
         return before[: min(places)[0] + len(min(places)[1])] if places else None
 
     def _to_hold(self, text: str) -> int:
-        """The offset from which the text is held back: white space before a call, or the beginning of a mark."""
+        """From where on text may yet belong to a call: white space, or what could begin one."""
         if self._after_call:
             return 0
         end = len(text) - partial(text, self._style.begin)
@@ -121,7 +120,7 @@ class CallParser:
     # ------------------------------------------------------------ inside a call
 
     def _enter(self, begin: str, rest: str, before: str) -> str:
-        """Starts the reader of a call. The call's text is kept in `_raw`, in case it turns out to be no call."""
+        """A call seems to begin; what it is read from is kept, in case that it is none."""
         space = before[len(before.rstrip()) :] if begin else before[: len(before) - len(before.lstrip())]
         self._raw, self._raw_count = [space + begin], self._calls.count
         reader = self._style.read(self._calls)
@@ -130,7 +129,7 @@ class CallParser:
         return rest
 
     def _read(self, reader: Reader, text: str, made: list[Event]) -> str:
-        """Sends text to the reader; returns the rest after the end of the call."""
+        """Gives text to the reader; returns what is left of it."""
         send = reader.send
         for at, character in enumerate(text):
             try:
@@ -152,8 +151,7 @@ class CallParser:
         self._reader, self._after_call, self._lacks_end = None, True, True
 
     def _give_up(self, text: str, mark: str, made: list[Event]) -> None:
-        """Ends an incomplete call, or turns text that is no call into Content. mark: the text that ended the call, and
-        is parsed again."""
+        """What was read is no call, or not all of one. mark: what ended it, which is read again."""
         if self._raw_count < self._calls.count:
             self._over()
             return

@@ -1,5 +1,4 @@
-"""Prefixes on disk: they survive a restart, a damaged one is removed and counted, and the folder stays within its
-limit."""
+"""Prefixes on disk: they survive a restart, a damaged one is dropped and counted, and the folder stays small."""
 
 import os
 import threading
@@ -211,7 +210,7 @@ def test_a_folder_that_others_can_write_to_is_refused(tmp_path):
 
 
 class Hashing:
-    """Stands in for the ContentHash of a model that is still being hashed."""
+    """The hash of a model that is still being read."""
 
     known = None
 
@@ -251,7 +250,7 @@ PARAMS = SamplingParams(max_tokens=20, temperature=0.8, seed=4, ignore_eos=True)
 
 
 def run(model, prompt, **options):
-    """(tokens and logprobs, counts of the prefix cache, counts of the disk store) of one prompt on a new engine."""
+    """(tokens and logprobs, counts of the prefix cache, counts of the disk) of one prompt on a new engine."""
     engine = Engine(model, EngineOptions(threads=1, max_requests=2, state_every=64, **options))
     try:
         request = engine.add(prompt, PARAMS)

@@ -1,4 +1,4 @@
-"""Constrained decoding: the masks allow exactly the texts of the grammar."""
+"""Grammars as token masks: what they allow is exactly the grammar."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Chat templates, special tokens and end tokens from the files of Hugging Face folders."""
+"""What the files of Hugging Face folders say about text: templates, special tokens, ends."""
 
 import json
 

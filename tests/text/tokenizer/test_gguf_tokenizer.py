@@ -1,4 +1,4 @@
-"""Marks, end tokens, templates and invalid ids in the metadata of GGUF files of all kinds of conversions."""
+"""Marks, ends, templates and odd ids in the metadata of GGUF files, as conversions of all kinds write them."""
 
 import numpy as np
 import pytest

@@ -1,0 +1,151 @@
+"""Constrained decoding and tool calls for `LLM`: from schemas, patterns, grammars and tools to masks, and from an
+answer's text to its thoughts, content and calls."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from lockstep.completion import Completion, ToolCall
+from lockstep.engine.request import SamplingParams
+from lockstep.text.conversation import Conversation
+from lockstep.text.grammars import structured
+from lockstep.text.grammars.gbnf import is_gbnf, to_lark
+from lockstep.text.tool_calls.events import Arguments, CallStart, Content, Parser, Reasoning
+from lockstep.text.tool_calls.tools import Tool, ToolUse
+
+NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+MODES = ("auto", "required", "none")
+
+
+def grammar_of(schema: Any = None, regex: Any = None, grammar: Any = None) -> tuple[str, str] | None:
+    """(name of the argument, its grammar as `Grammars.mask` takes it) of the one that is given; None without any.
+
+    schema: a JSON schema, as an object or as JSON text; every keyword of it is enforced or refused. regex: a pattern
+    that the whole answer matches, in Rust's syntax. grammar: Lark, or llama.cpp's GBNF. ValueError for more than one,
+    and for one that is wrong.
+    """
+    given = {
+        name: value for name, value in dict(schema=schema, regex=regex, grammar=grammar).items() if value is not None
+    }
+    if len(given) > 1:
+        raise ValueError(f"expected at most one of schema, regex and grammar, got {' and '.join(given)}")
+    for name, value in given.items():
+        with structured.errors_about(name):
+            return name, _MAKERS[name](value)
+    return None
+
+
+def _of_schema(schema: Any) -> str:
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError):
+            raise ValueError(f"expected a JSON schema or its text, got {schema!r:.80}") from None
+    return structured.json_schema(schema)
+
+
+def _of_grammar(text: Any) -> str:
+    return structured.lark(to_lark(text) if isinstance(text, str) and is_gbnf(text) else text)
+
+
+_MAKERS = dict(schema=_of_schema, regex=structured.regex, grammar=_of_grammar)
+
+
+def constrained(
+    params: SamplingParams, grammar: tuple[str, str] | None, grammars: structured.Grammars
+) -> SamplingParams:
+    """The params with a mask of their own that holds every sample to the grammar."""
+    if grammar is None:
+        return params
+    name, text = grammar
+    if params.logits_mask is not None:
+        raise ValueError(f"{name}: the params have a logits_mask already; expected one of the two")
+    with structured.errors_about(name):
+        return replace(params, logits_mask=grammars.mask(text, params.n))
+
+
+def with_mask(params: SamplingParams, options: Mapping[str, Any]) -> SamplingParams:
+    """The params with what a conversation asks of them: a mask, and special tokens that its parser has to see."""
+    if options.get("logits_mask") is not None and params.logits_mask is not None:
+        raise ValueError("the params have a logits_mask already; expected none beside tools, schema, regex or grammar")
+    return replace(params, **{name: value for name, value in options.items() if value is not None})
+
+
+def conversation(
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    tool_choice: str,
+    grammar: tuple[str, str] | None,
+    variables: Mapping[str, Any],
+) -> Conversation:
+    """The Conversation of `LLM.chat`'s arguments. Arguments of earlier calls may be JSON text, as OpenAI has them."""
+    name, text = grammar or ("grammar", None)
+    return Conversation(
+        [_message(message) for message in messages], _tool_use(tools or (), tool_choice), text, variables, form=name
+    )
+
+
+def _message(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as chat templates know one."""
+    made = {**given, "content": given.get("content") or ""}
+    if made.get("tool_calls"):
+        made["tool_calls"] = [_call(call) for call in made["tool_calls"]]
+    return made
+
+
+def _call(call: Any) -> dict[str, Any]:
+    """A call of an earlier answer with its arguments as an object."""
+    given = call.as_message() if isinstance(call, ToolCall) else call
+    try:
+        function = given["function"]
+        arguments = function["arguments"]
+        if isinstance(arguments, str):
+            arguments = json.loads(arguments or "{}")
+    except (KeyError, TypeError, ValueError, RecursionError):
+        wanted = '{"id": ..., "function": {"name": ..., "arguments": JSON text or an object}}'
+        raise ValueError(f"messages: a tool call is {wanted}, got {call!r:.120}") from None
+    return {**given, "type": "function", "function": {**function, "arguments": arguments}}
+
+
+def _tool_use(tools: Sequence[Mapping[str, Any]], choice: str) -> ToolUse:
+    """The ToolUse of tools as OpenAI's API has them, or of their functions alone. choice: "auto", "required", "none" or
+    the name of the tool to call."""
+    made = tuple(_tool(i, tool) for i, tool in enumerate(tools))
+    if not isinstance(choice, str):
+        raise ValueError(f"tool_choice: expected {', '.join(MODES)} or the name of a tool, got {choice!r:.80}")
+    if choice == "none":
+        return ToolUse()
+    if choice in MODES:
+        return ToolUse(made, choice == "required")
+    return ToolUse(made, True, (choice,), False)
+
+
+def _tool(index: int, given: Mapping[str, Any]) -> Tool:
+    function = given.get("function", given) if isinstance(given, Mapping) else None
+    if not isinstance(function, Mapping) or "name" not in function:
+        wanted = '{"type": "function", "function": {"name", "description", "parameters"}}'
+        raise ValueError(f"tools[{index}]: expected {wanted}, got {given!r:.120}")
+    parameters = function.get("parameters") or NO_PARAMETERS
+    return Tool(function["name"], function.get("description") or "", parameters, bool(function.get("strict")))
+
+
+def read(answer: Completion, new_parser: Callable[[], Parser]) -> Completion:
+    """The answer, and the other samples, with the thoughts, content and tool calls that a parser finds in each text."""
+    parser = new_parser()
+    events = parser.push(answer.text) + parser.finish(answer.finish_reason == "length")
+    calls, is_cut = {}, False
+    for event in events:
+        if isinstance(event, CallStart):
+            calls[event.index] = (event.id, event.name, [])
+        elif isinstance(event, Arguments):
+            calls[event.index][2].append(event.text)
+            is_cut = event.is_cut
+    return replace(
+        answer,
+        others=[read(other, new_parser) for other in answer.others],
+        content="".join(event.text for event in events if isinstance(event, Content)),
+        reasoning="".join(event.text for event in events if isinstance(event, Reasoning)),
+        # a call whose arguments the answer did not come to the end of asks for nothing
+        tool_calls=[] if is_cut else [ToolCall(i, name, "".join(pieces)) for i, name, pieces in calls.values()],
+    )

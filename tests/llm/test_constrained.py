@@ -1,0 +1,138 @@
+"""Constrained decoding and tool calls by `LLM`: the same masks and the same reading of the answer as the server's."""
+
+import json
+
+import pytest
+
+from lockstep import LLM, SamplingParams
+from lockstep.completion import Completion, ToolCall
+from lockstep.constrained import conversation, grammar_of, read
+from lockstep.text.tool_calls.events import Arguments, CallStart, Content, Reasoning
+
+WEATHER = dict(
+    name="weather",
+    parameters={"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]},
+)
+ASKED = [dict(role="user", content="Is it warm in Rome?")]
+SHORT = SamplingParams(max_tokens=64)
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with LLM(threads=1, max_context=512) as made:
+        yield made
+
+
+def test_a_schema_holds_every_sample(llm):
+    schema = dict(type="object", properties=dict(kind=dict(enum=["a", "b"])), required=["kind"])
+    schema |= dict(additionalProperties=False)
+    params = SamplingParams(max_tokens=64, temperature=1.0, seed=3, n=3)
+    for given in (schema, json.dumps(schema)):
+        [answer] = llm.generate("{", params, schema=given)
+        assert len(answer.samples) == 3
+        assert all(json.loads(sample.text)["kind"] in "ab" for sample in answer.samples)
+
+
+def test_every_prompt_is_held_to_the_pattern(llm):
+    answers = llm.generate(["x = ", "def f(", "# "], SHORT, regex="[0-9]{3}-[a-f]")
+    assert all(len(a.text) == 5 and a.text[3] == "-" and a.finish_reason == "stop" for a in answers)
+
+
+@pytest.mark.parametrize("grammar", ['start: "yes" | "no"', 'root ::= "yes" | "no"'])
+def test_grammars_are_lark_or_gbnf(llm, grammar):
+    assert llm.generate("x", SHORT, grammar=grammar)[0].text in ("yes", "no")
+    assert llm.chat(ASKED, SHORT, grammar=grammar).content in ("yes", "no")
+
+
+def test_a_required_call_is_made_and_read(llm):
+    answer = llm.chat(ASKED, SHORT, tools=[WEATHER], tool_choice="required")
+    [call] = answer.tool_calls
+    assert call.name == "weather" and json.loads(call.arguments)["city"] in ("Rome", "Oslo")
+    assert call.arguments in answer.text and answer.content == ""
+    talk = [*ASKED, answer.as_message(), dict(role="tool", tool_call_id=call.id, content="21 degrees")]
+    assert llm.chat(talk, SamplingParams(max_tokens=4), tools=[WEATHER]).token_ids
+
+
+def test_a_tool_is_chosen_by_its_name(llm):
+    other = dict(type="function", function=dict(name="time", description="Now."))
+    answer = llm.chat(ASKED, SHORT, tools=[WEATHER, other], tool_choice="time")
+    assert [call.name for call in answer.tool_calls] == ["time"]
+
+
+def test_tools_that_may_not_be_called_change_nothing(llm):
+    free = llm.chat(ASKED, SHORT)
+    assert llm.chat(ASKED, SHORT, tools=[WEATHER], tool_choice="none").token_ids == free.token_ids
+    assert free.content == free.text and not free.tool_calls
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(schema={}, regex="a"), "at most one of schema, regex and grammar, got schema and regex"),
+        (dict(schema="{"), r"schema: expected a JSON schema or its text, got '\{'"),
+        (dict(schema=[1]), "schema: JSON schema: expected an object"),
+        (dict(regex="("), "regex: "),
+        (dict(regex=3), "regex: .*expected a text, got 3"),
+        (dict(grammar="start: missing"), "grammar: "),
+    ],
+)
+def test_a_form_that_cannot_be_is_refused(llm, options, message):
+    with pytest.raises(ValueError, match=message):
+        llm.generate("x", SHORT, **options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(tools=["weather"]), r"tools\[0\]: expected \{\"type\": \"function\""),
+        (dict(tools=[dict(WEATHER, name="not a name")]), "tools: a name has 1 to 128 letters"),
+        (dict(tools=[WEATHER], tool_choice="rain"), "tool_choice: there is no tool 'rain'"),
+        (dict(tools=[WEATHER], tool_choice=1), "tool_choice: expected auto, required, none or the name of a tool"),
+        (dict(tool_choice="required"), "tool_choice: a call is required, but there are no tools"),
+    ],
+)
+def test_tools_that_cannot_be_are_refused(llm, options, message):
+    with pytest.raises(ValueError, match=message):
+        llm.chat(ASKED, SHORT, **options)
+
+
+def test_a_call_that_was_written_wrongly_is_refused(llm):
+    broken = dict(role="assistant", content=None, tool_calls=[dict(function=dict(name="weather", arguments="{"))])
+    with pytest.raises(ValueError, match="messages: a tool call is"):
+        llm.chat([*ASKED, broken], SHORT, tools=[WEATHER])
+
+
+def test_a_mask_of_ones_own_and_a_form_are_refused_together(llm):
+    params = SamplingParams(max_tokens=4, logits_mask=lambda ids: None)
+    with pytest.raises(ValueError, match="regex: the params have a logits_mask already"):
+        llm.generate("x", params, regex="a")
+
+
+class Events:
+    """A parser that finds what it is told to."""
+
+    def __init__(self, *events):
+        self.events = list(events)
+
+    def push(self, text):
+        return self.events
+
+    def finish(self, is_cut=False):
+        return []
+
+
+def test_an_answer_is_taken_apart():
+    answer = Completion("text", [1], [0.0], "stop", [2])
+    parts = [Reasoning("well"), Content("I "), CallStart(0, "id", "f"), Arguments(0, '{"a"'), Arguments(0, ":1}")]
+    made = read(answer, lambda: Events(*parts, Content("ask")))
+    assert (made.text, made.reasoning, made.content) == ("text", "well", "I ask")
+    assert made.tool_calls == [ToolCall("id", "f", '{"a":1}')]
+    assert made.as_message()["tool_calls"][0]["function"] == dict(name="f", arguments='{"a":1}')
+    cut = read(answer, lambda: Events(CallStart(0, "id", "f"), Arguments(0, "{", True)))
+    assert cut.tool_calls == [] and cut.content == ""
+
+
+def test_nothing_is_asked_for():
+    assert grammar_of() is None
+    made = conversation(ASKED, None, "auto", None, {})
+    assert made.grammar is None and not made.tools.tools and made.messages == ASKED

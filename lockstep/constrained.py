@@ -11,7 +11,7 @@ from lockstep.engine.request import SamplingParams
 from lockstep.text.conversation import Conversation
 from lockstep.text.grammars import structured
 from lockstep.text.grammars.gbnf import is_gbnf, to_lark
-from lockstep.text.tool_calls.events import Arguments, CallStart, Content, Parser, Reasoning
+from lockstep.text.tool_calls.events import Arguments, CallStart, Content, Event, Parser, Reasoning
 from lockstep.text.tool_calls.tools import Tool, ToolUse
 
 NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -134,18 +134,31 @@ def read(answer: Completion, new_parser: Callable[[], Parser]) -> Completion:
     """The answer, and the other samples, with the thoughts, content and tool calls that a parser finds in each text."""
     parser = new_parser()
     events = parser.push(answer.text) + parser.finish(answer.finish_reason == "length")
-    calls, is_cut = {}, False
-    for event in events:
-        if isinstance(event, CallStart):
-            calls[event.index] = (event.id, event.name, [])
-        elif isinstance(event, Arguments):
-            calls[event.index][2].append(event.text)
-            is_cut = event.is_cut
     return replace(
         answer,
         others=[read(other, new_parser) for other in answer.others],
         content="".join(event.text for event in events if isinstance(event, Content)),
         reasoning="".join(event.text for event in events if isinstance(event, Reasoning)),
-        # a call whose arguments the answer did not come to the end of asks for nothing
-        tool_calls=[] if is_cut else [ToolCall(i, name, "".join(pieces)) for i, name, pieces in calls.values()],
+        tool_calls=_complete_calls(events),
     )
+
+
+def _complete_calls(events: Sequence[Event]) -> list[ToolCall]:
+    """The calls among events, without one in whose arguments the answer ended: it asks for nothing yet."""
+    calls: dict[int, ToolCall] = {}
+    for event in events:
+        if isinstance(event, CallStart):
+            calls[event.index] = ToolCall(event.id, event.name, "")
+        elif isinstance(event, Arguments):
+            call = calls[event.index]
+            calls[event.index] = replace(call, arguments=call.arguments + event.text)
+    cut = {event.index for event in events if isinstance(event, Arguments) and event.is_cut}
+    return [call for index, call in calls.items() if index not in cut and _is_json(call.arguments)]
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True

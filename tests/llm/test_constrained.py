@@ -46,7 +46,7 @@ def test_grammars_are_lark_or_gbnf(llm, grammar):
 
 def test_a_required_call_is_made_and_read(llm):
     answer = llm.chat(ASKED, SHORT, tools=[WEATHER], tool_choice="required")
-    [call] = answer.tool_calls
+    call = answer.tool_calls[0]
     assert call.name == "weather" and json.loads(call.arguments)["city"] in ("Rome", "Oslo")
     assert call.arguments in answer.text and answer.content == ""
     talk = [*ASKED, answer.as_message(), dict(role="tool", tool_call_id=call.id, content="21 degrees")]
@@ -128,6 +128,8 @@ def test_an_answer_is_taken_apart():
     assert (made.text, made.reasoning, made.content) == ("text", "well", "I ask")
     assert made.tool_calls == [ToolCall("id", "f", '{"a":1}')]
     assert made.as_message()["tool_calls"][0]["function"] == dict(name="f", arguments='{"a":1}')
+    unfinished = read(answer, lambda: Events(*parts, CallStart(1, "other", "f"), Arguments(1, '{"a')))
+    assert unfinished.tool_calls == made.tool_calls
     cut = read(answer, lambda: Events(CallStart(0, "id", "f"), Arguments(0, "{", True)))
     assert cut.tool_calls == [] and cut.content == ""
 

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: answers and their figures."""
+"""`lockstep generate` on the command line: answers and their figures."""
 
 import io
 import json
@@ -18,7 +18,7 @@ PROMPT = "def read_lines(path):\n"
 
 @pytest.fixture(scope="module")
 def expected():
-    """What the bundled model answers to PROMPT, greedily, in twelve tokens."""
+    """The bundled model's greedy answer to PROMPT, of twelve tokens."""
     llm = LLM(max_requests=1, threads=1)
     yield llm.generate([PROMPT], SamplingParams(max_tokens=12))[0]
     llm.close()

@@ -1,4 +1,4 @@
-"""`lockstep cache`: what is kept, and how it is removed."""
+"""`lockstep cache`: listing and removing packed weights, kernels and hashes."""
 
 import json
 import os

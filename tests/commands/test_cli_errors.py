@@ -1,4 +1,4 @@
-"""What goes wrong on the command line: one sentence for what a user can mend, the place for a fault of the program."""
+"""Errors on the command line: a sentence for a user's mistake, a traceback for a fault of the program."""
 
 import errno
 import os

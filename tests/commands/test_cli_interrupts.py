@@ -1,4 +1,4 @@
-"""A command that is interrupted, and output that nobody reads: an exit code, and no traceback."""
+"""A command that is interrupted, or whose output nobody reads, ends with an exit code and no traceback."""
 
 import os
 import signal
@@ -40,8 +40,8 @@ GENERATE = [
 
 
 def process_that_cannot_end(handler):
-    """A process that writes more than a pipe takes, so that it waits for its reader, however fast it is. handler: what
-    it inherits for SIGINT."""
+    """A process that writes more than a pipe holds, so that it waits for its reader, however fast the machine is.
+    handler: the handler of SIGINT that the process inherits."""
     before = signal.signal(signal.SIGINT, handler)
     try:
         process = subprocess.Popen(GENERATE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, pipesize=4096)

@@ -1,4 +1,4 @@
-"""What commands say while they work."""
+"""The progress lines of commands."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""The commands of quantization studies as a user meets them."""
+"""The commands of quantization studies: `lockstep ptq`."""
 
 import json
 import os
@@ -234,7 +234,7 @@ def test_ctrl_c_while_processes_start_leaves_no_traceback(recipe):
 
 
 def is_starting(process):
-    """Whether a process is one of a study's, in the middle of its imports; it may be gone."""
+    """Whether a process is a study's worker in the middle of its imports; False for one that has ended."""
     try:
         about = [Path(f"/proc/{process}/{name}").read_text() for name in ("cmdline", "maps")]
         return "spawn_main" in about[0] and "numpy" in about[1]

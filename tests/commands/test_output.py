@@ -1,4 +1,4 @@
-"""What a model's text does to a terminal: nothing. A pipe gets it as it is."""
+"""A model's text does not act on a terminal; a pipe gets it unchanged."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ SHOWN = "a\\x1b]52;c;eA==\\x07\\x1b[2J\\x9b31m\\x0d\\x08\\x00\\x7fb\n\tc \N{PILE
 
 @contextlib.contextmanager
 def terminal():
-    """Inside, standard output and error are a terminal; a function that returns what came there."""
+    """A context in which standard output and error are a terminal; yields a function that returns their text."""
     ours, theirs = pty.openpty()
     stream = io.TextIOWrapper(os.fdopen(theirs, "wb", 0), "utf-8", write_through=True)
 

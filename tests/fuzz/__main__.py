@@ -9,7 +9,7 @@ from tests.fuzz.campaign import KINDS, Campaign
 
 
 def main() -> int:
-    """Runs what the command line asks for; returns 1 if anything went wrong."""
+    """Runs the fuzz or the attacks, as the command line says; returns 1 if there was a fault."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--minutes", type=float, default=60, help="how long (%(default)g)")
     parser.add_argument("--seed", type=int, default=time.time_ns() // 10**9, help="of the inputs; without one the time")

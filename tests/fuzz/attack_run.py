@@ -1,4 +1,5 @@
-"""Plays the attacks of attacks.py one after the other against a server, and those that stopped one against new ones."""
+"""Plays the attacks of attacks.py one after the other against a server. Those that once kept a server from ending are
+played against new servers, which get a SIGTERM."""
 
 import shutil
 import signal
@@ -17,24 +18,24 @@ from tests.serve.program import Program, program
 
 OPTIONS = ("--name", "lockstep", "--max-requests", 8, "--max-context", 2048, "--kv-tokens", 16384)
 DRAIN = 3  # seconds: --drain-timeout
-GRACE = DRAIN + 5 + 2  # answers that are cut off have 5 s to reach their clients; the process then ends
+GRACE = DRAIN + 5 + 2  # seconds: interrupted answers have 5 s to reach their clients, then the process ends
 SETTLE_SECONDS = 1.0
 
 
 class Table:
-    """What is printed, a line for each attack. faults: those that are none that may be."""
+    """Prints a line for each attack. faults: the problems of all attacks."""
 
     def __init__(self) -> None:
         self.faults: list[str] = []
 
     def line(self, name: str, *columns: str, problems: list[str]) -> None:
-        """A row; problems: what is wrong with it."""
+        """Prints a line. problems: the faults of this attack."""
         print(f"{name:44} {' '.join(columns)}{''.join(f'  FAULT: {each}' for each in problems)}", flush=True)
         self.faults += [f"{name}: {each}" for each in problems]
 
 
 def play_all() -> int:
-    """Plays all; returns 1 if there was a fault."""
+    """Plays all attacks; returns 1 if there was a fault."""
     table = Table()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model")
@@ -54,7 +55,7 @@ def _play_http(made: Program, table: Table) -> None:
     usual = dict(messages=HELLO, max_tokens=2)
     assert post(CHAT, usual)(made.port) == [200], "the template has to work, so that its triggers are reached"
     for attack in ATTACKS[-5:]:
-        attack.play(made.port)  # what is made once is there before memory is measured
+        attack.play(made.port)  # so that memory that is taken once is taken before it is measured
     alive = Liveness(made)
     try:
         print(f"{'attack':44} {'answers':22} {'seconds':>7} {'gap':>6} {'slowdown':>8} {'MB':>6}")
@@ -88,7 +89,7 @@ def _play_one(made: Program, alive: Liveness, attack: Attack, table: Table) -> N
 
 
 def _play_signal(path: Path, attack: Attack, table: Table) -> None:
-    """SIGTERM while a server is busy with an attack, repeated so that it is."""
+    """Sends SIGTERM to a server while an attack, which is repeated, keeps it busy."""
     with program(path, *OPTIONS, "--drain-timeout", DRAIN) as made:
         for _ in range(3):
             threading.Thread(target=_quietly, args=(attack, made.port), daemon=True).start()
@@ -107,7 +108,7 @@ def _play_signal(path: Path, attack: Attack, table: Table) -> None:
 
 
 def _quietly(attack: Attack, port: int) -> None:
-    """Plays it; that the server ends meanwhile is what is looked for."""
+    """Plays an attack, without an error where the server ends meanwhile."""
     try:
         attack.play(port)
     except OSError:

@@ -1,4 +1,4 @@
-"""The attacks of a hostile review that go over HTTP, each with the answers that are right."""
+"""Attacks over HTTP, found by a hostile review, each with the statuses that are right."""
 
 import json
 import socket
@@ -34,7 +34,7 @@ TRIGGERS = {
 
 
 class Attack(NamedTuple):
-    """play: given a port, returns the statuses of all answers; 0 stands for none. allowed: what they may be."""
+    """play: attacks the server at a port, returns the statuses of all answers, 0 for none. allowed: right statuses."""
 
     name: str
     play: Callable[[int], list[int]]
@@ -43,7 +43,7 @@ class Attack(NamedTuple):
 
 
 def template() -> str:
-    """A usual template that does what a TRIGGER says where the last message names it."""
+    """A usual chat template that runs the program of a TRIGGER when the last message names it."""
     parts = [f"{{% elif asked == '{name}' %}}{text}" for name, text in TRIGGERS.items()]
     return (
         "{%- set asked = messages[-1].content -%}{%- set n = messages | length -%}{%- if asked is not string -%}"
@@ -52,13 +52,13 @@ def template() -> str:
 
 
 def raw(path: str, body: object, *lines: bytes) -> bytes:
-    """A request."""
+    """A request, as bytes."""
     content = body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode()
     return head(b"Content-Length: %d" % len(content), *lines, first=b"POST %s HTTP/1.1" % path.encode()) + content
 
 
 def post(path: str, body: Callable[[], object] | dict, times: int = 1) -> Callable[[int], list[int]]:
-    """Plays one request, or so many at once. body: made when it is played, where it is large."""
+    """Plays a request, `times` at once. body: its JSON value, or a function that makes it when it is played."""
 
     def play(port: int) -> list[int]:
         made = raw(path, body() if callable(body) else body)
@@ -75,17 +75,17 @@ def get(path: str, *lines: bytes, host: bytes = b"localhost", method: bytes = b"
 
 
 def sent(port: int, *pieces: bytes) -> list[int]:
-    """The statuses of what is answered; [0] where nothing is."""
+    """Sends bytes; returns the statuses of the answers, [0] where there is none."""
     return exchange(port, pieces).statuses or [0]
 
 
 def each_of(many: list[bytes]) -> Callable[[int], list[int]]:
-    """Plays each, one after the other."""
+    """Plays each request, one after the other."""
     return lambda port: [status for one in many for status in sent(port, one)]
 
 
 def beside_slow_grammars(port: int) -> list[int]:
-    """Two clients' slow grammars; what a third one gets for a small one."""
+    """Two clients send slow grammars; returns the status of a third client's small grammar."""
     with ThreadPoolExecutor(3) as others:
         for _ in range(2):
             others.submit(sent, port, raw(COMPLETIONS, dict(prompt="x", max_tokens=2, guided_json=ENDLESS)))
@@ -95,7 +95,7 @@ def beside_slow_grammars(port: int) -> list[int]:
 
 
 def half_sent(port: int) -> list[int]:
-    """1024 half-sent requests are held for 3 s; then a whole one is answered, or refused for now."""
+    """Holds 1024 partial requests for 3 s; then a complete one must be answered, or refused for now."""
     held = []
     try:
         for _ in range(1024):
@@ -114,7 +114,7 @@ def half_sent(port: int) -> list[int]:
 
 
 def pipelined(port: int) -> list[int]:
-    """2000 requests at once on one connection."""
+    """Sends 2000 pipelined requests on one connection."""
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2000)
         connection.shutdown(socket.SHUT_WR)

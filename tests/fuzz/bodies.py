@@ -84,7 +84,7 @@ BODIES = {
     "/v1/messages/count_tokens": dict(messages=MESSAGES, system="s", tools=[dict(name="f", input_schema=SCHEMA)]),
     "/detokenize": dict(tokens=[5, 6]),
 }
-# values that some parser, somewhere, was surprised by
+# values that have broken parsers
 ODD = [
     None,
     True,
@@ -175,7 +175,7 @@ def damaged_bytes(rng: random.Random, raw: bytes) -> bytes:
 
 
 def damaged_request(rng: random.Random, path: str, kinds: tuple[str, ...] = KINDS) -> bytes:
-    """A request of one of these kinds: a wrong value, wrong bytes in the body, a wrong header, wrong bytes anywhere."""
+    """A request with damage of one of these kinds: a value of the body, bytes of the body, a header, bytes anywhere."""
     body, kind = BODIES[path], rng.choice(kinds)
     sent = damaged_value(rng, body) if kind == "value" else body
     raw = json.dumps(sent).encode()

@@ -1,4 +1,4 @@
-"""Random inputs of all kinds at once against one `lockstep serve`, while another process looks whether it is alive."""
+"""Sends random inputs of all kinds to one `lockstep serve`, while another process checks that it is alive."""
 
 import contextlib
 import itertools
@@ -25,30 +25,30 @@ from tests.fuzz.templates import Templates, programs, served
 from tests.serve.program import Program, program
 from tests.serve.server import wait_until
 
-THREADS = dict(bodies=2, sockets=3, grammars=2)  # of one kind; 1, if it is not named here
+THREADS = dict(bodies=2, sockets=3, grammars=2)  # threads of a kind; other kinds have one
 KINDS = "bodies", "sockets", "templates", "grammars", "files"
 TOLD_EVERY = 10.0
-MOST_FAULTS = 20  # of one kind, then it is no longer played
-# the prefix cache and the pool of pages are memory that is taken as it is used, up to a bound: here it is there at once
+MOST_FAULTS = 20  # after so many faults a kind is no longer played
+# prefix cache and pages take memory as they are used, up to a bound: these options take all of it at the start
 OPTIONS = ("--name", "lockstep", "--max-requests", 8, "--max-context", 1024, "--kv-tokens", 16384, "--max-queued", 64)
 
 
 class Bodies:
-    """The kind of fuzz: damaged requests of every route. port: of the server."""
+    """The fuzz of requests: damaged requests of every route. port: of the server."""
 
     def __init__(self, port: int):
         self._port = port
 
     def play(self, rng: random.Random) -> str:
-        """One of them; returns what became of it. Fault."""
+        """Sends a damaged request; returns the outcome. Raises Fault."""
         return ask(self._port, damaged_request(rng, rng.choice(list(BODIES))))
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Does nothing: there is nothing to close."""
 
 
 class Played(NamedTuple):
-    """One input: its kind and number, and when it was played, of time.monotonic's clock."""
+    """One input: its kind and number, and the times of time.monotonic between which it was played."""
 
     kind: str
     number: int
@@ -73,7 +73,7 @@ class Campaign:
         self._made: dict[str, object] = {}
 
     def run(self, seconds: float) -> int:
-        """Plays for so long and tells about it; returns 1 if there was a fault."""
+        """Plays for some seconds and prints a report; returns 1 if there was a fault."""
         print(f"seed {self.seed}: {', '.join(self.kinds)} for {seconds / 60:g} minutes", flush=True)
         with self._all() as made, contextlib.ExitStack() as stack:
             self._warm(made)
@@ -86,7 +86,7 @@ class Campaign:
 
     @contextlib.contextmanager
     def _all(self) -> Iterator[Program]:
-        """The server, and the kinds."""
+        """A context with the server and all kinds of fuzz."""
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
             if "files" in self.kinds:
                 os.mkdir(f"{folder}/files", 0o700)
@@ -99,7 +99,7 @@ class Campaign:
             yield made
 
     def _warm(self, made: Program) -> None:
-        """A few inputs of another seed, so that what is made once is there before memory is measured."""
+        """Plays a few inputs of another seed, so that memory that is taken once is taken before it is measured."""
         for kind in set(self.kinds) & {"bodies", "grammars", "templates"}:
             for number in range(20):
                 with contextlib.suppress(Fault):
@@ -107,7 +107,7 @@ class Campaign:
         made.check_alive()
 
     def _play(self, made: Program, until: float) -> float:
-        """Plays all kinds, each in threads of its own; returns the most memory that the server had."""
+        """Plays all kinds, each in threads of its own; returns the largest memory of the server."""
         many = [kind for kind in self.kinds for _ in range(1 if self.at is not None else THREADS.get(kind, 1))]
         threads = [threading.Thread(target=self._walk, args=(kind, until)) for kind in many]
         for thread in threads:
@@ -128,7 +128,7 @@ class Campaign:
         return most
 
     def _walk(self, kind: str, until: float) -> None:
-        """Plays one kind until then."""
+        """Plays one kind until a time of time.monotonic."""
         while time.monotonic() < until and self.seen[kind]["FAULT"] < MOST_FAULTS:
             number, began = next(self.numbers[kind]), time.monotonic()
             self.running[threading.get_ident()] = Played(kind, number, began, float("inf"))
@@ -163,7 +163,7 @@ class Campaign:
         print(f"{max(0, rest):5.0f} s left: {counts}; {rss:.0f} MB; {self.alive.words(since)}", flush=True)
 
     def _settle(self, made: Program) -> None:
-        """Everything comes to its end, and the server is as idle as before."""
+        """Waits until the server is as idle as before."""
         try:
             wait_until(made.is_idle, 60)
         except Exception as error:
@@ -173,7 +173,7 @@ class Campaign:
             self._fault("server", f"it printed a traceback: {said[said.index('Traceback') :][:3000]}")
 
     def _tell_stalls(self) -> None:
-        """Says what was played while /health had no answer; a fault, unless the machine is the reason."""
+        """Prints what was played while /health had no answer: a fault, unless the machine was slow."""
         for stall in self.alive.new_stalls():
             began, ended = stall.look.began, stall.look.began + stall.look.seconds
             many = [*self.played, *self.running.values()]
@@ -211,7 +211,7 @@ class Campaign:
 
 
 def model_folder(path: Path, seed: int) -> Path:
-    """The bundled model with a chat template of random programs."""
+    """Writes the bundled model with a chat template of random programs."""
     process = TemplateProcess(seconds=0.3)
     shutil.copytree(Path(lockstep.__file__).parent / "bundled", path)
     (path / "chat_template.jinja").write_text(served(programs(seed, process)))

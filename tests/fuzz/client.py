@@ -1,4 +1,4 @@
-"""What the kinds of fuzz share: how a server is asked, and what counts as a fault."""
+"""Shared by all kinds of fuzz: sending bytes to a server, and deciding which answers are faults."""
 
 import re
 import socket
@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# statuses that are right for some request or other
+# statuses that are right for some request
 CLEAR = {200, 400, 401, 403, 404, 405, 408, 413, 415, 417, 429, 431}
 # what is the server's and not the request's, but said by name
 NAMED = {(503, "connections_full"), (503, "timeout"), (504, "timeout")}
@@ -17,7 +17,7 @@ PATIENCE = 60.0
 
 
 class Fault(Exception):
-    """Something that must not happen. content: the input that led to it; suffix: of a file of that."""
+    """Behaviour that must not happen. content: the input that caused it; suffix: of a file with the input."""
 
     def __init__(self, message: str, content: bytes, suffix: str = ".bin"):
         super().__init__(message)
@@ -25,7 +25,7 @@ class Fault(Exception):
 
 
 class Answer(NamedTuple):
-    """What came back: the statuses of whole answers, all bytes, and how long it took until the end."""
+    """The statuses of all complete answers, all received bytes, and the seconds until the end."""
 
     statuses: list[int]
     raw: bytes
@@ -33,7 +33,7 @@ class Answer(NamedTuple):
 
 
 def exchange(port: int, pieces: Iterable[bytes], pause: float = 0.0, half_closes: bool = True) -> Answer:
-    """Sends pieces, so many seconds apart, closes the own half and reads until the server closes."""
+    """Sends pieces, `pause` seconds apart, closes its half of the connection and reads until the server closes."""
     began, got = time.monotonic(), bytearray()
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
         try:
@@ -43,14 +43,14 @@ def exchange(port: int, pieces: Iterable[bytes], pause: float = 0.0, half_closes
             if half_closes:
                 connection.shutdown(socket.SHUT_WR)
         except OSError:
-            pass  # it was refused before all of it was sent; what was said is there to be read
+            pass  # the server refused it before all of it was sent; the refusal can still be read
         read_all(connection, got)
     statuses = [int(each) for each in STATUS.findall(got) if each != b"100"]
     return Answer(statuses, bytes(got), time.monotonic() - began)
 
 
 def read_all(connection: socket.socket, got: bytearray) -> None:
-    """Adds to `got` what comes until the other side closes. TimeoutError where it takes too long."""
+    """Adds received bytes to `got` until the server closes. TimeoutError where it takes too long."""
     try:
         while piece := connection.recv(1 << 16):
             got += piece
@@ -59,7 +59,7 @@ def read_all(connection: socket.socket, got: bytearray) -> None:
 
 
 def outcome(answer: Answer, sent: bytes) -> str:
-    """An Answer in a word, such as "200", "closed" or "503 connections_full". Fault for what must not be."""
+    """An Answer in a word, such as "200", "closed" or "503 connections_full". Raises Fault for a wrong answer."""
     if not answer.statuses:
         if answer.raw:
             raise Fault(f"no HTTP: {answer.raw[:200]!r}", sent)
@@ -76,9 +76,9 @@ def outcome(answer: Answer, sent: bytes) -> str:
     return str(answer.statuses[0])
 
 
-def ask(port: int, raw: bytes, **how) -> str:
-    """The outcome of one request, or of whatever the bytes are. Fault; also where there is no end of the answer."""
+def ask(port: int, raw: bytes, **options) -> str:
+    """Sends bytes; returns the outcome. Raises Fault, also for an answer that does not end."""
     try:
-        return outcome(exchange(port, [raw], **how), raw)
+        return outcome(exchange(port, [raw], **options), raw)
     except TimeoutError:
         raise Fault(f"no end of the answer in {PATIENCE:g} s", raw) from None

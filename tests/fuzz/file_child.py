@@ -19,7 +19,7 @@ import lockstep.commands.inspect
 import lockstep.llm  # noqa: F401
 from lockstep.cli import main
 
-ESCAPED = 70  # the exit code where an exception came out of the command
+ESCAPED = 70  # the exit code where a command raised an exception
 
 
 def run(order: dict) -> dict:
@@ -43,7 +43,7 @@ def run(order: dict) -> dict:
 
 
 def _wait(child: int, deadline: float) -> tuple[int, resource.struct_rusage]:
-    """The child's status; it is killed where it takes too long."""
+    """Waits for a child, and kills it at the deadline; returns its status and resource usage."""
     while True:
         found, status, usage = os.wait4(child, os.WNOHANG)
         if found:

@@ -1,4 +1,4 @@
-"""Damaged model files and caches: a command answers or says what is wrong, in bounded time and memory."""
+"""Fuzz of model files and caches: a command must answer or say what is wrong, in bounded time and memory."""
 
 import json
 import os
@@ -24,15 +24,15 @@ from tests.weights.fuzz import mutant
 
 CONFIG = case("qwen3", head_dim=32, vocab_size=512, num_hidden_layers=2)
 HEAD_BYTES = 30_000  # of a GGUF file, within which most of its metadata lies
-# of one command: kernels of an op that no model before had may have to be compiled
+# of one command, which may have to compile kernels of an op that no earlier model had
 CPU_SECONDS, SECONDS, NUM_BYTES = 120, 300, 1536 << 20
-MOST_BYTES = 1 << 30  # resident: the models have a few hundred kilobytes
-ESCAPED = 70  # as in file_child.py
+MOST_BYTES = 1 << 30  # resident memory; the models have a few hundred kilobytes
+ESCAPED = 70  # the same as in file_child.py
 NO_MEMORY = "not enough memory"
 
 
 class Files:
-    """The kind of fuzz. folder: an empty one, private to this user, for models and caches."""
+    """The fuzz of files. folder: an empty one, private to this user, for models and caches."""
 
     def __init__(self, folder: Path):
         self._cache, self._work = folder / "cache", folder / "work"
@@ -48,13 +48,13 @@ class Files:
         assert {name: self._whole(path) for name, path in self._models.items()} == self._expected
 
     def _whole(self, path: Path) -> str:
-        """What a model that is whole says; its kernels are compiled by that, and its weights packed."""
+        """The answer of an undamaged model; also compiles its kernels and packs its weights."""
         found = self._run(["generate", str(path), "-p", "the cat", "-n", "3"])
         assert found["code"] == 0 and found["out"], found
         return found["out"]
 
     def play(self, rng: random.Random) -> str:
-        """One damaged model or cache; returns what became of it. Fault."""
+        """Runs a command on a damaged model or cache; returns the outcome. Raises Fault."""
         name = rng.choice(list(self._models))
         if rng.random() < 0.25:
             return self._play_cache(rng, name)
@@ -81,7 +81,7 @@ class Files:
         )
 
     def _play_cache(self, rng: random.Random, name: str) -> str:
-        """Damage to what is kept on disk changes no answer."""
+        """Damages packed weights or the prefix cache on disk, which must change no answer."""
         files = [file for part in ("packed", "hashes") for file in (self._cache / part).rglob("*") if file.is_file()]
         for file in rng.sample(files, min(len(files), rng.choice([1, 3, 30]))):
             file.write_bytes(_cache_damage(rng, file.read_bytes()))
@@ -105,7 +105,8 @@ class Files:
         return json.loads(self._child.stdout.readline()) | dict(args=args)
 
     def _judge(self, found: dict, path: Path) -> str:
-        """The outcome in a word. Fault for a signal, a traceback, too much memory, or a refusal of many words."""
+        """The outcome in a word. Raises Fault for a signal, a traceback, too much memory, or a refusal that is too
+        long."""
         code, said = found["code"], found["err"].strip().splitlines()
         wrong = None
         if code < 0:
@@ -123,7 +124,7 @@ class Files:
         return "refused" if code else "works"
 
     def _archive(self, path: Path) -> bytes:
-        """The damaged files, for a replay."""
+        """An archive of the damaged files, to replay the fault."""
         with tempfile.TemporaryDirectory() as folder:
             command = ["tar", "-cf", f"{folder}/x.tar", "--exclude=kernels", "-C", str(path.parent), path.name]
             subprocess.run(command, check=True)
@@ -142,11 +143,11 @@ def _child(cache: Path) -> subprocess.Popen:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
-CACHE_OFF = {"LOCKSTEP_CACHE_GB": "0"}  # weights of models that exist for one command only are not kept
+CACHE_OFF = {"LOCKSTEP_CACHE_GB": "0"}  # packed weights of models that exist for one command are not kept
 
 
 def _folder(path: Path) -> Path:
-    """A Hugging Face folder with all the files that one may have."""
+    """Writes a Hugging Face folder with every kind of file that it may have."""
     tiny.write(path, CONFIG, tiny.tensors(CONFIG, 5))
     write_folder(path, byte_level(), eos_token="<|end|>", bos_token="<|begin|>", chat_template=CHATML)
     (path / "chat_template.jinja").write_text(CHATML)
@@ -156,7 +157,7 @@ def _folder(path: Path) -> Path:
 
 
 def _other_folder(path: Path) -> Path:
-    """One with bf16 weights in an indexed file, and a SentencePiece tokenizer."""
+    """Writes a Hugging Face folder with bf16 weights in an indexed file, and a SentencePiece tokenizer."""
     tiny.write(path, CONFIG, tiny.tensors(CONFIG, 6), "BF16")
     (path / "model.safetensors").rename(path / "model-00001-of-00001.safetensors")
     index = {name: "model-00001-of-00001.safetensors" for name in tiny.shapes(CONFIG)}
@@ -166,7 +167,7 @@ def _other_folder(path: Path) -> Path:
 
 
 def damage_of(name: str) -> Callable[[random.Random, bytes], bytes]:
-    """What damages a file of a model's folder."""
+    """The function that damages a file of a model's folder. name: of the file."""
     if name.endswith(".safetensors"):
         return _safetensors_damage
     return _template_damage if name.endswith(".jinja") else _json_damage

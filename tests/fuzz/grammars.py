@@ -27,7 +27,7 @@ GBNF = ['"a"', "[a-z]", "[^\\n]", "root", "a", ".", '"\\x41"', "[\\u00e9]"]
 
 
 def schema(rng: random.Random, depth: int = 0) -> object:
-    """A random JSON schema, mostly of keywords that mean something."""
+    """A random JSON schema, mostly of keywords that constrain a value."""
     if depth > 4 or rng.random() < 0.03:
         return rng.choice([True, False, {}, dict(type="string"), rng.choice(ODD)])
     inner = lambda: schema(rng, depth + rng.choice([1, 1, 2, 4]))
@@ -39,7 +39,7 @@ def schema(rng: random.Random, depth: int = 0) -> object:
 
 
 def keyword(rng: random.Random, word: str, inner: Callable[[], object], most: int) -> object:
-    """A value that a keyword may have, of so many parts at most."""
+    """A random value of a keyword, with at most `most` parts."""
     if word in ("properties", "$defs", "definitions", "patternProperties"):
         return {rng.choice(WORDS) + str(i % 9): inner() for i in range(rng.choice([1, 3, 3, most]))}
     if word in ("anyOf", "allOf", "oneOf", "prefixItems"):
@@ -68,7 +68,7 @@ def regex(rng: random.Random, depth: int = 0) -> str:
 
 
 def rules(rng: random.Random, first: str, mark: str, atoms: list[str], joints: Sequence[str] = (" ", " | ")) -> str:
-    """A random grammar of a few rules, whose first one has this name."""
+    """A random grammar of a few rules. first: the name of its first rule."""
     names = [first, "a", "b", "B"][: rng.choice([1, 3, 4, 4])]
 
     def side(depth: int = 0) -> str:
@@ -97,7 +97,7 @@ def choices(rng: random.Random) -> list[object]:
 
 
 def tools(rng: random.Random) -> dict[str, object]:
-    """Tools of random schemas, one of which has to be called."""
+    """Fields with tools of random schemas, one of which must be called."""
     many = [
         dict(type="function", function=dict(name=f"f{i}", parameters=parameters(rng), strict=rng.random() < 0.5))
         for i in range(rng.choice([1, 2, 20]))
@@ -106,13 +106,13 @@ def tools(rng: random.Random) -> dict[str, object]:
 
 
 def parameters(rng: random.Random) -> object:
-    """A schema that mostly is one of an object."""
+    """A random schema of a tool's parameters, mostly an object."""
     made = schema(rng)
     return dict(made, type="object") if isinstance(made, dict) and rng.random() < 0.95 else made
 
 
 def named(rng: random.Random) -> dict[str, object]:
-    """OpenAI's form of a schema."""
+    """A random schema with the name that OpenAI's API adds."""
     asked = dict(name="x", schema=schema(rng), strict=rng.random() < 0.5)
     return dict(response_format=dict(type="json_schema", json_schema=asked))
 
@@ -133,13 +133,13 @@ FORMS: dict[str, Callable[[random.Random], dict[str, object]]] = dict(
 
 
 class Grammars:
-    """The kind of fuzz. port: of the server."""
+    """The fuzz of grammars. port: of the server."""
 
     def __init__(self, port: int):
         self._port = port
 
     def play(self, rng: random.Random) -> str:
-        """One of them; returns its form and what became of it. Fault."""
+        """Sends a request with a random grammar; returns the field and the outcome. Raises Fault."""
         form = rng.choice(list(FORMS))
         asked = FORMS[form](rng)
         asked = asked if isinstance(asked, dict) else dict(guided_json=asked)
@@ -153,4 +153,4 @@ class Grammars:
         return f"{form} {ask(self._port, whole)}"
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Does nothing: there is nothing to close."""

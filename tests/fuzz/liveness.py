@@ -1,4 +1,4 @@
-"""What a server must be while anything is sent to it: answering /health in time, and of the same size."""
+"""Checks that a server under attack answers /health in time, and does not grow."""
 
 import time
 from typing import NamedTuple
@@ -6,13 +6,14 @@ from typing import NamedTuple
 from tests.fuzz.watch import Look, Watcher
 from tests.serve.program import Program
 
-MOST_GAP = 0.5  # seconds that /health may take, where the server has its cores for itself
+MOST_GAP = 0.5  # seconds that /health may take on a machine without other load
 MOST_GROWTH_MB = 256
 AROUND = 1.0  # seconds before and after a gap in which the machine is looked at
 
 
 class Stall(NamedTuple):
-    """A /health that took too long, or was not 200. slowdown: of the machine around it; slept: see Watcher.longest."""
+    """A /health that took too long, or was not 200. slowdown: of the machine at that time; slept: see
+    Watcher.longest."""
 
     look: Look
     slowdown: float
@@ -20,7 +21,7 @@ class Stall(NamedTuple):
 
     @property
     def is_fault(self) -> bool:
-        """Whether the server did it, and not the machine, which had others to serve."""
+        """Whether the server is the cause, not other load of the machine."""
         return self.look.status != 200 or self.look.seconds > MOST_GAP * self.slowdown
 
     def __str__(self):
@@ -43,7 +44,7 @@ class Liveness:
             time.sleep(0.01)
 
     def new_stalls(self) -> list[Stall]:
-        """Stalls that were not told yet."""
+        """Stalls that were not reported yet."""
         looks = self.health.looks[self._num_seen :]
         self._num_seen += len(looks)
         return [self._stall(look) for look in looks if look.seconds > MOST_GAP or look.status != 200]
@@ -54,11 +55,11 @@ class Liveness:
 
     @property
     def grown_mb(self) -> float:
-        """Memory that the server has more than at first."""
+        """The growth of the server's memory since the beginning."""
         return self._program.rss_mb - self.before_mb
 
     def words(self, since: float = 0.0) -> str:
-        """Gaps and the machine's slowdown since then."""
+        """In words: the longest gap and the machine's slowdown since a time."""
         slowdown = self.machine.slowdown(since, float("inf"))
         return (
             f"longest gap {self.health.longest(since):.3f} s (work took {slowdown:.1f} times as long as alone, "

@@ -1,4 +1,4 @@
-"""Bytes that no client would send: ambiguous lengths, half requests, slow writers, other protocols."""
+"""Fuzz of connections: ambiguous lengths, partial requests, slow writers, other protocols."""
 
 import json
 import random
@@ -16,11 +16,11 @@ CHUNKS = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
 
 
 def head(*lines: bytes, first: bytes = b"POST /v1/completions HTTP/1.1") -> bytes:
-    """A head of these lines, with a Host."""
+    """A request's first line and headers, with a Host header."""
     return b"\r\n".join([first, b"Host: localhost", *lines, b"", b""])
 
 
-# Two readers could take different ends of these for their body's: each is refused, and nothing after it is a request.
+# Two HTTP parsers could find different ends of these bodies: each is refused, and no byte after it becomes a request.
 SMUGGLING = [
     head(b"Content-Length: %d" % len(CHUNKS), b"Transfer-Encoding: chunked") + CHUNKS,
     head(b"Transfer-Encoding: chunked", b"Content-Length: 3") + CHUNKS,
@@ -79,18 +79,18 @@ def whole(rng: random.Random, *lines: bytes) -> bytes:
 
 
 class Sockets:
-    """The kind of fuzz. port: of the server."""
+    """The fuzz of connections. port: of the server."""
 
     def __init__(self, port: int):
         self._port = port
         self._forms = [self._ambiguous, self._other, self._damaged, self._half, self._slow, self._unread, self._noise]
 
     def play(self, rng: random.Random) -> str:
-        """One of them; returns what became of it. Fault."""
+        """Plays one random misuse of a connection; returns the outcome. Raises Fault."""
         return rng.choice(self._forms)(rng)
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Does nothing: there is nothing to close."""
 
     def _ambiguous(self, rng: random.Random) -> str:
         raw = rng.choice(SMUGGLING) + HIDDEN * rng.randrange(3)
@@ -110,7 +110,7 @@ class Sockets:
         return ask(self._port, rng.randbytes(rng.choice([1, 10, 1000, 100_000])))
 
     def _half(self, rng: random.Random) -> str:
-        """A part of a request; then the client leaves in one of several ways, or says that nothing follows."""
+        """Sends a part of a request; then the client disconnects in one of several ways, or closes its half."""
         raw = whole(rng)
         raw = raw[: rng.randrange(len(raw))]
         if rng.random() < 0.5:
@@ -123,7 +123,7 @@ class Sockets:
         return "half left"
 
     def _slow(self, rng: random.Random) -> str:
-        """A valid request in small pieces over a second or two is answered."""
+        """Sends a valid request in small pieces over a second or two; it must be answered."""
         raw = whole(rng, b"Connection: close")
         size = max(1, len(raw) // rng.randrange(2, 12))
         pieces = [raw[i : i + size] for i in range(0, len(raw), size)]
@@ -133,7 +133,7 @@ class Sockets:
         return f"slow {found}"
 
     def _unread(self, rng: random.Random) -> str:
-        """A long answer of which little is read."""
+        """Asks for a long answer, and reads little of it."""
         asked = dict(prompt="x", max_tokens=rng.choice([50, 800]), ignore_eos=True, stream=rng.random() < 0.7, n=4)
         raw = json.dumps(asked).encode()
         with socket.create_connection(("127.0.0.1", self._port), timeout=60) as connection:

@@ -1,4 +1,4 @@
-"""Random programs as chat templates: each gives a text or a ValueError, and takes nothing from the process."""
+"""Fuzz of chat templates: a random program must give a text or a ValueError, and must not harm its process."""
 
 import json
 import random
@@ -24,7 +24,7 @@ METHODS = """format join ljust rjust zfill expandtabs replace split splitlines e
 
 
 def expression(rng: random.Random, depth: int = 0) -> str:
-    """A random expression of jinja2's language, which mostly fails or grows."""
+    """A random jinja2 expression, which mostly fails or grows."""
     kind, inner = rng.random(), lambda: expression(rng, depth + 1)
     number, text = rng.choice(NUMBERS), rng.choice(TEXTS)
     if depth > 4 or kind < 0.3:
@@ -54,7 +54,7 @@ def program(rng: random.Random, depth: int = 0) -> str:
 
 
 def outcome(process: TemplateProcess, template: str) -> str:
-    """What became of a template: "text", or the kind of error. Whatever is no ValueError is raised."""
+    """The outcome of a template: "text", or the kind of ValueError. Raises any other exception."""
     began = time.monotonic()
     try:
         assert isinstance(ChatTemplate(template, process).render(MESSAGES, n=len(MESSAGES)), str)
@@ -89,7 +89,7 @@ def programs(seed: int, process: TemplateProcess, count: int = NUM_SERVED) -> li
 
 
 def served(many: Sequence[str]) -> str:
-    """A usual template, which for the message "program i" is the i-th of these."""
+    """A usual chat template, which for the message "program i" runs the i-th of these programs."""
     parts = [f"{{% elif asked == 'program {i}' %}}{each}" for i, each in enumerate(many)]
     return (
         "{%- set asked = messages[-1].content -%}{%- if asked is not string -%}" + THINKING
@@ -107,7 +107,7 @@ class Templates:
         self._port, self._process = port, TemplateProcess(seconds=0.3)
 
     def play(self, rng: random.Random) -> str:
-        """One program; returns what became of it. Fault."""
+        """Runs one program; returns the outcome. Raises Fault."""
         return self._serve(rng) if rng.random() < 0.5 else self._run(program(rng))
 
     def _serve(self, rng: random.Random) -> str:

@@ -1,4 +1,4 @@
-"""Whether a server is alive all the time, seen from a process of its own: `python -m tests.fuzz.watch PORT`.
+"""Checks from a process of its own that a server is alive all the time: `python -m tests.fuzz.watch PORT`.
 
 Every 50 ms it asks for /health on a new connection, as an orchestrator would. Without a port it looks at the machine
 instead: how much too long a sleep of 50 ms took, and how many times longer than alone a little work takes. Where others
@@ -19,13 +19,13 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 PERIOD = 0.05
 WORK_SECONDS = 0.003
-SHOWN = 0.1  # seconds: gaps that are told one by one
+SHOWN = 0.1  # seconds: longer gaps are reported one by one
 ASKED = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
 
 class Look(NamedTuple):
-    """One look, of time.monotonic's clock. seconds: without an answer, or slept too long; status: of the answer;
-    slowdown: the time that a little work took, as a multiple of what it takes alone."""
+    """One look, with times of time.monotonic. seconds: without an answer, or of oversleeping; status: of the answer;
+    slowdown: the time of a small piece of work, as a multiple of its time on an idle machine."""
 
     began: float
     seconds: float
@@ -48,7 +48,7 @@ def look_at_server(port: int) -> Look:
 
 
 def look_at_machine() -> Look:
-    """Sleeps and works a little."""
+    """Measures how much a short sleep and a small piece of work are delayed."""
     began = time.monotonic() + PERIOD
     time.sleep(PERIOD)
     woke, used = time.monotonic(), time.process_time()
@@ -58,7 +58,7 @@ def look_at_machine() -> Look:
 
 
 def watch(port: int | None) -> None:
-    """Looks until nobody reads any more. Of short gaps in a row only the longest is told; the machine's always are."""
+    """Looks until nobody reads its output. Of short gaps in a row only the longest is reported; of the machine all."""
     longest, told = Look(0, 0), 0.0
     while True:
         found = look_at_machine() if port is None else look_at_server(port)
@@ -71,7 +71,7 @@ def watch(port: int | None) -> None:
 
 
 class Watcher:
-    """A process that watches. port: of the server; None: the machine is watched. looks: what it told."""
+    """A process that watches. port: of the server, or None to watch the machine. looks: the reported Looks."""
 
     def __init__(self, port: int | None):
         self.looks: list[Look] = []
@@ -86,15 +86,15 @@ class Watcher:
             self.looks.append(Look(*json.loads(line)))
 
     def during(self, since: float = 0.0, until: float = float("inf")) -> list[Look]:
-        """The looks that reach into a span of time."""
+        """The looks that overlap a span of time."""
         return [each for each in self.looks if each.began + each.seconds >= since and each.began <= until]
 
     def longest(self, since: float = 0.0, until: float = float("inf")) -> float:
-        """The longest time without an answer, in seconds, of those that reach into a span of time."""
+        """The longest time without an answer, in seconds, that overlaps a span of time."""
         return max((each.seconds for each in self.during(since, until)), default=0.0)
 
     def slowdown(self, since: float, until: float) -> float:
-        """How many times longer work took in a span of time than alone, on average."""
+        """The average slowdown in a span of time."""
         found = [each.slowdown for each in self.during(since, until)]
         return max(1.0, sum(found) / len(found)) if found else 1.0
 

@@ -1,4 +1,4 @@
-"""What `lockstep inspect` counts, for models with experts (for the others see test_cli_chat.py)."""
+"""The counts of `lockstep inspect` for models with experts (for other models see test_cli_chat.py)."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""`bench load`: what arrives and when, times on a clock moved by hand, and runs of the bundled model."""
+"""`bench load`: workloads, times on a clock that tests move, and runs of the bundled model."""
 
 import itertools
 import json
@@ -62,7 +62,7 @@ def test_a_wrong_workload_is_refused(wrong, said):
 
 
 class HandClock:
-    """A clock that moves only when it is told to; `sleep` tells it, too."""
+    """A clock that moves only when a test or `sleep` moves it."""
 
     def __init__(self):
         self.now, self.slept = 100.0, []
@@ -102,7 +102,7 @@ class NaiveExecutor:
 
 
 class NaiveEngine:
-    """Gives each running request a token in every step of 1 s: building the batch takes 0.25 s, taking tokens 0.125."""
+    """Gives each running request a token in every step of 1 s: building a batch takes 0.25 s, taking tokens 0.125 s."""
 
     def __init__(self, clock):
         self._clock, self.scheduler = clock, NaiveScheduler(clock)

@@ -1,4 +1,4 @@
-"""`lockstep parity --speculate`: answers with drafts equal those without, and what differs is found and named."""
+"""`lockstep parity --speculate`: answers with drafts equal those without, and differences are found and named."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`bench speculate`: recorded drafts are right as often as asked for, ratios are what was run, answers are compared."""
+"""`bench speculate`: recorded drafts have the chosen acceptance, ratios are those of the runs, answers are compared."""
 
 import json
 from types import SimpleNamespace
@@ -13,13 +13,13 @@ from lockstep.engine.speculation.drafts import MAX_DRAFTS
 from lockstep.lab.speculation import Bench, Plan, Replay, ReplayedHead, Setting, best_draft, compare
 from tests.promise.models import Case, load
 
-METHODS = ("wants_hidden", "observe", "ready", "is_behind", "seconds", "forget")  # of a Head, beside guess
+METHODS = ("wants_hidden", "observe", "ready", "is_behind", "seconds", "forget")  # of a Head, besides guess
 ARGUMENTS = ["bench", "speculate", "--threads", "1", "--rounds", "1"]
 SMALL = ["--requests", "1,2", "--prompt", "9", "--tokens", "12", "--acceptance", "50"]
 
 
 def drafts_of(replay, request_id, length):
-    """What a source says in front of each token of an answer."""
+    """The drafts of a source in front of each token of an answer."""
     return [replay(SimpleNamespace(id=request_id, output_ids=[0] * i), 1, []).tokens[0] for i in range(length)]
 
 

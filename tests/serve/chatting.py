@@ -1,4 +1,4 @@
-"""What tests of the routes that talk share: a server whose model says what a test wants."""
+"""Shared by tests of the conversation routes: servers whose model gives the answer that a test chooses."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ POINT = dict(
     properties=dict(x=dict(type="integer", minimum=0, maximum=99), side=dict(enum=["left", "right"])),
 )
 PLOT = dict(name="plot", description="Plots a point.", parameters=POINT)
-# the parts of Qwen's templates that matter here
+# a template with tools and thoughts, as in Qwen's
 THINKING = """{%- for m in messages %}<|im_start|>{{ m.role }}
 {% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content or '' }}
 {%- for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>
@@ -32,7 +32,7 @@ THINKING = """{%- for m in messages %}<|im_start|>{{ m.role }}
 
 
 class Script:
-    """A mask that makes the model say a text."""
+    """A logits mask that allows only the tokens of one text."""
 
     def __init__(self, llm, text):
         self._ids = [*llm.tokenizer.encode(text, add_special_tokens=False), min(llm.tokenizer.eos_ids)]
@@ -46,7 +46,7 @@ class Script:
 
 
 def with_template(llm, template):
-    """Makes an LLM one with another chat template (None: none); for before a server is started."""
+    """Gives an LLM another chat template (None: no template), before a server is started with it."""
     templates = {} if template is None else {"default": template}
     llm.__dict__["tokenizer"] = dataclasses.replace(llm.tokenizer, chat_templates=templates)
     return llm
@@ -61,7 +61,7 @@ def talking(template, **options):
 
 @contextlib.contextmanager
 def saying(server, text):
-    """Inside, every answer of a route that talks is this text."""
+    """A context in which every answer of a conversation route is this text."""
     before = ChatModel.mask
     ChatModel.mask = lambda *_: Script(server.service.llm, text)
     try:

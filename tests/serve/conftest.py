@@ -1,4 +1,4 @@
-"""One server for all tests that do not need limits of their own, and the same model without HTTP."""
+"""One server for all tests that need no limits of their own, and its model without HTTP."""
 
 import functools
 
@@ -13,7 +13,7 @@ from tests.serve.server import SIZES, running
 
 @pytest.fixture(scope="session", autouse=True)
 def patience():
-    """No answer is late only because the machine is slow: httpx itself waits for five seconds."""
+    """Raises httpx's timeout of five seconds, so that a slow machine fails no test."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("get", "post", "options", "stream"):
             patch.setattr(httpx, name, functools.partial(getattr(httpx, name), timeout=300))
@@ -29,14 +29,14 @@ def server():
 
 @pytest.fixture(scope="session")
 def thinker():
-    """A Running server of the same model with a chat template that knows tools and thoughts."""
+    """A Running server of the bundled model, with a chat template for tools and thoughts."""
     with talking(THINKING) as made:
         yield made
 
 
 @pytest.fixture(scope="session")
 def llm():
-    """The same model, to compare with."""
+    """The bundled model without a server, to compare answers with."""
     made = LLM(**SIZES)
     yield made
     made.close()

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Program:
-    """A running server process. port, url: where it listens; said: the lines that it printed."""
+    """A running server process. port, url: its address; said: the lines that it printed."""
 
     def __init__(self, process, port, said):
         self.process, self.port, self.url, self.said = process, port, f"http://127.0.0.1:{port}", said
@@ -37,44 +37,44 @@ class Program:
         }
 
     def is_idle(self):
-        """Whether nothing is in work and no memory of the engine is held."""
+        """Whether no request is being answered, and no page of the KV cache is in use."""
         found = {name: value for (name, *_), value in self.metrics().items()}
         held = found["pages"] - found["pages_free"] - found["pages_idle"]
         return not (held or found["running"] or found["waiting"] or found["open_requests"] or found["queued_tokens"])
 
     def check_alive(self):
-        """AssertionError with what it said last if it has ended."""
+        """AssertionError with its output if the process has ended."""
         assert self.process.poll() is None, f"exit code {self.process.returncode}: {''.join(self.said)}"
 
     def end(self):
-        """Kills it if it still runs; all that it said is there then."""
+        """Kills the process if it still runs, and waits for the rest of its output."""
         self.process.kill()
         self.process.wait()
         self._reader.join()
 
     @property
     def rss_mb(self):
-        """Resident memory."""
+        """Resident memory in megabytes (2**20 bytes)."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(r"VmRSS:\s*(\d+)", status)[1]) / 1024
 
     @property
     def processor_seconds(self):
-        """What all its threads have used so far, in user and system time."""
+        """User and system time of all its threads so far, in seconds."""
         used = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
         return sum(map(int, used)) / os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager
 def program(*options):
-    """A Program that is ready; killed in the end if it still runs."""
+    """A context with a Program that is ready, which is killed at the end if it still runs."""
     command = [sys.executable, "-m", "lockstep", "serve", "--port", "0", "--threads", "1", *map(str, options)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     made = None
     try:
         said, ready = [], None
-        while ready is None:  # where it takes long, it says first what it does
+        while ready is None:  # lines of progress may come before the line that says it is ready
             said.append(process.stdout.readline())
             assert said[-1], "".join(said)
             ready = re.search(r"is ready at http://127\.0\.0\.1:(\d+)/v1", said[-1])

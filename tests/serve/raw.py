@@ -1,4 +1,4 @@
-"""HTTP by hand, for what no client library would send."""
+"""HTTP over sockets, for requests that no client library would send."""
 
 import json
 import socket
@@ -10,20 +10,20 @@ def connect(server):
 
 
 def head(path="/v1/completions", method="POST", **headers):
-    """A request's head."""
+    """A request's first line and headers, as bytes."""
     lines = [f"{method} {path} HTTP/1.1", "Host: localhost"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
 def request(body, **headers):
-    """A whole request with a body: bytes, or something for JSON."""
+    """A complete request, as bytes. body: bytes, or a value that is sent as JSON."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     return head(Content_Length=len(raw), **headers) + raw
 
 
 def read_all(connection):
-    """Everything until the server closes."""
+    """All bytes until the server closes the connection."""
     made = bytearray()
     try:
         while piece := connection.recv(1 << 16):
@@ -34,7 +34,7 @@ def read_all(connection):
 
 
 def exchange(server, raw):
-    """(status, body) of what is answered to these bytes; the connection is asked to close after it."""
+    """Sends bytes, which should ask to close the connection; returns (status, rest of the answer after its headers)."""
     with connect(server) as connection:
         try:
             connection.sendall(raw)

@@ -1,4 +1,4 @@
-"""A real server for tests: uvicorn in a thread of its own, on a port that the system chooses."""
+"""A real server for tests: uvicorn in a thread, on a port that the system chooses."""
 
 import contextlib
 import threading
@@ -14,7 +14,7 @@ SIZES = dict(threads=1, max_requests=8, max_context=1024)
 
 
 class Running:
-    """A server that listens. url: where; service: its Service."""
+    """A server that listens. port, url: its address; service: its Service."""
 
     def __init__(self, service, server, port):
         self.service, self.server, self.port, self.url = service, server, port, f"http://127.0.0.1:{port}"
@@ -24,7 +24,7 @@ class Running:
 def running(
     llm=None, limits=Limits(), api_keys=(), cors_origins=(), names=(), allowed_hosts=(), share_prefixes=False, **sizes
 ):
-    """A Running server of an LLM: the bundled one, unless it is given. The LLM is closed in the end."""
+    """A context with a Running server of an LLM, by default the bundled one. The LLM is closed at the end."""
     service = Service("lockstep", limits, api_keys, names, share_prefixes)
     [listening] = bind("127.0.0.1", 0)
     server = Server(make_app(service, cors_origins, allowed_hosts), service)
@@ -42,7 +42,7 @@ def running(
 
 
 def wait_until(condition, seconds=120):
-    """Waits for something that happens soon; AssertionError if it does not."""
+    """Waits until a condition is true; AssertionError after this number of seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

@@ -1,4 +1,4 @@
-"""What agents and their libraries do: typed answers, loops of calls and results, and bodies with all that they send."""
+"""Agents and their client libraries: typed answers, loops of tool calls and results, bodies with many fields."""
 
 import json
 from typing import Literal
@@ -83,7 +83,7 @@ def test_a_loop_of_messages(thinker):
 
 
 def test_a_body_with_all_that_coding_agents_send(server):
-    """Fields and tools that mean nothing here are passed over, on the route with its usual query."""
+    """Fields and tools that this server does not know are ignored, also with the usual query ?beta=true."""
     cached = dict(cache_control=dict(type="ephemeral", ttl="1h"))
     tools = [
         dict(

@@ -1,4 +1,4 @@
-"""`lockstep serve`: what it says, and how it refuses to start."""
+"""`lockstep serve`: its options, its messages, and its refusals to start."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ from tests.serve.server import SIZES
 
 
 def refused(*options):
-    """What the command says when it cannot start."""
+    """The message of a command that cannot start."""
     command = [sys.executable, "-m", "lockstep", "serve", *map(str, options)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)}
@@ -139,7 +139,7 @@ def test_while_it_loads_requests_are_told_to_come_back():
 
 
 class Panic(BaseException):
-    """As libraries in Rust raise where they cannot go on."""
+    """An error as libraries in Rust raise it where they panic."""
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread"), Panic()], ids=repr)

@@ -1,4 +1,4 @@
-"""Heads that mean nothing, clients that send no more, too many of them, and terminals that close."""
+"""Invalid headers, clients that close their half of the connection, too many connections, and terminals that close."""
 
 import json
 import resource
@@ -111,14 +111,14 @@ def test_a_client_that_ends_within_a_request_has_left(server, raw):
     with connect(server) as connection:
         connection.sendall(raw)
         connection.shutdown(socket.SHUT_WR)
-        connection.settimeout(20)  # it would take the 30 that a body may
+        connection.settimeout(20)  # a server that waits for the rest of the body would take 30
         assert read_all(connection) == b""
 
 
 @pytest.mark.alone
 @pytest.mark.parametrize("fields", [dict(), dict(stream=True)], ids=str)
 def test_a_client_that_closes_altogether_is_noticed_soon(fields):
-    """To the system it looks like one that closed its half, until it is written to."""
+    """A client that closed the whole connection looks as if it closed its half, until the server writes to it."""
     with running(max_context=4096) as made:
         engine = made.service.engine.engine
         step = engine.step
@@ -126,7 +126,7 @@ def test_a_client_that_closes_altogether_is_noticed_soon(fields):
         with connect(made) as connection:
             connection.sendall(request(dict(prompt="x", max_tokens=4000, ignore_eos=True, **fields)))
             wait_until(lambda: engine.has_work)
-        wait_until(lambda: not engine.has_work, 40)  # all tokens would take 80
+        wait_until(lambda: not engine.has_work, 40)  # all tokens would take 80 seconds
         wait_until(lambda: made.service.metrics.cancelled == 1)
 
 
@@ -134,7 +134,7 @@ def test_a_client_that_closes_altogether_is_noticed_soon(fields):
 
 
 def test_health_is_answered_whoever_holds_connections():
-    """Half-sent requests of one address, far more than there may be, that come again as they are refused."""
+    """Half-sent requests from one address, far more than are allowed, are sent again as they are refused."""
     with running(limits=FEW) as made:
         for _ in range(3):
             held = [connect(made) for _ in range(20)]
@@ -154,7 +154,7 @@ def test_health_is_answered_whoever_holds_connections():
 
 
 def test_health_that_came_before_a_crowd_is_answered():
-    """All of them are accepted before any is read, as where the machine is busy."""
+    """All connections are accepted before any of them is read, as on a busy machine."""
     with running(limits=FEW) as made:
         exchange(made, head("/health", "GET", **CLOSE))
         loop = next(iter(made.server.servers)).get_loop()

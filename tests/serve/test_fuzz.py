@@ -1,6 +1,6 @@
-"""Random damage to requests, from fixed seeds: always an answer with a clear status, never a 500, never silence.
+"""Randomly damaged requests, from fixed seeds: each gets an answer with a clear status, never a 500.
 
-`make fuzz` goes on with fresh seeds, beside sockets, templates, grammars and files."""
+`make fuzz` does the same with new seeds, and also damages connections, templates, grammars and files."""
 
 import random
 from collections import Counter
@@ -32,7 +32,7 @@ def paths(server):
 
 
 def send(server, raw):
-    """(status, what came); status None where the connection was closed without an answer."""
+    """(status, bytes of the answer); status None where the connection was closed without an answer."""
     answer = b""
     with connect(server) as connection:
         try:
@@ -46,7 +46,7 @@ def send(server, raw):
 
 
 def walk(server, seed, rounds):
-    """Sends damaged requests; returns how often each status came."""
+    """Sends damaged requests; returns the number of answers by status."""
     rng, seen, places = random.Random(seed), Counter(), paths(server)
     for number in range(rounds):
         raw = damaged_request(rng, rng.choice(places))

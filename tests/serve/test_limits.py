@@ -1,4 +1,4 @@
-"""Requests that no client library would send: sizes, encodings, slowness, and nothing but clear answers."""
+"""Requests beyond the limits (sizes, encodings, slow clients) get clear answers."""
 
 import gzip
 import json
@@ -35,7 +35,7 @@ def small():
 
 @pytest.fixture(scope="module")
 def patient():
-    """A server that waits for the rest of what has begun, however slow the machine is."""
+    """A server with a long time limit for bodies, so that a slow machine fails no test."""
     with running(limits=replace(SMALL, body_seconds=60)) as made:
         yield made
 
@@ -91,7 +91,7 @@ def test_a_pair_of_surrogates_is_fine(small):
     ids=str,
 )
 def test_a_field_that_is_there_twice_is_refused(small, body):
-    """Else a proxy that reads the first and a server that reads the last would see different requests."""
+    """Otherwise a proxy that reads the first value and a server that reads the last would see different requests."""
     refused(exchange(small, request(body, **CLOSE)), 400, 'the field "max_tokens" twice')
 
 
@@ -220,7 +220,7 @@ def test_the_rest_of_a_refused_body_may_not_trickle_for_ever(small):
         connection.sendall(head(Content_Length=10**7))
         answer = connection.recv(1 << 16)
         connection.sendall(b"x" * 1000)
-        answer += read_all(connection)  # it is closed before all came
+        answer += read_all(connection)  # the server closes it before the whole answer was sent
     assert answer.startswith(b"HTTP/1.1 413") and answer.count(b"HTTP/1.1") == 1
 
 
@@ -228,7 +228,7 @@ def test_a_client_that_does_not_read_is_dropped(small):
     whole = request(dict(prompt="x" * 500, n=60, max_tokens=1, logprobs=20, echo=True))
     with connect(small) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.sendall(whole * 4)  # more than buffers take
+        connection.sendall(whole * 4)  # more bytes than the buffers of sockets hold
         wait_until(lambda: any(c.flow.write_paused for c in small.server.server_state.connections))
         wait_until(lambda: not small.server.server_state.connections)
     wait_until(lambda: not small.service.num_open)

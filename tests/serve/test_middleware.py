@@ -1,4 +1,4 @@
-"""Who may ask: pages from elsewhere, names that are another's, and what one key's owner learns of another."""
+"""Access: foreign web pages, foreign host names, and the separation of several API keys."""
 
 import httpx
 import pytest
@@ -26,7 +26,7 @@ PATHS = ["/health", "/ready", "/", "/metrics", "/v1/models", "/tokenizer_info", 
     ],
 )
 def test_pages_from_elsewhere_are_refused(server, origin, host, status):
-    """Browsers send a text/plain body anywhere without asking."""
+    """Browsers send a text/plain body to any origin without a preflight request."""
     headers = {"Origin": origin, "Host": host or f"127.0.0.1:{server.port}", "Content-Type": "text/plain"}
     got = httpx.post(f"{server.url}/v1/completions", content='{"prompt": "x", "max_tokens": 1}', headers=headers)
     assert got.status_code == status and (status == 200 or got.json()["error"]["code"] == "origin_not_allowed")
@@ -53,7 +53,7 @@ def test_pages_from_elsewhere_are_refused(server, origin, host, status):
     ],
 )
 def test_without_keys_a_name_that_could_be_another_s_is_refused_on_every_route(server, host, allowed):
-    """A page that had its own name changed to this machine's address reads as if it were ours."""
+    """To a browser, a page whose own name points to this machine's address has the server's origin."""
     for path in PATHS:
         status, body = exchange(
             server, head(path, "GET", Connection="close").replace(b"Host: localhost", b"Host: " + host.encode())
@@ -89,7 +89,7 @@ def test_no_redirect_goes_where_a_host_says(server):
 
 
 def cached(made, key, prompt, **fields):
-    """Tokens of a prompt that the cache had."""
+    """The number of a prompt's tokens that the prefix cache had."""
     got = httpx.post(
         f"{made.url}/v1/completions",
         headers={"Authorization": f"Bearer {key}"},
@@ -109,7 +109,7 @@ def test_a_key_s_owner_learns_nothing_of_what_others_asked(tmp_path):
         assert cached(made, "alice", SECRET) == 0
         assert [cached(made, key, guess) for key, guess in (("mallory", SECRET), ("oscar", NEARLY))] == [0, 0]
         assert cached(made, "alice", SECRET) == 192 and cached(made, "mallory", SECRET) == 192
-        assert cached(made, "alice", SECRET, cache_salt="mine") == 0  # a salt of one's own separates further
+        assert cached(made, "alice", SECRET, cache_salt="mine") == 0  # cache_salt separates requests of one key, too
         assert cached(made, "alice", SECRET, cache_salt="mine") == 192
     with running(api_keys=[*reversed(keys), "eve"], cache_dir=tmp_path) as made:  # and on disk
         assert [cached(made, key, SECRET) for key in ("eve", "alice")] == [0, 192]

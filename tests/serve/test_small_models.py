@@ -1,4 +1,4 @@
-"""Models whose tokenizers or heads are unlike the bundled one's, over HTTP."""
+"""Models over HTTP whose tokenizers or heads differ from the bundled one's."""
 
 import contextlib
 import json

@@ -97,7 +97,7 @@ def test_text_becomes_tokens_and_text_again(server, llm, text):
 
 
 def test_a_conversation_has_the_tokens_of_its_prompt(thinker):
-    """The same as when it is answered, whatever the form of its messages."""
+    """/tokenize counts a conversation's tokens as an answer's usage does, whatever the form of its messages."""
     tools = [dict(type="function", function=dict(name="now"))]
     body = dict(
         messages=[
@@ -159,7 +159,7 @@ def test_metrics_count_tokens_answers_and_times(server, client):
     answer = client.completions.create(
         model="lockstep", prompt="def f(", max_tokens=9, temperature=0, extra_body=dict(ignore_eos=True), n=2
     )
-    # so many that their reader sees several pieces, whatever else the machine does
+    # so many tokens that the client reads several pieces, even on a busy machine
     long = dict(max_tokens=900, stream=True, extra_body=dict(ignore_eos=True))
     list(client.completions.create(model="lockstep", prompt="def f(", **long))
     httpx.post(f"{server.url}/v1/completions", content=b"{")
@@ -216,7 +216,7 @@ def test_health_and_readiness_follow_the_engine(caplog):
 
 def test_a_fault_of_the_server_says_nothing_about_itself(caplog):
     with running() as made:
-        made.service.tokenizer = None.__class__  # anything that does not work
+        made.service.tokenizer = None.__class__  # any object that is no tokenizer
         got = httpx.post(f"{made.url}/v1/completions", json=dict(prompt="x"))
     assert got.status_code == 500 and set(got.json()["error"]) == {"message", "type", "param", "code"}
     assert "NoneType" not in got.text and "encode" not in got.text and "encode" in caplog.text
@@ -240,7 +240,7 @@ def test_an_engine_that_is_stuck_does_not_keep_a_server_from_ending(monkeypatch)
         hold.set()
 
 
-# ---------------------------------------------------------------- who may ask
+# ---------------------------------------------------------------- API keys and CORS
 
 
 def test_a_key_opens_everything_and_only_health_and_the_page_s_files_are_open_without():

@@ -46,7 +46,7 @@ def answer(server):
 def test_under_overload_everybody_is_answered(small):
     before = answer(small)
     statuses, rate = Counter(), 250
-    while not statuses[429]:  # a faster machine needs more
+    while not statuses[429]:  # a faster machine needs more requests
         found = visits("overload", small.port, 4, rate, 1)
         statuses += Counter(status for status, *_ in found)
         rate *= 4
@@ -62,7 +62,7 @@ def test_under_overload_everybody_is_answered(small):
 @pytest.mark.skipif(not os.environ.get("LOCKSTEP_SOAK"), reason="LOCKSTEP_SOAK=minutes runs it")
 def test_soak_overload_keeps_memory_flat_and_refusals_fast():
     deadline, memory, times = time.monotonic() + 60 * float(os.environ["LOCKSTEP_SOAK"]), [], []
-    with program(*SMALL, "--no-prefix-cache") as made:  # its memory is bounded, too, but takes minutes to fill
+    with program(*SMALL, "--no-prefix-cache") as made:  # the prefix cache's memory is bounded, too, but fills slowly
         while time.monotonic() < deadline:
             found = visits("overload", made.port, 20, 250, len(memory))
             made.check_alive()
@@ -92,7 +92,7 @@ def test_the_queue_is_bounded_by_sequences_and_by_tokens():
             thread.start()
             return thread
 
-        alone = [later(prompt=[5] * 900, n=2)]  # more than may wait, but nobody else is there
+        alone = [later(prompt=[5] * 900, n=2)]  # more tokens than may wait, which a request may have that is alone
         wait_until(lambda: made.service.num_queued_tokens == 1800)
         full = post(prompt="x")
         assert full.status_code == 429 and full.json()["error"]["code"] == "queue_tokens_full"
@@ -180,7 +180,7 @@ def answer_or_refusal(server):
 
 
 class Reader(threading.Thread):
-    """A client that reads one stream. text: what came; started: set with the first of it."""
+    """A client that reads one stream. text: the received text; started: set with the first bytes."""
 
     def __init__(self, url, sent):
         super().__init__()
@@ -204,7 +204,7 @@ def read_until_started(url, **fields):
 
 @contextlib.contextmanager
 def answering(**limits):
-    """A Running server and the readers of streams that have begun, and an event, without which they do not end."""
+    """A Running server, the readers of streams that have begun, and the event that lets these streams end."""
     go = threading.Event()
     with running(max_requests=32, limits=Limits(**limits)) as made:
         engine, generations = made.service.engine.engine, made.service.generations
@@ -257,7 +257,7 @@ def test_what_does_not_end_in_time_is_cut_off_with_an_error(signals, seconds):
 
 @pytest.mark.parametrize("numbers", [(signal.SIGTERM,), (signal.SIGINT, signal.SIGTERM)], ids=str)
 def test_a_process_ends_well_after_signals(numbers):
-    """Every stream has its end, whether it was complete by then or not."""
+    """Every stream is ended properly, whether its answer is complete or not."""
     with program("--max-requests", 8, "--drain-timeout", 3600) as made:
         readers = read_until_started(made.url)
         for number in numbers:

@@ -32,13 +32,13 @@ def visits(kind, port, *numbers):
 
 
 def body(rng, max_tokens):
-    """A request: ids that nobody asked for before, in one of several forms."""
+    """A request with a prompt that no earlier request had, in one of several forms."""
     prompt = [rng.randrange(4, 4000) for _ in range(rng.randrange(1, 120))]
     return dict(prompt=prompt, max_tokens=max_tokens, ignore_eos=True, temperature=0) | rng.choice(ASKED)
 
 
 def encoded(sent):
-    """It as HTTP."""
+    """The request as HTTP bytes."""
     raw = json.dumps(sent).encode()
     return HEAD % len(raw) + raw
 
@@ -47,7 +47,7 @@ def encoded(sent):
 
 
 async def overload(port, seconds, rate, seed):
-    """Requests at random moments, `rate` a second on average, whether others were answered or not."""
+    """Sends requests at random moments, `rate` per second on average, without waiting for earlier answers."""
     rng, asking, found = random.Random(seed), set(), []
     began = time.monotonic()
     due = began
@@ -78,7 +78,7 @@ async def ask(port, sent, found):
 
 
 def whole(status, head, rest):
-    """Whether nothing is missing."""
+    """Whether the answer is complete."""
     if status == 429:
         return b"retry-after: " in head and json.loads(rest)["error"]["type"] == "rate_limit_error"
     if status == 503:
@@ -90,7 +90,7 @@ def whole(status, head, rest):
 
 
 async def leave(port, count, seed):
-    """So many requests, 12 at a time, whose clients leave at random moments; how often they met which part of it."""
+    """Sends requests, 12 at a time, whose clients disconnect at random moments; counts the stages of those moments."""
     rng, seen, gate = random.Random(seed), {}, asyncio.Semaphore(12)
 
     async def one():
@@ -103,12 +103,12 @@ async def leave(port, count, seed):
 
 
 async def visit(port, rng):
-    """One of them; returns when it left: "sending", "waiting", "reading" or "answered"."""
+    """Sends one request; returns the stage at which its client left: "sending", "waiting", "reading" or "answered"."""
     raw = encoded(body(rng, 900))
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     sent = raw if rng.random() < 0.9 else raw[: rng.randrange(len(raw))]
     writer.write(sent)
-    # some wait for what comes first, however long that takes
+    # some clients wait for the first bytes, however long that takes
     seconds, patient = rng.choice([0, 0.002, 0.02, 0.1, 0.4]) * rng.random(), rng.random() < 0.3 and sent == raw
     deadline, got = time.monotonic() + (PATIENCE if patient else seconds), b""
     try:

@@ -11,7 +11,7 @@ from lockstep.serve.limits import Limits
 
 
 class Client:
-    """What uvicorn's `send` does: it refuses whatever comes after the end. ends: when the client closes its half."""
+    """A client whose `send` refuses messages after the end, as uvicorn's. ends: when the client closes its half."""
 
     def __init__(self, ends):
         self.got, self.is_complete, self.ends, self.has_ended = b"", False, ends, asyncio.Event()
@@ -25,16 +25,16 @@ class Client:
             self.has_ended.set()
 
 
-async def stream(seconds, **how):
-    """What a client got of a stream whose only event comes after so many seconds, and what went wrong beside it."""
-    client, wrong = Client(how.get("ends")), []
+async def stream(seconds, **options):
+    """Reads a stream whose only event comes after these seconds: the received bytes, and errors of asyncio."""
+    client, wrong = Client(options.get("ends")), []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: wrong.append(context["message"]))
 
     async def events():
         await asyncio.sleep(seconds)
         yield b"data: 1\n\n"
 
-    limits = Limits(keep_alive_seconds=how.get("keep_alive", 15))
+    limits = Limits(keep_alive_seconds=options.get("keep_alive", 15))
     generation = SimpleNamespace(service=SimpleNamespace(limits=limits))
     scope = {"path": "/v1/completions", "lockstep.has_ended": client.has_ended}
     await EventStream(generation, events())(scope, None, client.send)
@@ -48,7 +48,7 @@ def test_nothing_follows_the_end_of_a_stream(ends):
     assert asyncio.run(stream(0.01, ends=ends)) == (b"data: 1\n\n" + DONE, [])
 
 
-@pytest.mark.parametrize("how", [dict(keep_alive=0.01), dict(ends="at once")], ids=str)
-def test_comments_keep_a_silent_stream_open(how):
-    got, wrong = asyncio.run(stream(0.3, **how))
+@pytest.mark.parametrize("options", [dict(keep_alive=0.01), dict(ends="at once")], ids=str)
+def test_comments_keep_a_silent_stream_open(options):
+    got, wrong = asyncio.run(stream(0.3, **options))
     assert got.count(KEEP_ALIVE) >= 2 and got.endswith(b"data: 1\n\n" + DONE) and not wrong

@@ -1,4 +1,4 @@
-"""Which tokens the pieces of a text came from."""
+"""The tokens of each piece of an answer's text."""
 
 import random
 
@@ -31,8 +31,8 @@ def parser():
 
 @pytest.mark.parametrize("text", ANSWERS)
 def test_tokens_of_each_text(text):
-    """However an answer is cut into tokens (some of which are half a character): each token at most once, in order, and
-    those of a piece of text hold all of it."""
+    """However an answer is cut into tokens (some are half a character), each token is given at most once, in order, and
+    the tokens of a piece of text contain the whole piece."""
     for seed in range(50):
         rng = random.Random(seed)
         cuts = sorted(rng.choices(range(len(text) + 1), k=rng.randrange(len(text) + 1)))

@@ -1,4 +1,4 @@
-"""Bodies within the limit of bytes that hold so many values that reading them would hold up everything else."""
+"""Bodies within the limit of bytes, but with so many values that parsing them would block all other requests."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def filled(head: str, item: str, tail: str, size: int = 8 * MB) -> bytes:
 
 
 def refusal_and_stall(raw: bytes, fields: type) -> tuple[str | None, float]:
-    """What a body is refused with, and the longest time in which no other thread could run meanwhile."""
+    """The message that refuses a body, and the longest time for which parsing blocked other threads."""
     with longest_stall() as longest:
         try:
             body.parse_and_check(raw, fields, Limits())

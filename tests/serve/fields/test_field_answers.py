@@ -1,4 +1,4 @@
-"""Fields as clients mean them, in the answers of a server."""
+"""The effect of fields on the answers of a server."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def post(server, path="/v1/completions", status=200, **body):
 
 
 def length(path, count):
-    """The field of a route that says how long an answer may be."""
+    """The name of a route's field for the most tokens of an answer."""
     return {"max_output_tokens" if path == "/v1/responses" else "max_tokens": count}
 
 
@@ -121,7 +121,7 @@ def test_a_mask_leaves_out_the_last_token_of_each_sequence():
     mask = TokenMask(70, None, [[5], [1, 2], [3, 1, 2], [69]])
     rest = set(range(70)) - {5, 69}
     assert bits(mask, []) == bits(mask, [2]) == rest and bits(mask, [1]) == bits(mask, [9, 3, 1]) == rest - {2}
-    assert bits(mask, [2]) == rest  # nothing is kept of other answers
+    assert bits(mask, [2]) == rest  # the mask has no state of earlier answers
     assert bits(TokenMask(70, [1, 5, 64], [[5]]), []) == {1, 64}
     inner = np.zeros(3, np.int32)
     inner[0] = 0b110
@@ -306,4 +306,4 @@ def test_a_grammar_that_cannot_be_followed_is_named_and_a_fault_of_ours_is_not()
 
     error = failed(ValueError("grammar: too much work"))
     assert (error.status, error.message, error.param) == (400, "guided_regex: too much work", "guided_regex")
-    assert isinstance(failed(KeyError("x")), Refused)  # which becomes a 500 that says nothing, and is logged
+    assert isinstance(failed(KeyError("x")), Refused)  # it is logged, and the client gets a 500 without details

@@ -1,4 +1,4 @@
-"""Fields as clients mean them: what stands for what, and what other servers know and this one refuses by name."""
+"""Fields of requests: equivalent values, defaults, and fields of other servers that this one refuses by name."""
 
 import re
 from pathlib import Path
@@ -61,7 +61,7 @@ def params(route, **fields):
     return sampling_params(read(route, **fields), Limits(), 10, {})
 
 
-# ---------------------------------------------------------------- values that stand for others
+# ---------------------------------------------------------------- equivalent values
 
 
 @by_generating_route
@@ -100,13 +100,13 @@ def test_a_length_that_is_none_is_refused(route, given):
 
 
 def fields_of(base=Fields):
-    """All models of fields there are, beside those of tests."""
+    """All subclasses of Fields, direct or not."""
     for made in base.__subclasses__():
         yield from [made, *fields_of(made)]
 
 
 def test_every_integer_may_be_written_with_a_point():
-    """Whole stands wherever an integer is asked for, also within lists."""
+    """Every integer field has the type Whole, also within lists."""
     for made in fields_of():
         for name, field in made.model_fields.items() if made.__module__.startswith("lockstep") else ():
             asked = f"{field.annotation} {field.metadata}"
@@ -159,7 +159,7 @@ def test_repeat_penalty_is_repetition_penalty(route):
     assert {params(route, **fields).repetition_penalty for fields in penalties} == {1.5}
     assert params(route, repeat_penalty=1.0, repeat_last_n=64, penalize_nl=False).repetition_penalty == 1
     made = sampling_params(read(route, repeat_penalty=1.0), Limits(), 10, dict(repetition_penalty=1.2))
-    assert made.repetition_penalty == 1  # what the request says counts more than what the model's makers say
+    assert made.repetition_penalty == 1  # the request's value overrides the model's default
     for fields, param in (
         (dict(repeat_penalty=1.5, repetition_penalty=1.0), "repeat_penalty"),
         (dict(repeat_penalty=1.5, repeat_last_n=64), "repeat_last_n"),
@@ -181,7 +181,7 @@ def test_stream_options_need_a_stream(route):
     assert not read(route, stream=True, stream_options=None).streams_usage and not read(route).streams_usage
 
 
-# ---------------------------------------------------------------- what other servers know
+# ---------------------------------------------------------------- fields of other servers
 
 ASKING = {  # values that ask for something, and values that do not
     "grammar": ('root ::= "x"', [""]), "typical_p": (0.5, [1, 1.0]), "mirostat": (2, [0, 0.0]),

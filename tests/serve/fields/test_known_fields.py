@@ -1,4 +1,4 @@
-"""The fields of other servers, by name: each is honoured, refused, or documented as one that changes no answer."""
+"""The fields of other servers, by name: each is supported, refused, or documented as accepted without effect."""
 
 import re
 

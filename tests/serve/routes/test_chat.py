@@ -24,7 +24,7 @@ def ask(client, **options):
 
 
 def parts_of(client, **options):
-    """The chunks of a stream, and the message that they add up to: (chunks, text, thought, calls, finish_reason)."""
+    """The chunks of a stream, and the message of them: (chunks, text, thought, calls, finish_reason)."""
     chunks = list(ask(client, stream=True, **options))
     text = thought = ""
     calls, reason = [], None
@@ -104,7 +104,7 @@ def test_several_samples(client):
 
 
 def test_answers_are_the_same_alone_and_under_load(client):
-    """Free answers and ones under a grammar, bit for bit."""
+    """Free answers and answers with a grammar, bit for bit."""
     schema = dict(type="json_schema", json_schema=dict(name="point", strict=True, schema=POINT))
     requests = [
         dict(
@@ -178,7 +178,7 @@ def test_stop_and_bias(client):
     assert len({t.token for t in biased.choices[0].logprobs.content}) == 1
 
 
-# ---------------------------------------------------------------- the form of the text
+# ---------------------------------------------------------------- the format of the text
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -245,7 +245,7 @@ def test_other_forms(client, more, pattern):
 )
 @pytest.mark.parametrize("which", ["server", "thinker"])
 def test_calls_that_are_asked_for(which, choice, request):
-    """By a template that knows no tools, and by one that does; the model alone would call nothing."""
+    """With a template without tools, and with one that has them; without a grammar the model would call no tool."""
     client = client_of(request.getfixturevalue(which))
     thinks = dict(chat_template_kwargs=dict(enable_thinking=False)) if which == "thinker" else {}
     options = dict(

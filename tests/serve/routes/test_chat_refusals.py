@@ -1,4 +1,4 @@
-"""What the routes that talk refuse: mistakes, attacks, and what random bodies hold; never with a 500, never late."""
+"""Refusals of the conversation routes: mistakes, attacks and random bodies, never with a 500 and never late."""
 
 import json
 import time
@@ -110,7 +110,7 @@ def test_lone_surrogates(http, where):
 
 
 def test_grammars_that_take_long_make_nobody_elses_request_a_mistake(http, server):
-    """Their own come to their end, or are told to come again; /health and small grammars are answered meanwhile."""
+    """The slow requests are answered or get a 429; /health and requests with small grammars are answered meanwhile."""
 
     def ask(url=server.url, **more):
         return httpx.post(f"{url}/v1/completions", json=dict(prompt="x", max_tokens=9) | more, timeout=120)
@@ -190,7 +190,7 @@ BOMBS = dict(
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs(http, name):
-    """Refused or answered; either way it takes about as much of the processor as an ordinary request."""
+    """Refused or answered, the request takes about as much processor time as an ordinary one."""
     began = time.process_time()
     found = http.post(CHAT, json=dict(messages=HELLO, max_tokens=8, temperature=1) | BOMBS[name])
     assert found.status_code in (200, 400), found.text

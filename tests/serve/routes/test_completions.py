@@ -1,4 +1,4 @@
-"""/v1/completions with the real openai client: every form of it, compared bit for bit with LLM.generate."""
+"""/v1/completions with the openai client: all kinds of requests, compared bit for bit with LLM.generate."""
 
 import json
 import re
@@ -65,7 +65,7 @@ def test_every_sampling_field_reaches_the_engine(server, llm, changed):
     expected = generated(llm, PROMPT, **fields)
     assert (found["text"], found["token_ids"]) == (expected.text, expected.token_ids)
     assert found["prompt_token_ids"] == expected.prompt_token_ids
-    last = list(changed)[-1]  # it makes a difference, or the comparison above says little
+    last = list(changed)[-1]  # the field must change the answer, or the comparison above would prove little
     other = generated(llm, PROMPT, **{k: v for k, v in fields.items() if k != last})
     assert (expected.text, expected.token_ids) != (other.text, other.token_ids)
 
@@ -288,7 +288,7 @@ def test_unknown_fields_are_ignored(server):
 
 
 def test_answers_in_a_form(client):
-    """Each sample of each prompt is held to it, and a form that cannot be is refused."""
+    """Each sample of each prompt follows the format, and an invalid format is refused."""
     form = dict(extra_body=dict(guided_regex="[a-c]{2,4}-[0-9]"))
     options = dict(model="lockstep", prompt=PROMPTS, n=2, temperature=1, seed=1, max_tokens=20)
     made = client.completions.create(**options, **form)

@@ -1,4 +1,4 @@
-"""Answers are admitted by what they may hold, and large ones are written in pieces while others are answered."""
+"""Answers are admitted by their number of values, and large ones are written in pieces between other answers."""
 
 import json
 import threading
@@ -21,7 +21,7 @@ from tests.slowness import is_within
 ASKED = dict(prompt=["def f(", "x"], n=8, max_tokens=100, logprobs=20, ignore_eos=True, temperature=1.0, seed=1)
 
 
-# ---------------------------------------------------------------- what is admitted
+# ---------------------------------------------------------------- admission
 
 
 def test_values_are_tokens_and_log_probabilities():
@@ -55,7 +55,7 @@ def test_the_review_s_request_is_refused_and_log_probabilities_in_work_are_bound
         url = f"{made.url}/v1/completions"
         got = httpx.post(url, json=dict(prompt=["a"] * 4, n=64, max_tokens=900, logprobs=20))
         assert got.status_code == 400 and got.json()["error"]["code"] == "answer_too_large"
-        answers, alone = [], dict(prompt="x", n=2, max_tokens=40, logprobs=20)  # alone, it may have more
+        answers, alone = [], dict(prompt="x", n=2, max_tokens=40, logprobs=20)  # a request that is alone may have more
         thread = threading.Thread(target=lambda: answers.append(httpx.post(url, json=alone, timeout=60)))
         thread.start()
         wait_until(lambda: made.service.num_logprobs == 1600)
@@ -67,7 +67,7 @@ def test_the_review_s_request_is_refused_and_log_probabilities_in_work_are_bound
         assert answers[0].status_code == 200 and made.service.num_logprobs == 0
 
 
-# ---------------------------------------------------------------- how it is written
+# ---------------------------------------------------------------- writing
 
 
 @pytest.mark.parametrize("count", [0, 1, PART - 1, PART, 3 * PART + 1])

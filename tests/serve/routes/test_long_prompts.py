@@ -1,4 +1,4 @@
-"""Prompts as long as a body may be: refused in time, and nothing else waits for them."""
+"""Prompts of the largest allowed body are refused in time, and block no other request."""
 
 import http.client
 import json

@@ -1,4 +1,4 @@
-"""`prediction`: what an answer may be like makes it come sooner, and changes nothing else."""
+"""`prediction`: a predicted text makes an answer faster, and changes nothing else."""
 
 import httpx
 import pytest
@@ -40,7 +40,7 @@ def test_a_prediction_that_is_right_is_accepted_and_counted(server, guessing):
     text = post(server, **PROMPT)["choices"][0]["text"]
     before = metrics(guessing)
     for content in (text, [dict(type="text", text=text[:20]), dict(type="text", text=text[20:])]):
-        salt = str(len(content))  # so that no answer is an earlier one's
+        salt = str(len(content))  # so that drafts do not come from earlier answers
         answer = post(guessing, **PROMPT, prediction=dict(type="content", content=content), cache_salt=salt)
         assert answer["choices"][0]["text"] == text
         accepted, rejected = details(answer)

@@ -31,7 +31,7 @@ def events_of(server, **options):
 
 
 def without_ids(response):
-    """What a response says, without what differs from one to the next."""
+    """A response without its ids and times, which differ between equal requests."""
     made = response.model_dump()
     for name in ("id", "created_at", "completed_at"):
         made.pop(name, None)
@@ -104,7 +104,7 @@ def test_calls_that_are_asked_for(server, choice):
 
 
 def test_items_are_the_same_conversation(server):
-    """What a client sends back gives the prompt that chat completions make of it."""
+    """Output items that a client sends back give the same prompt as the messages of chat completions."""
     call = dict(name="plot", arguments='{"x": 1, "side": "left"}')
     items = [
         dict(role="user", content=[dict(type="input_text", text="hello")]),

@@ -29,13 +29,13 @@ def planned(model: Model, solved: Solved, content: str) -> Model:
     plan = solved.plan
     _check(model, plan)
     treatment = treatment_of(plan, sites, min(model.max_context, MAX_KEYS))
-    made = rounded(model.recorded, treatment)
-    for name, rows in made.grids.items():
+    on_grids = rounded(model.recorded, treatment)
+    for name, rows in on_grids.grids.items():
         rows[...] = solved.grids.get(name, 0)
     specs = plan.resolve(sites)
-    program, folded = made.program, FoldedWeights(made.weights)
+    program, folded = on_grids.program, FoldedWeights(on_grids.weights)
     if plan.arithmetic == "integer":
-        program = integers(made, specs).program
+        program = integers(on_grids, specs).program
     program = program.rewritten([_on_grids(op, folded, specs) for op in program.ops])
     return replace(model, recorded=program, store=FoldedStore(model.store), plan=solved.hash)
 
@@ -59,6 +59,6 @@ def _on_grids(op: Operands, folded: FoldedWeights, specs: dict[str, Spec]) -> Op
     for name, operand in op.declared():
         weight = getattr(op, name)
         if operand.role in ("constant", "packed") and isinstance(weight, Weight):
-            made = folded.weight(weight, specs)
-            op = op if made is weight else with_weight(op, name, made)
+            changed = folded.weight(weight, specs)
+            op = op if changed is weight else with_weight(op, name, changed)
     return op

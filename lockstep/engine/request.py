@@ -201,7 +201,7 @@ def samples(params: SamplingParams) -> list[SamplingParams]:
 
 @dataclass(eq=False)
 class PrefixState:
-    """What the PrefixCache knows of one request; nobody else changes it but to reset num_named with the pages."""
+    """What the PrefixCache knows of one request. The Scheduler resets num_named when it takes back the pages."""
 
     block_names: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they were asked for
     num_named: int = 0  # how many of its pages bear their block's name

@@ -23,7 +23,7 @@ from bisect import insort
 from collections.abc import Callable, Iterable
 
 from lockstep.engine.cache.pages import PageGroup, PagePool
-from lockstep.engine.cache.prefix import Found, PrefixCache
+from lockstep.engine.cache.prefix import KnownPrefix, PrefixCache
 from lockstep.engine.request import Request
 from lockstep.engine.runner import Limits
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS
@@ -147,12 +147,12 @@ class Scheduler:
     def _place(self, request: Request) -> bool:
         """Gives a request its slot and pages for all its known tokens; False, and nothing changed, if there are too
         few."""
-        found = self.prefix.find(request) if self.prefix else None
-        if not self._has_room(request, found):
+        known = self.prefix.find(request) if self.prefix else None
+        if not self._has_room(request, known):
             return False
         request.slot, request.pages = self.free_slots.pop(), self.pages.none()
-        if self.prefix and found:
-            self.prefix.attach(request, found)
+        if self.prefix and known:
+            self.prefix.attach(request, known)
         if not self.pages.take_all(request.pages, request.num_tokens):  # a part that was found on disk is damaged
             self.strip(request)
             return False
@@ -160,10 +160,10 @@ class Scheduler:
             self.prefix.enter(request)
         return True
 
-    def _has_room(self, request: Request, found: Found | None) -> bool:
+    def _has_room(self, request: Request, known: KnownPrefix | None) -> bool:
         """Whether there are pages for a request, of which the prefix cache found some."""
         for number, (group, allocator) in enumerate(zip(self.pages.groups, self.pages.allocators, strict=True)):
-            num_there = allocator.num_free + (found.num_held[number] if found else 0)
+            num_there = allocator.num_free + (known.num_held[number] if known else 0)
             num_there -= self._num_lacking(number, self.running)
             if num_there - group.needed(request.num_tokens) < len(self.running):
                 return False

@@ -46,8 +46,8 @@ class StepArrays:
     ) -> None:
         shapes = StepBlock.shapes(**rows, P=pages, W=groups)
         records, given = np.zeros(shapes.pop("sampling"), SAMPLING_RECORD), given or {}
-        made = {name: np.zeros(shape, np.int32) for name, shape in shapes.items() if name not in given}
-        self.arrays: dict[str, np.ndarray] = {"sampling": records, **made, **given}
+        own = {name: np.zeros(shape, np.int32) for name, shape in shapes.items() if name not in given}
+        self.arrays: dict[str, np.ndarray] = {"sampling": records, **own, **given}
         self.block = StepBlock.made(**self.arrays, pages_per_request=pages, num_page_groups=groups)
         self.ints = {name: self.arrays[name].reshape(-1).data for name in shapes}
         self._records, self._words = records_view(self.arrays["sampling"]), self.block.data

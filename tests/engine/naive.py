@@ -1,10 +1,10 @@
-"""The scheduler's rules once more, as simply as they can be said: lists, dicts of whole prefixes, and loops."""
+"""The scheduler's rules again, written as simply as possible: with lists, dicts of whole prefixes, and loops."""
 
 PAGE_TOKENS = 64
 
 
 class NaiveGroup:
-    """The pages of layers that see a window of so many keys; 0: all."""
+    """The pages of layers with a window; 0: no window."""
 
     def __init__(self, num_pages, window):
         self.window = window
@@ -14,7 +14,7 @@ class NaiveGroup:
         self.holders, self.content = {p: 0 for p in range(num_pages)}, {}  # content: page -> the prefix that ends in it
 
     def sees(self, position, block):
-        """Whether a token at a position sees one in a block."""
+        """Whether a token at a position sees any token of a block."""
         first, last = block * PAGE_TOKENS, block * PAGE_TOKENS + PAGE_TOKENS - 1
         return first <= position and (not self.window or last > position - self.window)
 
@@ -41,7 +41,7 @@ class NaiveGroup:
                 self.free.insert(0, page)
 
     def needed(self, num_tokens):
-        """The most blocks that a request of so many tokens holds if it goes on token by token."""
+        """The most blocks that a request of num_tokens tokens holds while it is computed token by token."""
         total = -(-num_tokens // PAGE_TOKENS)
         return min(total, self.most) if self.window else total
 
@@ -109,7 +109,7 @@ class Naive:
                 self.promised.setdefault(prefix, r)
 
     def known(self, prefixes):
-        """How many of the first blocks the layers that see all keys have."""
+        """How many of the first blocks the layers without a window have."""
         missing = [i for i, p in enumerate(prefixes) for g in self.groups if not g.window and g.page_of(p) is None]
         return min(missing, default=len(prefixes))
 
@@ -130,13 +130,13 @@ class Naive:
         return room - self.lacks(index, None) - (group.needed(len(r["tokens"])) - len(found)) >= len(self.running())
 
     def lacks(self, index, r):
-        """Pages that running requests, but this one, have yet to take in a group of layers with a window."""
+        """How many pages of a group with a window all running requests but this one have yet to take."""
         group, others = self.groups[index], [o for o in self.running() if o is not r]
         lacks = [group.needed(len(o["tokens"])) - len(o["pages"][index]) for o in others if group.window]
         return sum(n for n in lacks if n > 0)
 
     def grow(self, r, count):
-        """Takes pages for up to so many tokens; for how many there were."""
+        """Takes pages for up to `count` tokens; returns for how many tokens there were pages."""
         while r["slot"] is not None:
             for possible in range(count, 0, -1):
                 wanted = [self.missing(r, i, possible) for i in range(len(self.groups))]
@@ -152,12 +152,12 @@ class Naive:
         return 0
 
     def missing(self, r, index, count):
-        """Blocks of a request's next so many tokens for which it has no page in a group."""
+        """The blocks of a request's next `count` tokens for which it has no page in a group."""
         blocks = range(r["computed"] // PAGE_TOKENS, (r["computed"] + count - 1) // PAGE_TOKENS + 1)
         return [block for block in blocks if block not in r["pages"][index]]
 
     def step(self):
-        """[(name, tokens, pages, slot)]: those with one token left first, then prompts."""
+        """[(name, tokens, pages, slot)] of the next step: first the requests with one token left, then prompts."""
         self.admit()
         left, plan = self.budget, []
         for r in self.running():
@@ -185,7 +185,7 @@ class Naive:
         ]
 
     def done(self, plan, token):
-        """Marks a step's tokens as computed; who has none missing gets one more."""
+        """Marks a step's tokens as computed; a request without tokens left gets one more."""
         counts = {name: n for name, n, *_ in plan}
         for r in (r for r in self.running() if r["name"] in counts):
             before = r["computed"] // PAGE_TOKENS
@@ -202,7 +202,7 @@ class Naive:
                 r["tokens"].append(token)
 
     def drop(self, r):
-        """Gives back the blocks before all that the next token, or a later one, sees."""
+        """Gives back the blocks that neither the next token nor a later one sees."""
         for group, pages in zip(self.groups, r["pages"], strict=True):
             gone = [b for b in pages if (b + 1) * PAGE_TOKENS <= r["computed"] and not group.sees(r["computed"], b)]
             for block in gone:

@@ -1,4 +1,5 @@
-"""The engine in its own thread: many clients, cancel, errors, close; everybody gets the tokens of a request alone."""
+"""The engine in its own thread: many clients, cancel, errors, close; each request gets the tokens that it gets
+alone."""
 
 import asyncio
 import math
@@ -91,7 +92,7 @@ def wait_until(condition):
 
 
 def hold_after(engine, num_tokens):
-    """Makes the steps of an AsyncEngine wait once a request has so many tokens, until the event returned is set."""
+    """Makes the steps of an AsyncEngine wait once a request has num_tokens tokens, until the returned event is set."""
     go, step, seen = threading.Event(), engine.engine.step, []
 
     def step_or_wait():
@@ -132,7 +133,7 @@ def test_a_cancel_may_overtake_the_start(running):
     assert {stream.finish_reason for stream in streams} == {"cancelled"}
 
 
-def test_what_cannot_run_is_refused_where_it_is_submitted(running):
+def test_a_request_that_cannot_run_is_refused_where_it_is_submitted(running):
     with pytest.raises(ValueError, match="0 to 95"):
         running.submit([96], PARAMS[0])
 
@@ -230,7 +231,7 @@ def test_close_ends_the_thread_and_open_streams(model):
 
 
 class Letters:
-    """A detokenizer: each token is a letter, shown with the next one."""
+    """A detokenizer: each token is a letter, which comes with the next token."""
 
     held = ""
 

@@ -1,4 +1,5 @@
-"""Embeddings on a tiny model: the same bits alone, in company, in chunks, after cached prefixes and preemptions."""
+"""Embeddings on a tiny model: the same bits alone, beside other requests, in chunks, after cached prefixes and
+preemptions."""
 
 import numpy as np
 import pytest
@@ -127,12 +128,12 @@ def test_the_head_does_not_run_for_them(engine):
 
 
 def test_the_hidden_state_is_what_the_head_reads(engine, model, alone):
-    """Logits of the last token, from the hidden state and the head's weights in float64."""
+    """The logits of the last token are the float64 product of its hidden state and the head's weights."""
     head = model.checkpoint.tensors["lm_head.weight"].to_f32().astype(np.float64)
     made = engine()
     requests = [made.add(p, SamplingParams(max_tokens=1, logprobs=20, ignore_eos=True)) for p in PROMPTS]
     finish(made)
-    worst = 2e-5 if model.weights == "f32" else 0.06  # q8_0 rounds the head's weights and what it reads
+    worst = 2e-5 if model.weights == "f32" else 0.06  # q8_0 rounds the head's weights and the hidden state
     for request, hidden in zip(requests, alone["last"].astype(np.float64), strict=True):
         logits = head @ hidden
         expected = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()

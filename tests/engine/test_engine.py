@@ -1,4 +1,5 @@
-"""The engine on a tiny model: who may enter, how requests end, and that none of it changes anybody's tokens."""
+"""The engine on a tiny model: which requests it refuses, how requests end, and that none of this changes the tokens of
+other requests."""
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def finish(engine):
 
 
 def answers(engine):
-    """(tokens, logprobs, why it ended) of all prompts, run together."""
+    """[(tokens, logprobs, finish_reason)] of all prompts, run together."""
     requests = [engine.add(p, s) for p, s in zip(PROMPTS, PARAMS, strict=True)]
     finish(engine)
     return [(r.output_ids, r.logprobs, r.finish_reason) for r in requests]
@@ -49,7 +50,7 @@ def answers(engine):
 
 @pytest.fixture(scope="module")
 def alone(model):
-    """The answers of a small engine: one request and one token at a time."""
+    """The answers of an engine that runs one request and one token at a time."""
     made = Engine(model, EngineOptions(max_step_tokens=1, max_requests=1, threads=1))
     yield answers(made)
     made.close()

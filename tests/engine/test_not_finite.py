@@ -1,4 +1,5 @@
-"""A model whose logits overflow after some prompts: those requests fail by name, and nobody else notices."""
+"""A model whose logits overflow after some prompts: these requests fail with a clear error, and no other request is
+disturbed."""
 
 import numpy as np
 import pytest
@@ -28,7 +29,8 @@ WISHES = [
 
 @pytest.fixture(scope="module", params=["llama", "qwen3_5"])
 def model(request, tmp_path_factory):
-    """All weights are finite; one logit overflows where one number of the last hidden state is above 1.1, or less."""
+    """All weights are finite; one logit overflows where one number of the last hidden state is above 1.1 or below
+    -1.1."""
     config = hybrid() if request.param == "qwen3_5" else case("llama")
     arrays = tiny.tensors(config, 11)
     arrays["lm_head.weight"][5] = 0
@@ -38,7 +40,7 @@ def model(request, tmp_path_factory):
 
 
 def run(engine, prompts, params):
-    """The requests after their ends, each of which a step told once."""
+    """The requests at their end; the steps must have returned each of them as ended once."""
     made, ended = [engine.add(prompt, p) for prompt, p in zip(prompts, params, strict=True)], []
     while engine.has_work:
         ended += [request for request in engine.step() if request.finish_reason is not None]
@@ -47,7 +49,7 @@ def run(engine, prompts, params):
 
 
 def told(r):
-    return r.finish_reason, r.error, r.output_ids, r.logprobs, repr(r.prompt_logprobs)  # a NaN is no other's equal
+    return r.finish_reason, r.error, r.output_ids, r.logprobs, repr(r.prompt_logprobs)  # repr: NaN != NaN
 
 
 def test_requests_fail_by_name_and_their_neighbours_give_the_same_bits(model, tmp_path):
@@ -88,7 +90,7 @@ def test_hidden_states_that_are_not_finite_fail_as_logits_do(tmp_path):
         engine.close()
 
 
-# what overflows: all of a layer's queries, keys and values, or one of these, in the first layer or in the last
+# the overflowing numbers: all queries, keys and values of a layer, or one of the three, in the first or the last layer
 OVERFLOWS = [
     ("layers.0.input_layernorm", "f32"),
     ("layers.1.input_layernorm", "q8_0"),

@@ -1,4 +1,4 @@
-"""Planned models: every path has the same bits, those that the study measured; and whose plans are refused."""
+"""Models under a quantization plan: every path has the bits that the study measured; and which plans are refused."""
 
 import contextlib
 import dataclasses
@@ -112,7 +112,7 @@ def test_an_engine_generates_by_a_plan(arithmetic, team):
     assert all(len(request.output_ids) == 5 for request in requests)
 
 
-def test_what_is_refused(team):
+def test_plans_that_an_engine_refuses(team):
     model = recorded("plain")
     plan = solved(model, Plan((("L0.q", "i8"),)), team)
     with pytest.raises(ValueError, match=r"a plan of another model: it is for tiny \(cccccccccccc\), this is llama"):

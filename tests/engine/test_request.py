@@ -1,4 +1,4 @@
-"""What SamplingParams allow, and what they say about the rest."""
+"""SamplingParams: the values that they allow, and the messages for all others."""
 
 import numpy as np
 import pytest

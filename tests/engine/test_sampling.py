@@ -1,5 +1,5 @@
-"""Penalties, biases, masks, min_tokens and log-probabilities through the engine: what they mean, and that company and
-chunks change nothing of it."""
+"""Penalties, biases, masks, min_tokens and log-probabilities in the engine: what they mean, and that other requests and
+chunks change none of them."""
 
 from dataclasses import replace
 
@@ -19,14 +19,14 @@ PROMPTS = [np.random.RandomState(i).randint(3, 96, n).tolist() for i, n in enume
 
 
 def allow(*tokens):
-    """A mask of these tokens."""
+    """A mask that allows these tokens."""
     bits = np.zeros(96, bool)
     bits[list(tokens)] = True
     return np.packbits(bits, bitorder="little").view(np.uint32)
 
 
 def odd_after_even(output_ids):
-    """A mask that depends on the output, and is absent now and then."""
+    """A logits_mask that depends on the output, and is None now and then."""
     if len(output_ids) % 3 == 2:
         return None
     return allow(*range(len(output_ids) % 2, 96, 2))
@@ -153,7 +153,7 @@ def logits_of(model):
 
 
 def changed(logits, prompt, output, p, eos_ids):
-    """The logits of the token after an output, as SamplingParams describes them."""
+    """The logits of the token after an output, changed as SamplingParams describes."""
     x = logits.copy()
     for t in {*(prompt if p.repetition_penalty != 1 else ()), *output}:
         x[t] = x[t] / p.repetition_penalty if x[t] > 0 else x[t] * p.repetition_penalty
@@ -353,7 +353,7 @@ def test_prompts_that_want_logprobs_are_cut_to_the_rows_there_are():
 
 
 class Letters:
-    """A detokenizer of two letters for each token; the second comes with the next token, or the end."""
+    """A detokenizer with two letters for each token; the second comes with the next token or the end."""
 
     def __init__(self):
         self._late = ""

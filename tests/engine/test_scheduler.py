@@ -1,4 +1,4 @@
-"""The scheduler without a model, against a naive one: same plan, same page ids, same slots, at every step."""
+"""The scheduler without a model against a naive scheduler: the same plan, page ids and slots in every step."""
 
 import random
 from collections import Counter
@@ -18,7 +18,7 @@ from tests.engine.naive import Naive
 ARRIVAL = st.tuples(
     st.integers(0, 3), st.integers(1, 200), st.integers(1, 150), st.integers(0, 2), st.sampled_from(["", "", "b"])
 )
-# who arrives; which of the known requests end; how many steps follow
+# the requests that arrive; the requests that are cancelled; the number of steps that follow
 STEP = st.tuples(st.lists(ARRIVAL, max_size=3), st.lists(st.integers(0, 5), max_size=1), st.integers(1, 60))
 TEXTS = [[7] * 200, [7] * 100 + [8] * 100, [7] * 130 + [9] * 70, [5] * 200]
 
@@ -29,7 +29,7 @@ def request(name, prompt, max_tokens, **options):
 
 
 def cached(pages):
-    """A prefix cache of a model without recurrent state: nothing of it needs memory."""
+    """The prefix cache of a model without recurrent state; it copies no memory."""
     return PrefixCache(pages, None, b"model")
 
 
@@ -42,7 +42,7 @@ def by_block(held):
 
 
 def advance(scheduler, plan, token=0):
-    """What the engine does after a step: whoever has nothing left to compute gets a token."""
+    """Does what the engine does after a step: a request without tokens left gets one more."""
     counts = {name: count for name, count, *_ in plan}
     for r in [r for r in scheduler.running if r.id in counts]:
         scheduler.computed(r, counts[r.id])
@@ -70,7 +70,7 @@ def test_plans_pages_and_slots_equal_those_of_a_naive_scheduler(budget, num_slot
     compare(budget, num_slots, [(num_pages, 0)], caches, steps)
 
 
-# (pages, window) of each group: scarce or not, beside layers that see all keys or alone
+# (pages, window) of each group: few pages or enough, with and without a group that has no window
 GROUPS = st.lists(
     st.sampled_from([(6, 0), (9, 0), (7, 400), (4, 130), (9, 130), (3, 65), (2, 64), (2, 24), (6, 24), (1, 1)]),
     min_size=1,
@@ -81,12 +81,12 @@ GROUPS = st.lists(
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 200), st.integers(1, 4), GROUPS, st.booleans(), st.lists(STEP, min_size=1, max_size=12))
-def test_they_are_equal_for_groups_of_layers_with_windows(budget, num_slots, groups, caches, steps):
+def test_plans_equal_those_of_a_naive_scheduler_with_windows(budget, num_slots, groups, caches, steps):
     compare(budget, num_slots, groups, caches, steps)
 
 
 @pytest.mark.parametrize("windows", [(), ((8, 24),), ((10, 65), (14, 130))])
-def test_they_are_equal_under_load_too_with_preemption_eviction_and_shared_pages(windows):
+def test_plans_equal_those_of_a_naive_scheduler_under_load(windows):
     seen, rng = Counter(), random.Random(0)
     for _ in range(20 if windows else 40):
         steps = []
@@ -103,7 +103,7 @@ def test_they_are_equal_under_load_too_with_preemption_eviction_and_shared_pages
             ]
             steps.append((arrivals, [rng.randrange(6)] * rng.randrange(2), rng.randint(1, 60)))
         compare(rng.randint(20, 200), rng.randint(2, 4), [(rng.randint(6, 10), 0), *windows], True, steps, seen)
-    few = 5 if windows else 20  # who would lack pages of a window is not let in
+    few = 5 if windows else 20  # a request that would lack pages of a window is not admitted
     assert all(seen[what] > few for what in ("preempted", "evicted", "found", "recovered")), seen
 
 
@@ -200,7 +200,7 @@ def test_a_shared_prefix_is_computed_once_even_if_all_ask_at_once():
     assert scheduler.prefix.counts.hit_tokens == 2 * 192
 
 
-def test_who_waits_for_a_prefix_goes_on_when_its_maker_is_cancelled():
+def test_a_request_that_waits_for_a_prefix_goes_on_when_the_one_that_computes_it_is_cancelled():
     scheduler = Scheduler(Limits(50, 4, 20, 4), cached)
     maker, other = request(0, [9] * 200, 5), request(1, [9] * 200, 5)
     for r in (maker, other):
@@ -232,7 +232,7 @@ def test_the_least_recently_used_prefix_is_evicted_last_blocks_first():
 @pytest.mark.parametrize("window", [512, 1000, 1024])
 @pytest.mark.parametrize("budget", [1, 100, 512])
 def test_a_long_request_holds_pages_for_its_window_and_its_step(window, budget):
-    """Five layers of six see a window: at 20,000 tokens a request holds what counting says, at most."""
+    """With a window in five of six layers, a request of 20,000 tokens holds at most the pages that counting gives."""
     pages, length = 400, 20_000
     limits = Limits(budget, 1, pages, 1, (PageGroup(pages), PageGroup(pages, window)))
     scheduler, most = Scheduler(limits), [0, 0]
@@ -314,7 +314,8 @@ SAMPLE_1_OF_SEED_0 = 3586058455694805751
 
 
 def test_a_prefix_is_found_without_the_pages_that_a_window_has_left():
-    """Of the second turn's prefix, layers with a window have the last pages only: the first took the others again."""
+    """Of the second turn's prefix, layers with a window have the last pages only: the first turn's later tokens took
+    the others again."""
     groups = (PageGroup(40), PageGroup(4, 100))
     scheduler, text = Scheduler(Limits(64, 1, 40, 1, groups), cached), list(range(2000))
     first, second, other = request(0, text[:1000], 1), request(1, text[:1100], 1), request(2, text[:500] + [7] * 9, 1)
@@ -358,7 +359,7 @@ def test_a_step_is_as_long_as_there_are_pages_of_a_window():
 
 @pytest.mark.parametrize("keeps", [True, False])
 def test_where_two_prompts_part_the_third_finds_what_a_window_shows(keeps, monkeypatch):
-    """And so it does at the end of a prompt, however long the answer was."""
+    """The third prompt also finds them at the end of a prompt, however long the answer was."""
     if not keeps:
         monkeypatch.setattr(PrefixCache, "stops", lambda self, request: ())
     scheduler, found = Scheduler(Limits(64, 1, 100, 1, (PageGroup(100), PageGroup(8, 100))), cached), []

@@ -1,4 +1,4 @@
-"""The self-check passes on sound kernels, names the op on wrong ones, and leaves no kind of op out."""
+"""The self-check passes for right kernels, names the op of a wrong one, and checks every kind of op."""
 
 import json
 import re
@@ -49,7 +49,7 @@ def test_sound_kernels_pass_and_are_remembered(program, tmp_path, monkeypatch):
 
 
 def test_a_wrong_bit_in_any_kernel_is_refused_by_name(program):
-    probe = selfcheck.probes(program)[0]  # a second one may be there for the embedding's format
+    probe = selfcheck.probes(program)[0]  # there may be a second one, for the embedding's format
     made = selfcheck.probe_model(probe, TABLE, True).rewritten(None, True)
     for kind, _, word in places(made, lambda op: [t for checked, t in selfcheck.visible(made) if checked is op]):
         message = f"op {re.escape(kind)} gives other bits.*expected [0-9a-f]+, found"
@@ -97,7 +97,7 @@ def test_biases_are_checked_in_every_family(name, tmp_path):
 @pytest.mark.parametrize("family", selfcheck.CONFIGS)
 @pytest.mark.parametrize("weights", [name for name, made in BLOCK_FORMATS.items() if made.stored.encode is None])
 def test_models_in_formats_of_gguf_files_can_be_checked(family, weights):
-    """Rows that their blocks do not fill have a fallback."""
+    """Rows that are not whole blocks have the format's fallback."""
     probe = selfcheck.Probe(family, weights, "bf16")
     program = selfcheck.probe_model(probe, TABLE, True).rewritten(None, True)
     assert f"linear_{weights}" in {op.kind for op in program.ops} and str(probe) in map(str, selfcheck.probes(program))

@@ -1,4 +1,5 @@
-"""Inside a step, once a model is loaded: no compilation, no allocation, no frame of Python. Counted over many mixes."""
+"""A step of a loaded model compiles nothing, allocates nothing and runs no Python: counted over many mixes of
+requests."""
 
 import sys
 import tracemalloc
@@ -33,7 +34,8 @@ def engine(request, tmp_path_factory):
 
 
 def mixed(engine):
-    """Thirty requests of all lengths and ways of sampling, arriving while others run; returns the number of steps."""
+    """Runs thirty requests of all lengths and kinds of sampling, which arrive while others run; returns the number of
+    steps."""
     steps = 0
     for i in range(30):
         ids = [(7 * i + 3 * j) % 90 + 3 for j in range(1 + 37 * i % 180)]
@@ -49,7 +51,7 @@ def mixed(engine):
 
 @pytest.fixture
 def watched(engine, monkeypatch):
-    """What happens inside the native part of each step: (native allocations, Python's bytes, Python frames)."""
+    """Counts of the native part of each step: [(native allocations, bytes that Python allocated, Python frames)]."""
     seen, run_step = [], engine.team.run
 
     def run(*arguments):

@@ -1,4 +1,4 @@
-"""What a prompt is answered with when it is alone: one token a step, on one thread, with nothing cached."""
+"""The reference answer to a prompt: the request runs alone, one token a step, on one thread, with nothing cached."""
 
 from dataclasses import dataclass
 
@@ -12,8 +12,8 @@ from tests.promise.trace import state_digest, whole
 
 @dataclass(frozen=True)
 class Answer:
-    """known: prompt and answer [n + m]; logits [m, V] and logprobs [m] that each answer token was drawn from; states:
-    digest of the recurrent state after each computed token; cache: {name: bytes of every computed position}."""
+    """known: token ids of prompt and answer [n + m]. logits [m, V], logprobs [m]: of each answer token. states: digest
+    of the recurrent state after each computed token. cache: {name of a cache: bytes of every computed position}."""
 
     known: list
     num_prompt: int
@@ -24,6 +24,7 @@ class Answer:
 
 
 def sampling(params, position):
+    """Fields of the SAMPLING_RECORD that chooses the token at a position."""
     return dict(
         temperature=params.temperature,
         top_p=params.top_p,

@@ -1,4 +1,4 @@
-"""Planted faults: an op's kernel, with one bit of one output element wrong."""
+"""Planted faults: an op's kernel that makes one bit of one output element wrong."""
 
 import ctypes
 import dataclasses
@@ -12,8 +12,8 @@ NATIVE = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)
 class Faulty:
     """Stands in for a Kernel: runs it, and then flips the highest bit of the fourth byte of an operand.
 
-    word: the operand's, as its declaration's `words()` count them. The bit is a sign, whether the row holds float32,
-    bfloat16 or int8: a small error can be lost, rightly, in the next rounding.
+    word: the operand's index in the op row, see `Operands.words`. The bit is a sign bit, whether the row holds float32,
+    bfloat16 or int8: a smaller error might be lost, rightly, in the next rounding.
     """
 
     is_cached = True
@@ -36,11 +36,12 @@ class Faulty:
 
 
 def faulty(implementation, word):
-    """The implementation with a fault in an output or a cache, the operand of this word."""
+    """The implementation with a fault in the operand of this word, an output or a cache."""
     return dataclasses.replace(implementation, kernel=Faulty(implementation.kernel, word))
 
 
 def places(program, chosen):
-    """(kind, operand, its word in the op row) of the operands that `chosen(op)` lists, for every kind of op."""
+    """[(kind of op, name of an operand, its word in the op row)] of the operands that `chosen(op)` lists, for every
+    op."""
     found = {(op.kind, w.name, w.index) for op in program.ops for w in op.words() if getattr(op, w.name) in chosen(op)}
     return sorted(found, key=lambda place: (place[0], place[2]))

@@ -1,4 +1,4 @@
-"""Prints digests of tiny models' logits and caches; run once for each target: python -m tests.promise.isa."""
+"""Prints digests of tiny models' logits and caches, to be run once for each target: python -m tests.promise.isa."""
 
 import pathlib
 import tempfile
@@ -12,13 +12,14 @@ CASES = Case("qwen3_5", "q8_0", "bf16"), Case("qwen3_5", "q8_0", "q8")
 
 
 def digest(case, folder):
+    """The digest of one model's logits and caches on a prompt that is cut into two steps."""
     model = load(case, folder)
     ids = tiny.prompt(model.checkpoint.config, 40)
     return run_path(model, ids, Path("cut after 33", (33, 40), 2)).digest
 
 
 def digests():
-    """One of each case."""
+    """The digest of each case."""
     with tempfile.TemporaryDirectory() as folder:
         return [digest(case, pathlib.Path(folder) / str(case)) for case in CASES]
 

@@ -1,4 +1,4 @@
-"""The models on which the promise is tested: tiny random ones, and the one that comes with the package."""
+"""The models with which the promise is tested: tiny random ones, and the one that comes with the package."""
 
 from dataclasses import dataclass
 
@@ -78,7 +78,8 @@ def load(case, folder, max_context=2304):
 
 
 def library(model, lengths):
-    """[(Sequence, Trace), ...]: random token ids of these lengths, and what each gives alone."""
+    """[(Sequence, Trace), ...]: sequences of random token ids of these lengths, each with the results of running
+    alone."""
     made = []
     for i, length in enumerate(lengths):
         ids = np.random.RandomState(i).randint(0, model.config.vocab_size, length).tolist()

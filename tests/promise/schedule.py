@@ -1,9 +1,10 @@
-"""Random schedules: everything a server may do to a request, each step compared bit for bit with the request alone.
+"""Random schedules: everything that a server may do to a request; each step is compared bit for bit with the same
+request alone.
 
-One `Walk` owns a runner whose memory is full of NaN bytes. A step takes any of the running requests, in any order, with
-any number of tokens each, on 1 to 8 threads, and asks for the logits of any rows and the hidden states of some.
-Requests arrive, end, are cancelled in the middle, and are recomputed from their first token on other pages; memory they
-leave is filled with NaN bytes again.
+One `Walk` owns a Runner whose memory is full of NaN bytes. A step takes any of the running requests, in any order, with
+any number of tokens each, on 1 to 8 threads, and samples any rows and embeds some. Requests arrive, end, are cancelled
+in the middle, and are recomputed from their first token on other pages; memory that they leave is filled with NaN bytes
+again.
 """
 
 from collections import Counter
@@ -21,22 +22,22 @@ POISON = 0xFF  # float32, bfloat16 and int8 of all ones: NaN or -1
 CUTS = (1, 1, 1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 63, 64, 65, 127, 130, 513)
 LONG_CUTS = (1, 64, 65, 130, 513, 600)
 NUM_THREADS = range(1, 9)
-THREADS = (*NUM_THREADS, 1, 1, 1, 2, 2, 2)  # of a step: more of them than cores wait for each other most of the time
+THREADS = (*NUM_THREADS, 1, 1, 1, 2, 2, 2)  # of a step; mostly few, since more threads than cores mostly wait
 
 
 class Differs(AssertionError):
-    """A path gave other bits than the reference."""
+    """A step gave other bits than the reference."""
 
 
 @dataclass
 class Running:
-    """A request in flight."""
+    """A running request."""
 
     sequence: Sequence
     trace: Trace
     pages: list[Held]  # of each group
     slot: int
-    stop_at: int  # cancelled there, if before its end
+    stop_at: int  # the number of tokens after which it is cancelled, if it is longer
     num_computed: int = 0
 
     @property
@@ -45,7 +46,7 @@ class Running:
 
 
 class Teams:
-    """One team of threads for each size, so that a step may run on any."""
+    """One Team of each number of threads, so that a step may run on any."""
 
     def __init__(self):
         self.by_size = {n: Team(n) for n in NUM_THREADS}
@@ -56,7 +57,9 @@ class Teams:
 
 
 class Walk:
-    """A random walk through the states of an engine. library: [(Sequence, Trace), ...]; options: of the Runner."""
+    """A random walk through the states of an engine.
+
+    library: [(Sequence, Trace), ...], the longest last. teams: Teams. options: of the Runner."""
 
     def __init__(self, model, library, teams, seed, limits, **options):
         self.rng, self.library, self.teams, self.seed = np.random.default_rng(seed), library, teams, seed
@@ -80,22 +83,22 @@ class Walk:
         self.check_untouched()
         return self.events
 
-    def take(self, free, used, count, what):
-        """Random members of a free list."""
+    def take(self, free, used, count, plural):
+        """Random members of a free list. plural: what they are, for the events."""
         taken = [free.pop(self.rng.integers(len(free))) for _ in range(count)]
-        self.events[f"{what} used again"] += len(used.intersection(taken))
+        self.events[f"{plural} used again"] += len(used.intersection(taken))
         used.update(taken)
         return taken
 
     def take_pages(self, count):
-        """So many pages of each group."""
+        """`count` random pages of each group."""
         groups = zip(self.free_pages, self.used_pages, strict=True)
         return [Held(0, self.take(free, used, count, "pages")) for free, used in groups]
 
     def arrive(self):
-        """Random requests, as far as slots and pages go."""
+        """Admits random requests while there are slots and pages."""
         while self.free_slots and (not self.running or self.rng.random() < 0.5):
-            # the longest goes first, and is not cut short
+            # the longest sequence comes first, and is not cancelled
             first = not self.events["arrived"]
             sequence, trace = self.library[-1 if first else self.rng.integers(len(self.library))]
             length = len(sequence.token_ids)
@@ -110,9 +113,9 @@ class Walk:
             self.running.append(Running(sequence, trace, pages, slot, stop_at))
 
     def step(self, number):
-        """One step of random tokens, on memory that held other things, compared with the reference."""
-        how_many = self.rng.integers(1, len(self.running) + 1)
-        chosen = [self.running[i] for i in self.rng.permutation(len(self.running))[:how_many]]
+        """Runs a step of random requests on memory that is full of NaN bytes, and compares it with the reference."""
+        num_chosen = self.rng.integers(1, len(self.running) + 1)
+        chosen = [self.running[i] for i in self.rng.permutation(len(self.running))[:num_chosen]]
         budget, spans, members = int(self.rng.integers(1, self.limits.max_step_tokens + 1)), [], []
         for request in chosen:
             cut = int(self.rng.choice(CUTS if request.num_left < 500 else LONG_CUTS))
@@ -131,8 +134,9 @@ class Walk:
         self.compare(members, spans, (logits, tokens, logprobs), where)
 
     def span(self, request, count):
-        start, asked = request.num_computed, self.rng.choice(["all", "last", "some"])
-        rows = {"all": range(count), "last": [count - 1], "some": self.rng.permutation(count)[:3].tolist()}[asked]
+        """The Span of a request's next `count` tokens, of which random rows sample and are embedded."""
+        start, choice = request.num_computed, self.rng.choice(["all", "last", "some"])
+        rows = {"all": range(count), "last": [count - 1], "some": self.rng.permutation(count)[:3].tolist()}[choice]
         sampled = {row: request.sequence.sampling(start + row) for row in rows}
         embedded = range(int(self.rng.integers(count)), count)
         return Span(
@@ -140,7 +144,7 @@ class Walk:
         )
 
     def count(self, members, spans, threads):
-        """Notes which kinds of event happened."""
+        """Counts the events of a step."""
         e, ends = self.events, [r.num_computed + n for r, n in members]
         e["steps"] += 1
         e["tokens"] += sum(n for _, n in members)
@@ -157,7 +161,9 @@ class Walk:
         e["order changed"] += [r.slot for r, _ in members] != sorted(r.slot for r, _ in members)
         e["rows out of order"] += sum(list(s.sampled) != sorted(s.sampled) for s in spans)
 
-    def compare(self, members, spans, found, where):
+    def compare(self, members, spans, results, where):
+        """Raises Differs if a row, a report or a state has other bits than the request alone. results: (logits, tokens,
+        logprobs) of the step. where: words for the message."""
         row = hidden_row = 0
         for (request, count), span in zip(members, spans, strict=True):
             for offset, hidden in zip(span.embedded, self.runner.hidden(hidden_row, len(span.embedded)), strict=True):
@@ -166,9 +172,9 @@ class Walk:
             hidden_row += len(span.embedded)
             for offset in span.sampled:
                 expected = (request.trace.logits, request.trace.tokens, request.trace.logprobs)
-                for what, is_, should in zip(("logits", "token", "logprob"), found, expected, strict=True):
-                    if is_[row].tobytes() != should[span.start + offset].tobytes():
-                        raise Differs(f"{what} of {request.sequence.name} at position {span.start + offset} ({where})")
+                for name, actual, alone in zip(("logits", "token", "logprob"), results, expected, strict=True):
+                    if actual[row].tobytes() != alone[span.start + offset].tobytes():
+                        raise Differs(f"{name} of {request.sequence.name} at position {span.start + offset} ({where})")
                 if report(self.runner, row) != request.trace.reports[span.start + offset]:
                     raise Differs(f"report on {request.sequence.name} at position {span.start + offset} ({where})")
                 row += 1
@@ -178,7 +184,7 @@ class Walk:
             self.drop_unseen(request)
 
     def drop_unseen(self, request):
-        """Layers with a window lose the pages that lie before it for every token that is yet to come."""
+        """Gives back the pages behind the windows, which no later token sees."""
         for group, (window, held) in enumerate(zip(self.windows, request.pages, strict=True)):
             unseen = max(0, request.num_computed + 1 - window) // PAGE_TOKENS - held.first if window else 0
             if unseen > 0:
@@ -190,10 +196,8 @@ class Walk:
 
     def check_pages(self, request):
         """Compares all keys and values that a request holds."""
-        for name, (start, found) in positions(self.runner, request.pages, request.num_computed).items():
-            different = np.flatnonzero(
-                (found != request.trace.cache[name][start : request.num_computed]).any((1, 2, 3))
-            )
+        for name, (start, held) in positions(self.runner, request.pages, request.num_computed).items():
+            different = np.flatnonzero((held != request.trace.cache[name][start : request.num_computed]).any((1, 2, 3)))
             if len(different):
                 where = f"at position {start + different[0]} (seed {self.seed})"
                 raise Differs(f"{name} of {request.sequence.name} {where}")
@@ -234,7 +238,7 @@ class Walk:
         self.free_slots.append(request.slot)
 
     def check_untouched(self):
-        """Free memory still holds what it was filled with: no step wrote to what is nobody's."""
+        """Raises Differs if a step wrote to free memory, which must still hold the NaN bytes."""
         for cache in self.runner.program.caches:
             if not (self.runner.caches[cache.name] == POISON).all():
                 raise Differs(f"{cache.name}: memory that belongs to no request was written (seed {self.seed})")

@@ -1,4 +1,5 @@
-"""A wrong bit in any op turns the promise red, and parity names the op. If not, neither proves anything."""
+"""A wrong bit in any op makes the promise's tests fail, and parity names the op. If not, neither would prove
+anything."""
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def model(request, tmp_path_factory):
 
 
 def outputs(program):
-    """Those of the outputs that others may read."""
+    """The outputs of an op that other ops may read."""
     return places(program, lambda op: op.shared)
 
 
@@ -91,7 +92,8 @@ def test_parity_turns_red_and_names_the_op(model, monkeypatch):
 
 
 def cache_writes(program):
-    """(kind, operand, its word, name) of every cache array, where it is written: by the first op that has it."""
+    """(kind of op, operand, its word, cache name) of every cache array, at the op that writes it: the first that has
+    it."""
     writers = {}
     for op in program.ops:
         for word in op.words():
@@ -102,7 +104,7 @@ def cache_writes(program):
 
 
 def test_a_wrong_cache_write_is_named_at_the_op_that_wrote_it(model, monkeypatch):
-    """Every kind of write, nothing else wrong: state that only the next step would read counts, too."""
+    """Every kind of write to a cache, one at a time: also of state that only the next step reads."""
     reference, tried = run_path(model, PROMPT, PATH), set()
     for kind, operand, word, name in cache_writes(model.rewritten(model.backend(), fused=False)):
         if (kind, operand) in tried:

@@ -42,7 +42,7 @@ HAPPENS = (
 
 @pytest.fixture(scope="module")
 def menu():
-    """Of the bundled model."""
+    """The Menu of the bundled model."""
     subject = bundled()
     yield Menu(subject, wishes(subject, 0, NUM_WISHES))
     subject.close()
@@ -71,7 +71,7 @@ def test_tiny_models_answers_and_memory_are_the_same_with_drafts(config, weights
 
 @pytest.mark.parametrize("source, widths", [("lookup", (8,)), ("mtp", (4, 8))])
 def test_a_long_text_is_the_same_with_drafts(menu, source, widths, tmp_path):
-    """Of 4,000 tokens, as far as the bundled model can look back; the widest finds nothing that was kept."""
+    """A text of 4,000 tokens, nearly the context of the bundled model. The run with the most drafts finds no prefix."""
     text = menu.subject.texts[0]
     prompt_ids = (text * (3800 // len(text) + 1))[:3800]
     made = list(answers(menu.subject, prompt_ids, 200, source, widths, tmp_path))
@@ -81,8 +81,8 @@ def test_a_long_text_is_the_same_with_drafts(menu, source, widths, tmp_path):
 
 
 @pytest.mark.parametrize("company", ["crowded", "tight", "disk"])
-def test_wrong_drafts_delay_nobody(menu, company, tmp_path, monkeypatch):
-    """Each step computes the same tokens of the same requests as without drafts, whoever is preempted or cancelled."""
+def test_wrong_drafts_delay_no_request(menu, company, tmp_path, monkeypatch):
+    """Each step computes the same known tokens of the same requests as without drafts, with preemptions and cancels."""
     monkeypatch.setattr(GrammarMask, "forced", lambda self, output_ids, drafts: [])  # they would be right
     on, off = (
         run_on(menu, Lot(source, number, company, tuple(range(20)), 3), tmp_path / source)
@@ -97,13 +97,13 @@ def test_wrong_drafts_delay_nobody(menu, company, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def sequence(menu, tmp_path_factory):
-    """(wishes, what they give one after another without drafts, the folder in which prefixes were kept)."""
+    """(wishes, their OneByOne without drafts, the folder in which prefixes were kept)."""
     asked, folder = wishes(menu.subject, 5, 10), tmp_path_factory.mktemp("off")
     return asked, one_by_one(menu.subject, asked, folder), folder
 
 
 def run_again(menu, sequence, folder, source, num_drafts):
-    """The same with drafts, of a source that knows the answers."""
+    """The same with drafts of a source that knows the answers."""
     asked, off, _ = sequence
     return one_by_one(menu.subject, asked, folder, source, num_drafts, lambda turn: off.found[turn][0])
 
@@ -133,7 +133,7 @@ def test_one_after_another_the_same_is_found_and_kept_and_evicted(menu, sequence
 
 @pytest.mark.parametrize("source, num_drafts", [("mtp", 3), ("lookup", None)])
 def test_what_was_kept_without_drafts_is_found_with_them(menu, sequence, tmp_path, source, num_drafts):
-    """The first of these engines finds on disk what the second without drafts found."""
+    """The first engine with drafts finds on disk the prefixes that the second engine without drafts found."""
     off, folder = sequence[1:]
     on = run_again(menu, sequence, shutil.copytree(folder, tmp_path / "kept"), source, num_drafts)
     half = len(off.found) // 2

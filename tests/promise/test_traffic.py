@@ -64,7 +64,7 @@ NUM_STEPS = 3000
 
 @pytest.fixture(scope="module")
 def events():
-    """Counts of what happened in all walks."""
+    """Counts of the events of all walks."""
     return Counter()
 
 

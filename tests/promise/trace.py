@@ -1,4 +1,4 @@
-"""What a sequence gives when it runs alone, one token at a time, on one thread: the reference of the promise."""
+"""The reference of the promise: the results of a sequence that runs alone, one token a step, on one thread."""
 
 import hashlib
 from dataclasses import dataclass
@@ -24,17 +24,17 @@ WISHES = Adjustment(
 
 @dataclass(frozen=True)
 class Sequence:
-    """Token ids, and how each position would be sampled."""
+    """Token ids, and the sampling parameters of each position."""
 
     name: str
     token_ids: list
     seed: int
 
     def sampling(self, position):
-        """Fields of a SAMPLING_RECORD: every third position is greedy, the others draw; two of three are adjusted."""
-        heat = (0.0, 0.8, 1.3)[(position + self.seed) % 3]
+        """Fields of a SAMPLING_RECORD: every third position is greedy, the others draw; two of three adjust logits."""
+        temperature = (0.0, 0.8, 1.3)[(position + self.seed) % 3]
         return dict(
-            temperature=heat,
+            temperature=temperature,
             top_p=(1.0, 0.9)[position % 2],
             min_p=0.0,
             top_k=(0, 40)[position // 2 % 2],
@@ -47,8 +47,9 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Trace:
-    """logits [n, V], hidden [n, D], tokens [n], logprobs [n]; reports[n]: see `report`; states[n]: digest of
-    the recurrent state after each token; cache: for each array of pages, the bytes of every position [n, ...]."""
+    """The results of a Sequence that ran alone. logits [n, V], hidden [n, D], tokens [n], logprobs [n]. reports [n]:
+    see `report`. states [n]: digest of the recurrent state after each token. cache: {name of a cache of pages: the
+    bytes of every position [n, ...]}."""
 
     logits: np.ndarray
     hidden: np.ndarray
@@ -60,38 +61,38 @@ class Trace:
 
 
 def report(runner, row):
-    """Bytes of a sampled row's likeliest tokens, their log-probabilities, and the logits as the row wants them."""
+    """Bytes of a sampled row's likeliest tokens, their log-probabilities, and its adjusted logits, if there are any."""
     sample = runner.sample
-    wanted = [(sample.top_token, ALTERNATIVES), (sample.top_logprob, ALTERNATIVES)]
+    parts = [(sample.top_token, ALTERNATIVES), (sample.top_logprob, ALTERNATIVES)]
     if runner.is_adjusted(row):
-        wanted.append((sample.adjusted, sample.vocab_size))
-    return b"".join(runner.executor.view(t, row + 1)[row, :width].tobytes() for t, width in wanted)
+        parts.append((sample.adjusted, sample.vocab_size))
+    return b"".join(runner.executor.view(t, row + 1)[row, :width].tobytes() for t, width in parts)
 
 
 def state_digest(runner, slot):
-    """Digest of all recurrent state of a slot. SHA-256, for which processors have instructions: this is a large part
-    of what the tests of the promise take."""
-    made = hashlib.sha256()
+    """Digest of all recurrent state of a slot. It is SHA-256, for which processors have instructions, since it takes a
+    large part of the time of these tests."""
+    state = hashlib.sha256()
     for cache in runner.program.caches:
         if cache.kind == "state":
-            made.update(runner.caches[cache.name].reshape(runner.limits.max_requests, -1)[slot])
-    return made.hexdigest()
+            state.update(runner.caches[cache.name].reshape(runner.limits.max_requests, -1)[slot])
+    return state.hexdigest()
 
 
 def positions(runner, pages, count):
-    """{name: (the first position, bytes of those from it to `count` [n, heads, head size, bytes])} of every array of
-    pages, as far as a request holds them."""
-    found = {}
+    """{name of a cache of pages: (first position that the request holds, bytes of the positions from there to `count`:
+    [n, heads, head size, bytes])}."""
+    held_bytes = {}
     for cache in (c for c in runner.program.caches if c.kind == "pages"):
         held = pages[cache.group] if len(pages) > 1 else pages[0]
         memory = runner.caches[cache.name].reshape(-1, *cache.shape, cache.bytes_each // int(np.prod(cache.shape)))
         start = held.first * PAGE_TOKENS
-        found[cache.name] = start, by_position(memory[held.ids], cache.name.endswith("k_pages"))[: count - start]
-    return found
+        held_bytes[cache.name] = start, by_position(memory[held.ids], cache.name.endswith("k_pages"))[: count - start]
+    return held_bytes
 
 
 def whole(runner, pages, count):
-    """The bytes of all positions, of pages that hold all of them."""
+    """{name of a cache of pages: the bytes of all positions}, where the pages hold them all."""
     return {name: rows for name, (_, rows) in positions(runner, pages, count).items()}
 
 

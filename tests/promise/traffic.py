@@ -1,8 +1,8 @@
-"""Random traffic through the whole engine, each step compared bit for bit with every request alone and cold.
+"""Random traffic through the whole engine; each step is compared bit for bit with every request alone, without a cache.
 
-Where `schedule.py` decides itself what runs in a step, here the engine's own scheduler and prefix cache do. Memory is
-too small for the requests, prompts share prefixes, requests have priorities, samples and salts, and are preempted and
-cancelled at any time. Every page that is taken and every slot that is left is filled with NaN bytes first.
+In `schedule.py` the test decides what runs in a step; here the engine's own scheduler and prefix cache decide. Memory
+is too small for the requests, prompts share prefixes, requests have priorities, samples and salts, and are preempted
+and cancelled at any time. Every page that is taken and every slot that is given back is filled with NaN bytes.
 """
 
 import functools
@@ -20,12 +20,11 @@ from tests.promise.schedule import POISON, Differs
 from tests.promise.trace import positions, state_digest
 
 PAGES, SLOTS = 9, 5
-MOST_STEPS = 3000  # that what is left after a walk may take
+MOST_STEPS = 3000  # in which the requests that are left at the end must finish
 
 
 class Menu:
-    """Prompts that share prefixes, and what each is answered with alone. sizes: of engines, where they are not PAGES
-    and SLOTS."""
+    """Prompts that share prefixes, and the answer to each alone. sizes: EngineOptions in place of PAGES and SLOTS."""
 
     def __init__(self, model, **sizes):
         self.model, self.sizes, self._answers = model, sizes, {}
@@ -50,12 +49,12 @@ class Menu:
             SamplingParams(max_tokens=m, temperature=heats[i % 3], top_p=(1, 0.9)[i % 2], seed=i, ignore_eos=True)
             for i, m in enumerate((9, 60, 150, 90, 30, 200, 20, 5, 10))
         ]
-        # a second turn: the first one's prompt and answer, and more
+        # a second turn: the prompt and answer of the first turn, and more
         self.prompts.append(self.answer(0, self.params[0]).known + three[:20])
         self.params.append(self.params[1])
 
     def answer(self, index, params):
-        """The Answer to prompt `index` for a sample's params."""
+        """The Answer to prompt `index` with the params of one sample."""
         key = index, replace(params, n=1)
         if key not in self._answers:
             self._answers[key] = answer(self.model, self.prompts[index], params)
@@ -63,8 +62,8 @@ class Menu:
 
 
 class Traffic:
-    """One engine under random requests. options: of the engine; num_states, num_entries: how many states fit in memory,
-    and how many states or pages on disk."""
+    """One engine under random requests. num_states: how many states fit in memory. num_entries: how many states or
+    pages fit on disk. options: of the engine."""
 
     def __init__(self, menu, seed, num_states=1000, num_entries=1000, **options):
         self.rng, self.menu, self.seed, self.events = np.random.default_rng(seed), menu, seed, Counter()
@@ -79,14 +78,14 @@ class Traffic:
         self._watch()
 
     def _watch(self):
-        """Puts checks between the parts of the engine."""
+        """Hooks checks into the scheduler, the allocators and the Runner of the engine."""
         scheduler = self.engine.scheduler
         schedule, strip = scheduler.schedule, scheduler.strip
 
         def taken(group, take, count):
-            made = take(count)
-            self._poison("pages", made or [], group)
-            return made
+            pages = take(count)
+            self._poison("pages", pages or [], group)
+            return pages
 
         def stripped(request):
             slot = request.slot
@@ -107,7 +106,7 @@ class Traffic:
         self._hidden = [a.take(1) if g.window else [] for g, a in zip(pages.groups, pages.allocators, strict=True)]
 
     def _with_hidden(self, span):
-        """A span whose page tables name a page of NaN bytes before a window: whoever looks there is seen."""
+        """A span whose page tables name a page of NaN bytes for each page behind a window: reading one shows."""
         pages = [Held(0, hidden * held.first + held.ids) for held, hidden in zip(span.pages, self._hidden, strict=True)]
         return replace(span, pages=pages)
 
@@ -119,7 +118,8 @@ class Traffic:
     # ------------------------------------------------------------ running
 
     def run(self, num_steps):
-        """Runs steps, then what is left; raises Differs at the first wrong bit. Returns what happened."""
+        """Runs steps with arrivals, then the requests that are left; raises Differs at the first wrong bit. Returns the
+        events."""
         scheduler = self.engine.scheduler
         for _ in range(num_steps):
             while len(self.engine.scheduler.waiting) < 3 and self.rng.random() < 0.5:
@@ -138,31 +138,34 @@ class Traffic:
     def arrive(self):
         index, n = int(self.rng.integers(len(self.menu.prompts))), int(self.rng.choice([1, 1, 1, 2, 3]))
         params = replace(self.menu.params[index], n=n)
-        made = self.engine.add_samples(
+        requests = self.engine.add_samples(
             self.menu.prompts[index],
             params,
             priority=int(self.rng.integers(-1, 2)),
             cache_salt=str(self.rng.choice(["", "", "", "salt"])),
         )
         self.events["samples"] += n > 1
-        for request in made:
+        for request in requests:
             self.expected[request.id] = self.menu.answer(index, request.params)
-        self.requests += made
+        self.requests += requests
 
     def cancel(self):
         alive = [r for r in self.requests if r.finish_reason is None]
         if alive:
             request = alive[self.rng.integers(len(alive))]
             pages = self.engine.scheduler.pages
-            groups = list(zip(pages.allocators, request.pages, strict=request.slot is not None))
-            free, held = pages.num_free, sum(len(held.ids) for _, held in groups)
-            shared = sum(allocator.num_holders(p) > 1 for allocator, held in groups for p in held.ids)
+            num_free, num_held = pages.num_free, sum(len(held.ids) for held in request.pages)
+            num_shared = sum(self._is_shared(g, p) for g, held in enumerate(request.pages) for p in held.ids)
             self.events["cancelled running" if request.slot is not None else "cancelled waiting"] += 1
             self.engine.cancel(request)
-            assert pages.num_free == free + held - shared and request.pages == []
+            assert pages.num_free == num_free + num_held - num_shared and request.pages == []
+
+    def _is_shared(self, group, page):
+        """Whether several running requests hold a page of a group."""
+        return sum(page in request.pages[group].ids for request in self.engine.scheduler.running) > 1
 
     def finish(self):
-        """After the last step: nobody holds anything, and every answer is the expected one."""
+        """After the last step: all pages and slots are free, and every answer is the expected one."""
         scheduler = self.engine.scheduler
         for allocator, hidden in zip(scheduler.pages.allocators, self._hidden, strict=True):
             allocator.give_back(hidden)
@@ -180,28 +183,30 @@ class Traffic:
     # ------------------------------------------------------------ checks
 
     def _count_admissions(self, admitted):
-        self._fresh, allocators = {r.id for r in admitted}, self.engine.scheduler.pages.allocators
+        self._fresh = {r.id for r in admitted}
         for r in admitted:
-            found = r.num_computed // PAGE_TOKENS
-            groups = list(zip(allocators, r.pages, strict=True))
-            shared = [(allocator, held.ids[: found - held.first]) for allocator, held in groups]
-            hot = any(allocator.num_holders(p) > 1 for allocator, pages in shared for p in pages)
-            self.events["hot hit" if hot else "cold hit"] += found > 0
+            num_found = r.num_computed // PAGE_TOKENS
+            found = [(group, held.ids[: num_found - held.first]) for group, held in enumerate(r.pages)]
+            hot = any(self._is_shared(group, page) for group, pages in found for page in pages)
+            self.events["hot hit" if hot else "cold hit"] += num_found > 0
             self.events["hit without what is before a window"] += any(held.first > 0 for held in r.pages)
-            self.events["hit with a state"] += found > 0 and self.engine.scheduler.prefix.states is not None
+            self.events["hit with a state"] += num_found > 0 and self.engine.scheduler.prefix.states is not None
             self.events["second admission"] += r.num_preemptions > 0
 
     def _checked_step(self, spans):
-        found = self._step([self._with_hidden(span) for span in spans])
+        """Runs a step in place of `Runner.step`, and checks each span."""
+        results = self._step([self._with_hidden(span) for span in spans])
         row = 0
         for (request, _), span in zip(self._plan, spans, strict=True):
-            self._check(request, span, [x[row] for x in found] if span.sampled else None)
+            self._check(request, span, [result[row] for result in results] if span.sampled else None)
             row += len(span.sampled)
         self.events["steps"] += 1
         self.events["prefill beside decode"] += len({count == 1 for _, count in self._plan}) == 2
-        return found
+        return results
 
     def _check(self, request, span, sampled):
+        """Raises Differs if a span gave other bits than its request alone. sampled: token, log-probability and
+        logits."""
         runner, answer, end = self.engine.runner, self.expected[request.id], span.start + len(span.token_ids)
         where = f"request {request.id} at {span.start} to {end}, seed {self.seed}, step {self.events['steps']}"
         if sampled:
@@ -212,7 +217,7 @@ class Traffic:
                 raise Differs(f"logits ({where})")
         if state_digest(runner, span.slot) != answer.states[end - 1]:
             raise Differs(f"recurrent state ({where})")
-        # what was not written in this step is looked at after a hit, and now and then
+        # all positions that the request holds: after prefill, after a prefix hit, and now and then while it decodes
         if len(span.token_ids) > 1 or request.id in self._fresh or self.rng.random() < 0.1:
             for name, (first, bytes_) in positions(runner, span.pages, end).items():
                 if (bytes_ != answer.cache[name][first:end]).any():

@@ -1,5 +1,5 @@
-"""`make speculation`: random short requests with drafts of every kind against the same without: `python -m
-tests.speculation --requests 10000`. What differs is printed with its seed, which `--seed` repeats first."""
+"""`make speculation`: compares random short requests with drafts of every kind with the same requests without drafts:
+`python -m tests.speculation --requests 10000`. Differences are printed with their seed, which `--seed` repeats."""
 
 import argparse
 import sys
@@ -21,20 +21,20 @@ TOLD = ("requests", "drafts", "right drafts", "preempted requests", "cancelled",
 
 
 def prove(subject: Subject, seed: int, folder: Path) -> Report:
-    """One menu, and a lot of each source and each number of drafts."""
+    """Runs one Menu, and lots of every source and number of drafts."""
     menu, report = Menu(subject, wishes(subject, seed, NUM_WISHES)), Report()
     for lot in lots(menu, seed, LOT_SIZE):
-        found = run_lot(menu, lot, folder)
-        report.differences += found.differences
-        report.events += found.events
+        of_lot = run_lot(menu, lot, folder)
+        report.differences += of_lot.differences
+        report.events += of_lot.events
     return report
 
 
 def main() -> int:
     """Runs what the command line asks for; returns 1 if anything differed."""
     parser = argparse.ArgumentParser(prog="python -m tests.speculation", description=__doc__)
-    parser.add_argument("--requests", type=int, default=10_000, help="at least so many (%(default)s)")
-    parser.add_argument("--seed", type=int, default=time.time_ns() // 10**9, help="of the first menu; else the time")
+    parser.add_argument("--requests", type=int, default=10_000, help="how many, at least (%(default)s)")
+    parser.add_argument("--seed", type=int, default=time.time_ns() // 10**9, help="of the first menu (the time)")
     parser.add_argument("--model", choices=["bundled", *CONFIGS], default="bundled", help="or a tiny random one")
     parser.add_argument(
         "--weights", default="auto", choices=["auto", "f32", "bf16", "q8_0", "q4_0"], help="their format"
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def campaign(subject: Subject, seed: int, num_requests: int, folder: Path) -> int:
-    """Menu after menu, until there were so many requests; prints how each went."""
+    """Runs menu after menu until num_requests requests were compared; prints a line for each menu."""
     events, num_different = Counter(), 0
     while events["requests"] < num_requests:
         report = prove(subject, seed, folder / str(seed))
@@ -69,7 +69,7 @@ def campaign(subject: Subject, seed: int, num_requests: int, folder: Path) -> in
 
 
 def sorted_by_place(events: Counter[str]) -> list[str]:
-    """Names of the events that count rejections."""
+    """Names of the events that count wrong drafts, in order of their place."""
     return sorted((name for name in events if name.startswith("rejected at ")), key=lambda name: int(name[12:]))
 
 

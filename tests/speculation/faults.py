@@ -1,6 +1,6 @@
-"""Mistakes of speculation, planted: each must turn the proof red, or the proof shows nothing.
+"""Planted mistakes of speculative decoding: the proof must find each of them, or it would show nothing.
 
-Each takes a pytest.MonkeyPatch and puts one mistake into the engine. Nothing changes in an engine without drafts.
+Each function takes a pytest.MonkeyPatch and puts one mistake into the engine. An engine without drafts is not changed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ from lockstep.runtime.program import CacheArray, Program
 
 
 def before_each_step(patch: pytest.MonkeyPatch, change: Callable[[Runner, Sequence[Span]], None]) -> None:
-    """Calls `change` with what a Runner is about to do."""
+    """Calls `change` with the Runner and the spans before each step."""
     step = Runner.step
 
     def changed(self: Runner, spans: Sequence[Span], clock: np.ndarray | None = None) -> Any:
@@ -33,22 +33,22 @@ def before_each_step(patch: pytest.MonkeyPatch, change: Callable[[Runner, Sequen
 
 
 def rejected_record_applied(patch: pytest.MonkeyPatch) -> None:
-    """The state absorbs the record after the accepted ones, that of the first wrong draft."""
-    left: dict[tuple[Runner, int], tuple[int, int]] = {}  # (runner, slot): where its drafts of the last step lie
+    """The state absorbs one record too many: that of the first wrong draft."""
+    drafts: dict[tuple[Runner, int], tuple[int, int]] = {}  # {(runner, slot): positions of the drafts of the last step}
 
     def change(self: Runner, spans: Sequence[Span]) -> None:
         for span in spans:
-            first, end = left.get((self, span.slot), (0, 0))
+            first, end = drafts.get((self, span.slot), (0, 0))
             if first <= span.start < end and span.start - span.num_pending == first:
                 absorb(self, span, span.num_pending + 1)
             certain = span.start + len(span.token_ids) - span.num_drafts
-            left[self, span.slot] = certain, certain + span.num_drafts
+            drafts[self, span.slot] = certain, certain + span.num_drafts
 
     before_each_step(patch, change)
 
 
 def absorb(self: Runner, span: Span, count: int) -> None:
-    """Does what the step would do with `count` pending records, the first of them those of the span."""
+    """Absorbs `count` pending records into the state, as the step would."""
     for op in self.program.ops:
         if isinstance(op, GatedDeltaVerify):
             state, records = (
@@ -70,7 +70,7 @@ def accepted_record_skipped(patch: pytest.MonkeyPatch) -> None:
 
 
 def stale_ring_row(patch: pytest.MonkeyPatch) -> None:
-    """The ring of convolution rows is one row too short: the last draft's row takes the place of one that counts."""
+    """The ring buffer of convolution rows is one row too short: the last draft overwrites a row that is needed."""
 
     def short(program: Program, num_drafts: int) -> Program:
         made = verifying(program, num_drafts)
@@ -88,7 +88,7 @@ def stale_ring_row(patch: pytest.MonkeyPatch) -> None:
 
 
 def noise_of_the_wrong_position(patch: pytest.MonkeyPatch) -> None:
-    """Drafts are judged with the noise of the certain token."""
+    """The tokens after drafts are chosen with the noise of the first row's position."""
 
     def wrong(request: Request, start: int, end: int, *others: Any) -> dict[int, dict[str, Any]]:
         rows = sampled_rows(request, start, end, *others)
@@ -101,7 +101,7 @@ def noise_of_the_wrong_position(patch: pytest.MonkeyPatch) -> None:
 
 
 def shared_penalties(patch: pytest.MonkeyPatch) -> None:
-    """All rows of a request see what its first one sees: drafts before them count for no penalty."""
+    """All rows of a request have the penalties of its first row: drafts before them do not count as output."""
     rows = Adjustment.rows
 
     def shared(self: Adjustment, *of: Any) -> list[dict[str, int]]:
@@ -112,7 +112,7 @@ def shared_penalties(patch: pytest.MonkeyPatch) -> None:
 
 
 def shared_mask_row(patch: pytest.MonkeyPatch) -> None:
-    """The masks of a request's rows lie in the same place: all of them see that of the last row."""
+    """The masks of a request's rows lie in the same memory: all rows have the mask of the last row."""
     rows = Adjustment.rows
 
     def shared(self: Adjustment, *of: Any) -> list[dict[str, int]]:
@@ -123,7 +123,7 @@ def shared_mask_row(patch: pytest.MonkeyPatch) -> None:
 
 
 def block_named_early(patch: pytest.MonkeyPatch) -> None:
-    """After a step with drafts the newest token counts as computed: its block gets a name without it."""
+    """After a step with drafts the newest token counts as computed: its block is named before it is full."""
     settle = Scheduler.settle
 
     def early(self: Scheduler, request: Request, num_next: int = 0) -> None:
@@ -137,17 +137,18 @@ def block_named_early(patch: pytest.MonkeyPatch) -> None:
 
 
 def kept_without_its_drafts(patch: pytest.MonkeyPatch) -> None:
-    """A state is kept as it lies in memory, before it has absorbed the accepted drafts."""
+    """A state is kept as it lies in its slot, before it has absorbed the accepted drafts."""
     read = memory.Recurrence.read
     patch.setattr(memory.Recurrence, "read", lambda self, slot, position, num_pending: read(self, slot, position, 0))
 
 
 def state_lost(patch: pytest.MonkeyPatch) -> None:
-    """No state is kept where a step does not end: not seen in any bit, but later prompts find less of their prefix."""
-    keep = "_keep_state"
-    kept = getattr(PrefixCache, keep)
-    lossy = lambda self, states, request, name: None if request.num_pending else kept(self, states, request, name)
-    patch.setattr(PrefixCache, keep, lossy)
+    """No state is kept where accepted drafts are pending: no bit differs, but later prompts find less of their
+    prefix."""
+    method = "_keep_state"
+    keep = getattr(PrefixCache, method)
+    lossy = lambda self, states, request, name: None if request.num_pending else keep(self, states, request, name)
+    patch.setattr(PrefixCache, method, lossy)
 
 
 FAULTS: Mapping[str, Callable[[pytest.MonkeyPatch], None]] = {

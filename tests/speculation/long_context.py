@@ -1,8 +1,8 @@
-"""A long prompt answered with drafts and without: `python -m tests.speculation.long_context`.
+"""Answers a long prompt with drafts and without: `python -m tests.speculation.long_context`.
 
-The model has the shape of Qwen3.5-0.8B and random weights. Every width has an engine of its own, and both temperatures
-run on it, the second on what the first left in the prefix cache. The engine without drafts and that of the largest
-width compute the prompt; the others find on disk what the first of all kept.
+The model has the shape of Qwen3.5-0.8B and random weights. Every width has an engine of its own, on which both
+temperatures run; the second finds its prompt in the prefix cache. The engine without drafts and the engine with the
+largest width compute the prompt; all other engines find it on disk.
 """
 
 import argparse
@@ -33,8 +33,8 @@ EMBEDDING_SCALE = 0.05
 
 @dataclass
 class Answer:
-    """What one run gave, and what of it differs from the run without drafts. digests: of the token ids, their
-    log-probabilities, the logits, the keys and values, the last state."""
+    """The result of one run. digests: of the token ids, their log-probabilities, the logits, the keys and values, and
+    the last state. differing: differences from the run without drafts."""
 
     width: int
     temperature: float
@@ -47,18 +47,18 @@ class Answer:
 
 
 def digests(request: Request, seen: Seen) -> list[str]:
-    """Those of an Answer, in few digits."""
+    """The digests of an Answer, shortened."""
     ids, logprobs = np.array(request.output_ids, np.int64), np.array(request.logprobs)
     pages = b"".join(np.ascontiguousarray(rows).tobytes() for _, rows in seen.pages[-1].values())
     state = seen.states.get(max(seen.states, default=0), b"")
-    found = ids.tobytes(), logprobs.tobytes(), b"".join(seen.logits), pages, state
-    return [hashlib.sha256(data).hexdigest()[:8] for data in found]
+    parts = ids.tobytes(), logprobs.tobytes(), b"".join(seen.logits), pages, state
+    return [hashlib.sha256(data).hexdigest()[:8] for data in parts]
 
 
 def answers(
     subject: Subject, prompt_ids: list[int], num_tokens: int, source: str, widths: tuple[int, ...], folder: Path
 ) -> Iterator[Answer]:
-    """Without drafts (width 1) and with drafts of a source, up to the largest width."""
+    """Answers without drafts (width 1), then with drafts of a source, for each width."""
     without: dict[float, Answer] = {}
     for width in (1, *widths):
         num_pages = 2 * -(-(len(prompt_ids) + num_tokens + width) // PAGE_TOKENS)
@@ -72,7 +72,7 @@ def answers(
             watch = Watch(engine)
             for temperature in TEMPERATURES:
                 params = SamplingParams(max_tokens=num_tokens, temperature=temperature, seed=7, ignore_eos=True)
-                salt = "cold" if width == max(widths) else ""  # it finds nothing of what others kept
+                salt = "cold" if width == max(widths) else ""  # it finds no prefix of other engines
                 made = run(watch, prompt_ids, params, salt, width)
                 off = without.setdefault(temperature, made)
                 made.differing = [*watch.faults, *differences(off.request, made.request, off.seen, made.seen)]
@@ -82,7 +82,7 @@ def answers(
 
 
 def run(watch: Watch, prompt_ids: list[int], params: SamplingParams, salt: str, width: int) -> Answer:
-    """One request, alone."""
+    """Runs one request alone."""
     started, num_steps = time.perf_counter(), 0
     request = watch.engine.add(prompt_ids, params, cache_salt=salt)
     while watch.engine.has_work:
@@ -94,8 +94,9 @@ def run(watch: Watch, prompt_ids: list[int], params: SamplingParams, salt: str, 
 
 
 def random_model(folder: Path, weights: str, max_context: int) -> Subject:
-    """Random weights in the shape of Qwen3.5-0.8B. Embeddings, which are the head, too, are small beside what layers
-    add to them: the model does not just repeat its last token, and is not sure, so that temperature matters."""
+    """Random weights in the shape of Qwen3.5-0.8B. Embeddings, which are also the head, are small beside what the
+    layers add to them: so the model does not just repeat its last token, and its probabilities are flat enough for the
+    temperature to matter."""
     config = published.QWEN3_5_0_8B["text_config"] | dict(tie_word_embeddings=True)
     arrays = tiny.tensors(config, 11)
     arrays["model.embed_tokens.weight"] *= np.float32(EMBEDDING_SCALE)
@@ -124,7 +125,7 @@ def main() -> int:
 
 
 def tell(answer: Answer) -> None:
-    """Prints a line, and what differs."""
+    """Prints a line for a run, and its differences."""
     r = answer.request
     print(
         f"width {answer.width}  T {answer.temperature:g}  {len(r.output_ids)} tokens, {len({*r.output_ids})} of them "
@@ -134,8 +135,8 @@ def tell(answer: Answer) -> None:
         f"{'DIFFERS' if answer.differing else 'equal'}",
         flush=True,
     )
-    for what in answer.differing:
-        print("   ", what[:1000], flush=True)
+    for difference in answer.differing:
+        print("   ", difference[:1000], flush=True)
 
 
 if __name__ == "__main__":

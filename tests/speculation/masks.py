@@ -1,4 +1,4 @@
-"""A mask for models without a tokenizer, which may be asked about drafts."""
+"""A SpeculativeMask for models without a tokenizer."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,7 +8,7 @@ from lockstep.text.speculative_mask import SpeculativeMask
 
 
 class FewAfterEach(SpeculativeMask):
-    """After each token one to three others are allowed, which depend on it; where it is one, it is forced."""
+    """After each token one to three tokens are allowed, which depend on it; a single one is forced."""
 
     def __init__(self, vocab_size: int, num_samples: int = 1) -> None:
         self._vocab_size = vocab_size

@@ -1,7 +1,8 @@
-"""Requests one after another, so that no step's company differs: then the prefix cache, too, is the same with drafts.
+"""Requests that run one after another, so that every step has the same requests with drafts and without: then the
+prefix cache is the same, too.
 
-What is found is equal (tokens of every prompt that were cached), what is kept is equal (named blocks, states, files on
-disk), and so are all counts that do not count drafts.
+Both find the same tokens of every prompt, keep the same blocks, states and files on disk, and have the same counts, but
+for those of drafts.
 """
 
 from collections.abc import Callable
@@ -20,17 +21,17 @@ from tests.speculation.subjects import Subject
 from tests.speculation.watch import Watch
 from tests.speculation.wishes import Wish
 
-# the longest turn takes 6 pages: blocks are evicted, and so are states; of a disk's entries all are kept
+# the longest turn takes 6 pages, so that blocks and states are evicted; all entries on disk are kept
 OPTIONS = dict(max_requests=2, kv_tokens=PAGE_TOKENS * 8, threads=1, state_every=128, prompt_state_from=0)
 NUM_STATES = 5
 DRAFT_COUNTS = ("drafts", "accepted_drafts")
 
 
 @dataclass
-class Found:
-    """found: of each request its answer, and how many of its tokens were cached. kept: {name: digest} of blocks and
-    states as they got their names. counts: of both engines, when all was over. files: {name: bytes} of the folder on
-    disk. num_right: drafts that were."""
+class OneByOne:
+    """found: of each request its answer and the number of its cached tokens. kept: {name: digest} of blocks and of
+    states, for each engine. counts: of each engine at its end. files: {name: bytes} in the folder of the disk store.
+    num_right: right drafts."""
 
     found: list[tuple[Any, ...]]
     kept: list[dict[bytes, bytes]]
@@ -46,10 +47,11 @@ def one_by_one(
     source: str = "off",
     num_drafts: int | None = None,
     answers: Callable[[int], list[int]] = lambda index: [],
-) -> Found:
-    """Two engines, the second of which finds on disk what the first kept, each with one sample of all wishes and, after
-    each, a second turn that goes on from its answer. answers: by index of a turn, what a source knows."""
-    made = Found([], [], [], {}, 0)
+) -> OneByOne:
+    """Runs two engines, the second of which finds on disk what the first kept. Each runs one sample of every wish, and
+    after it a second turn that goes on from its answer. answers: gives a source the answer of the turn with an
+    index."""
+    made = OneByOne([], [], [], {}, 0)
     asked = [replace(wish, params=replace(wish.params, n=1)) for wish in asked]
     speculate = source if source in ("off", *BUILT_IN) else BUILT_IN[0]
     options = OPTIONS | dict(state_bytes=NUM_STATES * max(1, subject.state_bytes), cache_dir=folder)
@@ -63,7 +65,7 @@ def one_by_one(
     return made
 
 
-def _all_turns(engine: Engine, asked: list[Wish], made: Found) -> None:
+def _all_turns(engine: Engine, asked: list[Wish], made: OneByOne) -> None:
     watch, prefix = Watch(engine), engine.scheduler.prefix
     for wish in asked:
         first = _turn(watch, wish)
@@ -87,6 +89,6 @@ def _turn(watch: Watch, wish: Wish) -> Request:
 
 
 def answered(r: Request) -> tuple[Any, ...]:
-    """What a request was answered with, and how much of it was cached."""
+    """The whole answer of a request, and the number of its cached tokens."""
     reports = r.logprobs, r.top_logprobs, r.prompt_logprobs, r.prompt_top_logprobs
     return r.output_ids, *reports, r.text, r.finish_reason, r.stop_reason, r.num_cached

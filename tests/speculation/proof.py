@@ -1,7 +1,8 @@
-"""Speculation on against off: the same requests, in other company, on little memory, with drafts of every kind.
+"""Speculative decoding on against off: the same requests, beside other requests, on little memory, with drafts of every
+kind.
 
-A `Menu` is what a set of wishes gives without speculation. A `Lot` is a part of them, run with drafts. `differences`
-lists all that is not the same, bit for bit.
+A `Menu` has the answers to a set of wishes without drafts. A `Lot` is a part of the wishes, run with drafts.
+`differences` lists everything that is not the same, bit for bit.
 """
 
 import contextlib
@@ -23,7 +24,8 @@ from tests.speculation.watch import Seen, Watch
 from tests.speculation.wishes import Wish
 
 AMPLE = dict(max_requests=16, kv_tokens=PAGE_TOKENS * 400, threads=1, state_every=64, prompt_state_from=0)
-# the longest request takes 4 pages: answers outgrow their memory, or have much; steps are small or large
+# EngineOptions of a Lot. The longest request takes 4 pages: answers have too little memory or much; steps are small or
+# large
 COMPANIES: dict[str, dict[str, Any]] = {
     "crowded": dict(max_requests=6, kv_tokens=PAGE_TOKENS * 7, max_step_tokens=100, threads=1, state_every=64),
     "roomy": dict(max_requests=8, kv_tokens=PAGE_TOKENS * 60, max_step_tokens=300, threads=1, state_every=128),
@@ -37,30 +39,30 @@ MOST_STEPS = 20_000
 
 @dataclass
 class Run:
-    """Requests that ran, by wish and sample, and what was seen of them."""
+    """Requests that ran, by wish and sample, and the Watch of their engine."""
 
     requests: list[list[Request]]
     watch: Watch
 
 
-def serve(engine: Engine, asked: list[Wish], seed: int | None, on_ask: Callable[[int, list[Request]], None]) -> Run:
-    """Runs wishes to their ends. seed: of when they come, who is cancelled and who preempted; None: they come all at
-    once, and nobody is. on_ask: called with the index of a wish and its Requests."""
+def serve(engine: Engine, wishes: list[Wish], seed: int | None, on_ask: Callable[[int, list[Request]], None]) -> Run:
+    """Runs wishes to their ends. seed: of the random arrivals, cancels and preemptions; None: all arrive at once, and
+    none is cancelled or preempted. on_ask: called with the index of a wish and its Requests."""
     watch, requests, rng = Watch(engine), [], np.random.default_rng(seed)
     for _ in range(MOST_STEPS):
-        while len(requests) < len(asked) and (seed is None or not engine.has_work or rng.random() < 0.6):
-            requests.append(asked[len(requests)].ask(engine))
+        while len(requests) < len(wishes) and (seed is None or not engine.has_work or rng.random() < 0.6):
+            requests.append(wishes[len(requests)].ask(engine))
             on_ask(len(requests) - 1, requests[-1])
         watch.step()
         if seed is not None:
-            disturb(engine, [r for made in requests for r in made], rng)
-        if len(requests) == len(asked) and not engine.has_work:
+            disturb(engine, [r for samples in requests for r in samples], rng)
+        if len(requests) == len(wishes) and not engine.has_work:
             return Run(requests, watch)
     raise AssertionError(f"requests that never end (seed {seed})")
 
 
 def disturb(engine: Engine, requests: list[Request], rng: np.random.Generator) -> None:
-    """Now and then cancels a request, or preempts one."""
+    """Cancels a random request now and then, and preempts one."""
     alive, running = [r for r in requests if r.finish_reason is None], engine.scheduler.running
     if alive and rng.random() < 0.02:
         engine.cancel(alive[rng.integers(len(alive))])
@@ -71,9 +73,9 @@ def disturb(engine: Engine, requests: list[Request], rng: np.random.Generator) -
 @contextlib.contextmanager
 def opened(subject: Subject, options: Mapping[str, Any]) -> Iterator[Engine]:
     """An engine of a subject, closed at the end."""
-    made, reader = EngineOptions(**options), subject.new_detokenizer
+    made, detokenizer = EngineOptions(**options), subject.new_detokenizer
     draft_model = subject.draft_model if made.speculate == MODEL else None
-    engine = Engine(subject.model, made, eos_ids=subject.eos_ids, new_detokenizer=reader, draft_model=draft_model)
+    engine = Engine(subject.model, made, eos_ids=subject.eos_ids, new_detokenizer=detokenizer, draft_model=draft_model)
     try:
         yield engine
     finally:
@@ -81,20 +83,21 @@ def opened(subject: Subject, options: Mapping[str, Any]) -> Iterator[Engine]:
 
 
 class Menu:
-    """What wishes are answered with when nothing is drafted, all together on enough memory."""
+    """The answers to wishes without drafts, all together on enough memory."""
 
-    def __init__(self, subject: Subject, asked: list[Wish]) -> None:
-        self.subject, self.asked = subject, asked
+    def __init__(self, subject: Subject, wishes: list[Wish]) -> None:
+        self.subject, self.wishes = subject, wishes
         with opened(subject, AMPLE) as engine:
-            self.run = serve(engine, asked, None, lambda index, requests: None)
+            self.run = serve(engine, wishes, None, lambda index, requests: None)
         assert not self.run.watch.faults, self.run.watch.faults
-        for made in self.run.requests:
-            assert not any(r.is_fault or r.finish_reason in (None, "cancelled") for r in made)
+        for samples in self.run.requests:
+            assert not any(r.is_fault or r.finish_reason in (None, "cancelled") for r in samples)
 
 
 @dataclass(frozen=True)
 class Lot:
-    """Wishes of a menu by index, and how they run. num_drafts: None: as many as pay."""
+    """Wishes of a Menu, by index, and the way they run. source: of the drafts. num_drafts: of a request in a step;
+    None: as many as pay. company: a name in COMPANIES. seed: see `serve`."""
 
     source: str
     num_drafts: int | None
@@ -108,21 +111,21 @@ class Lot:
 
 @dataclass
 class Report:
-    """What lots gave: differences in words, requests that were compared, and how often what happened."""
+    """Results of lots: differences in words, and counts of events."""
 
     differences: list[str] = field(default_factory=list)
     events: Counter[str] = field(default_factory=Counter)
 
 
 def run_lot(menu: Menu, lot: Lot, folder: Path) -> Report:
-    """Runs a lot with drafts and compares it with its menu. folder: of the company that keeps prefixes on disk."""
+    """Runs a lot with drafts and compares it with its Menu. folder: where the company "disk" keeps prefixes."""
     return compared(menu, lot, run_on(menu, lot, folder))
 
 
 def run_on(menu: Menu, lot: Lot, folder: Path) -> Run:
-    """A lot's wishes on an engine of its own; with the source "off" there are no drafts."""
+    """Runs a lot's wishes on an engine of their own; with the source "off" there are no drafts."""
     answers: dict[int, list[int]] = {}
-    asked, rng = [menu.asked[i] for i in lot.indices], np.random.default_rng(lot.seed)
+    wishes, rng = [menu.wishes[i] for i in lot.indices], np.random.default_rng(lot.seed)
 
     def on_ask(index: int, requests: list[Request]) -> None:
         for request, known in zip(requests, menu.run.requests[lot.indices[index]], strict=True):
@@ -136,11 +139,11 @@ def run_on(menu: Menu, lot: Lot, folder: Path) -> Run:
         if lot.source in KNOWING:
             source = KNOWING[lot.source](lambda r: answers[r.id], rng, menu.subject.vocab_size)
             plant(engine, source, lot.num_drafts)
-        return serve(engine, asked, lot.seed, on_ask)
+        return serve(engine, wishes, lot.seed, on_ask)
 
 
 def compared(menu: Menu, lot: Lot, run: Run) -> Report:
-    """A lot that ran, against its menu."""
+    """Compares a lot that ran with its Menu."""
     report = Report(events=run.watch.events + Counter(run.watch.engine.counts()))
     for source, counts in run.watch.engine.draft_counts().items():
         report.events[f"drafts from {source}"] += sum(counts.drafted)
@@ -165,18 +168,18 @@ def compared(menu: Menu, lot: Lot, run: Run) -> Report:
 
 
 def unlike(off: Watch, on: Watch) -> Iterator[str]:
-    """What differs in named blocks and kept states."""
+    """Differences between named blocks and between kept states."""
     if not on.blocks.keys() <= off.blocks.keys():
         yield "a block that has a name with speculation only"
-    for what in ("blocks", "kept"):
-        one, two = getattr(off, what), getattr(on, what)
+    for field_name in ("blocks", "kept"):
+        one, two = getattr(off, field_name), getattr(on, field_name)
         if any(one[name] != two[name] for name in one.keys() & two.keys()):
-            yield f"bytes of {what}"
+            yield f"bytes of {field_name}"
 
 
 def unlike_calls(off: list[Request], on: list[Request]) -> Iterator[str]:
-    """Whether the samples' mask, a function of a user's own, was called otherwise."""
-    one, two = (made[0].params.logits_mask for made in (off, on))
+    """Differences between the calls of the samples' logits_mask, if it is a plain function."""
+    one, two = (samples[0].params.logits_mask for samples in (off, on))
     if isinstance(one, UsersMask) and isinstance(two, UsersMask):
         was_cancelled = any(r.finish_reason == "cancelled" for r in on)
         missing, added = (Counter(a.calls) - Counter(b.calls) for a, b in ((one, two), (two, one)))
@@ -185,7 +188,7 @@ def unlike_calls(off: list[Request], on: list[Request]) -> Iterator[str]:
 
 
 def differences(off: Request, on: Request, off_seen: Seen, on_seen: Seen) -> Iterator[str]:
-    """What differs between a request without speculation and the same with it, which may have been cancelled."""
+    """Differences between a request without drafts and the same with drafts, which may have been cancelled."""
     count = len(on.output_ids)
     for name in ("output_ids", "logprobs", "top_logprobs", "prompt_logprobs", "prompt_top_logprobs"):
         one, two = getattr(off, name), getattr(on, name)
@@ -209,26 +212,27 @@ def differences(off: Request, on: Request, off_seen: Seen, on_seen: Seen) -> Ite
 
 
 def embedding(request: Request) -> np.ndarray:
-    """Of a request that wants one."""
+    """The embedding of a request that asked for one."""
     assert request.pool is not None
     return request.pool.embedding()
 
 
 def unlike_memory(off: Request, off_seen: Seen, on_seen: Seen) -> Iterator[str]:
-    """What differs in recurrent states, and in keys and values of computed positions."""
+    """Differences between recurrent states, and between keys and values of computed positions."""
     for at, state in on_seen.states.items():
         if at >= len(off.prompt_ids) and at not in off_seen.states:
             yield f"a state after {at} tokens, with speculation only"
         elif off_seen.states.get(at, state) != state:
             yield f"the state after {at} tokens"
-    for found in on_seen.pages:
-        for name, known in off_seen.pages[-1].items():  # drafts may have caches of their own
-            if _unlike_positions(*known, *found[name]):
+    for on_pages in on_seen.pages:
+        for name, off_pages in off_seen.pages[-1].items():  # a Head's own caches are not compared
+            if _unlike_positions(*off_pages, *on_pages[name]):
                 yield f"{name}: keys or values"
 
 
 def _unlike_positions(start: int, known: np.ndarray, first: int, rows: np.ndarray) -> bool:
-    """Whether rows from a first position on differ from those known from `start` on, where both are there."""
+    """Whether rows from position `first` on differ from the rows known from `start` on, at positions that both have, or
+    go further."""
     low, high = max(start, first), min(start + len(known), first + len(rows))
     return first + len(rows) > start + len(known) or (
         low < high and bool((known[low - start : high - start] != rows[low - first : high - first]).any())
@@ -236,11 +240,11 @@ def _unlike_positions(start: int, known: np.ndarray, first: int, rows: np.ndarra
 
 
 def lots(menu: Menu, seed: int, size: int) -> list[Lot]:
-    """Lots of every source and every number of drafts, each of `size` random wishes: of 15 drafts, the wrong one at
-    every place, where answers are long enough and steps have room; and every other source in turns, each with another
-    number of drafts, in all companies; and those that the engine has with as many as pay."""
+    """Lots of every source and every number of drafts, each of `size` random wishes. There are lots with 15 drafts, of
+    which one is wrong, for each place (with long answers, in roomy companies); lots with every other source and number
+    of drafts in turn, in all companies; and lots with the built-in sources and as many drafts as pay."""
     rng = np.random.default_rng(seed)
-    long = [i for i, made in enumerate(menu.run.requests) if len(made[0].output_ids) > MAX_DRAFTS]
+    long = [i for i, samples in enumerate(menu.run.requests) if len(samples[0].output_ids) > MAX_DRAFTS]
     own = built_in(menu.subject.model)
     others = [*own, *(name for name in KNOWING if not name.startswith("wrong at"))]
     shift = int(rng.integers(len(others)))
@@ -248,7 +252,7 @@ def lots(menu: Menu, seed: int, size: int) -> list[Lot]:
     turns = [(others[(i + shift) % len(others)], i + 1) for i in range(MAX_DRAFTS - 1)]
     for i, (source, number) in enumerate([*turns, *((source, None) for source in ("mostly right", *own))]):
         company = list(COMPANIES)[(i + i // len(COMPANIES) + shift) % len(COMPANIES)]
-        plan.append((source, number, company, list(range(len(menu.asked)))))
+        plan.append((source, number, company, list(range(len(menu.wishes)))))
     made = []
     for i, (source, number, company, indices) in enumerate(plan):
         chosen = tuple(rng.choice(indices, min(size, len(indices)), replace=False).tolist())

@@ -1,4 +1,4 @@
-"""Where drafts come from when they are to do harm: sources that know the answer, and sources that know nothing."""
+"""Sources of drafts for tests: some know the answer and are right or wrong on purpose, some know nothing."""
 
 from collections.abc import Callable
 
@@ -10,28 +10,28 @@ from lockstep.engine.request import Request
 from lockstep.engine.speculation.drafts import MAX_DRAFTS, MODEL, Drafter, Source
 from lockstep.engine.speculation.lookup import Guess
 
-Answers = Callable[[Request], list[int]]  # what a request will be answered with
-Guesses = Callable[[Request, int], list[int]]  # (request, at most how many): what may come next
-Maker = Callable[[Answers, np.random.Generator, int], Guesses]  # (answers, rng, vocabulary)
+Answers = Callable[[Request], list[int]]  # the answer that a request will get
+Guesses = Callable[[Request, int], list[int]]  # (request, most tokens) -> guesses of its next tokens
+Maker = Callable[[Answers, np.random.Generator, int], Guesses]  # (answers, rng, size of the vocabulary)
 
 
 def source_of(guesses: Guesses) -> Source:
-    """A Source that knows nothing to follow other drafts."""
+    """A Source of these guesses, which has none after other drafts."""
     return lambda request, most, drafts: Guess([] if drafts else guesses(request, most), "test")
 
 
 def rest(answers: Answers, request: Request, most: int) -> list[int]:
-    """What is to come, as far as the answer goes."""
+    """The next tokens of the answer, up to `most`."""
     return answers(request)[len(request.output_ids) :][:most]
 
 
 def right(answers: Answers, rng: np.random.Generator, vocab_size: int) -> Guesses:
-    """Right everywhere."""
+    """Always right."""
     return lambda request, most: rest(answers, request, most)
 
 
 def past_the_end(answers: Answers, rng: np.random.Generator, vocab_size: int) -> Guesses:
-    """Right until the end token (or the end of a stop string), and on after it."""
+    """Right to the end of the answer, with random tokens after it."""
 
     def source(request: Request, most: int) -> list[int]:
         return (rest(answers, request, most) + rng.integers(0, vocab_size, most).tolist())[:most]
@@ -40,7 +40,7 @@ def past_the_end(answers: Answers, rng: np.random.Generator, vocab_size: int) ->
 
 
 def noise(answers: Answers, rng: np.random.Generator, vocab_size: int) -> Guesses:
-    """Random tokens, random in number."""
+    """A random number of random tokens."""
     return lambda request, most: rng.integers(0, vocab_size, rng.integers(0, most + 1)).tolist()
 
 
@@ -50,7 +50,7 @@ def repeats(answers: Answers, rng: np.random.Generator, vocab_size: int) -> Gues
 
 
 def wrong(answers: Answers, rng: np.random.Generator, vocab_size: int) -> Guesses:
-    """Always wrong: any token but the one that comes."""
+    """Always wrong: any token but the next one of the answer."""
 
     def source(request: Request, most: int) -> list[int]:
         return [(token + 1 + int(rng.integers(vocab_size - 1))) % vocab_size for token in rest(answers, request, most)]
@@ -69,7 +69,7 @@ def mostly_right(answers: Answers, rng: np.random.Generator, vocab_size: int) ->
 
 
 def wrong_at(place: int) -> Maker:
-    """Right but for one place."""
+    """Wrong at one place, and right everywhere else."""
 
     def maker(answers: Answers, rng: np.random.Generator, vocab_size: int) -> Guesses:
         def source(request: Request, most: int) -> list[int]:
@@ -94,11 +94,11 @@ BUILT_IN = ("lookup", MODEL, "auto", "mtp")
 
 
 def built_in(model: Model) -> list[str]:
-    """Those of BUILT_IN that a model can have."""
+    """The sources in BUILT_IN that a model can have."""
     return [name for name in BUILT_IN if name != "mtp" or model.drafts_by_mtp("auto")]
 
 
 def plant(engine: Engine, guesses: Guesses, num_drafts: int | None) -> None:
-    """Gives an engine that speculates other guesses. num_drafts: at most those that the engine was made for."""
+    """Replaces the guesses of an engine with drafts. num_drafts: at most the number for which the engine was made."""
     assert engine.drafter is not None, "the engine was made without speculation"
     engine.drafter = Drafter(engine.scheduler, source_of(guesses), num_drafts, engine.eos_ids)

@@ -1,4 +1,4 @@
-"""Models to try drafts on, each with what its requests may ask for."""
+"""Subjects: models with which drafts are tested, each with the texts, masks and stop sequences of its requests."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -53,14 +53,14 @@ GRAMMARS = (
     ),
     lark('start: ("self." WORD "\\n")+\nWORD: /[a-z]{1,9}/'),
 )
-LINE = regex(r"[ a-z]{2,8};")  # that is held to from a line break on
+LINE = regex(r"[ a-z]{2,8};")  # a grammar that begins at a line break
 
 
 @dataclass(frozen=True)
 class Subject:
-    """texts: token ids that prompts are cut from. new_masks: functions of a number of samples, each of which makes the
-    logits_mask of one request. stops: stop strings, of which there are none without a tokenizer. draft_model: one of
-    the same vocabulary that often chooses what the model does."""
+    """A model, and what its requests are made of. draft_model: of the same vocabulary; it often chooses the same token.
+    texts: token ids that prompts are cut from. new_masks: functions of a number of samples, each of which makes the
+    logits_mask of one request. stops: stop sequences; none without a tokenizer. close: ends its threads."""
 
     model: Model
     draft_model: Model
@@ -77,7 +77,7 @@ class Subject:
 
     @property
     def state_bytes(self) -> int:
-        """Of one recurrent state, 0 if there is none."""
+        """Bytes of one recurrent state; 0 if the model has none."""
         return sum(cache.bytes_each for cache in self.model.recorded.caches if cache.kind == "state")
 
 
@@ -89,13 +89,13 @@ def phrases(vocab_size: int, seed: int, length: int) -> list[int]:
 
 
 def two_thirds(vocab_size: int, last: int) -> np.ndarray:
-    """A mask of two thirds of the tokens; which, depends on the last one."""
+    """A mask that allows two thirds of the tokens, which depend on the last token."""
     bits = (np.arange(-(-vocab_size // 32) * 32) + last) % 3 != 0
     return np.packbits(bits, bitorder="little").view(np.uint32)
 
 
 class UsersMask:
-    """A mask of a user's own. calls: after how many tokens it was asked, whatever the sample."""
+    """A logits_mask that is a plain function. calls: the number of output tokens at each call, of all samples."""
 
     def __init__(self, vocab_size: int, num_samples: int) -> None:
         self.calls: list[int] = []
@@ -107,7 +107,7 @@ class UsersMask:
 
 
 class HesitantMask(SpeculativeMask):
-    """The same, which may be asked about drafts, and cannot always say what follows them."""
+    """The same as a SpeculativeMask, which does not know the mask after some drafts."""
 
     def __init__(self, vocab_size: int, num_samples: int) -> None:
         self._vocab_size = vocab_size
@@ -146,7 +146,7 @@ def tiny(config: str, folder: Path, weights: str = "f32", kv_dtype: str = "bf16"
 
 
 def bundled(weights: str = "auto", kv_dtype: str = "bf16") -> Subject:
-    """The model that comes with the package, with all of its context. `close` ends what compiles its grammars."""
+    """The model that comes with the package, with its full context. `close` ends the threads that compile grammars."""
     model = load(Case("bundled", weights, kv_dtype), Path(), 4096)
     tokenizer = find_tokenizer(resolve_model(None), model.checkpoint.metadata)
     size, eos_ids = model.config.vocab_size, frozenset(tokenizer.eos_ids) | frozenset(model.config.eos_ids)

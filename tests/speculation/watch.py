@@ -1,7 +1,7 @@
-"""What an engine does, seen from outside after each step: digests of logits, states, pages and kept states.
+"""Watch: digests of an engine's logits, states, pages and kept states, taken after each step.
 
-Only what counts is looked at: rows of tokens that became part of an answer, positions that are computed. Rows of drafts
-that were wrong, and what lies past the computed tokens, may hold anything.
+Only rows of tokens that became part of an answer and computed positions have digests. Rows of wrong drafts, and memory
+past the computed tokens, may hold anything.
 """
 
 import functools
@@ -28,10 +28,10 @@ def digest(array: np.ndarray) -> bytes:
 
 @dataclass
 class Seen:
-    """What one request gave.
+    """Digests of one request.
 
-    logits: digests of those that each token of its answer was chosen from. states: {computed tokens: digest of the
-    recurrent state}. pages: whenever it left its memory, the computed positions that it held, see `positions`.
+    logits: of the rows that chose the tokens of its answer. states: {number of computed tokens: digest of the recurrent
+    state}. pages: each time that its memory was taken back, the computed positions that it held, see `positions`.
     """
 
     logits: list[bytes] = field(default_factory=list)
@@ -40,11 +40,11 @@ class Seen:
 
 
 class Watch:
-    """Stands between the parts of an engine.
+    """Hooks into the parts of an engine.
 
-    seen: {id of a request: Seen}. blocks, kept: digests of pages, by group, and of states when they got their names.
-    faults: what no run may do. events: how often what happened. steps: of each step [(request, its first token, how
-    many known ones were computed)].
+    seen: {id of a request: Seen}. blocks: {(group, name): digest of the page when it was named}. kept: {name: digest of
+    the kept state}. faults: errors in words, which no run may have. events: counts. steps: of each step [(id of a
+    request, position of its first token, number of its known tokens)].
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -90,7 +90,7 @@ class Watch:
     # ------------------------------------------------------------ steps
 
     def step(self) -> None:
-        """One step of the engine, and a look at what it did."""
+        """Runs one step of the engine, and takes the digests."""
         self._spans = []
         self.engine.step()
         first = 0
@@ -105,7 +105,7 @@ class Watch:
         return self._results
 
     def _look(self, request: Request, span: Span, num_before: int, first: int) -> int:
-        """Takes in what a span gave, whose first sampled row is `first`; returns the row after its last."""
+        """Takes the digests of a span, whose first sampled row is `first`; returns the row after its last."""
         seen = self.seen.setdefault(request.id, Seen())
         own = first + sum("given" in fields for fields in span.sampled.values())
         gained = len(request.output_ids) - num_before
@@ -140,9 +140,9 @@ class Watch:
             self._note(f"state of request {request.id} at {at}", states, at, digest(self._state))
 
     def _leave(self, request: Request) -> None:
-        """Before a request's memory is taken back: it ended, was cancelled or preempted."""
+        """Called before a request's memory is taken back, since it ended, was cancelled or was preempted."""
         if request.num_computed:
             self._note_state(request)
-            found = positions(self.engine.runner, request.pages, request.num_computed)
-            self.seen.setdefault(request.id, Seen()).pages.append(found)
+            pages = positions(self.engine.runner, request.pages, request.num_computed)
+            self.seen.setdefault(request.id, Seen()).pages.append(pages)
         self._strip(request)

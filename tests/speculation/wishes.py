@@ -1,4 +1,4 @@
-"""Random short requests that ask for everything a request can ask for."""
+"""Wishes: random short requests that use every field of SamplingParams."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -10,17 +10,17 @@ from lockstep.engine.engine import Engine
 from lockstep.engine.request import Request, SamplingParams
 from tests.speculation.subjects import Subject
 
-LENGTHS = (1, 2, 3, 17, 33, 63, 64, 65, 100, 128, 129, 150)  # of prompts, in tokens: about ends of pages, too
+LENGTHS = (1, 2, 3, 17, 33, 63, 64, 65, 100, 128, 129, 150)  # of prompts, in tokens; some around the end of a page
 MOST_TOKENS = (1, 2, 5, 16, 24, 40, 60, 90)  # of answers
 TEMPERATURES = (0.0, 0.8, 1.0)
 
 
 @dataclass(frozen=True)
 class Wish:
-    """A request that can be made of any engine of its subject, again and again.
+    """A request that can be made to any engine of its Subject, any number of times.
 
-    new_mask: makes its logits_mask, which may remember what it was called with, or None. prediction: a text that its
-    answer may be like.
+    new_mask: makes the request's logits_mask, which may remember its calls; None: no mask. prediction: a text that the
+    answer may resemble.
     """
 
     prompt_ids: list[int]
@@ -38,13 +38,13 @@ class Wish:
 
 
 def wishes(subject: Subject, seed: int, count: int) -> list[Wish]:
-    """`count` random wishes, the same for the same seed; temperatures in turns, and some that want an embedding."""
+    """`count` random wishes, the same for the same seed, with each temperature in turn; some ask for an embedding."""
     rng = np.random.default_rng(seed)
     return [_pooled(subject, rng) if i % 15 == 7 else _wish(subject, rng, TEMPERATURES[i % 3]) for i in range(count)]
 
 
 def _pooled(subject: Subject, rng: np.random.Generator) -> Wish:
-    """A mate that gets no token."""
+    """A wish for an embedding."""
     params = SamplingParams(pooling=str(rng.choice(("last", "mean"))))
     return Wish(_prompt(subject, rng), params, int(rng.integers(-1, 2)), "")
 
@@ -62,14 +62,14 @@ def _wish(subject: Subject, rng: np.random.Generator, temperature: float) -> Wis
 
 
 def _prompt(subject: Subject, rng: np.random.Generator) -> list[int]:
-    """Half of them begin where a text begins, and so share a prefix with others."""
+    """A part of a text; half of the prompts begin where the text begins, and so share a prefix."""
     text, length = subject.texts[rng.integers(len(subject.texts))], int(rng.choice(LENGTHS))
     start = 0 if rng.random() < 0.5 else int(rng.integers(0, max(1, len(text) - length)))
     return text[start : start + length]
 
 
 def _choice(rng: np.random.Generator) -> dict[str, Any]:
-    """What changes logits, and which tokens are left."""
+    """Parameters that change logits or leave out tokens."""
     made: dict[str, Any] = dict(seed=int(rng.integers(1 << 40)))
     if rng.random() < 0.3:
         made |= dict(repetition_penalty=float(rng.choice((0.7, 1.2))), frequency_penalty=float(rng.choice((-0.4, 0.5))))
@@ -87,7 +87,7 @@ def _choice(rng: np.random.Generator) -> dict[str, Any]:
 
 
 def _end(subject: Subject, rng: np.random.Generator) -> dict[str, Any]:
-    """When the answer ends."""
+    """Parameters that end the answer."""
     most = int(rng.choice(MOST_TOKENS))
     made: dict[str, Any] = dict(max_tokens=most, ignore_eos=bool(rng.random() < 0.5))
     if rng.random() < 0.3:
@@ -103,7 +103,7 @@ def _end(subject: Subject, rng: np.random.Generator) -> dict[str, Any]:
 
 
 def _report(rng: np.random.Generator, n: int) -> dict[str, Any]:
-    """Which log-probabilities are asked for."""
+    """Parameters that ask for log-probabilities."""
     made = {}
     if rng.random() < 0.5:
         made |= dict(logprobs=int(rng.choice((0, 1, 5, 20))))

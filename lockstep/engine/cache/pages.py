@@ -122,6 +122,7 @@ class PageAllocator:
                 self._free.append(page)
 
     def is_idle(self, page: int) -> bool:
+        """Whether a page has a name and no request holds it."""
         return page in self._idle
 
     def share(self, page: int) -> None:
@@ -135,9 +136,6 @@ class PageAllocator:
         assert self._holders[page], f"page {page} is held by nobody"
         if name not in self._page_of and page not in self._name_of:
             self._page_of[name], self._name_of[page] = page, name
-
-    def num_holders(self, page: int) -> int:
-        return self._holders[page]
 
     def give_back(self, pages: Sequence[int], is_wanted: bool = True) -> None:
         """Removes a holder from its pages, given in order of position: the last will be evicted first. is_wanted:

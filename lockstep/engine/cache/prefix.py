@@ -63,7 +63,7 @@ def block_name(before: bytes, token_ids: Sequence[int]) -> bytes:
 
 
 @dataclass(frozen=True)
-class Found:
+class KnownPrefix:
     """The known prefix of a request: the names of its blocks; num_held: of each group, how many of the pages that the
     request needs of these blocks are held by other requests, and so take no free page."""
 
@@ -145,7 +145,7 @@ class PrefixCache:
 
     # ------------------------------------------------------------ finding
 
-    def find(self, request: Request) -> Found:
+    def find(self, request: Request) -> KnownPrefix:
         """The longest known prefix of a request."""
         names = self._usable(request)
         whole = self._whole(names)
@@ -155,15 +155,15 @@ class PrefixCache:
             while count and not self._has_state(self.states, names[count - 1]):
                 count = self._seen(names, count - 1)
             request.prefix.branch = num_pages * PAGE_TOKENS if self._pays(num_pages * PAGE_TOKENS) else None
-        return self._found(names[:count])
+        return self._known_prefix(names[:count])
 
-    def _found(self, names: list[bytes]) -> Found:
-        """The Found of a request's first blocks, by their names."""
+    def _known_prefix(self, names: list[bytes]) -> KnownPrefix:
+        """The KnownPrefix of a request's first blocks, by their names."""
         num_held = []
         for group, allocator in enumerate(self.pages.allocators):
             pages = [allocator.find(name) for name in names[self._first(group, len(names)) :]]
             num_held.append(sum(page is not None and not allocator.is_idle(page) for page in pages))
-        return Found(names, num_held)
+        return KnownPrefix(names, num_held)
 
     def _first(self, group: int, count: int) -> int:
         """The first block whose page in a group the token after `count` blocks sees."""
@@ -202,12 +202,12 @@ class PrefixCache:
     def _has_state(self, states: StateStore, name: bytes) -> bool:
         return name in states or (self.disk is not None and self.disk.has("state", name))
 
-    def attach(self, request: Request, found: Found) -> None:
+    def attach(self, request: Request, known: KnownPrefix) -> None:
         """Gives a request, which has a slot and no pages, the pages and the state of its known prefix."""
-        while found.names and not self._load(request, found.names):
+        while known.names and not self._load(request, known.names):
             again = self.find(request)  # an entry on disk was damaged, and is removed
-            found = again if len(again.names) < len(found.names) else self._found([])
-        request.prefix.num_named, request.num_computed = len(found.names), PAGE_TOKENS * len(found.names)
+            known = again if len(again.names) < len(known.names) else self._known_prefix([])
+        request.prefix.num_named, request.num_computed = len(known.names), PAGE_TOKENS * len(known.names)
         if request.num_preemptions:
             self.counts.recovered_tokens += request.num_computed
         else:

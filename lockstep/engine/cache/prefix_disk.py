@@ -79,15 +79,15 @@ class DiskStore:
 
     def _scan(self) -> None:
         """Lists the entries in the folder and their bytes, in order of use; removes forgotten temporary files."""
-        found = []
+        entries = []
         for file in os.scandir(self.folder):
             with contextlib.suppress(OSError):
                 stat = file.stat()
                 if file.name.endswith(tuple("." + kind for kind in self.sizes)):
-                    found.append((stat.st_mtime_ns, file.name, stat.st_size))
+                    entries.append((stat.st_mtime_ns, file.name, stat.st_size))
                 elif file.name.startswith(MAKING) and time.time() - stat.st_mtime > FORGOTTEN_SECONDS:
                     os.unlink(file.path)
-        self._files: OrderedDict[str, int] = OrderedDict((name, size) for _, name, size in sorted(found))
+        self._files: OrderedDict[str, int] = OrderedDict((name, size) for _, name, size in sorted(entries))
         self._total = sum(self._files.values())
 
     # ------------------------------------------------------------ entries

@@ -1,4 +1,4 @@
-"""Kept recurrent states in memory, at most so many bytes of them: the least recently used one makes room."""
+"""Kept recurrent states in memory, up to a number of bytes: the least recently used state makes room."""
 
 from collections import OrderedDict
 from collections.abc import Callable

@@ -65,19 +65,19 @@ def probes(program):
     tables = {op.table.format for op in program.ops if isinstance(op, Embed)} - formats
     kv = sorted({op.kv_dtype for op in program.ops if isinstance(op, AttentionInputs)})
     families = families_of(program)
-    made = [Probe(f, w, k) for f in families for w in FORMATS if w in formats for k in kv]
-    return made + [Probe(families[0], w, kv[0]) for w in FORMATS if w in tables and kv]
+    of_layers = [Probe(f, w, k) for f in families for w in FORMATS if w in formats for k in kv]
+    return of_layers + [Probe(families[0], w, kv[0]) for w in FORMATS if w in tables and kv]
 
 
 def families_of(program):
     """Names of families that together have all forms of a program: each time the family with the most missing forms,
     and among equals with the fewest others."""
     tiny = {name: tiny_forms(name) for name in CONFIGS}
-    wanted, found = forms(program) & set().union(*tiny.values()), []
-    while wanted:
-        found.append(max(tiny, key=lambda name: (len(wanted & tiny[name]), -len(tiny[name]))))
-        wanted -= tiny[found[-1]]
-    return found
+    missing, families = forms(program) & set().union(*tiny.values()), []
+    while missing:
+        families.append(max(tiny, key=lambda name: (len(missing & tiny[name]), -len(tiny[name]))))
+        missing -= tiny[families[-1]]
+    return families
 
 
 def forms(program):
@@ -191,9 +191,9 @@ def check(program, backend, on_compile=None):
         mark.touch()
 
 
-def compare(probe, golden, found):
+def compare(probe, golden, digests):
     """UnfitMachine for the first digest that differs from the recorded one, ValueError if none is recorded."""
-    for op, name, digest in found:
+    for op, name, digest in digests:
         if name not in golden:
             raise ValueError(
                 f"self-check: op {op.kind} has no recorded digest (tensor {name} of probe {probe}); "

@@ -68,7 +68,7 @@ def rounded_rows(num_rows: int) -> tuple[Program, Tensor]:
 
 def _some_grids(count: int) -> np.ndarray:
     """Grids, one of each kind in turn: float32 [count, GRID_WORDS]."""
-    made = np.zeros((count, GRID_WORDS), np.float32)
+    grids = np.zeros((count, GRID_WORDS), np.float32)
     kinds = (
         (INTEGER, 2.0**-7, 2.0**7, 3, -128, 127),
         (ROW_SYMMETRIC, 0, 0, 0, -128, 127),
@@ -78,7 +78,7 @@ def _some_grids(count: int) -> np.ndarray:
         (NVFP4, 2.0**-9, 2.0**9),
         (Q8,),
     )
-    for i, row in enumerate(made):
+    for i, row in enumerate(grids):
         words = kinds[i % len(kinds)]
         row[: len(words)] = words
-    return made
+    return grids

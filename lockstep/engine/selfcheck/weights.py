@@ -22,17 +22,17 @@ def stored(name, shape, format):
     values = (generator.randint(-127, 128, shape) * unit).astype(np.float32)
     if len(shape) != 2:
         return StoredTensor(name, "f32", shape, values)
-    made = FORMATS[fitting(format, shape[1])]
-    data = blocks(generator, shape, made) if made.stored.encode is None else made.data_of(values)
-    return StoredTensor(name, made.name, shape, data)
+    fitted = FORMATS[fitting(format, shape[1])]
+    data = blocks(generator, shape, fitted) if fitted.stored.encode is None else fitted.data_of(values)
+    return StoredTensor(name, fitted.name, shape, data)
 
 
 def blocks(generator: np.random.RandomState, shape: tuple[int, ...], format: Format) -> np.ndarray:
     """Blocks of a format: random bytes, with the format's made-up float16 scales."""
-    made = generator.randint(0, 256, (shape[0], shape[1] // format.block_size, format.block_bytes)).astype(np.uint8)
+    data = generator.randint(0, 256, (shape[0], shape[1] // format.block_size, format.block_bytes)).astype(np.uint8)
     for at in format.scale_offsets:
-        made[..., at : at + 2] = np.array([format.made_up_scale], np.float16).view(np.uint8)
-    return made.reshape(shape[0], -1)
+        data[..., at : at + 2] = np.array([format.made_up_scale], np.float16).view(np.uint8)
+    return data.reshape(shape[0], -1)
 
 
 def constant(name: str, *shape: int) -> Weight:

@@ -16,7 +16,7 @@ PROBE_EVERY, PROBE_SELDOM = 24, 768  # steps without drafts of a sort until one 
 WITHOUT = 8  # steps in a row without a draft of texts that was worth its row, after which texts rest
 TOLD_BEFORE, TOLD_AFTER = 8, 2  # steps before a Head is tried, and after its last draft, in which it gets hidden states
 TRIED_FOR = 4  # steps for which a Head is tried
-TIMED_AGAIN = 16  # of so many steps without drafts one is timed
+TIMED_AGAIN = 16  # steps without drafts, of which one is timed
 TIMED_EVERY, MUCH = 48, 1.6  # steps with drafts until one without them is timed, unless drafts gain this factor
 WORTH = 1.03  # the least gain, as a factor of tokens a second, for which drafts are made
 WORTH_GUESSING = 1.1  # the same for drafts of a Head, which take time to guess and are less certain
@@ -80,7 +80,8 @@ class Tries:
             self.patience = min(2 * self.patience, PROBE_SELDOM)
 
     def decide(self, is_none: bool, rows: int, num_noted: int, now: int) -> None:
-        """Notes a choice. is_none: whether no draft was worth its row. num_noted: see `WidthChoice`."""
+        """Notes a choice. is_none: whether no draft was worth its row. num_noted: how often the acceptance of drafts
+        of this sort has changed."""
         self._without, self._decided = (rows, num_noted) if is_none else None, now
         self._num_without = self._num_without + 1 if is_none else 0
 
@@ -130,7 +131,7 @@ class WidthChoice:
         """Notes that texts had no draft for a step."""
         self._tries[TEXTS].decide(True, rows, self._num_noted[TEXTS], self._num_steps)
 
-    def is_due(self) -> bool:
+    def is_head_due(self) -> bool:
         """Whether the Head is to be tried in this step."""
         return self._num_steps >= self._tries[HEAD].last + self._tries[HEAD].patience or self._tried is not None
 
@@ -154,14 +155,14 @@ class WidthChoice:
         return not costs.is_sure(rows) or (self._gain < MUCH and costs.num_since(rows) + since > TIMED_EVERY)
 
     def choose(
-        self, seen: Sequence[Acceptance], found: Sequence[Sequence[str]], rows: int, head: Guesser | None = None
+        self, seen: Sequence[Acceptance], kinds_of: Sequence[Sequence[str]], rows: int, head: Guesser | None = None
     ) -> Widths:
         """How many drafts of each request are expected to be worth their rows. A request that has had none of a sort
         for long gets one now and then.
 
-        found: the kinds of each request's drafts from texts. head: the Guesser, if there is a Head.
+        kinds_of: the kinds of each request's drafts from texts. head: the Guesser, if there is a Head.
         """
-        costs, texts = self.costs(rows), [each.hopes_for(kinds) for each, kinds in zip(seen, found, strict=True)]
+        costs, texts = self.costs(rows), [each.hopes_for(kinds) for each, kinds in zip(seen, kinds_of, strict=True)]
         of_texts, of_head, seconds = best_widths(texts, costs, rows), [0] * len(seen), head.seconds if head else 0.0
         if head:
             guesses = [each.hopes_of(head.name)[: head.most_of(i)] for i, each in enumerate(seen)]
@@ -170,35 +171,35 @@ class WidthChoice:
         if head:
             self._tries[HEAD].decide(not any(of_head), rows, self._num_noted[HEAD], self._num_steps)
             self._go_on_trying(seen, of_head)
-        widths = self._better(seen, found, rows, head, Widths(of_texts, of_head))
+        widths = self._better(seen, kinds_of, rows, head, Widths(of_texts, of_head))
         self._note_last(seen, widths)
-        self._try(TEXTS, seen, [i for i, kinds in enumerate(found) if kinds], widths, rows, 0.0)
+        self._try(TEXTS, seen, [i for i, kinds in enumerate(kinds_of) if kinds], widths, rows, 0.0)
         if head:
-            self._try(HEAD, seen, [i for i, kinds in enumerate(found) if not kinds], widths, rows, head.doubted)
-        self._gain = self._expected_gain(seen, found, widths, rows, head)
+            self._try(HEAD, seen, [i for i, kinds in enumerate(kinds_of) if not kinds], widths, rows, head.doubted)
+        self._gain = self._expected_gain(seen, kinds_of, widths, rows, head)
         return widths
 
     def best(
-        self, seen: Sequence[Acceptance], found: Sequence[Sequence[str]], rows: int, head: Guesser | None = None
+        self, seen: Sequence[Acceptance], kinds_of: Sequence[Sequence[str]], rows: int, head: Guesser | None = None
     ) -> Widths:
         """The same where the number of drafts is fixed: all drafts of texts, or all of the Head, whichever are
         better."""
-        of_texts = [len(kinds) for kinds in found]
+        of_texts = [len(kinds) for kinds in kinds_of]
         if head is None:
             return Widths(of_texts, [0] * len(seen))
-        return self._better(seen, found, rows, head, Widths(of_texts, [head.most_of(i) for i in range(len(seen))]))
+        return self._better(seen, kinds_of, rows, head, Widths(of_texts, [head.most_of(i) for i in range(len(seen))]))
 
     def _better(
         self,
         seen: Sequence[Acceptance],
-        found: Sequence[Sequence[str]],
+        kinds_of: Sequence[Sequence[str]],
         rows: int,
         head: Guesser | None,
         widths: Widths,
     ) -> Widths:
         """The widths with either drafts of texts or of the Head for each request, whichever give more tokens a second.
         Drafts that a grammar forces are always right, and so are always better."""
-        for i, (each, kinds) in enumerate(zip(seen, found, strict=True)):
+        for i, (each, kinds) in enumerate(zip(seen, kinds_of, strict=True)):
             texts, guesses = widths.of_texts[i], widths.of_head[i]
             if not (texts and guesses and head):
                 continue
@@ -283,7 +284,7 @@ class WidthChoice:
     def _expected_gain(
         self,
         seen: Sequence[Acceptance],
-        found: Sequence[Sequence[str]],
+        kinds_of: Sequence[Sequence[str]],
         widths: Widths,
         rows: int,
         head: Guesser | None,
@@ -293,7 +294,7 @@ class WidthChoice:
         num_drafts = sum(widths.of_texts) + sum(widths.of_head)
         if not num_drafts:
             return 1.0
-        for each, kinds, of_texts, of_head in zip(seen, found, *widths, strict=True):
+        for each, kinds, of_texts, of_head in zip(seen, kinds_of, *widths, strict=True):
             tokens += sum(each.hopes_for(kinds[:of_texts])) if of_texts else 0.0
             tokens += sum(each.hopes_of(head.name)[:of_head]) if head and of_head else 0.0
         seconds = costs.of(rows + num_drafts) + max(widths.of_head) * (head.seconds if head else 0.0)

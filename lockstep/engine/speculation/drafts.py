@@ -95,8 +95,8 @@ class DraftCounts:
 
 
 class Active(NamedTuple):
-    """What may give drafts in a step: texts (and grammars), the Head, or the Head only if texts have no guess, since it
-    is due to be tried."""
+    """Which sorts of drafts a step may have. texts: from texts and grammars. head: from the Head. is_head_due: from the
+    Head if texts have none, since it is time to try it again."""
 
     texts: bool
     head: bool
@@ -124,8 +124,7 @@ class Drafter:
         self._scheduler, self._source, self._eos_ids, self.head = scheduler, source, eos_ids, head
         self._seconds_guessing = 0.0  # of the Head, in this step
         self._since_guess = 0  # steps since the Head guessed
-        # {request for which the Head guesses in this step: (the drafts of texts that it replaces, tokens of the
-        # answer)}
+        # {request: (drafts of texts that guesses of the Head replace in this step, number of tokens of the answer)}
         self._passed_over: dict[Request, tuple[Drafts, int]] = {}
         self._is_fixed, self._num_drafts = num_drafts is not None, num_drafts or MOST_BY_ITSELF
         self._weighs = num_drafts is None or (head is not None and source is not None)  # measures what pays
@@ -197,7 +196,7 @@ class Drafter:
         if self.head is None:
             return Active(in_texts or has_masks, False)
         head_rests = rows == num_requests and self._head_may_rest and self._choice.rests(HEAD, rows)
-        return Active(in_texts or has_masks, not head_rests, self._choice.is_due())
+        return Active(in_texts or has_masks, not head_rests, self._choice.is_head_due())
 
     @property
     def _head_may_rest(self) -> bool:

@@ -138,12 +138,12 @@ class PredictionCursor:
         at = self._at + len(drafts)
         if not self._is_lost and at < len(tokens) and tokens[self._at : at] == drafts:
             return Place(tokens, at, MOST_ALIKE + 1 if self._is_whole else num_alike(tokens, at, tail))
-        found = self._prediction.find(tail, self._passed)
-        if found is None:
+        at = self._prediction.find(tail, self._passed)
+        if at is None:
             return None
         if not drafts:
-            self._at, self._is_lost, self._is_whole = found, False, False
-        return Place(tokens, found, num_alike(tokens, found, tail))
+            self._at, self._is_lost, self._is_whole = at, False, False
+        return Place(tokens, at, num_alike(tokens, at, tail))
 
 
 class Lookup:

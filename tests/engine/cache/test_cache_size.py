@@ -1,4 +1,5 @@
-"""The context and KV cache that memory holds: what bounds them, that nothing is touched and that no bit changes."""
+"""The context and KV cache that fit in memory: what limits them; memory is not touched before it is used, and no bit
+changes."""
 
 import dataclasses
 
@@ -27,7 +28,7 @@ CONFIGS = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A model with pages only, and one with states, too; each says that it has many positions."""
+    """A model with pages only, and one with recurrent states, too; both have many positions."""
     root = tmp_path_factory.mktemp("long")
     return {name: tiny.write(root / name, config, tiny.tensors(config, 1)) for name, config in CONFIGS.items()}
 
@@ -66,7 +67,7 @@ def test_the_context_is_what_half_of_the_free_memory_holds_beside_weights_and_st
 
 @pytest.mark.parametrize("window", [512, 1024])
 def test_layers_with_a_window_take_memory_for_it_and_for_a_step(window, tmp_path, memory):
-    """Five layers of six, at 32,768 tokens."""
+    """Five of six layers have a window, at 32,768 tokens."""
     raw = windowed(num_hidden_layers=6, sliding_window=window, sliding_window_pattern=6, max_position_embeddings=MANY)
     folder = tiny.write(tmp_path / "m", raw, tiny.tensors(raw, 1))
     model, options = loaded(folder, 32768), EngineOptions(max_requests=1, kv_tokens=32768, threads=1)

@@ -1,4 +1,4 @@
-"""The prefix cache of models with recurrent state, without a model: which states are kept, and what is found again."""
+"""The prefix cache of models with recurrent state, without a model: which states are kept, which prefixes are found."""
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ def run(scheduler, name, prompt, max_tokens=1, **params):
 
 
 def kept(scheduler, prompt):
-    """Positions of a text whose state is kept."""
+    """The positions of a text after which the state is kept."""
     name, found = first_name(b"model", ""), []
     for end in range(64, len(prompt) + 1, 64):
         name = block_name(name, prompt[end - 64 : end])

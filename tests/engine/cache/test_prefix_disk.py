@@ -1,4 +1,5 @@
-"""Prefixes on disk: they survive a restart, a damaged one is dropped and counted, and the folder stays small."""
+"""Prefixes on disk: they survive a restart, a damaged one is removed and counted, and the folder stays within its
+limit."""
 
 import os
 import threading
@@ -210,7 +211,7 @@ def test_a_folder_that_others_can_write_to_is_refused(tmp_path):
 
 
 class Hashing:
-    """The hash of a model that is still being read."""
+    """Stands in for the ContentHash of a model that is still being hashed."""
 
     known = None
 
@@ -250,7 +251,7 @@ PARAMS = SamplingParams(max_tokens=20, temperature=0.8, seed=4, ignore_eos=True)
 
 
 def run(model, prompt, **options):
-    """(tokens and logprobs, counts of the prefix cache, counts of the disk) of one prompt on a new engine."""
+    """(tokens and logprobs, counts of the prefix cache, counts of the disk store) of one prompt on a new engine."""
     engine = Engine(model, EngineOptions(threads=1, max_requests=2, state_every=64, **options))
     try:
         request = engine.add(prompt, PARAMS)

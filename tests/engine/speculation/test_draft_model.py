@@ -1,4 +1,4 @@
-"""A smaller model's guesses: of the target's own choice where it is the same model, in memory that is given back."""
+"""Guesses of a draft model: the target's own choices where it is the same model; all its memory is given back."""
 
 import dataclasses
 
@@ -35,7 +35,7 @@ def model(request, tmp_path_factory):
 
 
 def check_all_is_back(memory, limits):
-    """Nobody holds a page or slot, but what was left there and can be taken away."""
+    """All pages and slots are free, after the leftovers are dropped."""
     while memory.leftovers:
         memory.drop_oldest()
     assert memory.pages.num_free == memory.pages.num_pages >= limits.num_pages
@@ -43,9 +43,10 @@ def check_all_is_back(memory, limits):
 
 
 class Watched:
-    """An engine without drafts, beside a draft model that is asked before some of its steps.
+    """An engine without drafts, and a draft model that guesses before every `every`th step.
 
-    guesses: [(request, tokens that its answer had, guesses)].
+    most: guesses wanted of a request. guesses: [(request, tokens that its answer had, guesses)]. behind: {(request id,
+    tokens that its answer had): whether the draft model was behind}.
     """
 
     def __init__(self, model, draft, most=5, every=1, **options):
@@ -96,7 +97,7 @@ def watched():
 
 
 def wrong(guesses):
-    """Those that are not what the answer says, as far as it goes."""
+    """The guesses that differ from the answer, as far as the answer goes."""
     return [(r.id, at, g) for r, at, g in guesses if r.output_ids[at : at + len(g)] != g[: len(r.output_ids) - at]]
 
 
@@ -132,7 +133,7 @@ def other(model, config, tmp_path, seed):
 
 @pytest.mark.parametrize("config", (*CONFIGS, "qwen3_windows"))
 def test_another_model_guesses_what_it_would_say_itself(model, watched, config, tmp_path):
-    """Whatever it guessed wrong before: each guess is how the draft model alone goes on from the known tokens."""
+    """Each guess is how the draft model alone goes on from the known tokens, whatever it guessed wrong before."""
     draft = other(model, config, tmp_path, 5)
     made = watched(model, draft, most=3)
     made.run()
@@ -229,7 +230,7 @@ def test_what_was_left_is_given_up_for_others(model, watched):
     assert late == {6, 7, 8}
 
 
-def test_who_finds_no_pages_has_no_guesses_and_nobody_waits(model, watched):
+def test_a_request_without_pages_gets_no_guesses_and_no_request_waits(model, watched):
     made = watched(model, model, kv_tokens=64 * 9)
     [allocator] = made.drafts.memory.pages.allocators
     taken = allocator.take(5)
@@ -260,7 +261,7 @@ def test_a_step_that_was_broken_off_is_no_harm(model, watched):
     assert not wrong(made.guesses) and made.guesses[-4][2]
 
 
-def test_what_is_no_number_ends_guesses_of_its_request_alone(model, watched, tmp_path):
+def test_a_nan_ends_the_guesses_of_its_request_alone(model, watched, tmp_path):
     raw = case("qwen3", head_dim=32, num_hidden_layers=1)
     arrays = tiny.tensors(raw, 3)
     arrays["lm_head.weight"][5] = 0

@@ -1,4 +1,4 @@
-"""How many drafts are made follows what they gave and what steps cost."""
+"""The number of drafts follows from how often drafts were right and what steps cost."""
 
 import numpy as np
 import pytest
@@ -109,7 +109,7 @@ def test_each_source_is_judged_by_its_own_drafts():
     assert made.hopes() == pytest.approx([1, 1, 1], abs=0.03)  # the third might be predicted, too
 
 
-def test_a_request_is_taken_to_be_like_all_until_it_showed_itself():
+def test_a_new_request_has_the_rates_of_all_requests_until_its_own_count():
     everybody = rates(lambda i: 0)
     own = Acceptance(DEPTHS, everybody)
     assert own.of("lookup") is everybody.of("lookup") and own.hopes() == everybody.hopes()
@@ -152,8 +152,8 @@ def test_a_cost_that_was_not_seen_for_long_is_found_out_again():
 
 
 def decode(probability, seconds, requests=1, steps=400, seed=0):
-    """(how many times as fast as without drafts, widths of one request) where a draft is right with a probability (a
-    function of the step), and a step of so many rows takes seconds(rows), up to half more when it is measured."""
+    """(speed as a factor of that without drafts, widths of one request). probability: that a draft is right, a function
+    of the step. seconds: of a step, a function of its rows; a measurement adds up to half."""
     rng, choice, tokens, spent, widths = np.random.default_rng(seed), WidthChoice(DEPTHS), 0, 0.0, []
     seen = [choice.newcomer() for _ in range(requests)]
     for step in range(steps):
@@ -174,7 +174,7 @@ def decode(probability, seconds, requests=1, steps=400, seed=0):
 
 
 def bend(at, each=0.02):
-    """Seconds by rows of a machine whose steps are bound by memory up to some rows, and by arithmetic from there on."""
+    """Seconds by rows of a machine whose steps are bound by memory up to `at` rows, and by arithmetic from there on."""
     return lambda rows: max(1 + each * (rows - 1), rows / at)
 
 
@@ -209,13 +209,14 @@ def test_guesses_that_take_time_themselves_are_worth_less():
 
 
 def asked(choice, seen, seconds_of_guess):
-    """How many guesses of a head a request has in the next step."""
+    """How many guesses of a Head a request gets in the next step."""
     choice.begin()
     return choice.choose([seen], [[]], 1, Guesser("model", seconds_of_guess)).of_head[0]
 
 
 def hopeless(seconds_of_guess, follows=False):
-    """(a WidthChoice where no guess was right and steps of two rows are known, an Acceptance, widths of its steps)."""
+    """(a WidthChoice after no guess was right and steps of two rows were measured, an Acceptance, widths of its
+    steps)."""
     choice = WidthChoice(DEPTHS, follows)
     seen = choice.newcomer()
     for rows in (0, 1):

@@ -1,4 +1,5 @@
-"""Drafts change nothing but the time: answers, log-probabilities, cached bytes, who runs and who is preempted."""
+"""Drafts change nothing but speed: not answers, log-probabilities or cached bytes, nor which requests run or are
+preempted."""
 
 from dataclasses import replace
 
@@ -20,7 +21,7 @@ VOCABULARY = 96
 
 
 def repetitive(seed, length):
-    """A text of few phrases, so that its end was there before."""
+    """A text of a few phrases, so that its last tokens occur earlier in it."""
     rng = np.random.RandomState(seed)
     phrases = [rng.randint(3, VOCABULARY, n).tolist() for n in (3, 7, 12)]
     return [token for i in rng.randint(0, 3, length) for token in phrases[i]][:length]
@@ -79,8 +80,7 @@ def answer(r):
 
 
 def pages(engine, requests):
-    """{(window, name of a block): the bytes of its page} of all that is cached of some requests, for the layers of each
-    window."""
+    """{(window, name of a block): the bytes of its page}, of all cached blocks of some requests."""
     memory, pool, made = Memory(engine.runner.program, engine.runner.caches), engine.scheduler.pages, {}
     names = [n for r in requests for n in engine.scheduler.prefix.names(r, (r.num_tokens - 1) // PAGE_TOKENS)]
     for number, (group, allocator) in enumerate(zip(pool.groups, pool.allocators, strict=True)):
@@ -94,7 +94,7 @@ def pages(engine, requests):
 
 
 def same_pages(found, known):
-    """Whether pages are those of another engine; which of them are kept before a window is each engine's own affair."""
+    """Whether pages equal those of another engine. Engines may keep different pages behind a window."""
     whole = [{key for key in each if not key[0]} for each in (found, known)]
     both = found.keys() & known.keys()
     return whole[0] == whole[1] and bool(both) and all(found[key] == known[key] for key in both)
@@ -110,7 +110,7 @@ def alone(model):
 
 
 def oracle(answers, right):
-    """What guesses that knows the answers: `right(n)` of n drafts are as they will be, the others are not."""
+    """A source that knows the answers: `right(n)` of n drafts are right, all others are wrong."""
 
     def source(request, most):
         known = answers[PROMPTS.index(request.prompt_ids)][0][len(request.output_ids) :][:most]
@@ -181,7 +181,7 @@ CROWDED = dict(kv_tokens=320, max_requests=6, max_step_tokens=50)  # answers out
 
 
 def preemptions(engine):
-    """[(step, who)] of preemptions, the evicted blocks, and the answers."""
+    """([(step, request)] of preemptions, the number of evicted blocks, the answers)."""
     made, requests, step = [], [engine.add(p, s) for p, s in zip(PROMPTS, LONG, strict=True)], 0
     while engine.has_work:
         before = [r.num_preemptions for r in requests]
@@ -191,7 +191,7 @@ def preemptions(engine):
     return made, engine.scheduler.pages.num_evicted, [answer(r) for r in requests]
 
 
-def test_wrong_drafts_preempt_nobody_and_evict_nothing(engine):
+def test_wrong_drafts_preempt_no_request_and_evict_nothing(engine):
     wrong = engine(lambda request, most: [50] * most, draft=MAX_DRAFTS, **CROWDED)
     expected = preemptions(engine(speculate="off", **CROWDED))
     assert preemptions(wrong) == expected and expected[0] and expected[1]
@@ -255,7 +255,7 @@ def test_what_a_mask_forces_is_drafted_and_what_it_forbids_is_not(engine, draft)
         made.runner.step = step
         assert [answer(r) for r in run(made, params)] == expected
         counts = made.draft_counts()["grammar"]
-        # of one that is suppressed, the request ends, drafted or not; deeper ones may follow a wrong one
+        # a request that is forced to a suppressed token ends, drafted or not; deeper drafts may follow a wrong one
         assert counts.drafted[0] - failed <= counts.right[0] <= counts.drafted[0] and counts.right[0] > (
             9 if draft else 0
         )
@@ -275,7 +275,7 @@ def test_a_users_mask_is_called_once_for_each_token(engine):
 
 
 def test_drafts_that_a_mask_cuts_keep_their_pages(engine):
-    """Of 15 drafts about the end of a page, the mask goes on to the third; the page after it is none of a mate's."""
+    """Of 15 drafts around the end of a page the mask allows three; the next page must not go to another request."""
     params = SamplingParams(max_tokens=25, logits_mask=HesitantMask(VOCABULARY, 1), ignore_eos=True)
     off = run(engine(speculate="off"), [params] * 8)
     known = {tuple(r.prompt_ids): r.output_ids for r in off}
@@ -301,7 +301,7 @@ def test_what_cannot_be_is_refused(changed, message):
 
 
 def kept_states(engine, requests):
-    """{name of a block: the bytes of the state after it} of all that is kept of some requests."""
+    """{name of a block: the bytes of the state after it}, of all kept states of some requests."""
     prefix, made = engine.scheduler.prefix, {}
     for r in requests:
         for name in prefix.names(r, (r.num_tokens - 1) // PAGE_TOKENS):
@@ -311,7 +311,8 @@ def kept_states(engine, requests):
 
 
 def test_the_same_states_are_kept_and_the_same_prefixes_are_found(engine, model):
-    """One after another, so that no step's company differs. The second round goes on from the first one's answers."""
+    """The requests run one after another, so that each step has the same requests in both engines. The second round
+    goes on from the answers of the first."""
     found = []
     for options in (dict(draft=5), dict(speculate="off")):
         made, seen = engine(state_every=128, prompt_state_from=0, max_requests=1, kv_tokens=64 * 60, **options), []

@@ -1,4 +1,4 @@
-"""Earlier answers: what is kept of them, for whom, and for how long."""
+"""Earlier answers: what is kept of them, which requests find them, and for how long."""
 
 import numpy as np
 import pytest
@@ -11,12 +11,12 @@ def text(seed, length=30):
 
 
 def found(answers, salt, of, at=20):
-    """What follows the first tokens of an answer."""
+    """The tokens that are found after the first `at` tokens of an answer."""
     place = answers.find(salt, of[:at])
     return None if place is None else list(place.tokens[place.at :])
 
 
-def test_they_are_found_by_their_own_salt_only():
+def test_answers_are_found_by_their_own_salt_only():
     answers = EarlierAnswers()
     answers.add("a", [1], text(0))
     assert found(answers, "a", text(0)) == text(0)[20:]

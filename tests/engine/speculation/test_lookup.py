@@ -40,7 +40,7 @@ def test_taken_in_piece_by_piece_or_at_once_it_guesses_the_same():
 
 
 def plainly(tokens, most):
-    """The same by looking at every place."""
+    """The guess of a search through every place."""
     for size in SIZES:
         for at in range(len(tokens) - 1, size - 1, -1):
             if tokens[at - size : at] == tokens[-size:]:
@@ -56,7 +56,7 @@ def ids(text):
 
 
 def following(prompt, prediction, answer="", answers=None, salt=""):
-    """The Lookup of a request that has answered so far."""
+    """The Lookup of a request with this answer so far."""
     made = Lookup(len(prompt), Prediction(ids(prediction)) if prediction else None, answers, salt)
     made.extend(ids(prompt))
     for token in ids(answer):
@@ -111,7 +111,7 @@ def test_a_long_prediction_is_read_in_parts(monkeypatch, at_once):
 
 
 def occurs(tokens, tail):
-    """The places after a tail, where another token follows it."""
+    """The indices of the tokens that follow a tail."""
     return [at for at in range(len(tail), len(tokens)) if tokens[at - len(tail) : at] == tail]
 
 
@@ -161,5 +161,5 @@ def test_guesses_stand_in_the_text_that_they_come_from():
 
 
 def stands(tokens, most, texts):
-    """Whether tokens stand in one of these texts, and are fewer than asked for only at its end."""
+    """Whether the tokens occur in one of these texts, and are fewer than `most` only at its end."""
     return any(text[i : i + most] == tokens for text in texts for i in range(len(text)))

@@ -1,4 +1,4 @@
-"""Drafts by the model's MTP head: no answer changes, and the head is told what it is to know."""
+"""Drafts by the model's MTP head: no answer changes, and the head gets the hidden states that it needs."""
 
 import dataclasses
 
@@ -102,7 +102,8 @@ def test_all_drafts_of_a_step_are_one_native_call(engine, monkeypatch):
 
 
 def acceptance(engine, prompts, **params):
-    """[right, drafted] by depth of every start along the engine's own answers, none of which has drafts."""
+    """[right, drafted] by depth: drafts from every position of the engine's own answers, which are made without
+    drafts."""
     seen, draft = [], engine.drafter.draft
 
     def without(plan):
@@ -182,7 +183,7 @@ def test_a_head_that_gives_no_numbers_drafts_nothing(engine, alone):
 
 
 def test_where_drafts_do_not_pay_the_head_is_told_little(engine):
-    """A random head guesses nothing right: after a while its model's hidden states are not asked for."""
+    """A random head guesses nothing right: after a while it gets no hidden states."""
     made, told = engine(max_requests=8), []
     assert made.drafter is not None
     observe = made.drafter.observe
@@ -297,7 +298,7 @@ def test_a_head_of_a_gguf_file_drafts(tmp_path, engine):
 
 
 def test_a_slow_guess_that_was_bad_luck_is_forgotten(engine):
-    """A time that would keep the head from being asked for ever."""
+    """A time that was so long by chance that the head would never guess again."""
     made = engine(draft=None)
     head(made).costs.note(1, 0.02)
     request = made.add(PROMPTS[1], dataclasses.replace(LONG[0], max_tokens=900))

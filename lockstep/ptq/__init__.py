@@ -1,1 +1,1 @@
-"""Studies of quantization: which grids for which tensors keep a model good on a target."""
+"""Post-training quantization: plans that round tensors to grids, and programs and weights that are rounded so."""

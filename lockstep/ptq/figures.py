@@ -1,6 +1,6 @@
-"""How well a grid fits what was seen at a site: rough figures for reports, from the histogram alone.
+"""How well a grid fits the numbers that calibration saw at a site: estimates for reports, from the histogram alone.
 
-Numbers of a bin, a sixteenth of what lies between two powers of two, are taken as evenly spread.
+The numbers in a bin, a sixteenth of the range between two powers of two, are taken as evenly spread.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lockstep.native.kernel import interpreted
-from lockstep.ops.math import log
 from lockstep.ops.rounded import grids
+from lockstep.ptq.noise import decibels
 from lockstep.ptq.observers import POINTS, Stat
 
-DECIBELS = 10 / 2.302585092994046  # of a natural logarithm
-FIGURED = (grids.INTEGER, grids.FLOAT)
+FIGURED = (grids.INTEGER, grids.FLOAT)  # kinds of grids that have figures
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one grid. saturated: share of the numbers that are beyond its lowest or highest value. used: about how many of
-    its codes some number is rounded to. codes: how many it has. sqnr: signal to quantization noise, about, in decibels;
-    None if there is no noise, or no signal.
+    """Estimates for one grid.
+
+    saturated: share of the numbers beyond its lowest or highest value. used: how many of its codes at least one number
+    is rounded to. codes: how many codes it has. sqnr: signal to quantization noise ratio in decibels; None without
+    noise or without signal.
     """
 
     saturated: float
@@ -32,10 +32,10 @@ class Figures:
 
 
 def figures(stat: Stat, rows: np.ndarray) -> list[Figures] | None:
-    """Of each head, or of all heads together, on grids float32 [heads or 1, GRID_WORDS].
+    """The figures of each head, or of all heads together, on grids `rows`, float32 [heads or 1, GRID_WORDS].
 
-    None for grids whose scales come from the numbers themselves (rows, blocks) and for those that are off: a histogram
-    does not say how these round. ValueError for another number of grids, and if nothing finite was seen.
+    None for grids whose scales come from the numbers themselves (per row or block) and for grids that are off: a
+    histogram does not show how they round. ValueError for another number of grids, and if no finite number was seen.
     """
     if len(rows) not in (1, stat.num_heads):
         raise ValueError(f"site {stat.site}: {len(rows)} grids, expected 1 or {stat.num_heads}")
@@ -60,17 +60,17 @@ def _of_head(stat: Stat, head: int, row: np.ndarray) -> Figures:
         saturated=_sum(weights * _is_beyond(points, row)) / _sum(weights),
         used=_num_used(first, last, counts),
         codes=int(highest - lowest) + 1,
-        sqnr=float(interpreted(log)(np.float32(signal / noise))) * DECIBELS if noise and signal else None,
+        sqnr=decibels(signal, noise),
     )
 
 
 def _sum(x: np.ndarray) -> float:
-    """Of float64, one after the other: NumPy's own sum has another order."""
+    """The sum of float64 in ascending order, which np.sum does not keep."""
     return float(np.cumsum(x)[-1])
 
 
 def _is_beyond(x: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """Which numbers a grid has no value for, but the last one on their side."""
+    """Which numbers are beyond the grid's lowest or highest value."""
     scaled = x * row[grids.INVERSE]
     if row[grids.KIND] == grids.FLOAT:
         return np.abs(scaled) > row[grids.LARGEST]
@@ -79,7 +79,7 @@ def _is_beyond(x: np.ndarray, row: np.ndarray) -> np.ndarray:
 
 
 def _index(x: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """Which of a grid's values numbers are rounded to: int64, one apart for neighbours."""
+    """The index, int64, of the grid value that each number is rounded to; adjacent values have adjacent indices."""
     if row[grids.KIND] == grids.INTEGER:
         code = np.rint(x * row[grids.INVERSE]) + row[grids.ZERO_POINT]
         return code.clip(row[grids.LOW], row[grids.HIGH]).astype(np.int64)
@@ -93,6 +93,7 @@ def _index(x: np.ndarray, row: np.ndarray) -> np.ndarray:
 
 
 def _num_used(first: np.ndarray, last: np.ndarray, counts: np.ndarray) -> int:
-    """How many codes numbers have, those of a bin between two codes: each one once, and no more than numbers."""
+    """How many codes are used, if each bin (first and last code, number of numbers) uses all codes between its ends:
+    each code counts once, and a bin uses no more codes than it has numbers."""
     before = np.concatenate([[first[0] - 1], np.maximum.accumulate(last)[:-1]])
     return int(np.minimum(counts, np.maximum(last - np.maximum(first, before + 1) + 1, 0)).sum())

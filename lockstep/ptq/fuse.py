@@ -1,7 +1,7 @@
-"""Attention's scale in the weights of queries or of keys, as hardware wants it that has no operation for it.
+"""Moving attention's scale into the weights of queries or keys, for hardware that has no op for it.
 
-The scale is multiplied into the rows and the bias of a projection; where heads are normed into the weight of the norm,
-which would undo what is multiplied before it. Attention's own scale is 1 then.
+The scale is multiplied into the rows and the bias of the projection, or, where heads are normed, into the weight of the
+norm (which would undo a factor before it). The attention op then has scale 1.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from lockstep.weights.tensor import StoredTensor
 
 
 def fused(program: Program, into: str) -> Program:
-    """A recorded program whose attention has its scale in the weights of queries ("q") or of keys ("k"); the program
-    itself for "none".
+    """A recorded program with attention's scale in the weights of queries (into "q") or keys ("k"); for "none" the
+    program itself.
 
-    Norms of heads lose their offset to their weights. ValueError for a projection that is not multiplied as float32,
-    and for one that makes more than the queries or keys.
+    The offset of head norms moves into their weights, too. ValueError for a projection that is not multiplied as
+    float32, and for a stored projection of more than the queries or keys.
     """
     return program if into == "none" else _Fuser(program, into).run()
 
 
 class _Fuser:
-    """One walk through a program, attention after attention."""
+    """Moves the scale of one attention op after the other."""
 
     def __init__(self, program: Program, into: str) -> None:
         self._program, self._into, self._ops = program, into, list[Operands](program.ops)
@@ -47,7 +47,7 @@ class _Fuser:
 
     def _fuse(self, op: Attention) -> None:
         factor = float(np.float32(op.scale))
-        for index, inputs in self._makers(op.q):
+        for index, inputs in self._writers(op.q):
             if inputs.q_norm is not None:
                 self._ops[index] = self._normed(inputs, factor)
             elif not self._project(inputs, factor):
@@ -56,35 +56,39 @@ class _Fuser:
                     f"expected 'none'"
                 )
 
-    def _makers(self, tensor: Tensor) -> Iterator[tuple[int, Any]]:
-        """(Index, op) of all that write a tensor."""
+    def _writers(self, tensor: Tensor) -> Iterator[tuple[int, Any]]:
+        """(index, op) of all ops that write a tensor."""
         return ((index, op) for index, op in enumerate(self._ops) if tensor in op.outputs)
 
     def _normed(self, op: AttentionInputs, factor: float) -> AttentionInputs:
-        """The op whose one norm is multiplied. The offset of both goes into their weights: they may differ in it."""
-        made: dict[str, Weight] = {}
+        """The op with the scale in one of its two norms. Their shared offset moves into both weights, because
+        afterwards it differs."""
+        norms: dict[str, Weight] = {}
         for name in "qk":
             own = factor if name == self._into else 1.0
-            made[f"{name}_norm"] = _scaled(getattr(op, f"{name}_norm"), 0, own, own * op.norm_offset)
-        return op.changed(norm_offset=0.0, **made)
+            norms[f"{name}_norm"] = _scaled(getattr(op, f"{name}_norm"), 0, own, own * op.norm_offset)
+        return op.changed(norm_offset=0.0, **norms)
 
     def _project(self, op: AttentionInputs, factor: float) -> bool:
-        """Multiplies the rows, and the biases, that make the columns of queries or keys; whether there are such."""
+        """Multiplies the rows and biases of the projection of queries or keys; whether there is one."""
         K, columns = op.head_dim, dict(q=(op.q_offset, op.num_heads), k=(op.k_offset, op.num_kv_heads))
         start, heads = columns[self._into]
-        makers = list(self._makers(op.x))
-        for index, maker in makers:
-            if isinstance(maker, AddBias):
+        writers = list(self._writers(op.x))
+        for index, writer in writers:
+            if isinstance(writer, AddBias):
                 self._scale_part(index, "bias", 0, (start, heads * K), factor)
-                makers = list(self._makers(maker.x))
-        linears = [(index, maker) for index, maker in makers if isinstance(maker, Linear)]
+                writers = list(self._writers(writer.x))
+        linears = [(index, writer) for index, writer in writers if isinstance(writer, Linear)]
         return any(self._scale_part(i, "weight", o.column, (start, heads * K), factor) for i, o in linears)
 
-    def _scale_part(self, index: int, name: str, column: int, wanted: tuple[int, int], factor: float) -> bool:
-        """Multiplies the part of an op's weight that makes the wanted (first column, columns), if it is there."""
+    def _scale_part(self, index: int, name: str, column: int, columns: tuple[int, int], factor: float) -> bool:
+        """Multiplies the part of an op's weight whose output is `columns` (first column, number); whether there is one.
+
+        column: the first column of the whole weight's output.
+        """
         weight = getattr(self._ops[index], name)
         for i, part in enumerate(weight.parts):
-            if (column, part.shape[0]) == wanted:
+            if (column, part.shape[0]) == columns:
                 self._ops[index] = self._ops[index].changed(**{name: _scaled(weight, i, factor, 0.0)})
                 return True
             column += part.shape[0]
@@ -92,7 +96,7 @@ class _Fuser:
 
 
 def _scaled(weight: Weight, index: int, factor: float, offset: float) -> Weight:
-    """A weight one part of which is multiplied, and moved; itself where that changes nothing."""
+    """A weight with part `index` times factor, plus offset; the weight itself if that changes nothing."""
     if factor == 1 and offset == 0:
         return weight
     if weight.format != "f32":

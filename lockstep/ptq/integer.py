@@ -1,8 +1,8 @@
-"""Linear layers of a rounded program in integer arithmetic, where there are kernels for their grids.
+"""Putting linear layers of a rounded program into integer arithmetic, where there are kernels for their grids.
 
-A layer can be one whose input lies on one integer grid for the whole tensor, found before the model runs, and whose
-weights lie on integer grids of at most 8 bits with a scale for each row or for all. Its input's codes are multiplied as
-integers; see `ops/integer/code_linear.py`. Others stay in float arithmetic, and are named with the reason.
+A layer qualifies if its input lies on one integer grid for the whole tensor, found before the model runs, and its
+weights lie on integer grids of at most 8 bits, one for each row or one for all. It then multiplies codes; see
+`ops/integer/code_linear.py`. Other layers stay in float arithmetic and are listed with the reason.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from lockstep.ptq.spec import Spec
 from lockstep.runtime.operands import Operands
 from lockstep.runtime.program import Program, Setting, Tensor, Weight
 
-INTEGER = "integer"  # as a plan says it
-MOST_WEIGHT_BITS, OFF = 8, Spec("off")
+INTEGER = "integer"  # a value of `Plan.arithmetic`
+MAX_WEIGHT_BITS, OFF = 8, Spec("off")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which linear layers of a rounded program multiply integers: layers, by the site of a layer's first weight, in
-    order. floats: of the others the same, and why they are not."""
+    """Which linear layers of a rounded program multiply integers. A layer is named by the site of its first weight.
+
+    layers: the names of those that do, in order. floats: {name: reason} of those that do not.
+    """
 
     layers: tuple[str, ...]
     floats: Mapping[str, str]
@@ -37,13 +39,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Integers(Choice):
-    """Such a choice, and the program with these layers in integer arithmetic."""
+    """A choice, and the program with the chosen layers in integer arithmetic."""
 
     program: Program
 
 
 def integers(rounded: Rounded, specs: Mapping[str, Spec]) -> Integers:
-    """The rounded program whose layers are integer wherever they can be, with weights as specs, by site, say."""
+    """The rounded program with every layer that qualifies in integer arithmetic. specs: {site: Spec}."""
     layers = LinearLayers(rounded)
     choice = layers.choose(specs)
     program = layers.program(choice, FoldedWeights(rounded.weights), specs)
@@ -52,8 +54,8 @@ def integers(rounded: Rounded, specs: Mapping[str, Spec]) -> Integers:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A linear layer. names: sites of its weight's parts. site, grid: of its input, where that lies on one grid for the
-    whole tensor."""
+    """A linear layer. names: the sites of its weight's parts. site, grid: of its input, if the whole input lies on one
+    grid."""
 
     op: Linear
     names: tuple[str, ...]
@@ -61,7 +63,7 @@ class _Layer:
     grid: Setting | None = None
 
     def reason(self, specs: Mapping[str, Spec]) -> str:
-        """Why it is not in integer arithmetic under specs; nothing if it is."""
+        """Why the layer does not qualify under specs; empty if it does."""
         if self.grid is None:
             return f"its input, {self.op.x.name}, has no grid"
         spec = specs.get(self.site, OFF)
@@ -74,19 +76,19 @@ class _Layer:
 
 
 class LinearLayers:
-    """The linear layers of a rounded program, found in one walk, and programs of which some are in integers.
+    """The linear layers of a rounded program, and programs with some of them in integer arithmetic.
 
-    A program of integers depends on nothing but which layers are: grids of inputs are read as it runs, and weights may
-    be put in the place of others.
+    Such a program depends only on the choice of layers: grids of inputs are read as it runs, and its weights may be
+    replaced.
     """
 
     def __init__(self, rounded: Rounded) -> None:
         self._program = rounded.program
         self._of_memory = {rows.ctypes.data: name for name, rows in rounded.grids.items()}
         sites = {(part.weight, part.index): name for name, parts in rounded.weights.items() for part in parts}
-        grids: dict[Tensor, tuple[str, Setting]] = {}  # of tensors that lie on one grid: its site, and where it is
+        grids: dict[Tensor, tuple[str, Setting]] = {}  # tensors that lie on one grid: (its site, the grid)
         self._layers: dict[Operands, _Layer] = {}
-        self._codes: dict[Tensor, Tensor] = {}  # of inputs: the same in all programs
+        self._codes: dict[Tensor, Tensor] = {}  # input -> its codes, shared by all programs
         for op in rounded.program.ops:
             if isinstance(op, Linear):
                 names = tuple(sites[op.weight, i] for i in range(len(op.weight.parts)))
@@ -98,7 +100,7 @@ class LinearLayers:
     def _on_one_grid(
         self, op: Operands, grids: Mapping[Tensor, tuple[str, Setting]]
     ) -> dict[Tensor, tuple[str, Setting]]:
-        """The tensors that an op leaves on one grid."""
+        """The outputs of an op that lie on one grid: {tensor: (site, grid)}."""
         if isinstance(op, FakeQuant) and op.stride == op.head_width and op.num_heads * op.head_width == op.width:
             return {op.out: (op.grids.name, Setting(op.grids.name, op.grids.values[:1]))}
         if isinstance(op, SelectRows) and op.x in grids:
@@ -110,13 +112,14 @@ class LinearLayers:
         return {}
 
     def choose(self, specs: Mapping[str, Spec]) -> Choice:
-        """Layers that are integer wherever they can be under specs, by site."""
+        """The choice of every layer that qualifies. specs: {site: Spec}."""
         reasons = {layer.names[0]: layer.reason(specs) for layer in self._layers.values()}
         layers = tuple(name for name, reason in reasons.items() if not reason)
         return Choice(layers, {name: reason for name, reason in reasons.items() if reason})
 
     def program(self, choice: Choice, weights: FoldedWeights, specs: Mapping[str, Spec]) -> Program:
-        """The program with a choice of layers in integers, whose weights are codes as specs say."""
+        """The program with the chosen layers in integer arithmetic. specs: {site: Spec} of the codes of their
+        weights."""
         ops: list[Operands] = []
         codes: dict[Tensor, Tensor] = {}
         chosen = {*choice.layers}
@@ -133,7 +136,7 @@ class LinearLayers:
         return self._program.rewritten(ops)
 
     def _coding(self, layer: _Layer) -> CodeRows:
-        """What makes codes of a layer's input."""
+        """The op that turns a layer's input into codes."""
         x, width = layer.op.x, layer.op.in_features
         assert layer.grid is not None, layer
         if x not in self._codes:
@@ -142,12 +145,12 @@ class LinearLayers:
 
 
 def _in_codes(op: Linear, x: Tensor, weight: Weight) -> CodeLinear:
-    """The layer that multiplies codes."""
+    """The linear layer as an op that multiplies codes."""
     sizes = dict(in_features=op.in_features, out_features=op.out_features, width=op.width, column=op.column)
     return CodeLinear(out=op.out, x=x, weight=weight, **sizes)
 
 
 def _weight_reason(name: str, spec: Spec) -> str:
-    if not spec.what.is_integer or spec.bits > MOST_WEIGHT_BITS:
-        return f"{name} is {spec}, no integers of at most {MOST_WEIGHT_BITS} bits"
+    if not spec.what.is_integer or spec.bits > MAX_WEIGHT_BITS:
+        return f"{name} is {spec}, no integers of at most {MAX_WEIGHT_BITS} bits"
     return f"{name} is {spec}, integers in groups of columns" if isinstance(spec.per, int) else ""

@@ -1,7 +1,7 @@
-"""What was seen at a site, and the grids that fit it.
+"""`Stat`: statistics of the numbers that calibration saw at a site, and the grids that fit them.
 
-A `Stat` holds whole numbers, and smallest and largest numbers: whatever is merged in whichever order, the result is the
-same. Grids are made from it without running the model again, by IEEE additions, multiplications and divisions only.
+Statistics are integer counts, minima and maxima, so merging them in any order gives the same result. Grids are made
+from them without running the model again, by IEEE additions, multiplications and divisions only.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from lockstep.ptq.ranges import is_constant, set_constant, set_range
 from lockstep.ptq.ranges_cpu import search_range
 from lockstep.ptq.spec import MINMAX, MSE, Spec
 
-POINTS = 8  # that stand for the numbers of a bin where errors are summed up
+POINTS = 8  # sample points that stand for the numbers of a bin in sums of errors
 EDGES = (np.arange(FIRST_BIN, FIRST_BIN + BINS + 1, dtype=np.int32) << SHIFT).view(np.float32).astype(np.float64)
-EDGES[0], EDGES[-1] = 0, np.inf  # smaller and larger numbers are counted in the first and the last bin
+EDGES[0], EDGES[-1] = 0, np.inf  # the first and last bin also count smaller and larger numbers
 
 
 @dataclass(eq=False)
 class Stat:
-    """What was seen at a site, for each of its heads.
+    """The statistics of a site, for each of its heads.
 
-    count: int64 [heads], all numbers. not_finite: int64 [heads]. low, high: float32 [heads], smallest and largest
-    finite number; inf and -inf if there is none. histogram: int64 [heads, 2, BINS], see `ops.observe`.
+    count, not_finite: int64 [heads], how many numbers were seen, and how many of them are NaN or infinite. low, high:
+    float32 [heads], smallest and largest finite number; inf and -inf if there is none. histogram: int64 [heads, 2,
+    BINS], see `ops.rounded.observe`.
     """
 
     site: str
@@ -39,19 +40,19 @@ class Stat:
 
     @staticmethod
     def empty(site: str, num_heads: int = 1) -> Stat:
-        """Nothing was seen yet."""
-        none, infinite = np.zeros(num_heads, np.int64), np.full(num_heads, np.inf, np.float32)
-        return Stat(site, none, none.copy(), infinite, -infinite, np.zeros((num_heads, 2, BINS), np.int64))
+        """The statistics of no numbers."""
+        zeros, infinite = np.zeros(num_heads, np.int64), np.full(num_heads, np.inf, np.float32)
+        return Stat(site, zeros, zeros.copy(), infinite, -infinite, np.zeros((num_heads, 2, BINS), np.int64))
 
     @property
     def num_heads(self) -> int:
-        """How many heads are told apart."""
+        """How many heads have statistics of their own."""
         return len(self.count)
 
     def take(self, counters: np.ndarray) -> None:
-        """Adds what the op counted, int32 [copies * heads, WORDS], and clears it.
+        """Adds the counters of an observing op, int32 [copies * heads, WORDS], and clears them.
 
-        ValueError if there were too many numbers since the last time.
+        ValueError if the counters overflowed since they were last taken.
         """
         words = counters.reshape(-1, self.num_heads, WORDS)
         if (words[..., COUNT] == observe.TOO_MANY).any():
@@ -68,7 +69,7 @@ class Stat:
         observe.clear(counters)
 
     def merge(self, other: Stat) -> Stat:
-        """What both saw. ValueError for statistics of different sites."""
+        """The statistics of both. ValueError for statistics of different sites."""
         if (self.site, self.num_heads) != (other.site, other.num_heads):
             raise ValueError(
                 f"statistics of {other.site} with {other.num_heads} heads cannot be merged with those of {self.site} "
@@ -84,7 +85,7 @@ class Stat:
         )
 
     def over_heads(self) -> Stat:
-        """All heads as one."""
+        """The statistics of all heads together."""
         add: Callable[[np.ndarray], np.ndarray] = lambda array: array.sum(0, keepdims=True)
         low, high = self.low.min(keepdims=True), self.high.max(keepdims=True)
         return Stat(self.site, add(self.count), add(self.not_finite), low, high, add(self.histogram))
@@ -92,10 +93,9 @@ class Stat:
     # ------------------------------------------------------------ grids
 
     def solve(self, spec: Spec) -> np.ndarray:
-        """The grids of a spec of an activation: float32 [heads, GRID_WORDS] for /head, else [1, GRID_WORDS].
+        """The grids of an activation's spec that fit: float32 [heads, GRID_WORDS] for /head, else [1, GRID_WORDS].
 
-        ValueError for a site at which nothing was seen although the spec needs a range, and for numbers that are not
-        finite.
+        ValueError for numbers that are not finite, and if the spec needs a range and no number was seen.
         """
         spec = spec.resolved(is_weight=False)
         stat = self if spec.per == "head" else self.over_heads()
@@ -123,7 +123,7 @@ class Stat:
         return f" (head {np.flatnonzero(heads)[0]})" if self.num_heads > 1 else ""
 
     def fit(self, row: np.ndarray, head: int, spec: Spec) -> None:
-        """Gives a grid the range of a head."""
+        """Sets scale and zero point of a grid to the range of a head."""
         low, high = self.low[head], self.high[head]
         if not spec.symmetric and is_constant(low, high):
             set_constant(row, low)
@@ -140,12 +140,12 @@ class Stat:
             )
 
     def _tails(self, head: int, spec: Spec) -> tuple[np.float32, np.float32]:
-        """The range of a percentile: of sizes for a symmetric grid; else of the numbers, whose outer share is cut from
-        the side on which they are, or half from each."""
+        """The range of a percentile: of absolute values for a symmetric grid; else of the numbers, cut on the side of 0
+        on which they all are, or by one half on each side."""
         assert spec.percentile is not None
         share = spec.percentile / 100
         if spec.symmetric:
-            bound = self._sizes().quantile(head, share)
+            bound = self._absolute().quantile(head, share)
             return np.float32(-bound), np.float32(bound)
         if self.low[head] >= 0 or self.high[head] <= 0:
             low, high = (0.0, share) if self.low[head] >= 0 else (1 - share, 1.0)
@@ -155,14 +155,15 @@ class Stat:
 
     # ------------------------------------------------------------ the histogram
 
-    def _sizes(self) -> Stat:
-        """The same of absolute values."""
+    def _absolute(self) -> Stat:
+        """The statistics of absolute values."""
         low = np.maximum(np.maximum(self.low, -self.high), np.float32(0))
         histogram = np.stack([self.histogram.sum(1), np.zeros_like(self.histogram[:, 0])], 1)
         return Stat(self.site, self.count, self.not_finite, low, np.maximum(-self.low, self.high), histogram)
 
     def bins(self, head: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Bins that are not empty, ascending: least and largest number that may be in each, float64, and counts."""
+        """Bins that are not empty, ascending: the lowest and highest number each may hold, float64, and their
+        counts."""
         positive, negative = self.histogram[head]
         left = np.concatenate([-EDGES[:0:-1], EDGES[:-1]])
         right = np.concatenate([-EDGES[-2::-1], EDGES[1:]])
@@ -171,9 +172,9 @@ class Stat:
         return left[some].clip(low, high), right[some].clip(low, high), counts[some]
 
     def quantile(self, head: int, share: float) -> float:
-        """The number below which a share of all is, from 0 to 1; within a bin numbers are taken as evenly spread.
+        """The number below which a share (0 to 1) of all numbers is; numbers in a bin are taken as evenly spread.
 
-        Error: the width of a bin, a sixteenth of the number. 0 and 1 give the smallest and the largest.
+        Error: the width of a bin, a sixteenth of the number. Shares 0 and 1 give the smallest and largest number.
         """
         left, right, counts = self.bins(head)
         if share in (0, 1):
@@ -184,7 +185,7 @@ class Stat:
         return float(left[bin] + (right[bin] - left[bin]) * min(inside, 1.0))
 
     def points(self, head: int) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers that stand for all, POINTS for each bin, and how many each stands for: float32."""
+        """Sample points, POINTS for each bin, and how many numbers each stands for: float32."""
         left, right, counts = self.bins(head)
         inside = (np.arange(POINTS) + 0.5) / POINTS
         points = left[:, None] + (right - left)[:, None] * inside

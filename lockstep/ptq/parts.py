@@ -1,4 +1,4 @@
-"""The parts of a weight as plans change them: multiplied by attention's scale, rounded to grids."""
+"""Weights whose parts a plan changes: multiplied by attention's scale, rounded to grids, turned into codes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lockstep.weights.tensor import StoredTensor, check_finite
 
 @dataclass(frozen=True)
 class ScaledTensor(StoredTensor):
-    """A stored tensor that is read as values * factor + offset: float32, one operation after the other, and no
-    addition where the offset is 0."""
+    """A stored tensor that is read as values * factor + offset, in float32, rounded after each operation; an offset of
+    0 is not added."""
 
     factor: float = 1.0
     offset: float = 0.0
@@ -26,17 +26,16 @@ class ScaledTensor(StoredTensor):
         return self.moved(super().to_f32(rows) * np.float32(self.factor))
 
     def moved(self, values: np.ndarray) -> np.ndarray:
-        """Values that are multiplied already, with the offset."""
+        """Multiplied values, plus the offset."""
         return values + np.float32(self.offset) if self.offset else values
 
 
 def fold_part(part: StoredTensor, spec: Spec) -> Folded:
-    """A part as [features, width] on the grid of a spec; of a ScaledTensor without the offset.
+    """A part as [features, width] on the grid of a spec. The offset of a ScaledTensor is left out.
 
-    A grid of integers or of small floats with a scale of its own is found for the stored numbers, and its scale is
-    multiplied by the factor, so that the codes are those of the tensor alone. A grid of blocks, whose scales are no
-    float32, is that of the multiplied numbers. ValueError for weights that are not finite and for blocks that do not
-    divide the width.
+    A grid of integers or small floats is fitted to the stored numbers, and its scale is multiplied by the factor, so
+    that the codes do not depend on it. A grid of blocks, whose scales are not float32, is fitted to the multiplied
+    numbers. ValueError for weights that are not finite and for blocks that do not divide the width.
     """
     values = StoredTensor.to_f32(part)
     check_finite(part, values)
@@ -48,21 +47,21 @@ def fold_part(part: StoredTensor, spec: Spec) -> Folded:
 
 @dataclass(frozen=True, eq=False)
 class FoldedWeight(Weight):
-    """A weight that is made in memory: specs has (index of a part, spec) of those that are rounded. noise: of those
-    that were, by name of the part and spec, see `noise.powers`."""
+    """A weight whose parts are rounded in memory. specs: (index of a part, its spec), ... noise: {(part name, spec):
+    `noise.powers`} of the parts that were rounded."""
 
     specs: tuple[tuple[int, Spec], ...] = ()
     noise: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
 
     def folded(self) -> Weight:
-        """The same with the rounded numbers."""
+        """The weight with rounded numbers."""
         parts = list(self.parts)
         for index, spec in self.specs:
             parts[index] = _rounded(parts[index], self.fold(index, spec))
         return Weight(self.name, self.format, self.shape, tuple(parts))
 
     def fold(self, index: int, spec: Spec) -> Folded:
-        """A part on the grid of a spec; notes its noise."""
+        """A part on the grid of a spec; records its noise."""
         part = self.parts[index]
         made = fold_part(part, spec)
         values = StoredTensor.to_f32(part)
@@ -80,9 +79,9 @@ def _rounded(part: StoredTensor, made: Folded) -> StoredTensor:
 
 @dataclass(frozen=True, eq=False)
 class CodedWeight(FoldedWeight):
-    """A weight whose parts, all of them, are codes of integer grids, for integer arithmetic. source: the weight itself.
+    """A weight as codes of integer grids, for integer arithmetic.
 
-    It has the parts of the source, which codes are made from when they are first asked for.
+    source: the float weight, from whose parts the codes are made when the weight is first read.
     """
 
     source: Weight | None = None

@@ -1,7 +1,7 @@
-"""Plans: which sites are rounded to which grids, and the choices of arithmetic around them.
+"""Plans: which sites are rounded to which grids, and with which variant of the arithmetic around them.
 
 rules = [
-    ["*", "i16"],             # sites by name, ? and * and [..] as in file names; the last rule that matches counts
+    ["*", "i16"],             # names of sites, with ? and * and [..] as in file names; the last match wins
     ["*.w", "u4/row:mse"],
     ["L*.k.all", "i8/head"],
 ]
@@ -10,7 +10,7 @@ fill = -120.0
 rope = "hf"
 fuse_scale = "none"
 arithmetic = "float"
-apart = ["attention"]         # taken apart even if no rule rounds anything inside
+apart = ["attention"]         # taken apart even if no rule rounds a site inside
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lockstep.ops.rounded.inputs import SITES as INPUTS
 from lockstep.ptq.site import Site
 from lockstep.ptq.spec import Spec
 
-INSIDE = ("inputs", "attention", "swiglu")  # what can be taken apart: see `ptq.rewrite`
+INSIDE = ("inputs", "attention", "swiglu")  # groups of ops that can be taken apart: see `ptq.rewrite`
 OPTIONS = {
     "mask": ("structural", "additive"),
     "rope": ("hf", "pre_negated"),
@@ -41,21 +41,20 @@ USUAL_FILL = -120.0
 NUM_NEAREST = 3
 INNER = (*SITES, *(f"{name}.{site}" for name in ("q", "k") for site in INPUTS), "v.all")  # sites inside attention
 WINDOWED = "attention with a window or a soft cap has no sites inside; "
-FORM = "lockstep plan 1\n"  # what a hash is of; another number when equal texts mean other numbers
+FORM = "lockstep plan 1\n"  # begins the hashed text; another number when the same plan gives other bits
 
 
 @dataclass(frozen=True)
 class Plan:
     """Which sites are rounded to which grids.
 
-    rules: (glob over names of sites, text of a spec), of which the last that matches a site counts; kept as tuples.
-    mask: "structural" (keys that a row does not see take no part) or "additive" (`fill` is added to their logits).
-    fill: None for a structural mask. rope: "hf" rotates (-x2, x1), "pre_negated" has the sign in the table of sines.
-    fuse_scale: whether the scale of attention is multiplied into the weights of q or of k, see `fuse.fused`.
-    arithmetic: "float", or "integer" where there are kernels for it. apart: of `rewrite.INSIDE`, what is taken apart
-    although no rule rounds anything inside: as it is in a study where another trial does, so that both have the same
-    bits.
-    Raises ValueError for anything else.
+    rules: (glob over names of sites, text of a spec), kept as tuples; the last rule that matches a site counts.
+    mask: "structural" (masked keys are left out) or "additive" (`fill` is added to their scores). fill: None for a
+    structural mask. rope: "hf" rotates (-x2, x1), "pre_negated" has the sign in the table of sines. fuse_scale: "q" or
+    "k" for attention's scale in the weights of q or k, see `fuse.fused`. arithmetic: "float", or "integer" where there
+    are kernels for it. apart: groups of INSIDE that are taken apart even if no rule rounds a site inside, so that the
+    trials of a study have the same bits where only some of them round such a site.
+    Raises ValueError for other values.
     """
 
     rules: Sequence[Sequence[str]] = ()
@@ -77,9 +76,9 @@ class Plan:
     # ------------------------------------------------------------ sites
 
     def resolve(self, sites: Sequence[Site]) -> dict[str, Spec]:
-        """{name of a site: its spec, nothing left open} in the order of the sites; what no rule names is off.
+        """{site: its resolved spec}, in the order of the sites; "off" for a site that no rule matches.
 
-        ValueError for a rule that matches none, and for a spec that a site cannot have.
+        ValueError for a rule that matches no site, and for a spec that a site cannot have.
         """
         names = [site.name for site in sites]
         matched = [_matching(names, glob) for glob, _ in self.rules]
@@ -103,7 +102,7 @@ class Plan:
     # ------------------------------------------------------------ text
 
     def to_toml(self) -> str:
-        """The plan as TOML: `from_toml` gives an equal one, and equal plans have equal texts."""
+        """The plan as TOML. `from_toml` gives an equal plan, and equal plans have equal texts."""
         rules = "".join(f"    [{_quoted(glob)}, {_quoted(text)}],\n" for glob, text in self.rules)
         lines = [f"rules = [\n{rules}]" if rules else "rules = []", f"mask = {_quoted(self.mask)}"]
         if self.fill is not None:
@@ -115,7 +114,7 @@ class Plan:
 
     @staticmethod
     def from_toml(text: str) -> Plan:
-        """The plan of a TOML text; ValueError if it is none."""
+        """The plan in a TOML text; ValueError for a text that is no plan."""
         try:
             return Plan.from_table(tomllib.loads(text))
         except tomllib.TOMLDecodeError as error:
@@ -123,7 +122,7 @@ class Plan:
 
     @staticmethod
     def from_table(table: Mapping[str, Any]) -> Plan:
-        """The plan of a table that was read from TOML or JSON; ValueError for a key that plans do not have."""
+        """The plan in a table that was read from TOML or JSON; ValueError for a key that plans do not have."""
         names = [field.name for field in fields(Plan)]
         if not isinstance(table, Mapping):
             raise ValueError(f"plan: it is {table!r:.80}, expected a table with {', '.join(names)}")
@@ -133,25 +132,25 @@ class Plan:
         return Plan(**table)
 
     def to_table(self) -> dict[str, Any]:
-        """The plan as JSON or TOML can hold it, what is None left out."""
-        made: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        made["rules"] = [list(rule) for rule in self.rules]
-        made["apart"] = list(self.apart) or None
-        return {name: value for name, value in made.items() if value is not None}
+        """The plan as a table for JSON or TOML, without fields that are None."""
+        table: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        table["rules"] = [list(rule) for rule in self.rules]
+        table["apart"] = list(self.apart) or None
+        return {name: value for name, value in table.items() if value is not None}
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the plan, in hexadecimal: equal for equal plans, whatever their text was."""
+        """SHA-256 of the plan, in hexadecimal: equal for equal plans, however their texts were written."""
         return hashlib.sha256((FORM + self.to_toml()).encode()).hexdigest()
 
 
 def _matching(names: Sequence[str], glob: str) -> set[str]:
-    """The names that a glob matches as a whole; capital letters are others, on every system."""
+    """The names that a glob matches, case-sensitively on every system."""
     return {name for name in names if fnmatch.fnmatchcase(name, glob)}
 
 
 def _nearest(glob: str, names: Sequence[str]) -> str:
-    """Words for a glob that matches nothing: the sites whose names are most like it."""
+    """For an error about a glob without a match: the most similar names of sites."""
     if not names:
         return "the model has no sites"
     near = difflib.get_close_matches(glob, names, NUM_NEAREST, 0.0)
@@ -165,7 +164,7 @@ def _list(rules: Any) -> Sequence[Any]:
 
 
 def _apart(groups: Any) -> tuple[str, ...]:
-    """Groups that are taken apart, in their usual order."""
+    """The groups that are taken apart, checked, in the order of INSIDE."""
     if not isinstance(groups, (list, tuple)) or not all(group in INSIDE for group in groups):
         raise ValueError(f"plan: apart is {groups!r:.80}, expected a list of {', '.join(INSIDE)}")
     return tuple(group for group in INSIDE if group in groups)
@@ -173,8 +172,8 @@ def _apart(groups: Any) -> tuple[str, ...]:
 
 def _rule(number: int, rule: Any) -> tuple[str, str]:
     """A rule as (glob, canonical text of its spec)."""
-    two = isinstance(rule, (list, tuple)) and len(rule) == 2
-    if not two or not all(isinstance(part, str) for part in rule) or not rule[0]:
+    is_pair = isinstance(rule, (list, tuple)) and len(rule) == 2
+    if not is_pair or not all(isinstance(part, str) for part in rule) or not rule[0]:
         raise ValueError(f'plan: rule {number} is {rule!r:.80}, expected [sites, grid], as ["*.w", "u4/row"]')
     try:
         return rule[0], str(Spec.parse(rule[1]))
@@ -183,7 +182,7 @@ def _rule(number: int, rule: Any) -> tuple[str, str]:
 
 
 def _fill(mask: str, fill: Any) -> float | None:
-    """The fill that a mask has."""
+    """The fill of a mask, checked, or the usual one; None for a structural mask."""
     if mask == "structural":
         if fill is not None:
             raise ValueError(f'plan: fill is {fill!r}, but mask is "structural"; only "additive" has a fill')
@@ -196,5 +195,5 @@ def _fill(mask: str, fill: Any) -> float | None:
 
 
 def _quoted(text: str) -> str:
-    """A TOML basic string; JSON's are such, but for DEL, and for surrogates in the place of other characters."""
+    """A TOML basic string: a JSON string without surrogate escapes, in which DEL is escaped, too."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,4 +1,4 @@
-"""From a range of numbers to a grid: scale and zero point, and what is lost by rounding. The definitions."""
+"""From a range of numbers to a grid, its scale and zero point, and the error of rounding: the definitions."""
 
 import numpy as np
 
@@ -30,8 +30,8 @@ NVFP4_LARGEST = E2M1_LARGEST * E4M3_LARGEST
 
 @definition
 def set_range(g, lowest, highest):
-    """Gives a grid [GRID_WORDS] of a kind that has a range the scale and zero point for numbers from lowest to highest,
-    0 among them: float32, finite."""
+    """Sets scale and zero point of a grid [GRID_WORDS] for the range from lowest to highest, extended to 0: finite
+    float32. The grid must be of a kind that has a range."""
     low, high = minimum(lowest, ZERO), maximum(highest, ZERO)
     amax = maximum(ZERO - low, high)
     if int(g[KIND]) == INTEGER:
@@ -46,14 +46,14 @@ def set_range(g, lowest, highest):
 
 @definition
 def is_constant(lowest, highest):
-    """Whether numbers from lowest to highest are taken as one number."""
+    """Whether lowest and highest are so close that the numbers between them count as one number."""
     return np.float64(highest) - np.float64(lowest) < np.float64(SMALLEST_SCALE)
 
 
 @definition
 def set_constant(g, value):
-    """Gives an asymmetric grid of a whole tensor the scale and zero point for one number: a code from zero, on its
-    side, is the number itself. Source: TICO 0.3.0, affine observers."""
+    """Sets scale and zero point of an asymmetric grid of a whole tensor for one number, which is one step away from 0.
+    Source: TICO 0.3.0, affine observers."""
     size = absolute(value)
     g[SCALE] = ONE if size <= SMALLEST_SCALE else size
     g[INVERSE], g[ZERO_POINT] = ONE / g[SCALE], g[HIGH] if value < ZERO - SMALLEST_SCALE else ZERO
@@ -64,8 +64,8 @@ def squared_error(x, weights, g, unit):
     """The sum of weights * (x - x rounded to g)**2, in units of 1 / unit**2.
 
     Shapes: x, weights: float32 [n]; g: a grid of kind INTEGER or FLOAT. Order: u = (x - rounded) * unit, then
-      lane i % 16 = fma(weight * u, u, lane) over i ascending, then the lanes by `tree_sum`. No lane ever becomes less,
-      so that a sum of the first numbers is a lower bound of the sum of all.
+      lane i % 16 = fma(weight * u, u, lane) over i ascending, then the lanes by `tree_sum`. No lane ever decreases, so
+      that a sum of the first numbers is a lower bound of the sum of all.
     """
     rounded, lane = x.copy(), np.zeros(16, np.float32)
     quantize_row(rounded, g)

@@ -1,4 +1,4 @@
-"""The search for the range of numbers that loses least: up to eighty times the work of rounding."""
+"""The search for the range with the least squared error: up to eighty times the work of rounding."""
 
 import numpy as np
 
@@ -26,9 +26,9 @@ from lockstep.ops.rounded.grids import (
 )
 from lockstep.ptq.ranges import set_range
 
-NUM_FACTORS = 80  # 1.00, 0.99 .. 0.21 of the range of all numbers
+NUM_FACTORS = 80  # tried ranges: 1.00, 0.99 .. 0.21 of the full range
 HUNDRED = np.float32(100)
-CHECKED = 16  # times sixteen numbers are summed up before a look whether the sum is too large already
+CHECKED = 16  # times sixteen numbers are summed up between two checks whether the sum exceeds the limit
 
 
 @inlined
@@ -41,7 +41,7 @@ def rounded(x, g):
 
 @inlined
 def last_errors(x, weights, first, count, g, unit, total):
-    """The sum of sixteen lanes and the squared errors of numbers first .. count, fewer than sixteen."""
+    """The sum of sixteen lanes and of the squared errors of the last numbers, first .. count, fewer than sixteen."""
     memory = stack_memory(64)
     store(memory, total)
     for i in range(first, count):
@@ -53,9 +53,9 @@ def last_errors(x, weights, first, count, g, unit, total):
 
 @native
 def squared_error(x, weights, count, g, unit, limit):
-    """`ranges.squared_error` of so many float32 at addresses, or any number above `limit` if it is above that.
+    """`ranges.squared_error` of `count` float32 at address x; any number above `limit` if the error is above it.
 
-    weights: 0 stands for ones.
+    weights: the address of as many float32; 0 for weights of 1.
     """
     total, whole = lanes(ZERO), count - count % 16
     for start in range(0, whole, 16 * CHECKED):
@@ -70,8 +70,10 @@ def squared_error(x, weights, count, g, unit, limit):
 
 @native
 def search_range(g, lowest, highest, x, weights, count):
-    """Gives a grid of kind INTEGER or FLOAT the range, a hundredth after another smaller than lowest .. highest, with
-    the least squared error of so many float32 at x; of several such the widest. weights: as `squared_error` has them.
+    """Sets a grid of kind INTEGER or FLOAT to the range with the least squared error of `count` float32 at address x.
+
+    Tried are lowest .. highest times each factor of NUM_FACTORS; of equal errors the widest range wins. weights: see
+    `squared_error`.
     """
     set_range(g, lowest, highest)
     unit, least, best = g[INVERSE], INFINITY, ONE

@@ -1,4 +1,4 @@
-"""A site: a tensor of a model, or a part of one, that hardware would keep on a grid."""
+"""`Site`: a tensor of a model, or a part of a tensor, that hardware would keep on a grid."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 class Site:
     """One place where numbers are rounded.
 
-    name: as rules name it: "L3.q", "L3.qk", "L3.q.w", "embed.out". heads: how many heads have a grid each where the
-    plan says so. width: numbers of a row of one head; 0: as many as the token sees keys. layer: of the decoder, None
-    outside of all. is_weight: a constant of the model, [features, width], else an activation. is_inner: it exists only
-    where the op that makes it is taken apart.
+    name: as in rules: "L3.q", "L3.qk", "L3.q.w", "embed". heads: how many heads may have a grid each. width: elements
+    in a row of one head; 0: one for each key that the token sees. layer: of the decoder, None outside of the layers.
+    is_weight: a weight [features, width], else an activation. is_inner: the site exists only if the op that makes it is
+    taken apart.
     """
 
     name: str

@@ -1,4 +1,5 @@
-"""A plan with its numbers: what a planned model needs besides its weights, as a file."""
+"""A solved plan: a plan and the grids that calibration found for it, as a file. With the weights it is a planned
+model."""
 
 from __future__ import annotations
 
@@ -19,12 +20,12 @@ from lockstep.ptq.plan import Plan
 from lockstep.ptq.site import Site
 from lockstep.ptq.spec import Spec
 
-FORM = 1  # of the file; another number when its content means something else
+FORM = 1  # version of the file; another number when its content means something else
 KEYS = ("form", "plan", "model", "model_hash", "grids")
 LARGEST = float(np.finfo(np.float32).max)
 SHOWN = 12  # digits of a hash in an error
 WHAT = "a solved plan"
-FILE = "winner.json"  # what studies call it
+FILE = "winner.json"  # the file name in a study's folder
 EXPECTED = f"{WHAT}: a plan with its grids in JSON, as `lockstep ptq run RECIPE` writes it ({FILE})"
 
 
@@ -32,8 +33,8 @@ EXPECTED = f"{WHAT}: a plan with its grids in JSON, as `lockstep ptq run RECIPE`
 class Solved:
     """A plan, the grids of all activations that it rounds, and the model that they are for.
 
-    model: a name for people. model_hash: of its content. grids: {site: float32 [heads or 1, GRID_WORDS]}, for every
-    activation that is not off; weights are folded anew from the plan, which says all about them.
+    model: its name, for people. model_hash: its content hash. grids: {site: float32 [heads or 1, GRID_WORDS]} of every
+    activation that is not off. Weights have none: they are rounded again as the plan's specs say.
     """
 
     plan: Plan
@@ -43,13 +44,13 @@ class Solved:
 
     @staticmethod
     def solve(plan: Plan, model: str, model_hash: str, sites: Sequence[Site], stats: Mapping[str, Stat]) -> Solved:
-        """The grids of a plan from what was seen at its sites. ValueError, with the site, where nothing was."""
-        unseen = {site.name: Stat.empty(site.name) for site in sites}
-        specs = rounded(plan, sites)
-        return Solved(plan, model, model_hash, {n: stats.get(n, unseen[n]).solve(spec) for n, spec in specs.items()})
+        """The grids of a plan from statistics of its sites. ValueError names a site at which no number was seen."""
+        empty = {site.name: Stat.empty(site.name) for site in sites}
+        grids = {name: stats.get(name, empty[name]).solve(spec) for name, spec in rounded(plan, sites).items()}
+        return Solved(plan, model, model_hash, grids)
 
     def check(self, model: str, model_hash: str, sites: Sequence[Site]) -> None:
-        """ValueError if the plan is another model's, or its grids are not those of the model's sites."""
+        """ValueError if the plan was solved for another model, or its grids do not fit the model's sites."""
         if model_hash != self.model_hash:
             raise ValueError(
                 f"a plan of another model: it is for {self.model} ({self.model_hash[:SHOWN]}), this is {model} "
@@ -64,39 +65,39 @@ class Solved:
             self._check_rows(name, rows, specs[name], heads[name])
 
     def _check_rows(self, name: str, rows: np.ndarray, spec: Spec, num_heads: int) -> None:
-        """The grids of a site must be of the kind and number that its spec says."""
+        """ValueError unless the grids of a site have the kind and number that its spec says."""
         expected = num_heads if spec.per == "head" else 1
         if len(rows) != expected:
             raise ValueError(f"{WHAT} for {self.model}: site {name}: {len(rows)} grids, expected {expected} ({spec})")
         free = [SCALE, INVERSE] + [ZERO_POINT] * (not spec.symmetric)
-        other, kind = rows.copy(), spec.activation_row()
+        without_range, usual = rows.copy(), spec.activation_row()
         if spec.observer is not None:
-            other[:, free] = kind[free]
+            without_range[:, free] = usual[free]
             good = (rows[:, SCALE] > 0) & (rows[:, INVERSE] == np.float32(1) / rows[:, SCALE])
             if not spec.symmetric:
                 zero = rows[:, ZERO_POINT]
                 good &= (zero == np.rint(zero)) & (rows[:, LOW] <= zero) & (zero <= rows[:, HIGH])
         else:
             good = np.ones(len(rows), bool)
-        if not (good & (other == kind).all(1)).all():
+        if not (good & (without_range == usual).all(1)).all():
             raise ValueError(f"{WHAT} for {self.model}: site {name}: its grid is none of {spec}: {rows.tolist()}")
 
     # ------------------------------------------------------------ text
 
     def to_json(self) -> str:
-        """The file's content: equal for equal plans. Numbers are float32, which their digits give back exactly."""
-        made = dict(
+        """The file's content, equal for equal solved plans. Its digits give every float32 back exactly."""
+        content = dict(
             form=FORM,
             plan=self.plan.to_table(),
             model=self.model,
             model_hash=self.model_hash,
             grids={name: rows.tolist() for name, rows in sorted(self.grids.items())},
         )
-        return json.dumps(made, indent=1, allow_nan=False) + "\n"
+        return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
     @staticmethod
     def from_json(text: str) -> Solved:
-        """What `to_json` wrote; ValueError for anything else."""
+        """The solved plan in a text that `to_json` wrote; ValueError for any other text."""
         try:
             found = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -115,7 +116,7 @@ class Solved:
         return Solved(Plan.from_table(found["plan"]), found["model"], found["model_hash"], grids)
 
     def save(self, path: Path) -> None:
-        """Writes a file, whole or not at all. OSError, with the path, if the disk is full."""
+        """Writes a file, whole or not at all. OSError names the path, if the disk is full."""
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             beside.write_text(self.to_json(), "utf-8")
@@ -127,7 +128,7 @@ class Solved:
 
     @staticmethod
     def load(path: Path) -> Solved:
-        """What a file holds; ValueError, with the path, if it is none of `save`'s."""
+        """The solved plan in a file that `save` wrote; ValueError names the path of any other file."""
         if path.suffix == ".toml" and path.is_file():
             raise ValueError(f"{path}: a plan or a recipe in TOML has no grids yet; expected {EXPECTED}{_beside(path)}")
         try:
@@ -137,13 +138,13 @@ class Solved:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of plan, model's content and grids, in hexadecimal: what tells one planned model from another."""
-        made = json.loads(self.to_json()) | dict(model="", plan=self.plan.hash)
-        return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+        """SHA-256 of plan, model hash and grids, in hexadecimal: it identifies a planned model."""
+        content = json.loads(self.to_json()) | dict(model="", plan=self.plan.hash)
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _beside(path: Path) -> str:
-    """Words for the solved plan in the same folder, if there is one."""
+    """For an error: the solved plan in the same folder, if there is one."""
     beside = path.with_name(FILE)
     return f"; there is {beside}" if beside.is_file() else ""
 
@@ -155,7 +156,7 @@ def rounded(plan: Plan, sites: Sequence[Site]) -> dict[str, Spec]:
 
 
 def _rows(name: str, rows: Any) -> np.ndarray:
-    """Grids of a site, read from JSON."""
+    """The grids of a site from JSON, checked."""
     if isinstance(rows, list) and rows and all(map(_is_row, rows)):
         made = np.array(rows, np.float32)
         if (made == np.array(rows, np.float64)).all():

@@ -1,10 +1,10 @@
-"""What a rule says of a tensor: which grid, how many of them, and how their range is found.
+"""`Spec`: the right side of a rule: which grid a tensor has, how many of them, and how their range is found.
 
     grid [/per] [:observer]        i8    u4/row:mse    u8/head:p99.99    i4/32    mxfp4    off
 
-i2 .. i16 are symmetric: codes -2**(b - 1) .. 2**(b - 1) - 1, of which numbers in range never get the lowest, zero point
-0. u2 .. u16 are asymmetric: codes 0 .. 2**b - 1, with a zero point. All other grids are small floats or blocks of them;
-see GRIDS and `ops.grids`.
+i2 .. i16 are symmetric: codes -2**(b - 1) .. 2**(b - 1) - 1 (numbers in range never get the lowest), zero point 0. u2
+.. u16 are asymmetric: codes 0 .. 2**b - 1, with a zero point. All other grids are small floats or blocks of them; see
+GRIDS and `ops.grids`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ MINMAX, MSE, PERCENTILE = "minmax", "mse", "percentile"
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid by its word.
+    """A grid.
 
-    kind: of `ops.grids`; None of a format that only stored weights have. bits: of a code, without scales. block: how
-    many numbers share a scale that they make themselves; 0: the grid has no blocks. small_float: a name of
-    SMALL_FLOATS. has_range: a scale has to be found from what a tensor holds. symmetric: its zero point is 0.
+    word: its name in specs. kind: see `ops.rounded.grids`; None for a format that only stored weights have. bits: of a
+    code, without scales. block: how many numbers share a scale that is computed from themselves; 0 for a grid without
+    blocks. small_float: a name in SMALL_FLOATS. has_range: its scale must be found from a tensor's numbers. symmetric:
+    its zero point is 0.
     """
 
     word: str
@@ -39,7 +40,7 @@ class Grid:
 
     @property
     def is_integer(self) -> bool:
-        """Whether it is one of i2 .. u16."""
+        """Whether the grid is one of i2 .. i16, u2 .. u16."""
         return self.kind == grids.INTEGER
 
     @property
@@ -53,15 +54,15 @@ class Grid:
         return (1 << self.bits - self.symmetric) - 1
 
     def row(self) -> np.ndarray:
-        """The grid as kernels read it, float32 [GRID_WORDS]; of one that has a range, scale and zero point are 0."""
-        made = np.zeros(grids.GRID_WORDS, np.float32)
-        made[grids.KIND] = self.kind
+        """The grid as kernels read it, float32 [GRID_WORDS]. If it has a range, scale and zero point are 0."""
+        words = np.zeros(grids.GRID_WORDS, np.float32)
+        words[grids.KIND] = self.kind
         if self.is_integer:
-            made[[grids.LOW, grids.HIGH]] = self.low, self.high
+            words[[grids.LOW, grids.HIGH]] = self.low, self.high
         elif self.small_float:
-            words = [grids.MANTISSA, grids.EMIN, grids.EMAX, grids.LARGEST]
-            made[words] = grids.SMALL_FLOATS[self.small_float]
-        return made
+            indices = [grids.MANTISSA, grids.EMIN, grids.EMAX, grids.LARGEST]
+            words[indices] = grids.SMALL_FLOATS[self.small_float]
+        return words
 
 
 def _integers() -> list[Grid]:
@@ -86,24 +87,24 @@ BLOCKS = {
     "nvfp4": Grid("nvfp4", grids.NVFP4, 4, grids.NVFP4_BLOCK, has_range=True),
     "q8_0": Grid("q8_0", grids.Q8, 8, grids.MICROSCALED_BLOCK),
 }
-STORED = {"q4_0": Grid("q4_0", None, 4, 32)}  # of weights only
+STORED = {"q4_0": Grid("q4_0", None, 4, 32)}  # for weights only
 OFF = Grid("off", grids.OFF, 32)
 GRIDS: Mapping[str, Grid] = {g.word: g for g in _integers()} | SMALL | BLOCKS | STORED | {OFF.word: OFF}
 ACTIVATIONS_IN_TEXT = ", ".join(["i2 .. i16", "u2 .. u16", *SMALL, *BLOCKS, OFF.word])
 GRID_WORDS_IN_TEXT = ", ".join([ACTIVATIONS_IN_TEXT, *STORED])
 TEXT = re.compile(r"(?P<grid>\w+)(?:/(?P<per>\w{1,20}))?(?::(?P<observer>[\w.]+))?", re.ASCII)
 NUMBER = re.compile(r"\d{1,3}(\.\d{1,9})?", re.ASCII)
-MOST_GROUP = 1 << 20
+MAX_GROUP = 1 << 20
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A grid, how many there are, and how their range is found.
+    """A grid, how many of them a tensor has, and how their range is found.
 
     grid: a word of GRIDS. per: what has a scale of its own: "tensor", "head", "row" (of an activation: a token, whose
-    scale comes from the row itself; of a weight: an output feature), or how many of a weight's input features; None: as
-    is usual, see `resolved`. observer: "minmax", "mse" or "p" and a percentage; None: as is usual.
-    Raises ValueError for what does not go together whatever it is for.
+    scale comes from the row itself; of a weight: an output feature), or a number of a weight's input features.
+    observer: "minmax", "mse" or "p" and a percentage. None for per or observer: the usual one, see `resolved`. Raises
+    ValueError for a combination that neither weights nor activations have.
     """
 
     grid: str
@@ -122,8 +123,8 @@ class Spec:
         grid, block = GRIDS[self.grid], GRIDS[self.grid].block
         allowed = "one of /tensor, /head, /row or a number of a weight's columns, as /32"
         if isinstance(self.per, int):
-            if not 2 <= self.per <= MOST_GROUP:
-                raise ValueError(f"{self}: a group of {self.per} columns, expected 2 to {MOST_GROUP}")
+            if not 2 <= self.per <= MAX_GROUP:
+                raise ValueError(f"{self}: a group of {self.per} columns, expected 2 to {MAX_GROUP}")
             if not grid.is_integer:
                 raise ValueError(f"{self}: groups of columns are for integers (i2 .. u16), {self.grid} is none")
         elif self.per not in ("tensor", "head", "row"):
@@ -151,7 +152,7 @@ class Spec:
 
     @staticmethod
     def parse(text: str) -> Spec:
-        """The spec that a text stands for; ValueError, with what is allowed, for a text that is none."""
+        """The spec that a text stands for; ValueError names what is allowed."""
         found = TEXT.fullmatch(text) if isinstance(text, str) else None
         if not found:
             raise ValueError(f"{text!r} is no grid of a plan; expected grid[/per][:observer], as i8 or u4/row:mse")
@@ -162,7 +163,7 @@ class Spec:
         per = f"/{self.per}" if self.per is not None else ""
         return f"{self.grid}{per}{':' + self.observer if self.observer is not None else ''}"
 
-    # ------------------------------------------------------------ what it says
+    # ------------------------------------------------------------ properties
 
     @property
     def what(self) -> Grid:
@@ -171,7 +172,7 @@ class Spec:
 
     @property
     def bits(self) -> int:
-        """Bits of a code; 32 of "off"."""
+        """Bits of a code; 32 for "off"."""
         return self.what.bits
 
     @property
@@ -186,11 +187,12 @@ class Spec:
 
     @property
     def percentile(self) -> float | None:
-        """The percentage of the observer, None of another observer."""
+        """The percentage of a percentile observer; None for any other observer."""
         return _percentile(self.observer) if self.observer else None
 
     def activation_row(self) -> np.ndarray:
-        """The grid of an activation as kernels read it, float32 [GRID_WORDS]; without scale, if it has a range."""
+        """An activation's grid as kernels read it, float32 [GRID_WORDS]. If it has a range, scale and zero point are
+        0."""
         row = self.what.row()
         if self.per == "row":
             row[grids.KIND] = grids.ROW_SYMMETRIC if self.symmetric else grids.ROW_ASYMMETRIC
@@ -199,10 +201,10 @@ class Spec:
     # ------------------------------------------------------------ for a site
 
     def resolved(self, is_weight: bool) -> Spec:
-        """The spec with nothing left open, for a weight or for an activation.
+        """The spec of a weight or an activation, with the usual per and observer in place of None.
 
-        Usual are minmax and, for an activation or an nvfp4, one grid a tensor, for other weights one a row.
-        ValueError for what weights, or activations, do not have.
+        Usual are minmax, and one grid per tensor for activations and nvfp4, per row for other weights.
+        ValueError for a spec that weights, or activations, cannot have.
         """
         grid, per, observer = self.what, self.per, self.observer
         (self._check_weight if is_weight else self._check_activation)()
@@ -231,7 +233,7 @@ class Spec:
 
 
 def _percentile(observer: str) -> float | None:
-    """The percentage of "p99.9"; None for what is no percentile."""
+    """The percentage of an observer such as "p99.9"; None for a text that is no percentile."""
     if not observer.startswith("p") or not NUMBER.fullmatch(observer[1:]):
         return None
     value = float(observer[1:])

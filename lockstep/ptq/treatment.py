@@ -1,4 +1,4 @@
-"""From plans to how a program is treated: which sites have grids, and what is taken apart for them."""
+"""From plans to a `Treatment` of a program: which sites have grids, and which ops are taken apart for them."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def sites_for(program: Program, plan: Plan) -> list[Site]:
 def treatment_of(
     plan: Plan, sites: Sequence[Site], max_keys: int, specs: Iterable[Mapping[str, Spec]] | None = None
 ) -> Treatment:
-    """How to treat a program so that a plan can be set on it, or each of several, given by their specs by site.
+    """The Treatment of a program that can run a plan, or each of several plans.
 
-    plan: of several any, for what they have in common: mask, rotation, attention's scale, and what is taken apart in
-    any case. More is taken apart where a plan rounds a site that is inside, or adds its mask. sites: see `sites_for`.
-    max_keys: of a sequence.
+    plan: the plan, or any of several: they must agree in mask, rope, fuse_scale and apart. specs: {site: Spec} of each
+    plan; None for one plan. sites: see `sites_for`. max_keys: the most keys of a sequence. Groups of ops are taken
+    apart if `plan.apart` names them, a plan rounds a site inside, or the mask is additive.
     """
     all_specs = [plan.resolve(sites)] if specs is None else specs
-    named = {name for each in all_specs for name, spec in each.items() if not spec.is_off}
-    there = [site for site in sites if site.name in named and not site.is_weight]
+    rounded = {name for specs_by_site in all_specs for name, spec in specs_by_site.items() if not spec.is_off}
+    activations = [site for site in sites if site.name in rounded and not site.is_weight]
     is_additive = plan.mask == "additive"
     return Treatment(
-        sites=tuple(site.name for site in there),
-        inside=inside_of(there, [*plan.apart, *(["attention"] if is_additive else [])]),
+        sites=tuple(site.name for site in activations),
+        inside=inside_of(activations, [*plan.apart, *(["attention"] if is_additive else [])]),
         additive=is_additive,
         fill=USUAL_FILL if plan.fill is None else plan.fill,
         pre_negated=plan.rope == "pre_negated",

@@ -1,13 +1,12 @@
-"""The twin of a rounded program in which every number that hardware keeps is in a tensor of its own.
+"""Unrolling a rounded program: its twin has the same bits, and a tensor of its own for every number on a grid.
 
-`rounded_inputs`, `rounded_attention` and `rounded_silu_mul` are taken apart: for each kv head its key and value, then
-one after the other the query heads that read them, each from its columns of the projection to its weighted values; at
-the end the heads are put side by side. It is the order in which TICO exports a decoder layer to its hardware, and the
-plainest form of what the ops say. After each small op comes a FakeQuant, whose grid is a row of the rounded op's own
-grids: both twins read the same memory and have the same bits.
+`rounded_inputs`, `rounded_attention` and `rounded_silu_mul` become small ops: for each kv head its key and value, then
+its query heads one after the other, each from its columns of the projection to its weighted values; at the end the
+heads are put side by side. TICO exports a decoder layer to its hardware in this order. After each small op comes a
+FakeQuant, whose grid is a row of the rounded op's grids: both twins read the same memory.
 
-Tensors are named "{output of the rounded op}.{site}.{head}"; "q.", "k." or "v." comes before sites of attention's
-inputs.
+Tensors are named "{output of the rounded op}.{site}.{head}", where sites of attention's inputs begin with "q.", "k." or
+"v.".
 """
 
 from __future__ import annotations
@@ -28,22 +27,22 @@ from lockstep.ops.rounded.unrolled_rows import Columns, GateRows, Multiply, Rope
 from lockstep.runtime.operands import Operands
 from lockstep.runtime.program import Program, Setting, Tensor
 
-SPARE_COLUMNS = 16  # after the keys of a row of scores, so that rows do not all fall into the same sets of a cache
+SPARE_COLUMNS = 16  # padding of a row of scores, so that rows do not all fall into the same sets of a cache
 
 
 def unroll(program: Program) -> Program:
-    """A recorded program (one that is not lowered yet) with its rounded ops taken apart.
+    """The twin of a recorded program (not lowered yet), with its rounded ops taken apart.
 
-    What other ops read or write, and results, keep their tensors and their bits. Grids stay where they are: whoever
-    changes those of the program changes those of its twin.
+    Results, and tensors that other ops read or write, keep their names and their bits. Both programs share the memory
+    of grids: a change in one is a change in both.
     """
     return _Unroller(program).run()
 
 
 @dataclass(frozen=True)
 class _Head:
-    """One head of a rounded op: how its tensors begin, its rows of grids (site * num_heads + head), and what
-    FakeQuant is told besides."""
+    """One head of a rounded op. label: prefix of its tensors. grids: of the op, in rows site * num_heads + head.
+    by_key: more operands of FakeQuant, for rows of one number per key."""
 
     label: str
     rows: str
@@ -54,7 +53,7 @@ class _Head:
 
 
 class _Unroller:
-    """One walk through a program, op after op."""
+    """Takes a program apart, op after op."""
 
     def __init__(self, program: Program) -> None:
         self._program, self._ops = program, list[Operands]()
@@ -76,10 +75,10 @@ class _Unroller:
                 self._ops.append(op)
         return self._program.rewritten(self._ops)
 
-    # ------------------------------------------------------------ steps
+    # ------------------------------------------------------------ small ops
 
     def _make(self, head: _Head, name: str, width: int, declaration: Any, /, **operands: Any) -> Tensor:
-        """Emits a small op, whose output is a new tensor."""
+        """Emits a small op with a new tensor as output."""
         out = self._program.tensor(f"{head.label}.{name}.{head.head}", head.rows, width)
         self._ops.append(declaration(out=out, **operands))
         return out
@@ -109,7 +108,7 @@ class _Unroller:
     # ------------------------------------------------------------ attention
 
     def _inputs(self, op: RoundedInputs, attention: RoundedAttention | None) -> None:
-        """attention: what reads the queries next, if it can be interleaved."""
+        """attention: the op that reads the queries next, if its heads can be interleaved with them."""
         queries, outs, group = [], [], op.num_heads // op.num_kv_heads
         tables = [self._table(op, i) for i in range(len(TABLE_SITES))] if op.rope_dim else []
         for h in range(op.num_heads):
@@ -125,13 +124,13 @@ class _Unroller:
             self._side_by_side(outs, attention.out)
 
     def _table(self, op: RoundedInputs, site: int) -> Tensor:
-        """The cosines (site 0) or sines of the rows' positions."""
+        """The cosines (site 0) or sines (site 1) of the rows' positions."""
         values, negated = (op.cos, False) if site == 0 else (op.sin, op.pre_negated)
         head, half = _Head(op.q.name, op.q.rows, op.rope_grids), op.rope_dim // 2
         return self._site(head, TABLE_SITES[site], site, 2 * half, RopeRows, values=values, half=half, negated=negated)
 
     def _key_and_value(self, op: RoundedInputs, g: int, tables: Sequence[Tensor]) -> None:
-        """One kv head's, to their pages."""
+        """Key and value of one kv head, stored in their pages."""
         G, K = op.num_kv_heads, op.head_dim
         key = _Head(f"{op.q.name}.k", op.q.rows, op.k_grids, G, g)
         rotated = self._rotated(op, key, op.k_offset + g * K, op.k_norm, tables)
@@ -142,14 +141,14 @@ class _Unroller:
         self._ops.append(KeepHead(k=k, v=v, **pages, num_kv_heads=G, head_dim=K, kv_head=g))
 
     def _rotated(self, op: RoundedInputs, head: _Head, column: int, weight: Any, tables: Sequence[Tensor]) -> Tensor:
-        """A query or key head: columns of the projection, normed and rotated."""
+        """A query or key head: its columns of the projection, normed and rotated."""
         K, width = op.head_dim, op.rope_dim
         taken = dict(x=op.x, x_column=column, width=K)
         if weight is None:
             norm = self._site(head, "norm", NORM, K, _columns, **taken)
         else:
-            x, how = self._make(head, "in", K, _columns, **taken), dict(eps=op.eps, offset=op.norm_offset)
-            norm = self._site(head, "norm", NORM, K, RmsNorm, x=x, weight=weight, width=K, **how)
+            x, numbers = self._make(head, "in", K, _columns, **taken), dict(eps=op.eps, offset=op.norm_offset)
+            norm = self._site(head, "norm", NORM, K, RmsNorm, x=x, weight=weight, width=K, **numbers)
         if width == 0:
             return self._copy(head, "rot", ROT, norm)
         cos = self._site(head, "cos", COS, width, _multiply, x=norm, y=tables[0])
@@ -163,14 +162,14 @@ class _Unroller:
         return rot
 
     def _cat(self, op: RoundedInputs, head: _Head, norm: Tensor) -> Tensor:
-        """The halves of what is rotated, the other way round."""
+        """The two halves of the rotated channels, swapped."""
         R = op.rope_dim // 2
         x1 = self._site(head, "x1", X1, R, _columns, x=norm, x_column=0, width=R)
         x2 = self._site(head, "x2", X2, R, _columns, x=norm, x_column=R, width=R)
         return self._site(head, "cat", CAT, 2 * R, SwapHalves, x1=x1, x2=x2, half=R, pre_negated=op.pre_negated)
 
     def _attention(self, op: RoundedAttention) -> None:
-        """Attention whose queries lie side by side."""
+        """Attention whose queries are one tensor, because another op reads them, too, or made them."""
         outs, K = [], op.head_dim
         for h in range(op.num_heads):
             head = _Head(op.out.name, op.out.rows, op.grids, op.num_heads, h)
@@ -212,7 +211,7 @@ class _Unroller:
 
 
 def _feeds(inputs: RoundedInputs, attention: RoundedAttention) -> bool:
-    """Whether attention reads what inputs makes, head by head."""
+    """Whether attention reads the queries, keys and values that inputs makes."""
     return attention.q is inputs.q and attention.k_pages is inputs.k_pages and attention.v_pages is inputs.v_pages
 
 

@@ -1,4 +1,4 @@
-"""Weights on grids: rounded to nearest, with the range of all numbers or the one that loses least."""
+"""Rounding weights to grids: to nearest, with the full range or the range of least squared error."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from lockstep.ptq.ranges import is_constant, set_constant, set_range
 from lockstep.ptq.ranges_cpu import search_range
 from lockstep.ptq.spec import MSE, Spec
 
-STORED = {format.name: format for format in (Q8_0, Q4_0)}  # formats of the engine that a plan may name
-CODES = (np.int8, np.int16, np.int32)  # the smallest that holds all codes of a grid is taken
-CHUNK = 1 << 22  # weights whose codes are made at once
+STORED = {format.name: format for format in (Q8_0, Q4_0)}  # stored formats that a plan may name
+CODES = (np.int8, np.int16, np.int32)  # types of codes: a grid takes the smallest that holds its codes
+CHUNK = 1 << 22  # codes of this many weights are made at once
 
 
 @dataclass(frozen=True, eq=False)
 class Folded:
     """A weight on a grid.
 
-    values: float32 [N, K], what the codes stand for. codes: of an integer grid, the smallest of int8, int16 and int32
-    [N, K] that holds its range; value = (code - zero) * scale in float32. scale, zero: float32 [1, 1] (of a tensor),
-    [N, 1] (of rows) or [N, K / group]; zero is 0 for symmetric grids. None of what other grids do not have.
+    values: float32 [N, K], the rounded weights. codes: of an integer grid, [N, K] in the smallest of int8, int16 and
+    int32 that holds its range; value = (code - zero) * scale in float32. scale, zero: float32 [1, 1] (per tensor),
+    [N, 1] (per row) or [N, K / group]; zero is 0 for symmetric grids. None for fields that a grid does not have.
     """
 
     values: np.ndarray
@@ -37,8 +37,8 @@ class Folded:
 def fold(values: np.ndarray, spec: Spec, name: str = "weight", factor: float = 1.0) -> Folded:
     """Weights [N, K] float32 on the grid of a spec.
 
-    name: of the weight, for errors. factor: by which the scale of a grid of integers or of small floats is multiplied
-    after it was found, so that the codes stay; 1 for others.
+    name: of the weight, for errors. factor: multiplies the scale of a grid of integers or small floats after codes were
+    chosen; 1 for other grids.
 
     ValueError for weights that are not finite and for groups or blocks that do not divide K.
     """
@@ -56,7 +56,7 @@ def fold(values: np.ndarray, spec: Spec, name: str = "weight", factor: float = 1
 
 
 def _fold_stored(values: np.ndarray, spec: Spec, name: str) -> Folded:
-    """In a format of the engine's, as a file of it holds them."""
+    """Weights in a stored format, as a file would hold them."""
     _check_width(values.shape[1], spec, spec.what.block, name)
     packing = STORED[spec.grid]
     try:
@@ -71,12 +71,12 @@ def _check_width(width: int, spec: Spec, block: int, name: str) -> None:
 
 
 def row_width(spec: Spec, shape: tuple[int, int]) -> int:
-    """How many weights of a [N, K] share a grid, in memory's order."""
+    """How many consecutive weights of an [N, K] share a grid."""
     return spec.per if isinstance(spec.per, int) else shape[0] * shape[1] if spec.per == "tensor" else shape[1]
 
 
 def _fold_rows(values: np.ndarray, spec: Spec, name: str, factor: float) -> Folded:
-    """On a grid of `ops.grids`: each part of the weight that shares a grid is a row for the definition."""
+    """Weights on a grid of `ops.rounded.grids`: weights that share a grid are a row for the definition."""
     group = spec.per if isinstance(spec.per, int) else 0
     _check_width(values.shape[1], spec, group or spec.what.block, name)
     parts = np.array(values, np.float32, order="C")  # a copy, which is rounded in place
@@ -87,7 +87,7 @@ def _fold_rows(values: np.ndarray, spec: Spec, name: str, factor: float) -> Fold
         if not np.isfinite(found).all():
             raise ValueError(f"{name}: weights from {values.min():g} to {values.max():g} have no scale in float32")
     codes = _codes(rows, found).reshape(values.shape) if spec.what.is_integer else None
-    found[:, SCALE] *= np.float32(factor)  # its inverse stays, which makes the codes
+    found[:, SCALE] *= np.float32(factor)  # not its inverse, from which codes are computed
     _round(parts if spec.what.block else rows, found)
     if not spec.what.has_range:
         return Folded(parts, codes)
@@ -98,8 +98,10 @@ def _fold_rows(values: np.ndarray, spec: Spec, name: str, factor: float) -> Fold
 
 @native
 def _find_ranges(rows, found, is_searched, has_constant):
-    """Gives each row of float32 [n, width] the grid of the same number, [n, 8], that fits it. has_constant: see
-    `ranges.set_constant`."""
+    """Sets scale and zero point of each grid in found [n, GRID_WORDS] to fit its row of float32 [n, width].
+
+    is_searched: find the range of least squared error. has_constant: see `ranges.set_constant`.
+    """
     for i in range(rows.shape[0]):
         lowest, highest = rows[i].min(), rows[i].max()
         if has_constant and is_constant(lowest, highest):
@@ -112,30 +114,30 @@ def _find_ranges(rows, found, is_searched, has_constant):
 
 @native
 def _round(rows, found):
-    """Rounds rows, in place, to grids; to the one grid, if there is one."""
+    """Rounds each row, in place, to its grid in found, or all rows to the only grid."""
     for i in range(rows.shape[0]):
         quantize_row(rows[i], found[i if found.shape[0] > 1 else 0])
 
 
 def _codes(rows: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """The codes of rows on integer grids: the same operations in float32 as `grids.on_integers` has."""
+    """The codes of rows on integer grids, by the same float32 operations as in `grids.on_integers`."""
     low, high = int(found[0, LOW]), int(found[0, HIGH])
-    dtype = next(kind for kind in CODES if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max)
-    made, step = np.empty(rows.shape, dtype), max(1, CHUNK // rows.shape[1])
+    dtype = next(each for each in CODES if np.iinfo(each).min <= low and high <= np.iinfo(each).max)
+    codes, step = np.empty(rows.shape, dtype), max(1, CHUNK // rows.shape[1])
     for start in range(0, len(rows), step):
         part, grid = rows[start : start + step], found[start : start + step]
         whole = np.rint(part * grid[:, INVERSE, None]) + grid[:, ZERO_POINT, None]
-        made[start : start + step] = whole.clip(low, high)
-    return made
+        codes[start : start + step] = whole.clip(low, high)
+    return codes
 
 
 # ------------------------------------------------------------ bytes
 
-SCALE_BYTES, BLOCK_SCALE_BYTES = 4, 1  # a float32; an e8m0 or an e4m3
+SCALE_BYTES, BLOCK_SCALE_BYTES = 4, 1  # float32; e8m0 or e4m3
 
 
 def num_bytes(spec: Spec, shape: tuple[int, int]) -> int:
-    """Bytes of a weight [N, K] on a grid: codes without gaps, float32 scales, zero points of as many bits as a code."""
+    """Bytes of a weight [N, K] on a grid: packed codes, float32 scales, and zero points as wide as a code."""
     spec = spec.resolved(is_weight=True)
     size, grid = shape[0] * shape[1], spec.what
     if spec.grid in STORED:

@@ -1,17 +1,17 @@
-"""What transformers computes for a checkpoint folder, in float32 unless another dtype is asked for."""
+"""Logits and hidden states by transformers for a checkpoint folder, in float32 or another dtype."""
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-OTHER_PARTS = (".visual.", "vision_tower.", "multi_modal_projector.")  # of models that also see
+OTHER_PARTS = (".visual.", "vision_tower.", "multi_modal_projector.")  # of vision-language models
 
 
 def load(folder, dtype=torch.float32):
-    """The folder's model; a tensor that is missing, left over or of another shape is an error."""
+    """The folder's model; a missing tensor, an extra one or a wrong shape is an error."""
     config = AutoConfig.from_pretrained(folder)
     kind = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModelForCausalLM
-    plain = dict(attn_implementation="eager", experts_implementation="eager")  # others know no float64
+    plain = dict(attn_implementation="eager", experts_implementation="eager")  # other implementations have no float64
     model, report = kind.from_pretrained(folder, dtype=dtype, **plain, output_loading_info=True)
     missing = [k for k in report["missing_keys"] if not any(part in k for part in OTHER_PARTS)]
     unexpected = [k for k in report["unexpected_keys"] if not k.startswith("mtp.")]
@@ -27,7 +27,7 @@ def logits(folder, ids, dtype=torch.float32):
 
 
 def hidden_states(folder, ids):
-    """What the head reads at every position, in float32 [tokens, D]."""
+    """The input of the head at every position, float32 [tokens, D]."""
     torch.set_num_threads(1)
     model, found = load(folder), []
     model.get_output_embeddings().register_forward_pre_hook(lambda _, args: found.append(args[0]))

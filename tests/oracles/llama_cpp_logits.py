@@ -1,4 +1,4 @@
-"""What llama.cpp computes for a GGUF file: `python llama_cpp_logits.py FILE.gguf OUT.npy ID ID ...`
+"""Logits by llama.cpp for a GGUF file: `python llama_cpp_logits.py FILE.gguf OUT.npy ID ID ...`
 
 Run by an interpreter that has llama-cpp-python; it imports nothing of Lockstep. Writes float32 [tokens, V].
 """

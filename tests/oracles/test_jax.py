@@ -1,4 +1,4 @@
-"""Ragged paged attention against JAX's own reference, live: mixes that JAX's tests publish, and random batches."""
+"""Live comparison of ragged paged attention with JAX's reference: the batches of JAX's tests, and random batches."""
 
 import os
 import secrets
@@ -15,13 +15,13 @@ kernels = pytest.importorskip("jax.experimental.pallas.ops.tpu.ragged_paged_atte
 SEED = int(os.environ.get("LOCKSTEP_SEED") or secrets.randbelow(1 << 30))
 CONTEXTS = [18, 129, 597, 122, 64, 322, 463, 181, 1107, 123, 31, 18, 1229, 229, 87, 1328]
 MIXES = {
-    "basic": ([192, 128, 64], [328, 180, 255]),  # few: JAX compiles its reference anew for every length
+    "basic": ([192, 128, 64], [328, 180, 255]),  # few lengths: JAX compiles its reference again for each
     "mixed": ([5, 1, 120, 1, 1, 32, 251, 1, 1, 99, 1, 5, 3, 117, 1, 1], CONTEXTS),
 }
 
 
 def check(batch):
-    """Every row within JAX's own tolerance, and far below it but where the reference rounds weights to float8."""
+    """Checks every row within JAX's own tolerance; far below it, unless the reference rounds weights to float8."""
     arguments = batch.arguments()
     expected = kernels.ref_ragged_paged_attention(*map(jax.numpy.asarray, arguments), **batch.options)
     made = ragged_paged_attention(*arguments, **batch.options)

@@ -1,11 +1,11 @@
 """GGUF files that llama.cpp wrote, run by both engines. Opt-in: needs models and an interpreter with llama-cpp-python.
 
-    PEERS_DIR=...          its folder `models` holds NAME-hf and NAME-FORM.gguf, all made from the same bf16 numbers
+    PEERS_DIR=...          its folder `models` holds NAME-hf and NAME-FORM.gguf, converted from the same bf16 weights
     LLAMA_CPP_PYTHON=...   an interpreter that can import llama_cpp
 
-Exact is the file's own numbers multiplied in float32, by Lockstep, whose float32 path is compared with transformers in
-test_transformers.py. Against it each engine has an error, from its activations of 8 or 16 bits; both errors are
-printed.
+The exact logits are those of the file's weights in float32, by Lockstep, whose float32 path is compared with
+transformers in test_transformers.py. Both engines multiply activations of 8 or 16 bits, which gives each an error; the
+test prints both errors.
 """
 
 import functools
@@ -49,7 +49,7 @@ def rms(values):
 
 
 def agreement(found, exact):
-    """Rms error over the exact logits' own rms, and in how many positions the argmax agrees."""
+    """(rms error relative to the rms of the exact logits, number of positions whose argmax agrees)."""
     same = (found.argmax(-1) == exact.argmax(-1)).mean()
     return f"rms error {rms(found - exact) / rms(exact):.2e}, argmax {same:.0%}"
 

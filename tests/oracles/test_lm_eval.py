@@ -1,5 +1,5 @@
-"""The real lm-eval drives the server with tasks of our own: its scores are the engine's log-probabilities, bit for
-bit, however many questions it sends in a request and however many requests at once."""
+"""lm-eval runs tasks against the server: its scores are the engine's log-probabilities, bit for bit, for every number
+of questions per request and of concurrent requests."""
 
 import json
 import os
@@ -16,12 +16,12 @@ from tests.serve.program import program
 pytest.importorskip("lm_eval")
 TASKS = Path(__file__).with_name("lm_eval_tasks")
 QUESTIONS = [json.loads(line) for line in (TASKS / "questions.jsonl").read_text().splitlines()]
-CASES = [(1, 1), (8, 1), (1, 8), (1, 32), (32, 4)]  # questions in a request, requests at once
+CASES = [(1, 1), (8, 1), (1, 8), (1, 32), (32, 4)]  # (questions per request, concurrent requests)
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    """A folder with the tasks, which name their data by its full path."""
+    """A folder with the tasks, with the full path of their data filled in."""
     folder = Path(shutil.copytree(TASKS, tmp_path_factory.mktemp("lm_eval") / "tasks"))
     for file in folder.glob("*.yaml"):
         file.write_text(file.read_text().replace("DATA", str(folder / "questions.jsonl")))
@@ -36,7 +36,7 @@ def found(tasks, tmp_path_factory):
 
 
 def evaluate(url, tasks, batch_size, num_concurrent, out):
-    """Runs the program lm_eval."""
+    """Runs the command lm_eval."""
     model = (
         f"model=lockstep,base_url={url}/v1/completions,tokenizer_backend=remote,num_concurrent={num_concurrent},"
         "max_length=1024"

@@ -26,24 +26,24 @@ CONSTANTS = [0, 1e-8, -1e-8, 1.1e-8, -2e-9, 5e-9, 3e-8, 1, -0.3]
 
 
 def tensors():
-    """Of many sizes: of both signs, of one, of one number, and far from zero."""
+    """Random tensors of many magnitudes: of both signs, of one sign, constant, and far from zero."""
     for n in range(NUM_TENSORS):
         x = (RNG.standard_normal((7, 64)) * np.exp2(RNG.integers(-30, 20))).astype(np.float32)
         yield [x, np.abs(x), -np.abs(x), x + np.float32(1000), np.full_like(x, RNG.choice(CONSTANTS))][n % 5]
 
 
 def theirs(x, letter, bits, axis=None):
-    """(scales, zero points, rounded numbers)."""
+    """TICO's (scales, zero points, rounded numbers)."""
     scheme = {"i": schemes.PER_TENSOR_SYMM, "u": schemes.PER_TENSOR_ASYMM}[letter]
-    made = minmax.MinMaxObserver(
+    observer = minmax.MinMaxObserver(
         name="x",
         dtype=dtypes.DType.int(bits) if letter == "i" else dtypes.DType.uint(bits),
         qscheme=scheme if axis is None else schemes.PER_CHANNEL_ASYMM,
         channel_axis=axis,
     )
-    made.collect(torch.from_numpy(x))
-    scale, zero = made.compute_qparams()
-    return scale.numpy().ravel(), zero.numpy().ravel(), made.fake_quant(torch.from_numpy(x)).numpy()
+    observer.collect(torch.from_numpy(x))
+    scale, zero = observer.compute_qparams()
+    return scale.numpy().ravel(), zero.numpy().ravel(), observer.fake_quant(torch.from_numpy(x)).numpy()
 
 
 def same(found, expected):

@@ -1,7 +1,7 @@
-"""Live comparison with TICO 0.3.0: a random Llama model under one plan, in both of its profiles and both of our twins.
+"""Live comparison with TICO 0.3.0: a random Llama model under one plan, in both TICO profiles and both of our twins.
 
-Seeds are fixed: two float32 programs that add in different orders may differ in a rounded number by a whole code, and
-how many of those there are, and what they do, depends on the numbers. LOCKSTEP_SEED takes others.
+The seed is fixed: two float32 programs that add in different orders may round a number to adjacent codes, and how often
+this happens, and with what effect, depends on the numbers. LOCKSTEP_SEED sets another seed.
 """
 
 import copy
@@ -33,16 +33,16 @@ DType = pytest.importorskip("tico.quantization.wrapq.dtypes").DType
 SEED = int(os.environ.get("LOCKSTEP_SEED") or 0)
 LAYERS, HIDDEN, FFN, VOCABULARY, LENGTH = 2, 64, 160, 96, 32
 ACTS = {"i16": DType.int(16), "u8": DType.uint(8)}
-PROFILES = {  # of TICO: the rotation, where attention's scale is; its layouts are both of our twins
+PROFILES = {  # of TICO: the rotation, and which weights hold attention's scale; its two layouts are our twins
     "npu_export": dict(rope="pre_negated", fuse_scale="k"),
     "reference_eval": dict(rope="hf", fuse_scale="none"),
 }
-# What TICO does not see without a cache. Ours are those of the same numbers elsewhere.
+# Observers of TICO that see nothing without a cache. Ours have the grids of the same numbers at other sites.
 UNSEEN = ("self_attn.new_k", "self_attn.new_v", "self_attn.past_key", "self_attn.past_value")
-# Weights, and what is only looked up in them: nothing is computed before they are seen.
+# Weights and embeddings: these numbers are observed before any arithmetic.
 SAME = (".weight", "embed_tokens.act_out", "layers.0.input_layernorm.act_in")
-# Float32 rounds each addition by 2^-24 of it at most. The longest way to a number has 7 sums in each layer, and the
-# head's, of at most FFN numbers; roundings of such a way are as often up as down, and there are two programs.
+# Float32 rounds each addition by at most 2^-24 of its result. The longest chain to a number has 7 sums per layer and
+# the sum of the head, each of at most FFN numbers; roundings go up as often as down, and two programs are compared.
 RANGE_ERROR = 2 * np.sqrt((7 * LAYERS + 1) * FFN) * 2.0**-24
 # A rescaled grid: TICO multiplies both ends of a row, then subtracts and divides; we subtract, divide and multiply.
 RESCALED_ERROR = 6 * 2.0**-24
@@ -53,9 +53,9 @@ NUM_NUDGES = 16
 class Case:
     """One plan on both sides.
 
-    theirs: TICO's model by its own calibration. fresh: another, not calibrated. plan, subject, solved: ours. qparams:
-    ours, from JSON. logits: TICO's, of the first window. code: what a code of logits is worth. ours: log-probabilities
-    of all tokens, by twin.
+    theirs: TICO's model, calibrated by TICO. fresh: the same, not calibrated. plan, subject, solved: ours. qparams:
+    ours, from JSON. logits: TICO's, of the first window. code: the step between two codes of logits. ours:
+    log-probabilities of all tokens, by twin.
     """
 
     theirs: object
@@ -80,7 +80,7 @@ def llama(tmp_path_factory):
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,  # whose scale is no power of two
+        head_dim=32,  # so that attention's scale is no power of two
         vocab_size=VOCABULARY,
         max_position_embeddings=LENGTH,
         initializer_range=0.15,
@@ -147,7 +147,7 @@ def prepared(model, act, bits, profile, changes):
 
 
 def plan_of(act, bits, **options):
-    """TICO's plan in our words."""
+    """The plan that equals TICO's settings."""
     rules = [["*", act], ["*.w", f"u{bits}/row"], ["embed.w", "u8/row"], ["head.w", "u8/row"]]
     return Plan([*rules, ["*norm*.w", "i16/tensor"], ["L*.res.attn", "off"]], mask="additive", **options)
 
@@ -163,7 +163,7 @@ def logprobs(logits):
 
 
 def our_logprobs(subject, solved, team, window, twin):
-    """Log-probabilities of all tokens after each: with every token as the one that is scored."""
+    """Log-probabilities of all tokens at every position, by scoring every token as the next one."""
     program, plan = subject.model.recorded, solved.plan
     specs = plan.resolve(sites_for(program, plan))
     rig = rig_for(subject, treatment_for(program, plan, [specs], LENGTH), team, LENGTH, twin)
@@ -177,7 +177,7 @@ def our_logprobs(subject, solved, team, window, twin):
 
 
 def scale_differences(case, ours):
-    """Of every observer that saw something: (name, largest relative difference of our scales to its own)."""
+    """For every observer that saw numbers: (name, largest relative difference of our scales to TICO's)."""
     for name, observer in case.theirs.named_observers():
         if torch.isfinite(observer.min_val).all():
             scale = observer.compute_qparams()[0].double().numpy()
@@ -185,10 +185,10 @@ def scale_differences(case, ours):
 
 
 def tolerance(case):
-    """How far two float32 programs of one plan may be apart: (any logit, root mean square).
+    """How far logits of two float32 programs of one plan may be apart: (largest difference, root mean square).
 
-    A code of logits, and twice the most that happens to TICO's own when each of its scales moves by up to twice its
-    difference to ours: numbers between two codes then jump, as they do where sums are added in another order.
+    One code of logits, plus twice the largest change of TICO's own logits when each of its scales moves by up to twice
+    its difference to ours: numbers between two codes then jump, as they do when sums are added in another order.
     """
     differences, rng = dict(scale_differences(case, case.qparams)), np.random.default_rng(SEED)
     model, moved = copy.deepcopy(case.theirs), []
@@ -210,7 +210,7 @@ def rms(x):
 
 
 def allowed(case, name):
-    """By how much scales may differ, relatively."""
+    """The largest allowed relative difference of a scale."""
     if name.endswith(f".{case.plan.fuse_scale}_proj.weight"):
         return RESCALED_ERROR
     return 0 if name.endswith(SAME) else RANGE_ERROR
@@ -231,7 +231,7 @@ def test_every_observer_has_our_scale_and_zero_point(case):
 
 
 def test_a_scale_in_another_place_is_seen(case, monkeypatch):
-    """In the other one of both, and in a weight's grid twice or not at all."""
+    """Attention's scale in the other weight of q and k, or in a weight's grid twice or not at all."""
     with closing(Team(1)) as team:
         for into in {"q", "k"} - {case.plan.fuse_scale}:
             other = solve(case.subject, replace(case.plan, fuse_scale=into), team, texts_of(case.windows))
@@ -245,12 +245,12 @@ def test_a_scale_in_another_place_is_seen(case, monkeypatch):
 
 
 def to_the(part, power):
-    """A part that is multiplied so many times."""
+    """A part whose factor is taken to a power."""
     return replace(part, factor=part.factor**power) if isinstance(part, ScaledTensor) else part
 
 
 def test_logits_are_those_of_both_twins(case):
-    """Log-probabilities: the logarithm of a sum moves by no more than logits do, so that twice as much is allowed."""
+    """Compares log-probabilities: their log-sum-exp moves by no more than the logits, so twice as much is allowed."""
     assert case.ours[TWINS[0]].tobytes() == case.ours[TWINS[1]].tobytes()
     apart, (most, mean) = case.ours[TWINS[0]] - logprobs(case.logits), tolerance(case)
     assert np.abs(apart).max() <= 2 * most

@@ -32,9 +32,9 @@ def made(folder, name, dtype="F32", seed=SEED):
 
 @pytest.mark.parametrize("name", CASES)
 def test_float32(name, tmp_path):
-    """Against transformers in float64: its own float32 is off by more than the bound for some seeds.
+    """Against transformers in float64, because its float32 misses the bound for some seeds.
 
-    No argmax is compared: within the bound only those of near ties can differ, and fresh seeds have some.
+    The argmax is not compared: within the bound it can only differ at near ties, which fresh seeds have.
     """
     folder, ids = made(tmp_path, name)
     expected, model = hugging_face.logits(folder, ids, hugging_face.torch.float64), load(folder)
@@ -46,11 +46,11 @@ def test_float32(name, tmp_path):
 
 @pytest.mark.parametrize("name", CASES)
 def test_bf16_checkpoint_as_stored(name, tmp_path):
-    """bf16 weights and cache: nearer to the exact result than transformers' own bf16 is (measured: 0.4 to 0.53 of its
+    """bf16 weights and cache are nearer to the exact result than transformers' bf16 (measured: 0.4 to 0.53 of its
     error).
 
-    The median over the tokens of three models: where the router's two best experts nearly tie, either side may pick
-    the other one for a few tokens, and a mean would measure only who was unlucky.
+    The median over the tokens of three models is compared: where a router's two best experts nearly tie, either engine
+    may pick the other one for a few tokens, and these few would decide a mean.
     """
     errors = np.concatenate(
         [_bf16_errors(name, tmp_path / str(seed), seed) for seed in (SEED, SEED + 1, SEED + 2)], axis=1
@@ -60,7 +60,7 @@ def test_bf16_checkpoint_as_stored(name, tmp_path):
 
 
 def _bf16_errors(name, folder, seed):
-    """Rms error over the logits of each token [2, tokens]: ours, transformers' bf16; both against its float32."""
+    """Rms error of each token's logits [2, tokens], of Lockstep and of transformers' bf16, against its float32."""
     folder.mkdir()
     folder, ids = made(folder, name, "BF16", seed)
     exact, theirs = hugging_face.logits(folder, ids), hugging_face.logits(folder, ids, hugging_face.torch.bfloat16)
@@ -81,8 +81,8 @@ def test_embeddings(name, tmp_path):
 
 
 def test_bundled_model():
-    """In float32 the same logits; as stored, in bf16, nearer to them than transformers' own bf16 (24 seeds: rms error
-    0.40 to 0.50 of its error, largest 0.38 to 0.60)."""
+    """In float32 the same logits as transformers; as stored, in bf16, nearer to them than its bf16 (24 seeds: rms error
+    0.40 to 0.50 of its rms error, largest error 0.38 to 0.60 of its largest)."""
     ids = [1, *np.random.RandomState(SEED).randint(0, 4096, NUM_TOKENS - 1).tolist()]
     expected = hugging_face.logits(BUNDLED, ids, hugging_face.torch.float64)
     worst, _ = difference(logits_of(load(BUNDLED, "f32"), ids), expected)

@@ -1,8 +1,8 @@
-"""Prints digests of what observers count, of grids made from it, and of weights on grids.
+"""Prints digests of observers' statistics, of grids made from them, and of weights on grids.
 
     python -m tests.ptq.grids_target
 
-NUMBA_CPU_NAME chooses whose instructions take part.
+NUMBA_CPU_NAME chooses the CPU to compile for.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ WEIGHTS = ["i4", "u4/row:mse", "u3/32:mse", "fp4:mse", "mxfp4", "nvfp4", "q4_0"]
 
 
 def digests() -> dict[str, str]:
-    """{what: digest}, on numbers that are the same in every process."""
+    """{statistic, grid or weight: digest}, computed from the same numbers in every process."""
     rng = np.random.default_rng(23)
     x = (rng.standard_normal((37, 96)) * np.exp2(rng.integers(-6, 6, (1, 96)))).astype(np.float32)
     words, stat = cleared(3, 1), Stat.empty("L0.q", 3)

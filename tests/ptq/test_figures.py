@@ -13,7 +13,7 @@ X = RNG.standard_normal((200, 96)).astype(np.float32)
 
 
 def exact(x, row):
-    """(share beyond, codes, decibels) of all numbers, from the numbers themselves."""
+    """(share beyond the grid, codes used, decibels), computed from the numbers instead of their histogram."""
     rounded = x.ravel().copy()
     grids.quantize_row(rounded, row)
     noise = ((x.ravel().astype(float) - rounded) ** 2).sum()

@@ -1,4 +1,5 @@
-"""Attention's scale in weights: where it goes, that codes stay, and that every path has the same bits."""
+"""Moving attention's scale into weights: which weights change, that codes stay, and that every path has the same
+bits."""
 
 import contextlib
 import functools
@@ -38,13 +39,13 @@ def team():
 
 
 def scale_of(model):
-    """That of attention, which is the same in all layers."""
+    """Attention's scale, which is the same in all layers."""
     [scale] = {op.scale for op in model.recorded.ops if isinstance(op, Attention)}
     return scale
 
 
 def seen(name, plan, team):
-    """(sites, treatment, what calibration saw) of a plan on a model."""
+    """(sites, treatment, statistics from calibration) of a plan on a model."""
     model = recorded(name)
     sites = sites_for(model.recorded, plan)
     treatment = treatment_of(plan, sites, LENGTH)
@@ -52,7 +53,7 @@ def seen(name, plan, team):
 
 
 def scores(name, plan, team, change=lambda program: program, table=None):
-    """Negative log-likelihoods of a window under a plan, calibrated by itself. change: of the program."""
+    """Negative log-likelihoods of a window under a plan, calibrated on the same window. change: maps the program."""
     (sites, treatment, stats), model = seen(name, plan, team), recorded(name)
     rig = Rig(model, treatment, team, LENGTH, lambda made: change(made.program), table, compares=False)
     rig.set_grids(Solved.solve(plan, name, "", sites, stats).grids)
@@ -68,7 +69,7 @@ def scores(name, plan, team, change=lambda program: program, table=None):
 @pytest.mark.parametrize("arithmetic", ["float", "integer"])
 @pytest.mark.parametrize("name", ["plain", "biased", "normed 16", "hybrid 16"])
 def test_a_power_of_two_in_weights_changes_no_bit(name, arithmetic, team):
-    """Codes, zero points and scores stay as they are without fusion: every range is multiplied exactly."""
+    """Codes, zero points and scores stay the same as without fusion: every range is multiplied exactly."""
     made = {into: scores(name, Plan(RULES, arithmetic=arithmetic, fuse_scale=into), team) for into in ("none", *"qk")}
     assert np.isfinite(made["none"]).all()
     for into in "qk":
@@ -78,7 +79,7 @@ def test_a_power_of_two_in_weights_changes_no_bit(name, arithmetic, team):
 @pytest.mark.parametrize("into", "qk")
 @pytest.mark.parametrize("name", ["normed", "hybrid"])
 def test_both_twins_and_the_definition_have_the_same_bits(name, into, team):
-    """Heads of 32, whose scale is no power of two."""
+    """With heads of 32, the scale is no power of two."""
     found, rules = [], (("*", "i16"), *RULES[1:])
     for arithmetic in ("float", "integer"):
         plan = Plan(rules, arithmetic=arithmetic, fuse_scale=into, mask="additive")
@@ -88,16 +89,16 @@ def test_both_twins_and_the_definition_have_the_same_bits(name, into, team):
     assert (found[0] != found[1]).any() and np.isfinite(found).all()
 
 
-def test_it_matters_which_of_both_has_the_scale(team):
+def test_a_scale_in_q_and_one_in_k_give_different_bits(team):
     one, other = (scores("normed", Plan(RULES, fuse_scale=into), team) for into in "qk")
     assert (one != other).any()
 
 
-# ------------------------------------------------------------ where it goes
+# ------------------------------------------------------------ which weights hold the scale
 
 
 def near(name, into, team, change=lambda program: program):
-    """Nothing rounded, but attention taken apart, so that its scale is an operation of its own."""
+    """Checks scores with nothing rounded, but attention taken apart, so that its scale is an operation of its own."""
     plan = Plan(fuse_scale=into, apart=["attention"])
     np.testing.assert_allclose(scores(name, plan, team, change), plain(name, team), atol=1e-4)
 
@@ -120,7 +121,8 @@ def test_without_grids_only_roundings_differ(name, into, team):
 
 
 def check_ranges(stats, expected, into, factor):
-    """What is read from a projection or norm that has the scale is smaller by it, and all else is as large."""
+    """Checks that ranges of sites after a projection or norm that holds the scale are multiplied by it, others are
+    not."""
     for site, before in expected.items():
         own = site.split(".", 1)[1] if site.startswith("L") else site
         if own == "qk.raw":
@@ -191,7 +193,7 @@ SCALED = ScaledTensor("k_proj", "f32", VALUES.shape, VALUES, FACTOR)
 
 
 def check_rescaled(made, text):
-    """Codes and zero points of the weight alone, its scale times the factor."""
+    """Checks that codes and zero points are those of the weight alone, and its scale is multiplied by the factor."""
     alone = fold(VALUES, Spec.parse(text))
     same_bits(made.scale, alone.scale * F32(FACTOR))
     if alone.codes is None:
@@ -215,7 +217,7 @@ def test_grids_are_rescaled(text):
 
 
 def test_a_grid_that_is_found_again_is_another():
-    """That of the multiplied numbers rounds before it divides."""
+    """A grid fitted to the multiplied numbers differs, because they are rounded before they are divided."""
     for text in ("i4", "u8", "u3/16"):
         with pytest.raises(AssertionError):
             check_rescaled(fold(VALUES * F32(FACTOR), Spec.parse(text)), text)
@@ -233,7 +235,7 @@ def test_numbers_that_are_not_finite_are_named():
         fold_part(ScaledTensor("k_proj", "f32", broken.shape, broken, FACTOR), Spec.parse("i4"))
 
 
-# ------------------------------------------------------------ what cannot be
+# ------------------------------------------------------------ what cannot be fused
 
 
 def test_what_cannot_have_it_is_named():

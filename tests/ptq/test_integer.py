@@ -1,4 +1,4 @@
-"""Layers in integer arithmetic: which they are, why others are not, and how near they are."""
+"""Layers in integer arithmetic: which layers qualify, the reasons of the others, and how near their results are."""
 
 import contextlib
 
@@ -23,7 +23,7 @@ ALL = (("*", "i16"), ("*.w", "i8/row"), ("head", "off"))
 
 
 def made(*rules, name="plain"):
-    """(the program with integer layers, reasons of the others)."""
+    """(the program with integer layers, {layer in float arithmetic: reason})."""
     model = recorded(name)
     sites, plan = sites_of(model.recorded), Plan((*ALL, *rules))
     found = integers(rounded(model.recorded, treatment_of(plan, sites, LENGTH)), plan.resolve(sites))

@@ -1,4 +1,4 @@
-"""Signal and noise of rounded weights: sums in one order, in float64."""
+"""Signal and noise of rounded weights are sums in one order, in float64."""
 
 import numpy as np
 

@@ -14,7 +14,7 @@ RNG = np.random.default_rng(9)
 
 
 def seen(x, site="L0.q", num_heads=1):
-    """What an observer has seen after arrays [tokens, heads * width]."""
+    """The statistics of arrays [tokens, heads * width]."""
     stat = Stat.empty(site, num_heads)
     for rows in x if isinstance(x, list) else [x]:
         words = cleared(num_heads, 1)
@@ -25,8 +25,8 @@ def seen(x, site="L0.q", num_heads=1):
     return stat
 
 
-def solved(x, text, **how):
-    return seen(x, **how).solve(Spec.parse(text))
+def solved(x, text, **options):
+    return seen(x, **options).solve(Spec.parse(text))
 
 
 def fields(row):

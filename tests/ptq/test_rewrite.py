@@ -1,4 +1,4 @@
-"""Sites of recorded programs, and what rounding them leaves alone."""
+"""Sites of recorded programs, and that rounding them changes nothing else."""
 
 import numpy as np
 import pytest
@@ -13,8 +13,8 @@ from lockstep.ptq.rewrite import INSIDE, Treatment, component, layer_of, rounded
 from tests.study.models import recorded
 
 
-def names(sites, **wanted):
-    return {s.name for s in sites if all(getattr(s, name) == value for name, value in wanted.items())}
+def names(sites, **fields):
+    return {site.name for site in sites if all(getattr(site, name) == value for name, value in fields.items())}
 
 
 def test_a_plain_layer_has_the_sites_that_rules_name():
@@ -60,7 +60,7 @@ def test_boundary_sites_leave_every_op_as_it_is():
     added = [op for op in made.program.ops if isinstance(op, FakeQuant)]
     assert [op for op in made.program.ops if op not in added] == program.ops
     assert {op.grids.name for op in added} == {"L0.q", "L1.o", "norm"} == set(made.grids)
-    assert len(added) == 4  # the last norm is there twice: for rows that sample, and for rows that are embedded
+    assert len(added) == 4  # the final norm occurs twice: for rows that sample, and for rows that are embedded
 
 
 def test_what_is_taken_apart_is_taken_apart_in_every_layer():

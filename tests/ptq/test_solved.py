@@ -41,8 +41,8 @@ STATS = stats()
 SOLVED = Solved.solve(PLAN, NAME, HASH, SITES, STATS)
 
 
-def changed(**how):
-    return json.dumps(json.loads(SOLVED.to_json()) | how)
+def changed(**keys):
+    return json.dumps(json.loads(SOLVED.to_json()) | keys)
 
 
 def test_solved_are_the_activations_that_a_plan_rounds():

@@ -1,4 +1,4 @@
-"""The twins of rounded ops have the same bits, whatever the grids, shapes, masks, steps and threads."""
+"""A rounded program and its unrolled twin have the same bits, for all grids, shapes, masks, steps and threads."""
 
 import hashlib
 import itertools
@@ -31,10 +31,10 @@ REFERENCE, CPU = BACKENDS["reference"], {**BACKENDS["reference"], **BACKENDS["cp
 
 @dataclass
 class Case:
-    """Attention and SwiGLU of some requests, step after step, every grid chosen by a seed.
+    """Attention and SwiGLU of some requests, step after step, with random grids.
 
-    contexts: tokens in all of each request. steps: of each step, how many tokens of each request. rope_dim: 0, a part
-    or all of head_dim.
+    contexts: the number of tokens of each request. steps: for each step, how many tokens of each request it runs.
+    rope_dim: 0, a part or all of head_dim.
     """
 
     H: int = 4
@@ -253,12 +253,12 @@ def test_grids_that_change_are_those_of_both():
 
 
 def digest():
-    """Of what both twins give for a case with all that there is."""
-    case, made = CASES["ragged steps, added mask"], []
+    """Digests of the results of both twins, for a case with every feature."""
+    case, digests = CASES["ragged steps, added mask"], []
     for change in (unroll, lambda program: program):
         found = case.run(change(case.program()), CPU, 2)
-        made.append(hashlib.sha256(b"".join(array.tobytes() for name in found for array in found[name])).hexdigest())
-    return made
+        digests.append(hashlib.sha256(b"".join(array.tobytes() for name in found for array in found[name])).hexdigest())
+    return digests
 
 
 def test_other_targets_give_the_same_bits():
@@ -267,7 +267,7 @@ def test_other_targets_give_the_same_bits():
     assert printed.split() == digest() and len({*digest()}) == 1
 
 
-# ------------------------------------------------------------ a wrong twin is seen
+# ------------------------------------------------------------ a wrong twin is found
 
 FINE = Case(
     rope_dim=16,
@@ -283,7 +283,7 @@ FINE = Case(
 
 
 def wrong_ops(op):
-    """The op, with another head's scale, mask or keys."""
+    """Wrong forms of an op: with another head's scale, mask or keys."""
     if isinstance(op, FakeQuant):
         yield op.changed(grids=Setting("wrong", integer(0.0173, 3, -2000, 2000)[None]))
     if isinstance(op, MaskRows):
@@ -309,7 +309,7 @@ def test_every_wrong_grid_mask_and_head_shows():
 
 
 def names_of(program):
-    """Names of the tensors that ops write, without those written before."""
+    """Names of the tensors that ops write, each once, in order."""
     written = [tensor.name for op in program.ops for tensor in op.outputs]
     return [name for name, _ in itertools.groupby(written)]
 

@@ -13,7 +13,7 @@ from tests.ops.rounded.test_fake_quant import run
 
 RNG = np.random.default_rng(11)
 W = (RNG.standard_normal((6, 64)) * np.exp2(RNG.integers(-4, 3, (6, 1)))).astype(np.float32)
-W[3, 7] = 40  # one that a row's range should be cut below
+W[3, 7] = 40  # an outlier: the best range of its row ends below it
 W[4] = np.abs(W[4])
 W[5] = 0
 F32 = np.float32
@@ -24,7 +24,7 @@ def folded(text, values=W):
 
 
 def by_formula(x, bits, symmetric):
-    """(codes, scale, zero) of numbers that share a grid, in the operations of the published formula."""
+    """(codes, scale, zero) of numbers that share a grid, by the operations of the published formula."""
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
     least, most = np.minimum(x.min(), F32(0)), np.maximum(x.max(), F32(0))
     if symmetric:
@@ -74,7 +74,7 @@ def test_mse_loses_least_of_all_factors(text):
 
 
 def rounded(x, spec, i):
-    """A row by the definition, in a range that is i hundredths smaller."""
+    """A row rounded by the definition, with its range reduced by i hundredths."""
     factor = F32(100 - i) / F32(100)
     row, least, most = spec.what.row(), np.minimum(x.min(), F32(0)) * factor, np.maximum(x.max(), F32(0)) * factor
     high = row[grids.HIGH] if spec.what.is_integer else row[grids.LARGEST]
@@ -95,7 +95,7 @@ def test_a_tensor_that_is_one_number_is_exact_on_an_asymmetric_grid():
             made = folded(text, w)
             assert made.codes is not None and (made.codes == code).all()
             same_bits(made.values, w)
-        assert (folded("u8/row", w).codes != code).all() or value == 0  # rows are like any other
+        assert (folded("u8/row", w).codes != code).all() or value == 0  # rows have no grids for constants
 
 
 def test_small_floats_are_those_of_ml_dtypes():

@@ -1,4 +1,4 @@
-"""Plans of models with windows: layers with a window have no sites inside attention, all others are as ever."""
+"""Plans of models with windows: only layers with a window have no sites inside attention."""
 
 import contextlib
 

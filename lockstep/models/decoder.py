@@ -48,10 +48,10 @@ def head(ops: Recorder, x: Tensor, config: ModelConfig, prefix: str) -> Tensor:
 
 def own_head(tensors: Mapping[str, StoredTensor]) -> str | None:
     """The name of the checkpoint's head tensor; None if it has none. ValueError for two."""
-    found = [name for name in HEADS if name in tensors]
-    if len(found) > 1:
-        raise ValueError(f"tensors {found[0]!r} and {found[1]!r} are both the head; expected one of them")
-    return found[0] if found else None
+    heads = [name for name in HEADS if name in tensors]
+    if len(heads) > 1:
+        raise ValueError(f"tensors {heads[0]!r} and {heads[1]!r} are both the head; expected one of them")
+    return heads[0] if heads else None
 
 
 def can_generate(config: ModelConfig, tensors: TensorMap) -> bool:

@@ -13,7 +13,7 @@ from lockstep.formats.choice import compute_format
 from lockstep.models.decoder import own_head
 from lockstep.models.families.qwen3_5 import OFFSET, layer
 from lockstep.models.model_config import Experts, ModelConfig
-from lockstep.models.record import Recorder
+from lockstep.models.record import Norm, Recorder
 from lockstep.models.recording import text_prefix
 from lockstep.ops.linear.output_rows import output_rows_only
 from lockstep.runtime.program import Program, Tensor
@@ -76,7 +76,7 @@ def record_mtp(
     check_mtp(config, tensors)
     prefix = text_prefix(tensors)
     ops = HeadRecorder(tensors, prefix, weights, kv_dtype, max_context)
-    D, norm = config.hidden_size, (config.rms_eps, OFFSET)
+    D, norm = config.hidden_size, Norm(config.rms_eps, OFFSET)
     e = ops.embed(f"{prefix}embed_tokens.weight", config.vocab_size, D)
     e = ops.rms_norm(e, "mtp.pre_fc_norm_embedding.weight", *norm)
     h = ops.rms_norm(ops.program.give("hidden", "T", D), "mtp.pre_fc_norm_hidden.weight", *norm)

@@ -7,7 +7,7 @@ are checked here, once. Nothing here depends on the family: differences between 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from lockstep.formats import FORMATS
 from lockstep.formats.choice import compute_format
@@ -32,6 +32,13 @@ NOT_TEXT = ("mtp.", "model.visual.", "visual.", "model.vision_tower.", "vision_t
             "multi_modal_projector.")  # fmt: skip
 
 NO_ROPE = Rope(2, 1.0)  # placeholder tables for heads that are not rotated, which never read them
+
+
+class Norm(NamedTuple):
+    """Parameters of a norm. offset: added to the weight; 1 where checkpoints store w - 1."""
+
+    eps: float
+    offset: float = 0.0
 
 
 class Recorder:
@@ -212,12 +219,12 @@ class Recorder:
         x: Tensor,
         heads: Heads,
         label: str,
-        head_norms: tuple[float, float] | None = None,
+        head_norms: Norm | None = None,
         gated: bool = False,
     ) -> Tensor:
         """Grouped causal attention over the pages, from hidden rows x to the (gated) heads side by side [T, H K].
 
-        head_norms: (eps, offset) of the norm of each query and key head. gated: in the projection a gate follows each
+        head_norms: the norm of each query and key head. gated: in the projection a gate follows each
         query head, and the head's output is multiplied by the sigmoid of its gate.
         """
         H, G, K = heads.num_heads, heads.num_kv_heads, heads.head_dim
@@ -231,7 +238,7 @@ class Recorder:
         shape = dict(k_pages=k_pages, v_pages=v_pages, page_group=k_pages.group)
         shape |= dict(num_heads=H, num_kv_heads=G, head_dim=K)
         cos, sin = self.rope_tables(heads.rope or NO_ROPE)
-        eps, offset = head_norms or (0.0, 0.0)
+        norm = head_norms or Norm(0.0)
         q = self.program.emit(
             AttentionInputs(
                 q=self.program.tensor(f"{label}.q", "T", H * K),
@@ -246,8 +253,8 @@ class Recorder:
                 q_stride=q_stride,
                 k_offset=H * q_stride,
                 v_offset=H * q_stride + G * K,
-                eps=eps,
-                norm_offset=offset,
+                eps=norm.eps,
+                norm_offset=norm.offset,
                 bf16=self.kv_dtype == "bf16",
                 **shape,
             )

@@ -41,10 +41,10 @@ def figures(stat: Stat, rows: np.ndarray) -> list[Figures] | None:
         raise ValueError(f"site {stat.site}: {len(rows)} grids, expected 1 or {stat.num_heads}")
     if any(row[grids.KIND] not in FIGURED for row in rows):
         return None
-    seen = stat if len(rows) == stat.num_heads else stat.over_heads()
-    if not seen.histogram.any((1, 2)).all():
+    stat_of_grids = stat if len(rows) == stat.num_heads else stat.over_heads()
+    if not stat_of_grids.histogram.any((1, 2)).all():
         raise ValueError(f"site {stat.site}: calibration saw no finite number")
-    return [_of_head(seen, head, row) for head, row in enumerate(rows)]
+    return [_of_head(stat_of_grids, head, row) for head, row in enumerate(rows)]
 
 
 def _of_head(stat: Stat, head: int, row: np.ndarray) -> Figures:

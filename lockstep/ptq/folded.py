@@ -63,8 +63,8 @@ class FoldedWeights:
 
     def weight(self, weight: Weight, specs: Mapping[str, Spec]) -> Weight:
         """The weight with its parts rounded by specs ({site: Spec}); the weight itself if no part is rounded."""
-        named = [(i, specs[name]) for i, name in self._sites.get(weight, ()) if name in specs]
-        rounded = tuple((i, spec) for i, spec in named if not spec.is_off)
+        with_spec = [(i, specs[name]) for i, name in self._sites.get(weight, ()) if name in specs]
+        rounded = tuple((i, spec) for i, spec in with_spec if not spec.is_off)
         key = ", ".join(f"{i} {spec}" for i, spec in rounded)
         if rounded and (weight, key) not in self._folded:
             folded = FoldedWeight(f"{weight.name} on {key}", "f32", weight.shape, weight.parts, None, rounded)

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lockstep.formats.parts.finite import check_finite
 from lockstep.ops.integer.code_weights import CodeTensor, code_tensor, code_weight
 from lockstep.ptq.noise import powers
 from lockstep.ptq.spec import Spec
 from lockstep.ptq.weights import Folded, fold
 from lockstep.runtime.program import Weight
-from lockstep.weights.tensor import StoredTensor, check_finite
+from lockstep.weights.tensor import StoredTensor
 
 
 @dataclass(frozen=True)
@@ -63,16 +64,16 @@ class FoldedWeight(Weight):
     def fold(self, index: int, spec: Spec) -> Folded:
         """A part on the grid of a spec; records its noise."""
         part = self.parts[index]
-        made = fold_part(part, spec)
+        folded = fold_part(part, spec)
         values = StoredTensor.to_f32(part)
         if isinstance(part, ScaledTensor):
             values = values * np.float32(part.factor)
-        self.noise[part.name, str(spec)] = powers(values, made.values)
-        return made
+        self.noise[part.name, str(spec)] = powers(values, folded.values)
+        return folded
 
 
-def _rounded(part: StoredTensor, made: Folded) -> StoredTensor:
-    values = made.values.reshape(part.shape)
+def _rounded(part: StoredTensor, folded: Folded) -> StoredTensor:
+    values = folded.values.reshape(part.shape)
     values = part.moved(values) if isinstance(part, ScaledTensor) else values
     return StoredTensor(part.name, "f32", part.shape, values)
 
@@ -91,6 +92,6 @@ class CodedWeight(FoldedWeight):
         return code_weight(self.name, *codes)
 
 
-def _codes(name: str, made: Folded) -> CodeTensor:
-    assert made.codes is not None and made.scale is not None and made.zero is not None, name
-    return code_tensor(name, made.codes, made.scale, made.zero)
+def _codes(name: str, folded: Folded) -> CodeTensor:
+    assert folded.codes is not None and folded.scale is not None and folded.zero is not None, name
+    return code_tensor(name, folded.codes, folded.scale, folded.zero)

@@ -139,8 +139,8 @@ def _group_of(name: str) -> str:
 
 def layer_of(name: str) -> int | None:
     """The number of the decoder layer in a tensor's name; None if there is none."""
-    found = LAYER.search(name)
-    return int(found[0]) if found else None
+    match = LAYER.search(name)
+    return int(match[0]) if match else None
 
 
 def component(name: str) -> str:

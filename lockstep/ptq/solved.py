@@ -99,21 +99,21 @@ class Solved:
     def from_json(text: str) -> Solved:
         """The solved plan in a text that `to_json` wrote; ValueError for any other text."""
         try:
-            found = json.loads(text)
+            content = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{WHAT} cannot be read as JSON: {error}") from None
-        if not isinstance(found, dict) or sorted(found) != sorted(KEYS):
-            what = f"an object with {', '.join(found)}" if isinstance(found, dict) else f"{found!r:.80}"
+        if not isinstance(content, dict) or sorted(content) != sorted(KEYS):
+            what = f"an object with {', '.join(content)}" if isinstance(content, dict) else f"{content!r:.80}"
             raise ValueError(f"{WHAT} is {what}, expected an object with {', '.join(KEYS)}")
-        if found["form"] != FORM:
-            raise ValueError(f"{WHAT} of form {found['form']!r:.80}, expected {FORM}")
+        if content["form"] != FORM:
+            raise ValueError(f"{WHAT} of form {content['form']!r:.80}, expected {FORM}")
         for key in ("model", "model_hash"):
-            if not isinstance(found[key], str):
-                raise ValueError(f"{WHAT}: {key} is {found[key]!r:.80}, expected a text")
-        if not isinstance(found["grids"], dict):
-            raise ValueError(f"{WHAT}: grids is {found['grids']!r:.80}, expected an object of sites")
-        grids = {name: _rows(name, rows) for name, rows in found["grids"].items()}
-        return Solved(Plan.from_table(found["plan"]), found["model"], found["model_hash"], grids)
+            if not isinstance(content[key], str):
+                raise ValueError(f"{WHAT}: {key} is {content[key]!r:.80}, expected a text")
+        if not isinstance(content["grids"], dict):
+            raise ValueError(f"{WHAT}: grids is {content['grids']!r:.80}, expected an object of sites")
+        grids = {name: _rows(name, rows) for name, rows in content["grids"].items()}
+        return Solved(Plan.from_table(content["plan"]), content["model"], content["model_hash"], grids)
 
     def save(self, path: Path) -> None:
         """Writes a file, whole or not at all. OSError names the path, if the disk is full."""
@@ -158,9 +158,9 @@ def rounded(plan: Plan, sites: Sequence[Site]) -> dict[str, Spec]:
 def _rows(name: str, rows: Any) -> np.ndarray:
     """The grids of a site from JSON, checked."""
     if isinstance(rows, list) and rows and all(map(_is_row, rows)):
-        made = np.array(rows, np.float32)
-        if (made == np.array(rows, np.float64)).all():
-            return made
+        grids = np.array(rows, np.float32)
+        if (grids == np.array(rows, np.float64)).all():
+            return grids
     raise ValueError(f"{WHAT}: site {name}: {rows!r:.80}, expected rows of {GRID_WORDS} finite float32")
 
 

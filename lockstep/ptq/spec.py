@@ -153,11 +153,11 @@ class Spec:
     @staticmethod
     def parse(text: str) -> Spec:
         """The spec that a text stands for; ValueError names what is allowed."""
-        found = TEXT.fullmatch(text) if isinstance(text, str) else None
-        if not found:
+        match = TEXT.fullmatch(text) if isinstance(text, str) else None
+        if not match:
             raise ValueError(f"{text!r} is no grid of a plan; expected grid[/per][:observer], as i8 or u4/row:mse")
-        per = found["per"]
-        return Spec(found["grid"], int(per) if per and per.isdigit() else per, found["observer"])
+        per = match["per"]
+        return Spec(match["grid"], int(per) if per and per.isdigit() else per, match["observer"])
 
     def __str__(self) -> str:
         per = f"/{self.per}" if self.per is not None else ""

@@ -48,8 +48,8 @@ def fold(values: np.ndarray, spec: Spec, name: str = "weight", factor: float = 1
     if spec.is_off:
         return Folded(values)
     if not np.isfinite(values).all():
-        count = values.size - int(np.isfinite(values).sum())
-        raise ValueError(f"{name}: {count} of {values.size} weights are NaN or infinite; a grid needs finite numbers")
+        num_bad = values.size - int(np.isfinite(values).sum())
+        raise ValueError(f"{name}: {num_bad} of {values.size} weights are NaN or infinite; a grid needs finite numbers")
     if spec.grid in STORED:
         return _fold_stored(values, spec, name)
     return _fold_rows(values, spec, name, factor)
@@ -81,51 +81,51 @@ def _fold_rows(values: np.ndarray, spec: Spec, name: str, factor: float) -> Fold
     _check_width(values.shape[1], spec, group or spec.what.block, name)
     parts = np.array(values, np.float32, order="C")  # a copy, which is rounded in place
     rows = parts.reshape(-1, row_width(spec, (values.shape[0], values.shape[1])))
-    found = np.tile(spec.what.row(), (len(rows), 1))
+    grid_rows = np.tile(spec.what.row(), (len(rows), 1))
     if spec.what.has_range:
-        _find_ranges(rows, found, spec.observer == MSE, spec.per == "tensor" and not spec.symmetric)
-        if not np.isfinite(found).all():
+        _find_ranges(rows, grid_rows, spec.observer == MSE, spec.per == "tensor" and not spec.symmetric)
+        if not np.isfinite(grid_rows).all():
             raise ValueError(f"{name}: weights from {values.min():g} to {values.max():g} have no scale in float32")
-    codes = _codes(rows, found).reshape(values.shape) if spec.what.is_integer else None
-    found[:, SCALE] *= np.float32(factor)  # not its inverse, from which codes are computed
-    _round(parts if spec.what.block else rows, found)
+    codes = _codes(rows, grid_rows).reshape(values.shape) if spec.what.is_integer else None
+    grid_rows[:, SCALE] *= np.float32(factor)  # not its inverse, from which codes are computed
+    _round(parts if spec.what.block else rows, grid_rows)
     if not spec.what.has_range:
         return Folded(parts, codes)
     shape = (len(values) if spec.per != "tensor" else 1, -1)
-    zero = found[:, ZERO_POINT].reshape(shape) if spec.what.is_integer else None
-    return Folded(parts, codes, found[:, SCALE].reshape(shape), zero)
+    zero = grid_rows[:, ZERO_POINT].reshape(shape) if spec.what.is_integer else None
+    return Folded(parts, codes, grid_rows[:, SCALE].reshape(shape), zero)
 
 
 @native
-def _find_ranges(rows, found, is_searched, has_constant):
-    """Sets scale and zero point of each grid in found [n, GRID_WORDS] to fit its row of float32 [n, width].
+def _find_ranges(rows, grid_rows, is_searched, has_constant):
+    """Sets scale and zero point of each grid in grid_rows [n, GRID_WORDS] to fit its row of float32 [n, width].
 
     is_searched: find the range of least squared error. has_constant: see `ranges.set_constant`.
     """
     for i in range(rows.shape[0]):
         lowest, highest = rows[i].min(), rows[i].max()
         if has_constant and is_constant(lowest, highest):
-            set_constant(found[i], lowest)
+            set_constant(grid_rows[i], lowest)
         elif is_searched:
-            search_range(found[i], lowest, highest, rows[i].ctypes.data, 0, rows.shape[1])
+            search_range(grid_rows[i], lowest, highest, rows[i].ctypes.data, 0, rows.shape[1])
         else:
-            set_range(found[i], lowest, highest)
+            set_range(grid_rows[i], lowest, highest)
 
 
 @native
-def _round(rows, found):
-    """Rounds each row, in place, to its grid in found, or all rows to the only grid."""
+def _round(rows, grid_rows):
+    """Rounds each row, in place, to its grid in grid_rows, or all rows to the only grid."""
     for i in range(rows.shape[0]):
-        quantize_row(rows[i], found[i if found.shape[0] > 1 else 0])
+        quantize_row(rows[i], grid_rows[i if grid_rows.shape[0] > 1 else 0])
 
 
-def _codes(rows: np.ndarray, found: np.ndarray) -> np.ndarray:
+def _codes(rows: np.ndarray, grid_rows: np.ndarray) -> np.ndarray:
     """The codes of rows on integer grids, by the same float32 operations as in `grids.on_integers`."""
-    low, high = int(found[0, LOW]), int(found[0, HIGH])
+    low, high = int(grid_rows[0, LOW]), int(grid_rows[0, HIGH])
     dtype = next(each for each in CODES if np.iinfo(each).min <= low and high <= np.iinfo(each).max)
     codes, step = np.empty(rows.shape, dtype), max(1, CHUNK // rows.shape[1])
     for start in range(0, len(rows), step):
-        part, grid = rows[start : start + step], found[start : start + step]
+        part, grid = rows[start : start + step], grid_rows[start : start + step]
         whole = np.rint(part * grid[:, INVERSE, None]) + grid[:, ZERO_POINT, None]
         codes[start : start + step] = whole.clip(low, high)
     return codes

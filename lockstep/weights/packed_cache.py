@@ -83,12 +83,12 @@ def write_about(folder: Path, about: dict) -> None:
 
 def num_bytes(folder: Path) -> int:
     """Bytes of all files below a folder, without those that are removed meanwhile."""
-    total = 0
+    size = 0
     for parent, _, files in os.walk(folder):
         for name in files:
             with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(parent, name)).st_size
-    return total
+                size += os.lstat(os.path.join(parent, name)).st_size
+    return size
 
 
 def allowed_bytes(root: Path, used: int) -> int:

@@ -121,8 +121,7 @@ def test_without_grids_only_roundings_differ(name, into, team):
 
 
 def check_ranges(stats, expected, into, factor):
-    """Checks that ranges of sites after a projection or norm that holds the scale are multiplied by it, others are
-    not."""
+    """Checks that ranges after a projection or norm that holds the scale are multiplied by it, and others are not."""
     for site, before in expected.items():
         own = site.split(".", 1)[1] if site.startswith("L") else site
         if own == "qk.raw":
@@ -130,8 +129,8 @@ def check_ranges(stats, expected, into, factor):
         inner = own.startswith(f"{into}.") and own != "q.gate"
         scaled = inner or (own == into and f"{site}.norm" not in expected)
         for field in ("low", "high"):
-            found, wanted = getattr(stats[site], field), getattr(before, field) * F32(factor if scaled else 1)
-            np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4, err_msg=site)
+            actual, scaled_bound = getattr(stats[site], field), getattr(before, field) * F32(factor if scaled else 1)
+            np.testing.assert_allclose(actual, scaled_bound, rtol=1e-3, atol=1e-4, err_msg=site)
 
 
 @pytest.mark.parametrize("name", ["biased", "normed", "hybrid"])

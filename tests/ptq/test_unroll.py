@@ -309,7 +309,7 @@ def test_every_wrong_grid_mask_and_head_shows():
 
 
 def names_of(program):
-    """Names of the tensors that ops write, each once, in order."""
+    """Names of the tensors that ops write, in order; consecutive writes to one tensor count once."""
     written = [tensor.name for op in program.ops for tensor in op.outputs]
     return [name for name, _ in itertools.groupby(written)]
 

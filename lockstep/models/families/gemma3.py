@@ -10,7 +10,6 @@ from collections.abc import Container, Mapping
 from lockstep.models.config import Config, check_keys, layer_types, need, need_float, optional
 from lockstep.models.decoder import decoder
 from lockstep.models.families.llama_like import (
-    Norm,
     feed_forward,
     mlp_of,
     model_of,
@@ -20,7 +19,7 @@ from lockstep.models.families.llama_like import (
 )
 from lockstep.models.family import Family
 from lockstep.models.model_config import Heads, Layer, ModelConfig, checked_head_dim
-from lockstep.models.record import Recorder
+from lockstep.models.record import Norm, Recorder
 from lockstep.models.rope_config import ropes_by_type
 from lockstep.models.tiny import BASE
 from lockstep.runtime.program import Tensor
@@ -50,8 +49,8 @@ def read(config: Config) -> ModelConfig:
     check_keys(config, KEYS, free=["hidden_act"])
     config = {**DEFAULTS, **{key: value for key, value in config.items() if value is not None}}
     if config["hidden_activation"] != "gelu_pytorch_tanh":
-        found = config["hidden_activation"]
-        raise ValueError(f"config key 'hidden_activation': {found!r} is not supported, only 'gelu_pytorch_tanh'")
+        activation = config["hidden_activation"]
+        raise ValueError(f"config key 'hidden_activation': {activation!r} is not supported, only 'gelu_pytorch_tanh'")
     interval = optional(config, "sliding_window_pattern", optional(config, "_sliding_window_pattern", 6))
     types = layer_types(config, *THETAS) or [
         "sliding_attention" if (i + 1) % interval else "full_attention" for i in range(num_layers(config))

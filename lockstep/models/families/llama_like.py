@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from lockstep.models.config import Config, end_ids, flag, is_headless, need, need_float, optional
 from lockstep.models.experts import experts
@@ -16,7 +16,7 @@ from lockstep.models.model_config import (
     checked,
     checked_head_dim,
 )
-from lockstep.models.record import Recorder
+from lockstep.models.record import Norm, Recorder
 from lockstep.models.rope_config import rope
 from lockstep.runtime.program import Tensor
 
@@ -94,13 +94,6 @@ def with_heads(layer: Layer, **changes: Any) -> Layer:
 
 
 # ------------------------------------------------------------ a layer
-
-
-class Norm(NamedTuple):
-    """Parameters of a norm. offset: added to the weight; 1 where checkpoints store w - 1."""
-
-    eps: float
-    offset: float = 0.0
 
 
 def pre_norm(ops: Recorder, x: Tensor, label: str, norm: Norm, mixer: Sublayer, mlp: Sublayer) -> Tensor:

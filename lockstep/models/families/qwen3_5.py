@@ -6,7 +6,6 @@ from functools import partial
 from lockstep.models.config import Config, check_keys, layer_types, need, optional
 from lockstep.models.decoder import decoder
 from lockstep.models.families.llama_like import (
-    Norm,
     biases,
     feed_forward,
     heads_of,
@@ -19,7 +18,7 @@ from lockstep.models.families.llama_like import (
 from lockstep.models.family import Family
 from lockstep.models.gated_delta import gated_delta
 from lockstep.models.model_config import Layer, LinearAttention, ModelConfig
-from lockstep.models.record import Recorder
+from lockstep.models.record import Norm, Recorder
 from lockstep.models.rope_config import MROPE
 from lockstep.models.tiny import BASE
 from lockstep.runtime.program import Tensor

@@ -80,9 +80,9 @@ def _pooling(keys: Keys, where: str) -> dict[str, str]:
 
 def _token_ids(metadata: Mapping[str, object], vocab_size: int) -> dict[str, object]:
     """The ids of special tokens, without ids outside the vocabulary: some conversions write 2^32 - 1 for none."""
-    given = {name: metadata.get(f"tokenizer.ggml.{name}") for name in ("bos_token_id", "eos_token_id")}
+    token_ids = {name: metadata.get(f"tokenizer.ggml.{name}") for name in ("bos_token_id", "eos_token_id")}
     is_token = lambda value: type(value) is not int or 0 <= value < vocab_size
-    return {name: value for name, value in given.items() if value is not None and is_token(value)}
+    return {name: value for name, value in token_ids.items() if value is not None and is_token(value)}
 
 
 def _rope(keys: Keys, config: dict, factors: np.ndarray | None, where: str) -> dict:

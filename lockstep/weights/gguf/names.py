@@ -52,19 +52,19 @@ def hf_name(architecture: Architecture, name: str, num_layers: int) -> str | Non
     if name in IGNORED:
         return None
     block = re.fullmatch(r"blk\.(\d{1,6})\.(.+)", name)
-    found = _layer_name(architecture, int(block[1]), block[2], num_layers) if block else _renamed(TOP, name)
-    if found is None:
+    hf = _layer_name(architecture, int(block[1]), block[2], num_layers) if block else _renamed(TOP, name)
+    if hf is None:
         raise ValueError(f"tensor {name!r} is not one that architecture {architecture.name!r} is known to have")
-    return found
+    return hf
 
 
 def _layer_name(architecture: Architecture, layer: int, name: str, num_layers: int) -> str | None:
     is_mtp = layer >= num_layers
-    if is_mtp and (found := _renamed(architecture.mtp_names, name)):
-        return found
-    found = _renamed(architecture.names, name)
+    if is_mtp and (hf := _renamed(architecture.mtp_names, name)):
+        return hf
+    hf = _renamed(architecture.names, name)
     prefix = f"mtp.layers.{layer - num_layers}" if is_mtp else f"model.layers.{layer}"
-    return found and f"{prefix}.{found}"
+    return hf and f"{prefix}.{hf}"
 
 
 def _renamed(names: Mapping[str, str], name: str) -> str | None:

@@ -1,6 +1,7 @@
-"""A conversation as what the engine runs: a prompt, a mask that holds the answer to what was asked for, and a parser.
+"""Turns a conversation into a prompt, a logits mask that enforces the form of the answer, and a parser of the answer.
 
-Every route that talks (chat, responses, messages) makes a Conversation of its request and sends it through here.
+Each conversation route of the server (chat, responses, messages) makes a Conversation of its request, and `ChatModel`
+prepares it.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +22,7 @@ from lockstep.text.tool_calls.parser import CallParser
 from lockstep.text.tool_calls.styles import MISTRAL
 from lockstep.text.tool_calls.tools import Tool, ToolUse
 
-MAX_TRIES = 64  # to find the tools of a request whose schemas cannot be enforced
+MAX_TRIES = 64  # trial compilations that look for the tools whose schemas cannot be enforced
 
 
 T = TypeVar("T")
@@ -30,11 +31,11 @@ Mask = Callable[[list[int]], Any] | None
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a request says and wants.
+    """A request of a conversation route, independent of the API it came through.
 
-    messages: as chat templates know them; the arguments of tool calls are objects. grammar: of structured.py, for the
-    text of the answer; form: the request's field that asks for it. variables: of the chat template. continues: the last
-    message is the beginning of the answer.
+    messages: in the form of chat templates; the arguments of tool calls are objects, not JSON text. grammar: for the
+    text of the answer, made by structured.py. form: the request's field that asks for the grammar, for error messages.
+    variables: of the chat template. continues: the last message is the beginning of the answer.
     """
 
     messages: list[dict]
@@ -47,8 +48,11 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a Conversation comes to: the prompt's token ids, arguments for SamplingParams, and what makes a parser for
-    the text of one answer: its `push` and `finish` return events, see tool_calls/events.py."""
+    """A Conversation that is ready to run.
+
+    ids: of the prompt. options: arguments for SamplingParams. new_parser: makes a Parser (tool_calls/events.py) for the
+    text of one sample.
+    """
 
     ids: list[int]
     options: dict[str, Any]
@@ -56,9 +60,9 @@ class Prepared:
 
 
 class ChatModel:
-    """What a model's tokenizer and chat template say about conversations. Any thread may use it.
+    """Prepares Conversations for one model, by its tokenizer and chat template. Any thread may use it.
 
-    max_context: tokens that a prompt may have, where a longer one need not be tokenized.
+    max_context: a prompt with far more tokens is refused before all of it is tokenized.
     """
 
     def __init__(
@@ -74,28 +78,29 @@ class ChatModel:
         self._special = {token.content: token_id for token_id, token in added.items() if token.special}
 
     def prepare(self, conversation: Conversation, num_samples: int = 1) -> Prepared:
-        """The Prepared of a Conversation, for so many samples. It renders, tokenizes and compiles: it may take a while.
+        """Renders and tokenizes the prompt and compiles the grammar, which can take seconds. num_samples: that one mask
+        serves.
 
-        ValueError if the model has no chat template, the template refuses, the prompt is far too long, or the grammar
-        is wrong.
+        ValueError if the model has no chat template, the template refuses the messages, the prompt is far too long, or
+        the grammar is wrong.
         """
         prompt = self.prompt(conversation)
         uses_tools, opened = bool(conversation.tools.tools), reasoning.is_open(prompt)
         options: dict[str, Any] = dict(logits_mask=self.mask(conversation, prompt, num_samples))
         marks = (self.style.begin, *self.style.after) if uses_tools else ()
         if self._special.keys() & {*marks, *((reasoning.OPEN, reasoning.CLOSE) if self._thinks else ())}:
-            options["skip_special_tokens"] = False  # the parser has to see them
+            options["skip_special_tokens"] = False  # the parser needs the marks in the text
 
         def new_parser():
-            made = CallParser(self.style, conversation.tools) if uses_tools else PlainParser()
-            return ThoughtParser(made, opened) if self._thinks else made
+            parser = CallParser(self.style, conversation.tools) if uses_tools else PlainParser()
+            return ThoughtParser(parser, opened) if self._thinks else parser
 
         ids = self._tokenizer.encode(prompt, add_special_tokens=False, max_tokens=self._max_context)
         return Prepared(ids, options, new_parser)
 
     def prompt(self, conversation: Conversation, asks: bool = True) -> str:
-        """The text of the prompt. asks: it ends where an answer begins. ValueError if the model has no chat template or
-        it refuses."""
+        """The text of the prompt. asks: whether it ends with the beginning of the assistant's turn
+        (add_generation_prompt). ValueError if the model has no chat template, or the template refuses the messages."""
         messages, use, variables = conversation.messages, conversation.tools, conversation.variables
         abilities = self._abilities if use.tools else self._without_tools
         if not abilities.developer:
@@ -110,10 +115,10 @@ class ChatModel:
         text = rendered(self._tokenizer, abilities, marked, use.tools, add_generation_prompt=False, **variables)
         return text.partition(CUT)[0]
 
-    # ------------------------------------------------------------ what the answer may be
+    # ------------------------------------------------------------ constrained decoding
 
     def mask(self, conversation: Conversation, prompt: str, num_samples: int) -> Mask:
-        """The mask that the conversation asks for; None where the answer is free."""
+        """The logits mask for the answer; None where any text is allowed."""
         use, grammar = conversation.tools, conversation.grammar
         if not use.must_call and grammar is None:
             return self._mask_of_free_calls(use, prompt, num_samples) if use.tools else None
@@ -132,13 +137,15 @@ class ChatModel:
         return self._with_enforceable(use.callable, mask_with, conversation.form if grammar else "tools")
 
     def _before_answer(self, rules: Lark, prompt: str) -> str:
-        """The part of a grammar for what the model thinks; empty where it does not."""
+        """The expression for a thought before the answer, whose rules are added to `rules`; empty if there is none."""
         if not self._thinks or reasoning.is_closed(prompt):
             return ""
         return reasoning.add_rules(rules, reasoning.is_open(prompt))
 
     def _mask_of_free_calls(self, use: ToolUse, prompt: str, num_samples: int) -> Mask:
-        """A mask that makes calls valid once the model has begun one; None where that cannot be seen or enforced."""
+        """A mask for tool_choice "auto": free text, but after the mark of a call comes a valid call.
+
+        None where the mark is no single token, or the schemas cannot be enforced."""
         trigger = self._added.get(self.style.begin)
         if trigger is None:
             return None
@@ -169,10 +176,10 @@ class ChatModel:
         self.style.rules(rules, tools, parallel)
 
     def _with_enforceable(self, tools: list[Tool], make: Callable[[list[Tool]], T], form: str = "tools") -> T:
-        """What is made of tools; where that cannot be, of tools whose schemas say no more than can be enforced.
+        """make(tools), or, where a schema cannot be enforced, make() of the tools without the schemas that cannot be.
 
-        A schema that cannot be enforced so takes nothing from the tools beside it, unless its tool is strict: the error
-        then names that tool, and otherwise the form of the answer.
+        So one tool's schema does not weaken the tools beside it. If the tool is strict, its schema is an error instead,
+        which names the tool; an error that no tool causes names `form`, the field that asks for the answer's form.
         """
         try:
             return make(tools)
@@ -188,7 +195,8 @@ class ChatModel:
             return make(loose)
 
     def _enforceable(self, tools: list[Tool]) -> set[str]:
-        """The names of the tools whose schemas can be enforced, found by halves; too many that cannot hide others."""
+        """The names of the tools whose schemas can be enforced, found by bisection. It stops after MAX_TRIES trials, so
+        that among many bad schemas some good ones may be missed."""
         good, groups, tries = set(), [tools] if tools else [], 0
         while groups and tries < MAX_TRIES:
             group, tries = groups.pop(), tries + 1
@@ -209,10 +217,10 @@ class ChatModel:
 
 
 def with_short_ids(message: dict) -> dict:
-    """A message whose ids of tool calls are such as Mistral's templates accept."""
-    made = dict(message)
-    if "tool_call_id" in made:
-        made["tool_call_id"] = short_id(made["tool_call_id"])
-    if "tool_calls" in made:
-        made["tool_calls"] = [call | dict(id=short_id(call["id"])) for call in made["tool_calls"]]
-    return made
+    """The message with ids of tool calls in the form that Mistral's templates accept: nine letters or digits."""
+    changed = dict(message)
+    if "tool_call_id" in changed:
+        changed["tool_call_id"] = short_id(changed["tool_call_id"])
+    if "tool_calls" in changed:
+        changed["tool_calls"] = [call | dict(id=short_id(call["id"])) for call in changed["tool_calls"]]
+    return changed

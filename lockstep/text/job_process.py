@@ -1,4 +1,8 @@
-"""Jobs in a process that may be ended, so that none takes time, memory or this process from anybody else."""
+"""A worker process for untrusted jobs, such as rendering a checkpoint's chat template: it can be killed.
+
+So a job that loops, fills the memory or crashes costs other requests nothing. This file is the side that asks;
+job_server.py is the worker's side.
+"""
 
 import contextlib
 import os
@@ -11,14 +15,14 @@ from pathlib import Path
 
 from lockstep.text.job_server import OUTSIDE, REFUSAL, Ended, receive, send
 
-WAIT_SECONDS = 15.0  # for a process that is kept from working
-# variables that Python starts with; keys and tokens are not among them
-KEPT = """PATH LANG LC_ALL LC_CTYPE TZ TZDIR PYTHONHOME LD_LIBRARY_PATH DYLD_LIBRARY_PATH
+WAIT_SECONDS = 15.0  # timeout for an answer: the worker may get no processor time on a busy machine
+# environment variables that Python needs to start; API keys and tokens are not passed on
+KEPT_VARIABLES = """PATH LANG LC_ALL LC_CTYPE TZ TZDIR PYTHONHOME LD_LIBRARY_PATH DYLD_LIBRARY_PATH
     DYLD_FALLBACK_LIBRARY_PATH""".split()
 
 
 class Busy(Exception):
-    """Too much else is being done: the same may be asked later. code: for programs, which of it."""
+    """The machine is too busy; the same request may succeed later. code: the cause, for programs: "grammars_busy"."""
 
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message)
@@ -26,30 +30,32 @@ class Busy(Exception):
 
 
 class JobProcess:
-    """Another process, which is started with the first order and ends with this object, or with this process.
+    """A worker process. It starts with the first order (a job's input) and ends with this object or this process.
 
-    module: of lockstep, whose `main` calls job_server.serve. about: what it is told first. name: what it works at, in
-    messages and codes, such as "grammars". max_idle: copies of it that are kept for further orders. Any thread may use
-    it, and so may a process that was forked: it starts one of its own.
+    The process itself runs no job: it forks a copy of itself for each, with limits on time and memory.
+
+    module: a module of lockstep that, run as a program, calls job_server.serve. about: bytes that are sent to it first.
+    name: in messages and codes, such as "grammars". max_idle: how many forked copies are kept for further orders. Any
+    thread may use this object. So may a forked child of this process, which starts a worker process of its own.
     """
 
     def __init__(self, module: str, name: str, about: bytes = b"", max_idle: int = 0) -> None:
         self._module, self._name, self._about, self._max_idle = module, name, about, max_idle
         self.process_id: int | None = None
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
-        """Begins anew. What this process has inherited, where it was forked, belongs to the other one."""
+    def _reset(self) -> None:
+        """Resets to "not started". After a fork, the inherited worker and sockets belong to the parent process."""
         self._lock, self._owner = threading.Lock(), os.getpid()
         self._control: socket.socket | None = None
         self._end: weakref.finalize | None = None
-        self._idle: list[tuple[socket.socket, socket.socket]] = []  # copies, each with what led to it
+        self._idle: list[tuple[socket.socket, socket.socket]] = []  # (control, job) sockets of idle copies
 
     def ask(self, order: bytes) -> bytearray:
-        """The answer to an order. Where the process was ended from outside another one is asked.
+        """The answer to an order. If the worker was killed from outside, another one is asked.
 
-        ValueError where the order is refused, or too large; Ended if it reached a limit; Busy where there is no answer
-        in time.
+        ValueError if the job refuses the order, or the order is too large; Ended if the job reached its limit of time
+        or memory; Busy after WAIT_SECONDS without an answer.
         """
         for _ in range(2 + self._max_idle):
             control = None
@@ -69,18 +75,18 @@ class JobProcess:
         raise RuntimeError(f"the process for {self._name} ended")
 
     def _copy(self, control: socket.socket) -> tuple[socket.socket, socket.socket]:
-        """A copy that takes orders, with what led to it. OSError if there is none any more."""
+        """The (control, job) sockets of a copy that takes orders. OSError if the worker process has ended."""
         with self._lock:
             while self._idle:
-                found = self._idle.pop()
-                if _is_quiet(found[1]):
-                    return found
-                found[1].close()
+                idle = self._idle.pop()
+                if _is_quiet(idle[1]):
+                    return idle
+                idle[1].close()
             _, descriptors, *_ = socket.recv_fds(control, 1, 1)
             if not descriptors:
                 raise ConnectionError("the other side ended")
             job = socket.socket(fileno=descriptors[0])
-            control.sendall(b"c")  # for the next
+            control.sendall(b"c")  # asks for a further copy, to be ready for the next order
             return control, job
 
     def _answer(self, control, job, order):
@@ -98,14 +104,12 @@ class JobProcess:
         return answer
 
     def start(self) -> socket.socket:
-        """Starts the process if it is not there, so that the first order does not wait; returns what leads to it.
-
-        OSError if it ends at once.
-        """
+        """Starts the worker process if it does not run, and returns its control socket. Called early, this spares the
+        first order the wait. OSError if the process ends at once."""
         if self._owner != os.getpid():
             if self._end is not None:
                 self._end.detach()
-            self._forget()
+            self._reset()
         with self._lock:
             if self._control is None:
                 self._control, process = _started(self._module)
@@ -118,7 +122,7 @@ class JobProcess:
             return self._control
 
     def _leave(self, control) -> None:
-        """Ends a process that has ended or does not follow, unless another thread did."""
+        """Ends the worker process behind this socket, which does not respond, unless another thread has done so."""
         with self._lock:
             if self._control is control and control is not None:
                 self._drop()
@@ -129,7 +133,7 @@ class JobProcess:
         self._control = self._end = None
 
     def close(self) -> None:
-        """Ends the process; the next order starts another one."""
+        """Ends the worker process; the next order would start another one."""
         if self._owner == os.getpid():
             self._leave(self._control)
             with self._lock:
@@ -138,7 +142,7 @@ class JobProcess:
 
 
 def _is_quiet(job: socket.socket) -> bool:
-    """Whether a copy that waits for an order is still there: else it would say so."""
+    """Whether an idle copy still runs: if it had ended, a notice or the end of the stream could be read."""
     job.settimeout(0)
     try:
         job.recv(1)
@@ -154,9 +158,9 @@ def _started(module: str) -> tuple[socket.socket, subprocess.Popen]:
     control.settimeout(WAIT_SECONDS)
     root = Path(__file__).parents[2]
     path = [str(root), *filter(os.path.isabs, sys.path)]
-    kept = {name: os.environ[name] for name in KEPT if name in os.environ}
-    command = [sys.executable, "-P", "-m", module]  # -P: nothing comes from the current folder
-    with other:  # in a session of its own: what a terminal sends to this process is not for that one
+    kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+    command = [sys.executable, "-P", "-m", module]  # -P: no module is imported from the current folder
+    with other:  # in a session of its own, so that Ctrl-C in a terminal does not reach the worker
         process = subprocess.Popen(
             command,
             stdin=other.fileno(),
@@ -168,7 +172,7 @@ def _started(module: str) -> tuple[socket.socket, subprocess.Popen]:
 
 
 def _end(control: socket.socket, process: subprocess.Popen) -> None:
-    control.close()  # which it takes as its end
+    control.close()  # the worker ends when its control socket is closed
     try:
         process.wait(2)
     except subprocess.TimeoutExpired:

@@ -1,7 +1,8 @@
-"""Jobs in a process that may be ended: the side of that process. The other one is job_process.py.
+"""The worker's side of job_process.py: a process that forks a copy of itself for each job.
 
-It does no job itself: copies of it do, each with limits of its own on time and memory, one order after the other. So no
-job takes anything from one beside it, and all that is needed is there already.
+A copy carries out one order (a job's input) after the other, each under limits on processor time and memory. Jobs that
+run at the same time run in different copies, so none can take time or memory from another, and since copies are forked
+from a process that has imported and prepared everything, they start in milliseconds.
 """
 
 import contextlib
@@ -20,20 +21,20 @@ from typing import NoReturn
 LENGTH = struct.Struct("<I")
 Order = bytes | bytearray
 MAX_BYTES = 256 << 20  # of one order or answer
-# What is sent ends with one of them: a copy that is ended while it answers has not sent it, and a notice has none.
+# The last byte of every message. A copy that is killed while it answers has not sent it; a notice has none.
 COMPLETE, REFUSAL = b"\xa5", b"\xa6"
-NOTICE = 0x7F000000  # instead of a length: the copy has ended, with the signal that is added to it
-NUM_READY = 2  # copies that wait for their first order
-MAX_KEPT_BYTES = 128 << 20  # that a copy has used at most: one that needed more is not used again
-OUTSIDE = (0, signal.SIGKILL, signal.SIGTERM)  # how a copy ends that did not reach its limits
+NOTICE = 0x7F000000  # NOTICE + signal number, in place of a length, says that the copy was ended by that signal
+NUM_READY = 2  # copies that are forked in advance
+MAX_KEPT_BYTES = 128 << 20  # a copy whose peak memory is above this ends after its order
+OUTSIDE = (0, signal.SIGKILL, signal.SIGTERM)  # signals (0: none) that do not come from a limit of time or memory
 
 
 class _OtherSideEnded(Exception):
-    """The process that this one belongs to has ended, or has let go of it."""
+    """The process that started this one has ended, or closed the control socket."""
 
 
 class Ended(Exception):
-    """The copy that was to answer was ended, by a signal; 0 for none."""
+    """The copy that was to answer has ended. signal: the number of the signal that ended it, 0 for none."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"ended by signal {signal_number}")
@@ -41,24 +42,25 @@ class Ended(Exception):
 
     @property
     def took_too_long(self) -> bool:
-        """Whether it was the limit of time that ended it."""
+        """Whether the limit of processor time ended the copy."""
         return self.signal in (signal.SIGPROF, signal.SIGXCPU)
 
 
 def serve(prepare: Callable[[Order], Callable[[Order], bytes]]) -> None:
-    """Hands out copies of this process, over the socket that is its standard input, until the other side ends.
+    """Runs the worker process until the other side ends. Standard input is the control socket.
 
-    prepare is given what comes first and returns what makes the answer of an order, or raises ValueError, which then is
-    the answer. Each copy is sent as a socket. A byte that comes asks for one more: a few are there before they are
-    needed.
+    prepare: a function that is called with the first message (JobProcess's `about`) and returns the function that
+    answers an order; a ValueError of that function is sent as a refusal. The process sends the job socket of each
+    forked copy over the control socket. Each byte that it receives there asks for one more copy; NUM_READY are sent
+    unasked.
     """
     _settle()
     control, running = socket.socket(fileno=0), {}
-    with contextlib.suppress(_OtherSideEnded):  # as it may whenever it likes, which is no fault and nobody's to read
+    with contextlib.suppress(_OtherSideEnded):  # the normal end: no traceback
         with _with_other_side():
             about, _ = receive(control)
         answer = prepare(about)
-        gc.disable()  # a copy shares the memory that it does not write to
+        gc.disable()  # collecting writes to objects, and a forked copy shares only memory that is not written to
         gc.freeze()
         _hand_out(control, answer, running)
     for pid in running:
@@ -67,7 +69,7 @@ def serve(prepare: Callable[[Order], Callable[[Order], bytes]]) -> None:
 
 
 def _hand_out(control: socket.socket, answer: Callable[[Order], bytes], running: dict[int, socket.socket]) -> NoReturn:
-    """Starts copies as they are asked for, and keeps `running` up to date, until _OtherSideEnded."""
+    """Forks a copy for each byte on the control socket, until _OtherSideEnded. running: {process id: job socket}."""
     wakes = _wakes()
     ready = selectors.DefaultSelector()
     ready.register(control, selectors.EVENT_READ)
@@ -81,25 +83,25 @@ def _hand_out(control: socket.socket, answer: Callable[[Order], bytes], running:
                 _bury(running)
             else:
                 with _with_other_side():
-                    _exactly(control, 1)  # the byte that asks for one more
+                    _exactly(control, 1)  # the byte that asks for one more copy
                 _add_copy(control, answer, running)
 
 
 def _settle() -> None:
-    """Undoes what was inherited, and leaves it to the other side when this process ends."""
+    """Resets inherited signal handlers, and ignores signals that end services: the other side ends this process."""
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     for limit_reached in (signal.SIGPROF, signal.SIGXCPU):
         signal.signal(limit_reached, signal.SIG_DFL)
-    for for_all in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a service manager sends them to every process
-        signal.signal(for_all, signal.SIG_IGN)
+    for sent_to_all in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # to every process, by a service manager
+        signal.signal(sent_to_all, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     spare = os.open(os.devnull, os.O_WRONLY)
-    if spare != 2:  # else there was no standard error, and a socket would have taken its place
+    if spare != 2:  # descriptor 2 was free: it stays /dev/null, so that no socket becomes standard error
         os.close(spare)
 
 
 def _wakes() -> socket.socket:
-    """A socket that can be read whenever a copy has ended."""
+    """A socket that becomes readable whenever a copy has ended (by SIGCHLD)."""
     wakes, waker = socket.socketpair()
     waker.setblocking(False)
     signal.set_wakeup_fd(waker.detach(), warn_on_full_buffer=False)
@@ -109,10 +111,7 @@ def _wakes() -> socket.socket:
 
 @contextlib.contextmanager
 def _with_other_side() -> Iterator[None]:
-    """Turns what a socket says when the other side has ended into _OtherSideEnded.
-
-    Closed sockets say it in several ways: with what they had not read yet left in them, they are "reset".
-    """
+    """Turns the errors of a closed connection, such as end of stream, broken pipe or reset, into _OtherSideEnded."""
     try:
         yield
     except ConnectionError as error:
@@ -120,7 +119,10 @@ def _with_other_side() -> Iterator[None]:
 
 
 def _bury(running: dict[int, socket.socket]) -> None:
-    """Tells of every copy that has ended how it did: who has read an answer reads no further."""
+    """Reaps the copies that have ended, and sends a notice, with the signal that ended it, over each one's job socket.
+
+    A reader that waits for an answer gets the notice instead; one that has its answer does not read it.
+    """
     while running:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if not pid:
@@ -131,7 +133,7 @@ def _bury(running: dict[int, socket.socket]) -> None:
 
 
 def _add_copy(control: socket.socket, answer: Callable[[Order], bytes], running: dict[int, socket.socket]) -> None:
-    """Starts a copy of this process and sends the socket that it takes its orders from."""
+    """Forks a copy of this process and sends its job socket, over which it takes orders, to the other side."""
     own, other = socket.socketpair()
     pid = os.fork()
     if pid == 0:
@@ -141,33 +143,34 @@ def _add_copy(control: socket.socket, answer: Callable[[Order], bytes], running:
         socket.send_fds(control, [b"c"], [other.fileno()])
 
 
-def _serve_orders(job: socket.socket, answer: Callable[[Order], bytes], not_ours: list[socket.socket]) -> NoReturn:
-    """Carries out orders until no more come, and ends the process."""
+def _serve_orders(job: socket.socket, answer: Callable[[Order], bytes], inherited: list[socket.socket]) -> NoReturn:
+    """The life of a forked copy: carries out orders until no more come. inherited: sockets of the parent to close."""
     try:
-        for each in not_ours:
-            each.close()
+        for other in inherited:
+            other.close()
         signal.set_wakeup_fd(-1)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what a library says as it fails, or we where nobody asks
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # standard error: nobody reads a traceback of a copy
         while peak_bytes() <= MAX_KEPT_BYTES:
             order, _ = receive(job)
             try:
-                found, mark = answer(order), COMPLETE
+                reply, mark = answer(order), COMPLETE
             except ValueError as error:
-                found, mark = str(error).encode("utf-8", "surrogatepass"), REFUSAL
+                reply, mark = str(error).encode("utf-8", "surrogatepass"), REFUSAL
             _unlimit()
-            send(job, found, mark)
-            del order, found
+            send(job, reply, mark)
+            del order, reply
             gc.collect()
     finally:
         os._exit(0)
 
 
 def limit(seconds: float, num_bytes: int) -> None:
-    """Bounds what an order may take from now on: time of the processor, which ends the process, and memory.
+    """Bounds the processor time and the memory that this process may take from now on, beyond what it has used.
 
-    Memory is bounded where the system holds to it, which Linux does and macOS does not.
+    At the limit of time a signal ends the process; at that of memory, allocation fails. Linux enforces the limit of
+    memory, macOS does not.
     """
-    signal.setitimer(signal.ITIMER_PROF, seconds)  # ends the process: a limit of the processor has whole seconds only
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # the timer has fractions of a second, RLIMIT_CPU whole seconds only
     _set_limit(resource.RLIMIT_CPU, int(time.process_time() + seconds) + 2)
     with contextlib.suppress(FileNotFoundError, ValueError, OSError):
         with open("/proc/self/statm") as file:
@@ -182,15 +185,15 @@ def _unlimit() -> None:
         _set_limit(resource.RLIMIT_AS, resource.RLIM_INFINITY)
 
 
-def _set_limit(what: int, most: int) -> None:
-    """Sets a limit that may be raised again, as far as this process was given."""
-    hard = resource.getrlimit(what)[1]
-    given = [limit for limit in (most, hard) if limit != resource.RLIM_INFINITY]
-    resource.setrlimit(what, (min(given, default=resource.RLIM_INFINITY), hard))
+def _set_limit(limited_resource: int, soft: int) -> None:
+    """Sets the soft limit of a resource, which may be raised again, up to the hard limit of this process."""
+    hard = resource.getrlimit(limited_resource)[1]
+    finite = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(limited_resource, (min(finite, default=resource.RLIM_INFINITY), hard))
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has used."""
+    """The peak resident memory of this process, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -204,9 +207,9 @@ def send(connection: socket.socket, data: bytes, mark: bytes = COMPLETE) -> None
 
 
 def receive(connection: socket.socket) -> tuple[bytearray, bytes]:
-    """What `send` sent, with its mark, and nothing of what comes after it.
+    """One message of `send`: its data and its mark.
 
-    Ended if the copy that was to send it has ended; ConnectionError if the other side went away.
+    Ended if a notice comes instead, that the copy has ended; ConnectionError if the connection ends before the message.
     """
     length = LENGTH.unpack(_exactly(connection, LENGTH.size))[0]
     if length >= NOTICE:

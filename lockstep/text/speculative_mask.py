@@ -1,4 +1,4 @@
-"""Masks of tokens that may be asked about drafts."""
+"""Logits masks for speculative decoding: they can be asked about draft tokens."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -7,10 +7,10 @@ import numpy as np
 
 
 class SpeculativeMask(ABC):
-    """A `SamplingParams.logits_mask` that may be asked about tokens that are not final: requests with one draft.
+    """A `SamplingParams.logits_mask` that can also be asked about drafts, so that requests with it may have drafts.
 
-    output_ids: the answer so far, a list that only grows. drafts: tokens that are taken to follow it, none of which
-    ends it. What was asked about drafts changes nothing of what is said later.
+    output_ids: the answer so far, a list that only grows. drafts: tokens that may come next, no end token among them. A
+    question about drafts does not change later answers of the mask.
     """
 
     @abstractmethod
@@ -19,14 +19,16 @@ class SpeculativeMask(ABC):
 
     @abstractmethod
     def masks(self, output_ids: list[int], drafts: Sequence[int], first: int = 0) -> Iterator[np.ndarray | None]:
-        """The tokens allowed after the answer, then those after each of the drafts, from those after the first `first`
-        drafts on; fewer if a draft is not allowed, or if it cannot be said what may follow it. Each array may be used
-        again by the next. What `__call__` would raise is raised."""
+        """Yields the tokens allowed after the answer and its first n drafts, for n = first, first + 1, ... len(drafts).
+
+        It ends early after a draft that is not allowed, or where a limit is reached. The next array may overwrite the
+        one before. Raises whatever `__call__` would raise for output_ids.
+        """
 
     @abstractmethod
     def forced(self, output_ids: list[int], drafts: Sequence[int]) -> list[int]:
-        """Tokens that have to follow the drafts, as far as that is cheap to know. ValueError if a limit is reached."""
+        """The tokens that must follow the drafts, as many as are cheap to find. ValueError if a limit is reached."""
 
     @abstractmethod
     def num_allowed(self, output_ids: list[int], drafts: Sequence[int]) -> int:
-        """How many drafts there are before the first that is not allowed. ValueError if a limit is reached."""
+        """The number of drafts before the first that is not allowed. ValueError if a limit is reached."""

@@ -1,4 +1,4 @@
-"""Stop strings in text that comes in pieces, however it is cut into them."""
+"""Stop strings in streamed text: the result does not depend on how the text is cut into pieces."""
 
 from collections.abc import Sequence
 
@@ -6,22 +6,21 @@ from collections.abc import Sequence
 class StopStrings:
     """Lets text through up to the first stop string.
 
-    The match that is complete first wins, and of those complete at the same character the longest: so the answer does
-    not depend on where pieces end. found: the string that ended the text, None before that. include: whether it belongs
-    to the text.
+    The match that ends first wins, and among matches that end at the same character the longest. found: the stop string
+    that ended the text, None before that. include: whether the stop string itself belongs to the text.
     """
 
     def __init__(self, strings: Sequence[str], include: bool = False) -> None:
         self.found, self._include, self._held = None, include, ""
         self._strings = [(s, borders(s)) for s in strings]
-        self._matched = [0] * len(self._strings)  # how many characters of each string the text ends with
+        self._matched = [0] * len(self._strings)  # for each string: its longest beginning that the text ends with
 
     def push(self, piece: str, may_stop: bool = True) -> str:
-        """Takes a piece in; returns what is now certain to be part of the text, the rest is held back.
+        """Adds a piece; returns the text that is now certain to come before any stop string. The rest is held back.
 
-        may_stop: whether a match that this piece completes counts.
+        may_stop: whether a match that this piece completes ends the text.
         """
-        assert self.found is None, "text after its end"
+        assert self.found is None, f"a piece of text after the stop string {self.found!r}"
         if not self._strings:
             return piece
         text, before = self._held + piece, len(self._held)
@@ -35,12 +34,12 @@ class StopStrings:
         return text[: len(text) - keep]
 
     def finish(self) -> str:
-        """The text held back, now that nothing follows."""
+        """The text that was held back, at the end of the answer."""
         rest, self._held = self._held, ""
         return rest
 
     def _read(self, character: str) -> list[str]:
-        """The strings that are complete with this character."""
+        """The stop strings that this character completes."""
         ended = []
         for i, (string, border) in enumerate(self._strings):
             matched = self._beginning(i)
@@ -52,20 +51,20 @@ class StopStrings:
         return ended
 
     def _beginning(self, i: int) -> int:
-        """How many characters at the end of the text could begin string i, without being all of it."""
+        """How many characters at the end of the text are a beginning of string i, but not all of it."""
         (string, border), matched = self._strings[i], self._matched[i]
         return border[matched] if matched == len(string) else matched
 
 
 def borders(string: str) -> list[int]:
-    """For each n, the longest beginning of string[:n] that is also its end, but not all of it.
+    """For each n from 0, the length of the longest proper prefix of string[:n] that is also its suffix.
 
     Source: Knuth, Morris and Pratt 1977, "Fast pattern matching in strings".
     """
-    made, matched = [0, 0], 0
+    lengths, matched = [0, 0], 0
     for n in range(1, len(string)):
         while matched and string[matched] != string[n]:
-            matched = made[matched]
+            matched = lengths[matched]
         matched += string[matched] == string[n]
-        made.append(matched)
-    return made
+        lengths.append(matched)
+    return lengths

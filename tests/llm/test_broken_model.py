@@ -1,4 +1,4 @@
-"""A model that gives no finite numbers: every way to ask it says so, and the server turns red."""
+"""A model whose logits are not finite: every way to ask it reports that, and the server's health check fails."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Smaller models that draft: found and loaded like others, and refused where their vocabulary is another."""
+"""Draft models: found and loaded like other models, and refused where their vocabulary is not the target's."""
 
 import contextlib
 import json
@@ -93,7 +93,7 @@ def test_what_is_no_model_is_named(name, said, capsys):
 
 
 def broken(folder, change):
-    """A copy of the bundled model, the config of which `change` changes."""
+    """A copy of the bundled model whose config is changed by `change`."""
     shutil.copytree(BUNDLED, folder)
     raw = json.loads((folder / "config.json").read_text("utf-8"))
     change(raw)

@@ -1,4 +1,4 @@
-"""What a model's makers ask of sampling: read from either file, checked by name, and only a default."""
+"""The sampling that a model's makers recommend: read from either file, checked by name, and only a default."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def of_gguf(**sampling):
 
 
 def f32(value):
-    """A number as a GGUF file keeps it."""
+    """A number as a GGUF file stores it."""
     return float(np.float32(value))
 
 
@@ -194,7 +194,7 @@ PROMPT, TALK = "def read_lines(path):\n", [dict(role="user", content="Write a lo
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The bundled model, whose makers now want another sampling: it may not say what it says most."""
+    """The bundled model with another recommended sampling, which suppresses its most frequent tokens."""
     made = tmp_path_factory.mktemp("wishes") / "model"
     shutil.copytree(resolve_model(None), made)
     config = json.loads((made / "generation_config.json").read_text())

@@ -1,4 +1,4 @@
-"""`LLM` on the bundled model: text, stop strings wherever tokens end, and everything at once in any company."""
+"""`LLM` on the bundled model: text, stop strings across token boundaries, and the same results in any batch."""
 
 import contextlib
 from dataclasses import replace
@@ -25,7 +25,7 @@ def llm():
 
 @pytest.fixture(scope="module")
 def free(llm):
-    """An answer that nothing stops."""
+    """An answer without stop strings."""
     return llm.generate([PROMPT], SamplingParams(max_tokens=60, ignore_eos=True))[0]
 
 
@@ -86,7 +86,7 @@ def test_a_stop_token_is_not_part_of_the_text_unless_asked_for(llm, free):
 
 
 def parity_mask(output_ids):
-    """Only even tokens after an odd count, and the other way round."""
+    """A mask that allows only even token ids after an even number of tokens, and odd ids after an odd number."""
     return np.full(128, 0x55555555 << len(output_ids) % 2, np.uint32)
 
 

@@ -48,7 +48,7 @@ def test_pooling_that_is_not_supported(config, found, tmp_path):
 
 
 def embedding_folder(path, **changes):
-    """As sentence-transformers writes one: the names of a class without a head, and none among the tensors."""
+    """A checkpoint as sentence-transformers writes it: tensor names of a class without a language-model head."""
     config = {**CASES["qwen3"], "architectures": ["Qwen3Model"], **changes}
     arrays = {name.removeprefix("model."): array for name, array in tiny.tensors(config, 3).items()}
     arrays.pop("lm_head.weight", None)

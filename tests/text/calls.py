@@ -1,4 +1,4 @@
-"""Tools, the calls that parsers find in pieces of text, and the grammar of an answer that is nothing but calls."""
+"""Shared by tests of tool calls: tools, running parsers on pieces of text, and grammars of answers of calls only."""
 
 import random
 
@@ -32,7 +32,7 @@ CITY = '{"city": "Paris"}'
 
 
 def calls_grammar(style, use, special=None):
-    """The grammar of an answer that is nothing but calls."""
+    """The grammar of an answer that consists of calls only."""
     rules = Lark(special or {})
     rules.rule("start", "calls")
     style.rules(rules, use.callable, use.parallel)
@@ -40,7 +40,7 @@ def calls_grammar(style, use, special=None):
 
 
 def merged(events):
-    """Events with neighbouring pieces joined and ids left out: [text or (name, arguments) or Reasoning, ...]."""
+    """Events with adjacent pieces joined and ids left out: [text or (name, arguments) or Reasoning, ...]."""
     made = []
     for event in events:
         if isinstance(event, CallStart):
@@ -61,7 +61,7 @@ def parse(parser, pieces, is_cut=False):
 
 
 def ways_to_cut(text):
-    """Whole, each character alone, at every one position, and at random."""
+    """Ways to cut a text: not at all, into characters, into two at every position, and at random."""
     yield [text]
     yield list(text)
     for at in range(1, len(text)):

@@ -1,4 +1,4 @@
-"""Tokenizers of every kind with their grammars, and what these allow: whole texts, random answers."""
+"""Shared by tests of grammars: tokenizers of every kind, whether a text is allowed, and random allowed answers."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""How long other threads cannot run while something is done."""
+"""Measures how long a call keeps other threads from running, because it holds Python's global lock."""
 
 import contextlib
 import threading

@@ -1,4 +1,4 @@
-"""Calls that models write badly, or do not end: what is sent on is JSON, and nothing of a mark gets into the text."""
+"""Malformed and unfinished calls: arguments are valid JSON in any case, and no part of a mark gets into the text."""
 
 import json
 import random
@@ -125,7 +125,7 @@ ENDED = [
 
 @pytest.mark.parametrize("style, text, cut, completed", ENDED, ids=range(len(ENDED)))
 def test_arguments_that_the_answer_ends_in(style, text, cut, completed):
-    """An answer that was as long as it might be ends where it ends; any other is completed, and asks for no call."""
+    """Arguments are completed, and the call is not to be run, unless the answer reached its maximum length."""
     for pieces in ways_to_cut(text):
         [(_, found)] = parse(CallParser(style, USE), pieces, is_cut=True)
         assert found.rstrip() == cut.rstrip()
@@ -195,7 +195,7 @@ VALUES = st.fixed_dictionaries(
 
 @st.composite
 def damaged(draw, style):
-    """Two calls, of which the arguments of the first, and what follows them, have been damaged, perhaps cut off."""
+    """Two calls; the first one's arguments and the text after them are damaged, and may be cut off."""
     first, second = (written(style, "g", draw(VALUES)) for _ in range(2))
     if style is MISTRAL:
         text = first[:-1] + ", " + second.removeprefix("[TOOL_CALLS][")

@@ -1,4 +1,4 @@
-"""Grammars of tool calls: what they hold a model to is what the parsers read, within the schemas."""
+"""Grammars of tool calls: the parsers read every call that a grammar allows, and its arguments fit the schema."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The process that jobs are done in: it belongs to one process, knows nothing of it, and ends with it."""
+"""The worker process of jobs: it belongs to one process, inherits no secrets of that process, and ends with it."""
 
 import json
 import os
@@ -136,7 +136,7 @@ def test_a_forked_process_has_one_of_its_own():
 
 
 def child(other):
-    """The process, started by hand: its first two copies are sent to the other end of the socket `other`."""
+    """The worker process, started by hand: its first two copies are sent to the other end of the socket `other`."""
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "lockstep.text.templates.child"],
         stdin=other,
@@ -163,7 +163,7 @@ def test_it_ends_in_silence_if_the_other_side_was_gone_before_it_began(said):
 
 @pytest.mark.parametrize("num_taken, asks", [(0, b""), (1, b""), (2, b""), (2, b"c")])
 def test_it_ends_in_silence_if_the_other_side_goes_later(num_taken, asks):
-    """It goes with copies that it has not taken, with none that it has not, and as it asks for one more."""
+    """The other side goes away with copies not yet received, with all received, and while it asks for one more."""
     control, other = socket.socketpair()
     with other, child(other) as process:
         with control:

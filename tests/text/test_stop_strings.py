@@ -1,4 +1,4 @@
-"""Stop strings against the plainest search, on random text cut in every way."""
+"""Stop strings compared with a plain search, on random text cut into random pieces."""
 
 import random
 
@@ -23,7 +23,7 @@ def cut(text, rng):
 
 
 def stream(pieces, strings, include, first=0):
-    """(all that was shown, what was found), checking that nothing is shown that a stop could still take back."""
+    """(the text that was shown, the stop string found). Checks that no shown text can be part of a stop string."""
     stops, shown, seen = StopStrings(strings, include), "", ""
     for piece in pieces:
         inside = max(0, min(len(piece), first - len(seen)))

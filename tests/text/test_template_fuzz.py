@@ -1,6 +1,6 @@
-"""Random programs as chat templates: each gives a text or a ValueError, and takes nothing from the process.
+"""Random programs as chat templates: each renders a text or raises a ValueError, and this process is unharmed.
 
-`make fuzz` goes on with fresh seeds."""
+`make fuzz` runs them with fresh seeds."""
 
 import random
 import resource

@@ -1,4 +1,4 @@
-"""Schemas of tools of every shape: in each style the grammar allows calls whose arguments the schema allows."""
+"""Schemas of tools of every shape: in each style, the grammar allows exactly arguments that fit the schema."""
 
 import json
 
@@ -143,7 +143,7 @@ def test_a_call_that_the_schema_does_not_allow_is_not_allowed(name, wrong, style
 
 
 def test_properties_are_counted_in_xml():
-    """Not where llguidance writes the object: it cannot count properties of which none is required."""
+    """Only in the XML style: where llguidance writes the object, it cannot count properties that are not required."""
     schema = X | {"properties": {n: {"const": n} for n in "abc"}, "required": [], "minProperties": 2}
     for most in (2, 3):
         grammar = calls_grammar(XML, ToolUse((Tool("g", "", schema | {"maxProperties": most}),), parallel=False))

@@ -41,7 +41,7 @@ def _trained(pattern: str | None, size: int, nfc: bool) -> str:
 
 
 def byte_fallback() -> Tokenizer:
-    """A SentencePiece style tokenizer: ▁ for spaces, bytes for what is not in the vocabulary."""
+    """A SentencePiece style tokenizer: ▁ for spaces, byte tokens for characters not in the vocabulary."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -64,7 +64,7 @@ def write_folder(folder: Path, tokenizer: Tokenizer, **config: object) -> Path:
 
 
 def gguf_metadata(tokenizer: Tokenizer, pre: str, **extra: object) -> dict[str, object]:
-    """What conversion would write about a byte-level tokenizer."""
+    """GGUF metadata of a byte-level tokenizer, as a conversion writes it."""
     state = mapped.parse_json_object(tokenizer.to_str().encode(), "tokenizer")
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     tokens = sorted(vocabulary, key=vocabulary.__getitem__)
@@ -76,7 +76,7 @@ def gguf_metadata(tokenizer: Tokenizer, pre: str, **extra: object) -> dict[str, 
 
 
 def sentencepiece_metadata(tokenizer: Tokenizer, **extra: object) -> dict[str, object]:
-    """What conversion would write about a SentencePiece tokenizer: tokens learnt later have lower scores.
+    """GGUF metadata of a SentencePiece tokenizer, as a conversion writes it: tokens learnt later have lower scores.
 
     Learnt tokens are listed last one first, so that their order does not give their scores away.
     """

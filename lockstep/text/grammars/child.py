@@ -1,4 +1,4 @@
-"""The process in which grammars are compiled first: see job_server.py, and grammar_proofs.py for the other side."""
+"""The worker process in which untrusted grammars are compiled first (see job_server.py); compile_costs.py asks it."""
 
 import json
 import threading
@@ -8,27 +8,28 @@ from collections.abc import Callable
 from lockstep.text.grammars.matchers import STACK_BYTES, Vocabulary, check, new_matcher, new_reader
 from lockstep.text.job_server import Order, limit, peak_bytes, serve
 
-OVERHEAD_BYTES = 128 << 20  # of addresses that a thread and its allocator take before they use them
+OVERHEAD_BYTES = 128 << 20  # of address space that a new thread and its allocator reserve
 
 
 def prepare(about: Order) -> Callable[[Order], bytes]:
-    """What compiles a grammar for the vocabulary that the other side tells about, and says what that cost."""
+    """The function that compiles a grammar and returns the cost, as JSON. about: the vocabulary, as JSON."""
     reader = _reader(json.loads(about))
     return lambda order: json.dumps(_cost(reader, **json.loads(order))).encode()
 
 
 def _cost(reader, grammar: str, seconds: float, num_bytes: int) -> dict[str, float]:
-    """What a grammar and its first mask cost. ValueError for one that is wrong; too costly ones end the process."""
-    made: dict[str, object] = {}
+    """The cost of compiling a grammar and computing its first mask. ValueError for a grammar that is wrong; one that
+    takes more than `seconds` or `num_bytes` ends this process."""
+    result: dict[str, object] = {}
 
     def compile_it():
         try:
             matcher = new_matcher(reader, grammar)
             matcher.compute_bitmask()
             check(matcher)
-            made["matcher"] = matcher
+            result["matcher"] = matcher
         except ValueError as error:
-            made["error"] = str(error)
+            result["error"] = str(error)
 
     threading.stack_size(STACK_BYTES)
     limit(seconds, STACK_BYTES + OVERHEAD_BYTES + num_bytes)
@@ -36,14 +37,14 @@ def _cost(reader, grammar: str, seconds: float, num_bytes: int) -> dict[str, flo
     thread = threading.Thread(target=compile_it)
     thread.start()
     thread.join()
-    if "matcher" not in made:
-        raise ValueError(made.get("error", "grammar: it cannot be compiled"))
+    if "matcher" not in result:
+        raise ValueError(result.get("error", "grammar: it cannot be compiled"))
     return {"seconds": time.process_time() - began, "num_bytes": peak_bytes() - before}
 
 
 def _reader(given):
-    """A vocabulary with all special tokens in their place and single bytes behind them: what a grammar costs hardly
-    depends on the rest."""
+    """llguidance's form of a vocabulary that has the special tokens with their ids, empty tokens in place of the rest,
+    and single bytes after them: the cost of compiling hardly depends on the ordinary tokens."""
     size = given["size"]
     tokens = [b""] * size + [bytes([byte]) for byte in range(256)]
     for token, text in given["special"].items():

@@ -1,7 +1,7 @@
-"""GBNF, llama.cpp's notation of grammars, as Lark (see structured.py).
+"""Translates GBNF, llama.cpp's notation of grammars, to Lark (see structured.py).
 
-A grammar in GBNF is one of characters: it has no lexer that takes the longest match. So a grammar without recursion
-becomes one terminal, and in any other every terminal is a single character; the two notations are alike beyond that.
+GBNF has no lexer that takes the longest match: its rules match characters. So a grammar without recursion becomes one
+Lark terminal, and in a recursive one every terminal is a single character. Otherwise the two notations correspond.
 Source: grammars/README.md of llama.cpp.
 """
 
@@ -25,12 +25,12 @@ ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
 
 
 def is_gbnf(text: str) -> bool:
-    """Whether a grammar is written in GBNF rather than in Lark, by the mark between a rule's name and what it is."""
+    """Whether a grammar is written in GBNF rather than in Lark: its rules are `name ::= ...`."""
     return re.search(r"^\s*[\w-]+\s*::=", text, re.MULTILINE) is not None
 
 
 def to_lark(text: str) -> str:
-    """A GBNF grammar, whose rule `root` is the answer, as Lark. ValueError that says where it is wrong."""
+    """A GBNF grammar, whose rule `root` is the answer, as Lark. ValueError with the line of a mistake."""
     if len(text.encode()) > MAX_GBNF_BYTES:
         raise ValueError(f"GBNF grammar: at most {MAX_GBNF_BYTES} bytes are allowed")
     tokens = list(_tokens(text))
@@ -42,20 +42,20 @@ def to_lark(text: str) -> str:
     repeated = next((name for name in names if rules.count(name) > 1), None) if len(names) < len(rules) else None
     if repeated is not None:
         raise ValueError(f"GBNF grammar: rule {repeated} is given more than once")
-    made, depth, before = [], 0, ""
+    pieces, depth, before = [], 0, ""
     for kind, value, at in [*tokens, ("rule", "", len(text))]:
         is_end = kind == "rule" or (value in ("|", ")") and kind == "mark")
         if is_end and before in ("equals", "|", "("):
-            made.append('""')
+            pieces.append('""')
         depth += (value == "(") - (value == ")") if kind == "mark" else 0
         _check(kind, before, depth, text, at)
-        made.append(_written(kind, value, names, text, at))
+        pieces.append(_to_lark(kind, value, names, text, at))
         before = value if kind == "mark" else kind
-    return f"start: {names['root']}{''.join(made)}"
+    return f"start: {names['root']}{''.join(pieces)}"
 
 
 def _is_recursive(tokens: list[tuple[str, str, int]]) -> bool:
-    """Whether a rule stands for a part of itself."""
+    """Whether a rule contains itself, directly or through other rules."""
     inside: dict[str, set[str]] = {}
     rule = ""
     for kind, value, _ in tokens:
@@ -71,20 +71,20 @@ def _is_recursive(tokens: list[tuple[str, str, int]]) -> bool:
 
 
 def _tokens(text: str) -> Iterator[tuple[str, str, int]]:
-    """(kind, text, place) of each part of a grammar that is not blank."""
+    """(kind, text, offset) of each token of a grammar, without white space and comments."""
     at = 0
     while at < len(text):
         found = TOKEN.match(text, at)
         if found is None:
-            raise _wrong(text, at, "what is no part of GBNF here")
-        kind = found.lastgroup or ""  # every part of the pattern has a name
+            raise _wrong(text, at, "text that is no part of GBNF here")
+        kind = found.lastgroup or ""  # never empty: every alternative of TOKEN is a named group
         if kind != "blank":
             yield kind, found[kind], at
         at = found.end()
 
 
 def _check(kind: str, before: str, depth: int, text: str, at: int) -> None:
-    """ValueError for a part that cannot stand after the one before it."""
+    """ValueError for a token that cannot follow the one before it. depth: of brackets, after the token."""
     if depth < 0 or (kind == "rule" and depth):
         raise _wrong(text, at, "brackets that do not match")
     if (kind == "equals") != (before == "rule") or (kind != "rule" and not before):
@@ -93,8 +93,8 @@ def _check(kind: str, before: str, depth: int, text: str, at: int) -> None:
         raise _wrong(text, at, "a repetition of nothing")
 
 
-def _written(kind: str, value: str, names: dict[str, str], text: str, at: int) -> str:
-    """A part in Lark."""
+def _to_lark(kind: str, value: str, names: dict[str, str], text: str, at: int) -> str:
+    """One token of GBNF in Lark. names: {rule in GBNF: rule in Lark}."""
     if kind == "rule":
         return f"\n{names[value]}" if value else "\n"
     if kind == "equals":
@@ -113,32 +113,32 @@ def _written(kind: str, value: str, names: dict[str, str], text: str, at: int) -
 
 
 def _characters(value: str, text: str, at: int) -> list[str]:
-    """The characters of a literal, or of a set, with its escapes read."""
-    made, place = [], 0
-    while place < len(value):
-        found = CHARACTER.match(value, place)
+    """The characters of a literal or of a set, with escapes decoded."""
+    characters, offset = [], 0
+    while offset < len(value):
+        found = CHARACTER.match(value, offset)
         number = found and (found[1] or found[2] or found[3])
         if found is None or (number and (int(number, 16) > 0x10FFFF or 0xD800 <= int(number, 16) < 0xE000)):
             raise _wrong(text, at, "an escape that is none")
-        made.append(chr(int(number, 16)) if number else ESCAPES.get(found[4], found[4]) or found[5])
-        place = found.end()
-    return made
+        characters.append(chr(int(number, 16)) if number else ESCAPES.get(found[4], found[4]) or found[5])
+        offset = found.end()
+    return characters
 
 
 def _set(value: str, text: str, at: int) -> str:
     """A set of characters as a regular expression."""
     negated = value.startswith("^")
-    each = _characters(value[negated:], text, at)
-    if not each:
+    characters = _characters(value[negated:], text, at)
+    if not characters:
         raise _wrong(text, at, "a set without characters")
-    made, i = "", 0
-    while i < len(each):
-        is_range = i + 2 < len(each) and each[i + 1] == "-"
-        if is_range and each[i] > each[i + 2]:
+    inner, i = "", 0
+    while i < len(characters):
+        is_range = i + 2 < len(characters) and characters[i + 1] == "-"
+        if is_range and characters[i] > characters[i + 2]:
             raise _wrong(text, at, "a range that ends before it begins")
-        made += _escaped(each[i]) + (f"-{_escaped(each[i + 2])}" if is_range else "")
+        inner += _escaped(characters[i]) + (f"-{_escaped(characters[i + 2])}" if is_range else "")
         i += 3 if is_range else 1
-    return f"[{'^' * negated}{made}]"
+    return f"[{'^' * negated}{inner}]"
 
 
 def _escaped(character: str) -> str:

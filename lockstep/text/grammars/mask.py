@@ -1,4 +1,4 @@
-"""Masks of the tokens that a grammar allows next."""
+"""`GrammarMask`: the logits mask of constrained decoding, with one grammar matcher for each sample."""
 
 import contextlib
 import itertools
@@ -12,11 +12,11 @@ import numpy as np
 from lockstep.text.grammars.matchers import check
 from lockstep.text.speculative_mask import SpeculativeMask
 
-MAX_SAMPLES = 128  # of one prompt, as many as there may be
+MAX_SAMPLES = 128  # samples of one request whose matchers are kept: the most that n allows
 
 
 def fill(matcher: llguidance.LLMatcher, words: np.ndarray) -> np.ndarray:
-    """Writes a matcher's mask into uint32 words and returns them. ValueError if it reached a limit."""
+    """Writes a matcher's mask into `words` (uint32) and returns them. ValueError if the matcher reached a limit."""
     matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
     check(matcher)
     return words
@@ -24,9 +24,13 @@ def fill(matcher: llguidance.LLMatcher, words: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Sample:
-    """One output (kept, so that its id stays its own), the compiled grammar, the matcher that is at work, if any,
-    whether triggers count, how much of the output was read, whether the matchers have read drafts, too, and whether
-    they may."""
+    """The state of one sample.
+
+    output_ids: its list of output tokens, kept alive so that no other list can get its id(). compiled: the grammar at
+    its beginning. matcher: the matcher that restricts the next token; None while every token is allowed. armed: whether
+    the trigger token starts the grammar. num_read: output tokens that were read. has_read_drafts: whether the matcher
+    has read drafts since it was compiled. may_draft: whether it may read drafts.
+    """
 
     output_ids: list[int]
     compiled: llguidance.LLMatcher
@@ -38,11 +42,12 @@ class Sample:
 
 
 class GrammarMask(SpeculativeMask):
-    """The function for SamplingParams.logits_mask: given the output so far, the tokens allowed next.
+    """A logits mask for SamplingParams.logits_mask that holds the samples of a request to a grammar.
 
-    Works for all samples of a request; each has a matcher of its own, of those given or made by new_matcher, that
-    advances with its output. The array it returns is used again by the next call. trigger, after, once: see
-    `structured.Grammars.mask`. may_draft: whether a matcher is made so soon that drafts may make another necessary.
+    Each sample has a matcher that advances with its output: one of `matchers`, or a new one from new_matcher. The
+    returned array is overwritten by the next call. num_words: uint32 words of a mask. trigger, after, once: see
+    `structured.Grammars.mask`. may_draft: whether compiling takes so little that reading drafts, which may make it
+    necessary to compile again, is allowed.
     """
 
     def __init__(
@@ -67,7 +72,7 @@ class GrammarMask(SpeculativeMask):
         except ValueError:
             if not sample.has_read_drafts:
                 raise
-        self._begin_again(sample)  # drafts may have led to the limit: they must not end an answer
+        self._begin_again(sample)  # the limit may have been reached by drafts, which must not end an answer
         return self._mask(self._up_to_date(sample))
 
     def masks(self, output_ids: list[int], drafts: Sequence[int], first: int = 0) -> Iterator[np.ndarray | None]:
@@ -79,7 +84,7 @@ class GrammarMask(SpeculativeMask):
                 try:
                     words = None if matcher is None else fill(matcher, self._words)
                 except ValueError:
-                    return  # said when the token is final
+                    return  # the error is raised by __call__, once the tokens are final
                 yield words
 
     def forced(self, output_ids: list[int], drafts: Sequence[int]) -> list[int]:
@@ -98,22 +103,23 @@ class GrammarMask(SpeculativeMask):
         return sum(1 for _ in self._followed(sample, drafts))
 
     def _sample(self, output_ids: list[int]) -> Sample:
-        """What is known of this list, which only ever grows; a new list is read from its beginning."""
-        known = self._samples.get(id(output_ids))
-        if known is None or known.num_read > len(output_ids):
+        """The Sample of this list of output tokens; a new one for a new list."""
+        sample = self._samples.get(id(output_ids))
+        if sample is None or sample.num_read > len(output_ids):
             compiled = self._unused.pop() if self._unused else self._new_matcher()
-            at_work = compiled if self._trigger is None else None
-            known = Sample(output_ids, compiled, at_work, self._after is None, may_draft=self._may_draft)
-            self._samples[id(output_ids)] = known
+            matcher = compiled if self._trigger is None else None
+            sample = Sample(output_ids, compiled, matcher, self._after is None, may_draft=self._may_draft)
+            self._samples[id(output_ids)] = sample
             if len(self._samples) > MAX_SAMPLES:
                 self._samples.popitem(last=False)
-        return known
+        return sample
 
     def _mask(self, sample: Sample) -> np.ndarray | None:
         return None if sample.matcher is None else fill(sample.matcher, self._words)
 
     def _up_to_date(self, sample: Sample) -> Sample:
-        """The sample, after all of its output was read. ValueError for a token that is not allowed, or at a limit."""
+        """Reads the sample's new output tokens; returns the sample. ValueError for a token that is not allowed, or if a
+        limit is reached."""
         for token in sample.output_ids[sample.num_read :]:
             self._read(sample, token)
         return sample
@@ -131,12 +137,12 @@ class GrammarMask(SpeculativeMask):
             sample.matcher = sample.compiled.deep_copy()
 
     def _is_over(self, matcher: llguidance.LLMatcher) -> bool:
-        """Whether everything is free again after a grammar that a trigger began."""
+        """Whether a grammar that the trigger started is complete, so that every token is allowed again."""
         return self._trigger is not None and not self._once and matcher.is_stopped()
 
     def _begin_again(self, sample: Sample) -> None:
-        """Reads the output as if there had never been a draft: limits are reached where they would have been. There is
-        none from now on, so that the grammar is compiled once more at most."""
+        """Compiles the grammar again and reads the output without any drafts, so that limits are reached exactly where
+        they would be without speculation. From now on this sample has no drafts: it is compiled again once at most."""
         sample.compiled, output = self._new_matcher(), sample.output_ids[: sample.num_read]
         sample.matcher = sample.compiled if self._trigger is None else None
         sample.armed, sample.num_read, sample.has_read_drafts = self._after is None, 0, False
@@ -146,7 +152,8 @@ class GrammarMask(SpeculativeMask):
             self._read(sample, token)
 
     def _followed(self, sample: Sample, drafts: Sequence[int]) -> Generator[llguidance.LLMatcher | None]:
-        """The matcher at work after each of the drafts, as far as they are allowed. Then all is as before."""
+        """Yields the matcher (None: every token is allowed) after each draft, up to the first that is not allowed. At
+        the end the matcher is rolled back."""
         if not drafts or not sample.may_draft:
             return
         sample.has_read_drafts = True

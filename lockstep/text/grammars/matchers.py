@@ -1,4 +1,4 @@
-"""llguidance's matchers: what a grammar allows next. The only file that calls for one, and bounds its work."""
+"""Makes llguidance's matchers, which compute the tokens that a grammar allows next, with limits on their work."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from llguidance import TokenizerWrapper
 
 Tokenize = Callable[[str], Sequence[int]]
 MAX_GRAMMAR_BYTES = 256 << 10
-STACK_BYTES = 256 << 20  # llguidance follows references by recursion: a chain as long as a schema may be takes 100 MB
+STACK_BYTES = 256 << 20  # llguidance follows references by recursion: the longest chain in a schema takes 100 MB
 LIMITS: dict[str, Any] = dict(
     initial_lexer_fuel=500_000,
     step_lexer_fuel=100_000,
@@ -20,13 +20,16 @@ LIMITS: dict[str, Any] = dict(
     verbose_errors=False,
 )
 GIVEN = "given"  # the name of a Lark grammar that a user wrote
-# Where llguidance found a mistake: a place in the grammar, lines of it, and a place in its own source.
+# Parts of llguidance's messages: a line and column of the grammar, quoted lines of it, and a place in its Rust source.
 PLACE, LINES, SOURCE = r"(at )?\d+\(\d+\): ", r"\n +(\d+ \||\^).*", r"\S*\.rs:\d+(:\d+)?:?"
 
 
 @dataclass
 class Vocabulary:
-    """Tokens with the attributes that llguidance reads. tokens: their bytes; tokenize: a text's token ids, or none."""
+    """A vocabulary with the attributes that llguidance reads.
+
+    tokens: the bytes of each token id. tokenize: encodes a text to token ids; empty if it cannot be encoded exactly.
+    """
 
     is_tokenizer_wrapper: ClassVar = True
 
@@ -41,27 +44,27 @@ class Vocabulary:
 
 
 def new_reader(vocabulary: Vocabulary, size: int, eos_ids: list[int]) -> llguidance.LLTokenizer:
-    """llguidance's form of a vocabulary: half a second for 150 000 tokens."""
+    """llguidance's form of a vocabulary of `size` tokens. It takes half a second for 150 000 tokens."""
     return llguidance.LLTokenizer(cast(TokenizerWrapper, vocabulary), size, eos_ids)
 
 
 def new_matcher(reader: llguidance.LLTokenizer, grammar: str) -> llguidance.LLMatcher:
-    """A compiled grammar at its beginning. ValueError for one that is wrong or too large."""
+    """Compiles a grammar; returns a matcher at its beginning. ValueError if the grammar is wrong or too large."""
     matcher = llguidance.LLMatcher(reader, grammar, log_level=0, limits=llguidance.LLParserLimits(**LIMITS))
     check(matcher, f'"name": "{GIVEN}"' in grammar)
     return matcher
 
 
 def check(matcher: llguidance.LLMatcher, shows_lines: bool = False) -> None:
-    """ValueError, with the reason, if a matcher cannot go on."""
+    """ValueError, with the reason, if a matcher is in an error state. shows_lines: see `readable`."""
     if matcher.is_error():
         raise ValueError(f"grammar: {readable(matcher.get_error(), shows_lines)[:500]}")
 
 
 def readable(message: str, shows_lines: bool = False) -> str:
-    """What llguidance says about a grammar, for the user who wrote it, or only what it was made of.
+    """An error message of llguidance without the parts that a user cannot understand, such as places in its source.
 
-    shows_lines: its lines are the user's own. What it says of its own source is of no use to either.
+    shows_lines: keep quoted lines of the grammar, because the user wrote it; a generated grammar is not shown.
     """
     if "panic" in message:
         return "it cannot be compiled, or is too large to be followed"

@@ -1,4 +1,4 @@
-"""JSON schemas of strangers: where their parts are, where references lead, and what in them cannot be enforced."""
+"""Untrusted JSON schemas: walks their subschemas, resolves references, and finds keywords that cannot be enforced."""
 
 import json
 import math
@@ -12,11 +12,11 @@ import llguidance
 MAX_NESTING = 64
 MAX_SCHEMA_BYTES = 256 << 10
 MAX_PATTERN_BYTES = 32 << 10  # of a regular expression, whose compilation is not linear
-LEAST_NUMBER = -(1 << 62)  # llguidance refuses ranges from about -2^63, or recurs in them until the process dies
-EXACT_NUMBER = 1 << 53  # every range up to it can be enforced; larger and very small ones have to be tried
-SMALL_NUMBER = 1e-6
+LEAST_NUMBER = -(1 << 62)  # for ranges from about -2^63 llguidance fails, or recurs until the process dies
+EXACT_NUMBER = 1 << 53  # every range up to 2^53 can be enforced; larger ones are compiled to find out
+SMALL_NUMBER = 1e-6  # ranges with smaller bounds are compiled to find out, too
 MAX_MULTIPLES = 10_000  # product of a schema's different multipleOf: the automaton has that many states
-MAX_REFERENCES = 1000  # different ones that a part of a schema may need
+MAX_REFERENCES = 1000  # different references that a part of a schema may need
 
 NAMED_PARTS = frozenset("properties patternProperties $defs definitions dependentSchemas".split())
 LISTED_PARTS = frozenset("allOf anyOf oneOf prefixItems items".split())
@@ -26,7 +26,7 @@ SINGLE_PARTS = frozenset(
 )
 RANGES = frozenset("minimum maximum exclusiveMinimum exclusiveMaximum".split())
 COUNTS = frozenset("minProperties maxProperties".split())
-PLACES = frozenset("$id id $schema $anchor $defs definitions".split())  # where a schema is, not what it allows
+PLACES = frozenset("$id id $schema $anchor $defs definitions".split())  # keywords about identity and definitions
 # Keywords that say nothing about which values are allowed.
 NOTES = frozenset(
     """title description default examples example deprecated readOnly writeOnly $comment $id id $schema
@@ -35,19 +35,20 @@ NOTES = frozenset(
 
 
 def check_size(value: object, what: str = "JSON schema") -> None:
-    """ValueError if objects and lists are nested more than MAX_NESTING deep, or are so many that no schema has them."""
-    level, depth, count = [value], 0, 0
+    """ValueError if objects and lists are nested more than MAX_NESTING deep, or have so many values that their JSON
+    text is longer than MAX_SCHEMA_BYTES."""
+    level, depth, num_values = [value], 0, 0
     while more := sum(map(len, map(_children, level))):
-        depth, count = depth + 1, count + more
+        depth, num_values = depth + 1, num_values + more
         if depth > MAX_NESTING:
             raise ValueError(f"{what}: nested more than {MAX_NESTING} deep")
-        if 2 * count > MAX_SCHEMA_BYTES:  # a value and what follows it
+        if 2 * num_values > MAX_SCHEMA_BYTES:  # a value has at least one character, and one comma or bracket after it
             raise ValueError(f"{what}: more than {MAX_SCHEMA_BYTES} characters, at most so many are allowed")
         level = [child for each in level for child in _children(each) if isinstance(child, (dict, list))]
 
 
 def parts_of(schema: object) -> Iterator[object]:
-    """The schemas that a schema has directly under its keywords."""
+    """The direct subschemas of a schema."""
     if not isinstance(schema, dict):
         return
     for keyword, value in schema.items():
@@ -60,7 +61,7 @@ def parts_of(schema: object) -> Iterator[object]:
 
 
 def subschemas(root: dict, follows: bool = True) -> Iterator[dict]:
-    """Every schema inside of a schema, itself first, and, if it follows them, those to which references in it lead."""
+    """The schema itself and every schema inside of it. follows: also the schemas that its references lead to."""
     left: list[object] = [root]
     seen: set[int] = set()
     while left:
@@ -73,10 +74,10 @@ def subschemas(root: dict, follows: bool = True) -> Iterator[dict]:
 
 
 def rewritten(schema: Any, change: Callable[[dict], dict]) -> Any:
-    """A schema with every schema inside of it replaced by change(it), the inner ones first."""
+    """The schema with change() applied to every subschema, the inner ones first, and to itself."""
     if not isinstance(schema, dict):
         return schema
-    made = {}
+    changed = {}
     for keyword, value in schema.items():
         if keyword in NAMED_PARTS and isinstance(value, dict):
             value = {name: rewritten(part, change) for name, part in value.items()}
@@ -84,15 +85,15 @@ def rewritten(schema: Any, change: Callable[[dict], dict]) -> Any:
             value = [rewritten(part, change) for part in value]
         elif keyword in SINGLE_PARTS:
             value = rewritten(value, change)
-        made[keyword] = value
-    return change(made)
+        changed[keyword] = value
+    return change(changed)
 
 
 # ---------------------------------------------------------------- references
 
 
 def resolved(reference: object, root: dict) -> object:
-    """What a reference leads to inside of a schema; None if that is nothing."""
+    """The value that a reference leads to inside of the schema `root`; None if there is none."""
     if not isinstance(reference, str):
         return None
     own, _, fragment = reference.partition("#")
@@ -100,10 +101,10 @@ def resolved(reference: object, root: dict) -> object:
         return None
     if fragment and not fragment.startswith("/"):
         return next((each for each in subschemas(root, follows=False) if each.get("$anchor") == fragment), None)
-    found = root
+    value = root
     for step in unquote(fragment).split("/")[1:]:
-        found = _member(found, step.replace("~1", "/").replace("~0", "~"))
-    return found
+        value = _member(value, step.replace("~1", "/").replace("~0", "~"))
+    return value
 
 
 def _member(value, step):
@@ -115,9 +116,9 @@ def _member(value, step):
 
 
 def self_contained(schema: dict, root: dict) -> dict:
-    """A part of a schema on its own: what its references to root lead to becomes its own definitions.
+    """A subschema of `root` as a schema of its own: the schemas that its references lead to become its `$defs`.
 
-    ValueError for references that lead nowhere, or are too many.
+    ValueError for references that lead nowhere, or for too many of them.
     """
     names, left = {}, []
 
@@ -131,7 +132,7 @@ def self_contained(schema: dict, root: dict) -> dict:
             names[reference] = f"d{len(names)}"
         return kept | {"$ref": f"#/$defs/{names[reference]}"}
 
-    made, definitions, size = rewritten(schema, change), {}, 0
+    own, definitions, size = rewritten(schema, change), {}, 0
     while left:
         definitions[f"d{len(definitions)}"] = rewritten(left.pop(0), change)
         size += len(json.dumps(definitions[f"d{len(definitions) - 1}"]))
@@ -140,11 +141,11 @@ def self_contained(schema: dict, root: dict) -> dict:
                 f"$ref: expected at most {MAX_REFERENCES} different ones, and {MAX_SCHEMA_BYTES} "
                 "characters that they lead to"
             )
-    return made | ({"$defs": definitions} if definitions else {})
+    return own | ({"$defs": definitions} if definitions else {})
 
 
 def target(reference: object, root: dict) -> dict | bool:
-    """The schema that a reference leads to inside of a schema. ValueError if it leads to none."""
+    """The schema that a reference leads to inside of `root`. ValueError if it leads to no schema."""
     found = resolved(reference, root)
     if not isinstance(found, (dict, bool)):
         raise ValueError(f"$ref: {reference!r:.200} leads to no schema inside of the schema")
@@ -155,15 +156,15 @@ def target(reference: object, root: dict) -> dict | bool:
 
 
 def loosened(schema: dict) -> dict:
-    """A schema without those patterns, ranges and multipleOf that cannot be enforced; ranges of 64 bits become such as
-    can be."""
-    found = set()
+    """The schema without the patterns, ranges, multipleOf and counts that cannot be enforced. Bounds of 64-bit integers
+    are moved to the nearest ones that can be."""
+    multiples = set()
 
     def change(part):
         kept = {
             keyword: value for keyword, given in part.items() if _is_within(keyword, value := _narrowed(keyword, given))
         }
-        if not _has_room(kept.get("multipleOf"), found):
+        if not _has_room(kept.get("multipleOf"), multiples):
             del kept["multipleOf"]
         kept = _with_known_names(kept)
         if kept.keys() & COUNTS and not _compiles(_outline(kept)):
@@ -174,7 +175,7 @@ def loosened(schema: dict) -> dict:
 
 
 def _outline(schema):
-    """The names and numbers of an object's members without their schemas."""
+    """The schema's limits on names and number of an object's members, without the schemas of the members."""
     named = {
         word: dict.fromkeys(schema[word], True)
         for word in ("properties", "patternProperties")
@@ -186,10 +187,11 @@ def _outline(schema):
 
 
 def exact(schema: dict) -> dict:
-    """A schema that allows the same, or a little less, whose numbers are held to as they stand there.
+    """A schema that can be enforced and allows the same, or a little less.
 
-    Ranges are held to as float64: those of integers beyond 2^53 end at the next one inside of them. ValueError for
-    other ranges so large, and for a number of properties that a name of the model's choice could reach by coming twice.
+    llguidance computes ranges in float64, so a bound of an integer beyond 2^53 moves to the next float64 inside of the
+    range. ValueError for such a bound of another type than integer, and for a minProperties that the model could
+    satisfy by writing the same freely chosen name twice.
     """
 
     def change(part):
@@ -216,7 +218,7 @@ def exact(schema: dict) -> dict:
 
 
 def _inner_bound(value, is_least, is_exclusive):
-    """The first integer that is a float64 inside of a range which begins, or ends, at a value."""
+    """The integer nearest to a bound that is inside of the range and a float64. is_least: the bound is a minimum."""
     if value in (math.inf, -math.inf):
         return value
     inner = int(value) + is_exclusive * (1 if is_least else -1)
@@ -257,19 +259,20 @@ def _is_pattern(pattern):
 
 
 def _compiles(schema) -> bool:
-    made = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
-    return not llguidance.LLMatcher.validate_grammar(made)
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
+    return not llguidance.LLMatcher.validate_grammar(grammar)
 
 
 def _with_known_names(schema):
-    """patternProperties whose pattern cannot be enforced may then have any name that the others leave."""
-    given = schema.get("patternProperties")
-    if not isinstance(given, dict):
+    """The schema without the patternProperties whose patterns cannot be enforced: members with such names are allowed
+    as additionalProperties instead."""
+    patterns = schema.get("patternProperties")
+    if not isinstance(patterns, dict):
         return schema
-    kept = {pattern: part for pattern, part in given.items() if _is_pattern(pattern)}
-    if len(kept) == len(given):
+    kept = {pattern: part for pattern, part in patterns.items() if _is_pattern(pattern)}
+    if len(kept) == len(patterns):
         return schema
-    others = [part for pattern, part in given.items() if pattern not in kept]
+    others = [part for pattern, part in patterns.items() if pattern not in kept]
     if schema.get("additionalProperties", True) is not False:
         others.append(schema.get("additionalProperties", True))
     free = others[0] if len(others) == 1 else {"anyOf": others}
@@ -277,27 +280,27 @@ def _with_known_names(schema):
 
 
 def check_numbers(schema: dict) -> None:
-    """ValueError if a schema's multipleOf are none, or so many or large that compiling them would take long, or if a
-    number is so far below zero that it would not end."""
-    found = set()
+    """ValueError for a multipleOf that is not above 0, for multipleOf whose product is so large that compiling would
+    take long, or for a number so far below zero that compiling would not end."""
+    multiples = set()
     for part in subschemas(schema):
         _check_least([part.get("const"), part.get("enum"), *(part.get(keyword) for keyword in RANGES)])
-        if not _has_room(part.get("multipleOf"), found):
+        if not _has_room(part.get("multipleOf"), multiples):
             raise ValueError(f"JSON schema: multipleOf: at most {MAX_MULTIPLES} can be enforced, as the product of all")
 
 
-def _has_room(multiple, found) -> bool:
-    """Whether the product of those found and of this multipleOf, which is added to them, can be enforced."""
+def _has_room(multiple, multiples) -> bool:
+    """Whether a multipleOf can be enforced together with the earlier ones, `multiples`, to which it is then added."""
     if type(multiple) not in (int, float):
         return True
     if not 0 < multiple < float("inf"):
         raise ValueError(f"JSON schema: multipleOf: expected a number above 0, got {multiple!r:.40}")
     numerator, product = Fraction(str(multiple)).numerator, 1
-    for other in {*found, numerator}:
+    for other in {*multiples, numerator}:
         product *= other
         if product > MAX_MULTIPLES:
             return False
-    found.add(numerator)
+    multiples.add(numerator)
     return True
 
 

@@ -1,7 +1,7 @@
-"""What a chat template can say, found out by trying it.
+"""Which kinds of messages a chat template can show, found out by rendering probes.
 
-Templates drop or refuse what their authors did not think of: tools under their usual name, calls, results, a second
-system message, two messages of the user in a row. What one cannot say is put otherwise, see adapt.py.
+Templates drop or refuse messages that their authors did not think of: tools under their usual name, tool calls, tool
+results, a second system message, two user messages in a row. fallbacks.py rewrites the messages a template cannot show.
 """
 
 import json
@@ -16,21 +16,24 @@ from lockstep.text.tool_calls.parser import CallParser
 from lockstep.text.tool_calls.styles import HERMES, STYLES, Style, style_of
 from lockstep.text.tool_calls.tools import Tool, ToolUse
 
-AMBER, BIRCH, CEDAR = "amberword", "birchword", "cedarword"  # none begins like another
+AMBER, BIRCH, CEDAR = "amberword", "birchword", "cedarword"  # words to look for in a rendered prompt
 PLACES = dict(type="object", properties=dict(place=dict(type="string")), required=["place"])
 PROBE = Tool("probe_place", "Probes a place.", PLACES)
 
 
 @dataclass(frozen=True)
 class Abilities:
-    """Each is true if the template shows such messages and false if it drops or refuses them.
+    """What a chat template can show. A bool is true if it shows such messages, false if it drops or refuses them.
 
-    developer: messages of that role, beside the system's. opening: the user's text that has to stand before what the
-    assistant says first; None for nothing. tools: the name of its variable for tools; None if it has none, or teaches
-    calls that we cannot read: then all about tools is written out, in the style of Hermes. teaches: it shows how to
-    call. style: how calls are written. beside_calls: text in a message with calls. system_at_results: what the system
-    said, while a result is the last message. after_results: the assistant's text that has to stand between a result and
-    a message of the user; None for nothing.
+    system, several_systems, late_systems: a first system message, several of them, one later in the conversation.
+    developer: messages of that role beside a system message. several_users, several_assistants: in a row. opening: the
+    user's text that must stand before an assistant's message that comes first; None: no such message is needed.
+    tools: the name of the template's variable for tools; None if it has none, or teaches a format of calls that no
+    Style reads: tools, calls and results are then written into the text, in the style of Hermes. teaches: the template
+    shows the model how to write a call. style: how the model writes calls. calls, several_calls: messages with a tool
+    call, with several. beside_calls: the text of a message that has calls. results: tool results. system_at_results:
+    the system message, when a tool result is the last message. after_results: the assistant's text that must stand
+    between a tool result and a user message; None: no such message is needed.
     """
 
     system: bool
@@ -52,7 +55,7 @@ class Abilities:
 
 
 def abilities_of(tokenizer, with_tools: bool = True):
-    """The Abilities of a Tokenizer's chat template for conversations with tools, or of that for those without."""
+    """The Abilities of a Tokenizer's chat template for conversations with tools, or of the one for those without."""
     probe = _Probe(tokenizer, with_tools)
     user, last = said("user", AMBER), said("user", CEDAR)
     late = [said("system", AMBER), said("user", "Hello."), said("assistant", BIRCH), said("system", CEDAR)]
@@ -77,11 +80,11 @@ class _Probe:
     def __init__(self, tokenizer, with_tools) -> None:
         self._tokenizer, self.source = tokenizer, "\n".join(tokenizer.chat_templates.values())
         self._variable, self._tools, self._is_hopeless = None, [PROBE] if with_tools else [], False
-        found = (name for name in ("tools", "xml_tools") if name in self.source and self._has_variable(name))
-        self._variable = next(found, None)
+        names = (name for name in ("tools", "xml_tools") if name in self.source and self._has_variable(name))
+        self._variable = next(names, None)
 
     def text(self, messages):
-        """What becomes of messages; nothing where they are refused, or once the template has taken too much."""
+        """The rendered messages; empty if the template refuses them, or has ever reached a limit of time or memory."""
         if self._is_hopeless:
             return ""
         try:
@@ -91,19 +94,20 @@ class _Probe:
             return ""
 
     def shows(self, messages) -> bool:
-        """Whether the texts of all messages, and of their calls, are there."""
-        found, given = self.text(messages), json.dumps(messages)
-        return bool(found) and all(word in found for word in (AMBER, BIRCH, CEDAR) if word in given)
+        """Whether the rendered prompt has every probe word that is in the messages or their calls."""
+        rendered, given = self.text(messages), json.dumps(messages)
+        return bool(rendered) and all(word in rendered for word in (AMBER, BIRCH, CEDAR) if word in given)
 
     def _has_variable(self, name) -> bool:
         self._variable = name
         return PROBE.name in self.text([said("user", AMBER)])
 
     def first_text(self, role, before, after):
-        """The shortest text, said in a role, with which what is before and after it can be shown; None for nothing."""
+        """The text of a message of this role that must stand between the messages `before` and `after` for the template
+        to show them: empty if that is enough. None if no message is needed, or none helps."""
         tried = ([], [said(role, "")], [said(role, "OK." if role == "assistant" else "Hello.")])
-        found = next((between for between in tried if self.shows([*before, *between, *after])), [])
-        return found[0]["content"] if found else None
+        between = next((between for between in tried if self.shows([*before, *between, *after])), [])
+        return between[0]["content"] if between else None
 
     def about_tools(self, user: dict, last: dict) -> dict[str, Any]:
         """The abilities that have to do with tools."""
@@ -111,27 +115,27 @@ class _Probe:
         calls = self.shows([user, call])
         read = next((s for s in (style, *STYLES) if self._reads(s, user, call)), None)
         teaches = read is not None or (not calls and style.begin in self.source)
-        # a template for tools by its name is right for them even if it does not teach anything
+        # a template that is named as the one for tools is used with tools, even if it teaches no format of calls
         is_meant = TOOL_TEMPLATE in self._tokenizer.chat_templates and not calls
         if (self._variable is None and self._tools) or not (teaches or is_meant):
             return {}
-        asked = [user, call if calls else said("assistant", BIRCH)]
+        with_call = [user, call if calls else said("assistant", BIRCH)]
         at_results = [said("system", BIRCH), user, calling(CEDAR) if calls else said("assistant", CEDAR), YES]
-        both = [user, calling(BIRCH, CEDAR), YES, answering(2, "No.")]
+        two_calls = [user, calling(BIRCH, CEDAR), YES, answering(2, "No.")]
         return dict(
             tools=self._variable,
             teaches=teaches,
             style=read or style if teaches else HERMES,
             calls=calls,
-            several_calls=not calls or self.shows(both),
+            several_calls=not calls or self.shows(two_calls),
             beside_calls=not calls or self.shows([said("user", "Hello."), calling(BIRCH) | dict(content=AMBER)]),
-            results=self.shows([*asked, answering(1, CEDAR)]),
+            results=self.shows([*with_call, answering(1, CEDAR)]),
             system_at_results=self.shows(at_results),
-            after_results=self.first_text("assistant", [*asked, YES], [last]),
+            after_results=self.first_text("assistant", [*with_call, YES], [last]),
         )
 
     def _reads(self, style, user, call):
-        """Whether a style reads what the template makes of a call."""
+        """Whether a style's parser reads the probe call back from the rendered prompt."""
         text, plain = self.text([user, call]), self.text([user, said("assistant", CUT)])
         before = commonprefix([text, plain])  # of texts, not of paths  # noqa: RUF071
         at = len(before) - partial(before, style.begin)
@@ -151,7 +155,7 @@ def render(tokenizer, variable, messages, tools, **variables):
 
 
 def calling(*places):
-    """A message that calls PROBE for each of these places."""
+    """An assistant's message with a call of PROBE for each of these places."""
     calls = [
         dict(id=f"probecal{i}", type="function", function=dict(name=PROBE.name, arguments=dict(place=place)))
         for i, place in enumerate(places, 1)
@@ -160,7 +164,7 @@ def calling(*places):
 
 
 def answering(number, text):
-    """The message with the result of a call."""
+    """The tool message with the result of the call of this number."""
     return dict(role="tool", tool_call_id=f"probecal{number}", content=text)
 
 

@@ -1,6 +1,6 @@
-"""What the assistant said beside its calls, for chat templates that show only the calls.
+"""An assistant's text in a message with tool calls, for chat templates that show only the calls.
 
-A model writes such text before its calls, in the same turn, so that is where it is put into the rendered prompt.
+A model writes such text before its calls, in the same turn, so the text is inserted there into the rendered prompt.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +14,9 @@ from lockstep.text.tool_calls.tools import Tool, ToolUse
 
 
 def prompts_without_tools(tokenizer) -> Callable[..., str]:
-    """What turns messages, and variables of the chat template, into the text of a prompt; found out once for a model.
+    """The function that renders messages, with variables of the chat template, to the text of a prompt.
 
-    Messages whose content is no text, as some templates know them, are given to the template as they are.
+    The template is probed once, here. Messages whose content is a list of parts, not a text, reach it unchanged.
     """
     abilities = abilities_of(tokenizer, with_tools=False)
 
@@ -31,7 +31,7 @@ def prompts_without_tools(tokenizer) -> Callable[..., str]:
 
 
 def rendered(tokenizer, abilities: Abilities, messages: Sequence[Mapping], tools: Sequence[Tool], **variables) -> str:
-    """The text of a prompt; see `render`. Nothing that was said beside calls is missing."""
+    """The text of a prompt, as `render` makes it, but with the texts of messages that have calls in any case."""
     beside = {
         number: content
         for number, message in enumerate(messages)
@@ -39,8 +39,8 @@ def rendered(tokenizer, abilities: Abilities, messages: Sequence[Mapping], tools
     }
     if abilities.beside_calls or not beside:
         return render(tokenizer, abilities.tools, messages, tools, **variables)
-    said = repr(messages)
-    mark = next(made for n in count() if (made := f"call{n}of") not in said)
+    all_texts = repr(messages)
+    mark = next(unused for n in count() if (unused := f"call{n}of") not in all_texts)
     marked = [
         _marked(message, f"{mark}{number}_") if number in beside else message for number, message in enumerate(messages)
     ]
@@ -51,14 +51,15 @@ def rendered(tokenizer, abilities: Abilities, messages: Sequence[Mapping], tools
 
 
 def _marked(message: Mapping, mark: str) -> dict:
-    """A message whose first call is of a function of a name that begins with a mark."""
+    """The message with a mark put before the function name of its first call."""
     first, *others = message["tool_calls"]
     function = first["function"] | {"name": mark + first["function"]["name"]}
     return {**message, "tool_calls": [first | {"function": function}, *others]}
 
 
 def _with_text(text: str, mark: str, content: str, style: Style) -> str:
-    """A prompt without the mark, and with `content` before the call that has it; unchanged if no call has it."""
+    """The prompt with `content` inserted before the call whose name has the mark, and the mark removed; unchanged if
+    the mark is not in it."""
     before, found, after = text.partition(mark)
     if not found:
         return text

@@ -1,8 +1,8 @@
 """Chat templates: a conversation as the prompt text its model was trained on.
 
-Templates come with checkpoints, so they are programs of strangers: they run in jinja2's immutable sandbox
-(template_sandbox.py), in a process of their own that is ended where one takes too much (template_child.py). Variables
-and helpers are those of apply_chat_template in Hugging Face transformers.
+Templates come with checkpoints, so they are untrusted programs: they run in jinja2's immutable sandbox (sandbox.py), in
+a worker process (child.py) that is killed where one takes too much time or memory. Variables and helper functions are
+those of apply_chat_template in Hugging Face transformers.
 """
 
 import marshal
@@ -13,22 +13,22 @@ from lockstep.text.job_process import JobProcess
 from lockstep.text.job_server import Ended
 
 MAX_TEMPLATE_CHARS = 1 << 20
-SECONDS = 2.0
-NUM_BYTES = 256 << 20
-MAX_IDLE = 2  # copies of the process that are kept, as many as render at once in a server
-CUT = "\ufdd0cut here\ufdd0"  # marks a place in what is rendered: noncharacters, which no text has
+SECONDS = 2.0  # of processor time, for compiling or for one rendering
+NUM_BYTES = 256 << 20  # of memory
+MAX_IDLE = 2  # forked workers that are kept, as many as a server renders with at once
+CUT = "\ufdd0cut here\ufdd0"  # marks a place in a rendered prompt: Unicode noncharacters, which no text has
 
 
 class TooMuch(ValueError):
-    """A template that reached a limit of time or memory."""
+    """A chat template reached its limit of processor time or memory."""
 
 
 class TemplateProcess:
-    """The process in which the templates of a model are compiled and rendered, started when the first one is.
+    """The worker process in which a model's templates are compiled and rendered. It starts with the first of them.
 
-    Compiling, and each rendering, may take so many seconds of the processor and so much memory, beside the
-    conversation: more is TooMuch. Any thread may use it, and none waits for another one. Busy where the machine gives
-    it no time.
+    seconds, num_bytes: the processor time, and the memory beside the conversation, that compiling or one rendering may
+    take: more raises TooMuch. A worker that gets no processor time raises Busy. Any thread may use this object, and
+    threads do not wait for each other.
     """
 
     def __init__(self, seconds: float = SECONDS, num_bytes: int = NUM_BYTES) -> None:
@@ -36,25 +36,25 @@ class TemplateProcess:
         self.jobs = JobProcess("lockstep.text.templates.child", "templates", max_idle=MAX_IDLE)
 
     def compile(self, source: str) -> bytes:
-        """Compiled code, for `render`. ValueError for a template that is not valid; TooMuch."""
+        """A template's compiled code, for `render`. ValueError if the template is not valid; TooMuch; Busy."""
         return bytes(self._ask(source, None, "to compile"))
 
     def render(self, code: bytes, variables: Mapping[str, object]) -> str:
-        """What a template makes of plain values. ValueError if it refuses or fails; TooMuch; Busy."""
+        """The text that a compiled template renders. ValueError if the template refuses or fails; TooMuch; Busy."""
         return self._ask(code, dict(variables), "to render").decode("utf-8", "surrogatepass")
 
-    def _ask(self, template, variables, what):
+    def _ask(self, template, variables, purpose):
         try:
             return self.jobs.ask(_packed((self.seconds, self.num_bytes, template, variables)))
         except Ended as ended:
             much = f"more than {self.seconds:g} s of the processor" if ended.took_too_long else "too much memory"
-            raise TooMuch(f"chat template takes {much} {what}") from None
+            raise TooMuch(f"chat template takes {much} {purpose}") from None
 
 
 class ChatTemplate:
-    """A compiled template. Raises ValueError if the source is not valid or longer than a million characters.
+    """A compiled template. Raises ValueError if the source is not valid or longer than MAX_TEMPLATE_CHARS.
 
-    process: where it is compiled and rendered; one of its own if none is given.
+    process: the worker process that compiles and renders it; None: a new one.
     """
 
     def __init__(self, source: str, process: TemplateProcess | None = None) -> None:
@@ -72,9 +72,9 @@ class ChatTemplate:
     ) -> str:
         """The prompt text. `variables` are the template's own, such as bos_token or enable_thinking.
 
-        All of it is made of texts, numbers, truth values, None, lists and mappings. Raises ValueError with the
-        template's reason if it refuses the conversation, or if it fails, reaches for what the sandbox forbids, or takes
-        too much time or memory; Busy where the machine gives it no time.
+        All arguments consist of strings, numbers, bools, None, lists and mappings. Raises ValueError with the
+        template's own reason if the template refuses the conversation, and also if it fails, uses an attribute that the
+        sandbox forbids, or takes too much time or memory; Busy if the worker process gets no processor time.
         """
         check_messages(messages)
         known = {"messages": messages, "tools": tools, "documents": None}
@@ -93,7 +93,7 @@ def check_messages(messages: Sequence[Mapping]) -> None:
 def _packed(order: tuple) -> bytes:
     try:
         return marshal.dumps(order)
-    except ValueError:  # it knows no subclasses, such as enumerations and ordered dictionaries
+    except ValueError:  # marshal takes no subclasses of plain types, such as enumerations and ordered dictionaries
         pass
     try:
         return marshal.dumps(_plain(order))
@@ -103,7 +103,7 @@ def _packed(order: tuple) -> bytes:
 
 
 def _plain(value: object) -> Any:
-    """A value made of the types that marshal knows. ValueError if there is another one in it."""
+    """The value with subclasses turned into plain types, which marshal takes. ValueError for any other type in it."""
     if value is None or isinstance(value, (bool, bytes)):
         return value
     if isinstance(value, str):

@@ -1,5 +1,7 @@
-"""The process in which chat templates are compiled and rendered: see job_server.py, and chat_template.py for the other
-side. It imports nothing but jinja2."""
+"""The worker process in which chat templates are compiled and rendered (see job_server.py); chat_template.py asks it.
+
+It imports nothing but jinja2 and the sandbox, so that it starts fast.
+"""
 
 import marshal
 from collections.abc import Callable
@@ -9,20 +11,24 @@ from jinja2 import Template, TemplateError
 from lockstep.text.job_server import Order, limit, serve
 from lockstep.text.templates.sandbox import Sandbox
 
-MAX_CHARS = 1 << 24  # of what a template renders
-MAX_CODE_BYTES = 1 << 24  # of what a template is compiled to
+MAX_CHARS = 1 << 24  # of a rendered prompt
+MAX_CODE_BYTES = 1 << 24  # of a compiled template
 MAX_REASON_CHARS = 2000
 USUAL = "{% for m in messages %}{{ '<' + m.role + '>' + m['content'] | trim }}{{ m | tojson }}{% endfor %}"
 
 
 def prepare(_about: Order) -> Callable[[Order], bytes]:
-    """What answers orders; it has once done what all of them need, which copies then share."""
+    """The function that answers orders. A usual template is rendered first, so that forked copies find all of jinja2's
+    modules and caches loaded."""
     _rendered(_compiled(USUAL), {"messages": [{"role": "user", "content": "Hello."}]})
     return answer
 
 
 def answer(order: Order) -> bytes:
-    """The compiled code of a template or, where there are variables, what it renders. ValueError for all that fails."""
+    """An order's answer: for a template's source its compiled code, for code and variables the rendered text.
+
+    ValueError if the template is not valid, fails or refuses.
+    """
     seconds, num_bytes, template, variables = marshal.loads(order)
     limit(seconds, num_bytes)
     try:
@@ -42,9 +48,9 @@ def _answer(template: str | bytes, variables: dict[str, object] | None) -> bytes
     except RecursionError:
         raise ValueError("chat template is nested too deeply, or calls itself without end") from None
     except Exception as error:  # whatever it is, the template or the conversation is the cause
-        own_words = isinstance(error, TemplateError) and variables is not None
-        what = "" if own_words else " is not valid" if variables is None else " failed"
-        raise ValueError(f"chat template{what}: {str(error)[:MAX_REASON_CHARS]}") from None
+        is_refusal = isinstance(error, TemplateError) and variables is not None
+        problem = "" if is_refusal else " is not valid" if variables is None else " failed"
+        raise ValueError(f"chat template{problem}: {str(error)[:MAX_REASON_CHARS]}") from None
 
 
 def _compiled(source: str) -> bytes:

@@ -1,14 +1,17 @@
-"""Conversations put so that a chat template says all of them, whatever it can say: see template_abilities.py."""
+"""Rewrites conversations so that a chat template shows all of their content, whichever messages it supports.
+
+The supported kinds of messages are a template's Abilities (abilities.py). use: the conversation's ToolUse.
+"""
 
 from itertools import takewhile
 
 from lockstep.text.tool_calls.tools import HOW_TO_CALL, as_call, written_out
 
-SPOKEN = ("content", "reasoning_content")
+TEXTS = ("content", "reasoning_content")  # the fields of a message that hold text
 
 
 def adapted(messages, use, abilities):
-    """Messages for a template with these Abilities."""
+    """The messages, rewritten for a template with these Abilities."""
     if not abilities.several_calls:
         messages = one_call_each(messages)
     messages = [_written(message, abilities) for message in messages]
@@ -22,30 +25,30 @@ def adapted(messages, use, abilities):
 
 
 def one_call_each(messages):
-    """Several calls in one message as messages of their own, each before its result."""
-    made, at = [], 0
+    """Splits each message with several calls into messages with one call, each followed by the call's result."""
+    split, at = [], 0
     while at < len(messages):
         results = list(takewhile(lambda message: message["role"] == "tool", messages[at + 1 :]))
-        made += _separated(messages[at], results)
+        split += _separated(messages[at], results)
         at += 1 + len(results)
-    return made
+    return split
 
 
 def _separated(message, results):
     calls = message.get("tool_calls") or ()
     if len(calls) < 2:
         return [message, *results]
-    made = []
+    split = []
     for call in calls:
-        made.append(message | dict(tool_calls=[call]))
-        made += [result for result in results if result.get("tool_call_id") == call["id"]]
+        split.append(message | dict(tool_calls=[call]))
+        split += [result for result in results if result.get("tool_call_id") == call["id"]]
         results = [result for result in results if result.get("tool_call_id") != call["id"]]
         message = dict(role="assistant", content="")
-    return made + results
+    return split + results
 
 
 def _written(message, abilities):
-    """A message whose calls, or what they gave, are a part of its text where the template would not show them."""
+    """The message with its calls, or the tool result, written into its text where the template would not show them."""
     content = message.get("content") or ""
     if message["role"] == "tool" and not abilities.results:
         return dict(role="user", content=f"<tool_response>\n{content}\n</tool_response>")
@@ -53,14 +56,14 @@ def _written(message, abilities):
 
 
 def _as_text(message):
-    """A message whose calls are a part of its text."""
+    """The message with its calls written into its text, in Hermes' style."""
     calls = [as_call(call["function"]) for call in message.get("tool_calls") or ()]
     kept = {name: value for name, value in message.items() if name != "tool_calls"}
     return kept | dict(content="\n".join(filter(None, [_text_of(message), *calls]))) if calls else message
 
 
 def _lacks_results(messages, at) -> bool:
-    """Whether a message has calls that nothing answers, though the conversation goes on: no turn of the tools."""
+    """Whether a message has calls, and the next message is no tool result, though there is one."""
     following = messages[at + 1 : at + 2]
     return bool(messages[at].get("tool_calls")) and bool(following) and following[0]["role"] != "tool"
 
@@ -71,7 +74,8 @@ def _with_instructions(messages, text):
 
 
 def _with_systems(messages, abilities):
-    """Messages with only such of the system as the template shows, and with turns where it wants turns."""
+    """The messages with system messages joined, moved or turned into user messages where the template needs that, and
+    with user and assistant messages joined or added where it wants the two to alternate."""
     systems = list(takewhile(_is_system, messages))
     others = messages[len(systems) :]
     if len(systems) > 1 and not abilities.several_systems:
@@ -81,30 +85,32 @@ def _with_systems(messages, abilities):
         systems, others = [], [message | dict(role="user") for message in systems] + others
     if not abilities.late_systems:
         others = [message | dict(role="user") if _is_system(message) else message for message in others]
-    made = list(systems)
+    adapted_messages = list(systems)
     if others and others[0]["role"] == "assistant" and abilities.opening is not None:
-        made.append(dict(role="user", content=abilities.opening))
+        adapted_messages.append(dict(role="user", content=abilities.opening))
     for message in others:
-        _add(made, message, abilities)
-    return made
+        _append(adapted_messages, message, abilities)
+    return adapted_messages
 
 
-def _add(made, message, abilities) -> None:
-    roles = made[-1]["role"] if made else None, message["role"]
+def _append(messages, message, abilities) -> None:
+    """Appends a message; joins it with the last one where the template shows only one message of a role in a row."""
+    roles = messages[-1]["role"] if messages else None, message["role"]
     joins = dict(user=not abilities.several_users, assistant=not abilities.several_assistants)
     if roles[0] == roles[1] and joins.get(message["role"]):
-        made[-1] = _as_one([made[-1], message])
+        messages[-1] = _as_one([messages[-1], message])
         return
     if roles == ("tool", "user") and abilities.after_results is not None:
-        made.append(dict(role="assistant", content=abilities.after_results))
-    made.append(message)
+        messages.append(dict(role="assistant", content=abilities.after_results))
+    messages.append(message)
 
 
 def _as_one(messages):
-    """Messages of one role as one: their texts, and what else the last of them has, such as calls."""
+    """Joins messages of one role: their texts, one after the other, and the other fields, such as calls, of the last
+    message that has them."""
     texts = {
         name: "\n\n".join(filter(None, (message.get(name) for message in messages)))
-        for name in SPOKEN
+        for name in TEXTS
         if name == "content" or any(message.get(name) for message in messages)
     }
     return messages[0] | messages[-1] | texts

@@ -1,6 +1,7 @@
-"""jinja2's immutable sandbox with what chat templates of Hugging Face transformers know: a template reaches nothing.
+"""jinja2's immutable sandbox with the filters and functions of Hugging Face chat templates.
 
-What it takes of time and memory is bounded from outside: see template_child.py.
+A template in it reaches no file, module or private attribute. Its time and memory are bounded from outside: see
+child.py.
 """
 
 import json
@@ -15,7 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 class GenerationBlock(Extension):
-    """{% generation %}, which marks an assistant's words for training: here its body as it is."""
+    """{% generation %}, which marks an assistant's text for training. Here only its body is rendered."""
 
     tags: ClassVar[set[str]] = {"generation"}
 
@@ -35,12 +36,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.globals |= {"range": range, "raise_exception": raise_exception, "strftime_now": strftime_now}
 
     def unsafe_undefined(self, obj: object, attribute: str) -> Undefined:
-        """Refuse at once what the sandbox hides; jinja2 alone would wait until it is used."""
+        """Raises SecurityError for a forbidden attribute at once; jinja2 itself raises only when its value is used."""
         raise SecurityError(f"attribute {attribute!r} of a {type(obj).__name__} is not allowed")
 
 
 def raise_exception(message: object) -> None:
-    """Lets a template refuse a conversation."""
+    """Called by a template to refuse a conversation, with the reason."""
     raise TemplateError(str(message))
 
 

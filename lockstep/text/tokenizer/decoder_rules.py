@@ -1,4 +1,4 @@
-"""How a tokenizers decoder turns tokens into text, reduced to rules that work one token at a time.
+"""Detokenizing: a decoder of the tokenizers library, reduced to rules that work one token at a time.
 
 Source: tokenizers/src/decoders and tokenizers/src/pre_tokenizers of github.com/huggingface/tokenizers.
 """
@@ -15,11 +15,11 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 @dataclass(frozen=True)
 class DecoderRules:
-    """What happens to each token, in this order, and to the start of the text.
+    """The rules by which tokens become bytes of text.
 
-    `byte_level`: characters stand for bytes as in GPT-2. `replacements` of text. `byte_fallback`: tokens like
-    <0x0A> are bytes. At most `strip_left` times `strip_text` is dropped from the start of the text.
-    `dropped_at_start` is dropped from the bytes of the first token.
+    For each token, in this order: `byte_level`: its characters stand for bytes as in GPT-2. `byte_fallback`: a token
+    like <0x0A> is that byte. `replacements`: (old, new) pairs, applied to its text. At the start of the text:
+    `strip_text` is dropped at most `strip_left` times, and `dropped_at_start` from the bytes of the first token.
     """
 
     byte_level: bool = False
@@ -41,7 +41,7 @@ class DecoderRules:
 
 
 def byte_level_bytes(token: str) -> bytes:
-    """The bytes a GPT-2 style token stands for; a token with any other character stands for itself."""
+    """The bytes a GPT-2 style token stands for. A token with a character outside of that alphabet is its own UTF-8."""
     try:
         return bytes([BYTE_OF_CHARACTER[character] for character in token])
     except KeyError:
@@ -49,7 +49,7 @@ def byte_level_bytes(token: str) -> bytes:
 
 
 def rules_of(decoder: Decoder | None) -> DecoderRules:
-    """The rules of a tokenizers decoder. Raises ValueError for one that cannot work token by token."""
+    """The rules of a tokenizers decoder. Raises ValueError for a decoder that cannot work token by token."""
     if decoder is None:
         raise ValueError("this tokenizer has no decoder, so its tokens cannot be turned into text")
     state = json.loads(decoder.__getstate__())
@@ -64,7 +64,7 @@ def rules_of(decoder: Decoder | None) -> DecoderRules:
 
 
 def _replacing(steps: Sequence[Mapping], kinds: Sequence[str]) -> DecoderRules:
-    """SentencePiece style: Replace, ByteFallback, Fuse and, after Fuse, Strip at the left."""
+    """The rules of a SentencePiece style decoder: Replace, ByteFallback, Fuse and, after Fuse, Strip at the left."""
     _require(set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip"}, kinds)
     strip = next((step for step in steps if step["type"] == "Strip"), {"content": " ", "start": 0, "stop": 0})
     replaced = [step for step in steps if step["type"] == "Replace"]

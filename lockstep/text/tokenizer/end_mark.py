@@ -1,7 +1,7 @@
-"""The mark with which a chat template ends what the assistant says, found out by trying it.
+"""The token with which a chat template ends the assistant's turn, found by rendering a probe.
 
-Fine-tunes often take over the end token of their base model, which then is another than that of their chat format: an
-answer would go on into the next turn.
+Fine-tunes often keep the end token of their base model in their config, though their chat format ends a turn with
+another token. Without that token among the end tokens, an answer would continue into the next turn.
 """
 
 from typing import TYPE_CHECKING
@@ -19,8 +19,8 @@ def end_mark(tokenizer: "Tokenizer") -> int | None:
     messages = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": CUT}]
     try:
         after = tokenizer.render_chat(messages, add_generation_prompt=False).partition(CUT)[2].lstrip()
-    except ValueError:  # the template may want what only a real conversation has
+    except ValueError:  # the template may refuse the probe conversation
         return None
     added = tokenizer.backend.get_added_tokens_decoder().items()
-    found = [(len(token.content), token_id) for token_id, token in added if after.startswith(token.content)]
-    return max(found)[1] if found else None
+    matching = [(len(token.content), token_id) for token_id, token in added if after.startswith(token.content)]
+    return max(matching)[1] if matching else None

@@ -1,4 +1,4 @@
-"""What the files of a Hugging Face folder say about its tokenizer, its special tokens and its chat templates."""
+"""Reads the tokenizer, the special tokens and the chat templates from the files of a Hugging Face folder."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -17,9 +17,9 @@ log = logging.getLogger("lockstep.tokenizer")
 
 
 def read_backend(path: Path) -> tokenizers.Tokenizer:
-    """The tokenizer in a tokenizer.json.
+    """The tokenizer in a tokenizer.json, without truncation and padding.
 
-    Raises ValueError if it is missing, too large, not readable, or makes texts far longer than they are.
+    Raises ValueError if the file is missing, too large or not readable, or its normalizers can make a text far longer.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file, and other tokenizer files are not supported")
@@ -31,19 +31,19 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception for a file it cannot read
         raise ValueError(f"{path}: not a readable tokenizer ({error})") from None
-    # Some files carry the settings of their training runs, which would cut prompts off.
+    # Some files have the truncation and padding of their training runs, which would cut prompts off.
     backend.no_truncation()
     backend.no_padding()
     return backend
 
 
 def optional_json(path: Path) -> dict:
-    """A JSON object, empty where there is no such file."""
+    """The JSON object in a file; empty if there is no such file."""
     return read_json_object(path) if path.is_file() else {}
 
 
 def add_missing_tokens(backend: tokenizers.Tokenizer, entries: object, folder: Path) -> None:
-    """Add tokens that only tokenizer_config.json knows, with the ids it gives them."""
+    """Add the tokens that only tokenizer_config.json has, with the ids it gives them."""
     present = backend.get_added_tokens_decoder()
     for token_id, entry in _added_entries(entries, folder):
         if token_id in present:
@@ -76,27 +76,25 @@ def _is_added(item: tuple[str, Any]) -> bool:
 
 
 def special_tokens(config: Mapping) -> dict[str, str]:
-    """Names such as "eos_token" to their text, which the config gives as a string or an object."""
+    """{name, such as "eos_token": text}, which the config gives as a string or an object."""
     tokens = {name: value for name, value in config.items() if name.endswith("_token")}
     texts = {name: value.get("content") if isinstance(value, Mapping) else value for name, value in tokens.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def eos_ids(folder: Path, backend: tokenizers.Tokenizer, named: Iterable[str]) -> frozenset[int]:
-    """Every id that ends a generation: those that either config lists, and those of the tokens `named`.
-
-    A name that no token has is ignored, with a warning.
-    """
+    """Every id that ends a generation: the ids in generation_config.json and config.json, and those of the tokens whose
+    texts are in `named`. A text that is no token is ignored, with a warning."""
     paths = [folder / name for name in ("generation_config.json", "config.json")]
     listed = {token_id for path in paths for token_id in end_ids(optional_json(path), f"{path}:")}
-    found = {text: backend.token_to_id(text) for text in named}
-    for text in (text for text, token_id in found.items() if text and token_id is None):
+    id_of_text = {text: backend.token_to_id(text) for text in named}
+    for text in (text for text, token_id in id_of_text.items() if text and token_id is None):
         log.warning("%s: eos_token %r is no token: it is ignored", folder, text)
-    return frozenset(listed | {token_id for token_id in found.values() if token_id is not None})
+    return frozenset(listed | {token_id for token_id in id_of_text.values() if token_id is not None})
 
 
 def chat_templates(folder: Path, config: Mapping) -> dict[str, str]:
-    """Templates by name: chat_template.jinja wins over tokenizer_config.json, which wins over chat_template.json."""
+    """{name: template}: chat_template.jinja wins over tokenizer_config.json, which wins over chat_template.json."""
     additional = {path.stem: _utf8(path) for path in sorted((folder / ADDITIONAL_TEMPLATES).glob("*.jinja"))}
     places = (_own_file(folder), _listed(config), _listed(optional_json(folder / "chat_template.json")))
     return next(filter(None, places), {}) | written(additional)
@@ -123,5 +121,5 @@ def _utf8(path: Path) -> str:
 
 
 def written(templates: Mapping[str, object]) -> dict[str, str]:
-    """Those templates that are text; an empty one is none."""
+    """The templates that are text and not blank."""
     return {name: text for name, text in templates.items() if isinstance(text, str) and text.strip()}

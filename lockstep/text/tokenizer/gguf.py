@@ -1,4 +1,4 @@
-"""A tokenizers.Tokenizer from GGUF metadata.
+"""Builds a tokenizers.Tokenizer from GGUF metadata.
 
 Source: the tokenizer section of docs/gguf.md, the pre-tokenizer patterns of src/llama-vocab.cpp of llama.cpp
 and of the models' own tokenizer.json.
@@ -13,7 +13,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # GGUF's token types
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 PUNCTUATION_AND_SPACE = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -31,7 +31,7 @@ TEKKEN = (
 )
 DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", GPT2.removesuffix(r"|\s+"), r"\p{N}+", "[0-9][0-9][0-9]")
 
-# Each pattern in turn splits what the ones before it left.
+# {tokenizer.ggml.pre: patterns}. Each pattern splits the pieces that the pattern before it made.
 PATTERNS: Mapping[str, tuple[str, ...]] = {
     "default": DEFAULT,
     **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mellum", "exaone4"), (GPT2,)),
@@ -41,7 +41,7 @@ PATTERNS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), (r"\p{N}", GPT2)),
     "tekken": (TEKKEN,),
 }
-# Whole words in the vocabulary are taken as they are; these also begin a text with BOS unless told otherwise.
+# A whole word in the vocabulary is one token, without merges. These also add BOS unless the metadata says otherwise.
 WHOLE_WORDS_FIRST = {"llama-bpe", "llama3", "llama-v3", "falcon3", "lfm2", "tekken"}
 NORMALIZED_TO_NFC = {"qwen2", "deepseek-r1-qwen", "qwen35"}
 
@@ -50,7 +50,7 @@ T = TypeVar("T")
 BUILT = ("gpt2", "llama")
 IDS = dict(bos="bos_token_id", eos="eos_token_id", eot="eot_token_id", eom="eom_token_id", unk="unknown_token_id",
            pad="padding_token_id")  # fmt: skip
-# Marks of chat formats, which no text has: they are control tokens, whatever type a conversion gave them.
+# Marks of chat formats, which no ordinary text has: they become control tokens, whatever type the file gives them.
 END_MARKS = {
     "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>",
     "<end_of_utterance>", "<｜end▁of▁sentence｜>",
@@ -59,10 +59,10 @@ TURN_MARKS = {
     "<|im_start|>", "<|start_header_id|>", "<|end_header_id|>", "<|begin_of_text|>", "<start_of_turn>", "<|system|>",
     "<|user|>", "<|assistant|>",
 }  # fmt: skip
-# These are words of other languages, too, so they only end an answer if they are typed as control tokens.
+# These also occur in ordinary text, such as HTML, so they end an answer only if the file types them as control tokens.
 END_WORDS = {"</s>", "<eos>", "<EOT>", "[EOT]", "[EOS]"}
 MARK = re.compile(r"<.+>|\[.+\]")
-MOST = {"tokenizer.ggml.tokens": 1 << 21, "tokenizer.ggml.merges": 1 << 22}
+MAX_ENTRIES = {"tokenizer.ggml.tokens": 1 << 21, "tokenizer.ggml.merges": 1 << 22}
 MAX_TOKEN_CHARS = 1024
 STRANGE_ID = "tokenizer.ggml.%s %d is none of %d token ids: it is ignored"
 log = logging.getLogger("lockstep.tokenizer")
@@ -71,8 +71,8 @@ log = logging.getLogger("lockstep.tokenizer")
 def build_tokenizer(metadata: Mapping[str, object]) -> Tokenizer:
     """The tokenizer in a GGUF file's metadata.
 
-    Raises ValueError if there is none, it is broken, or its model is not supported. With an unknown pre-tokenizer (see
-    `unknown_pre_tokenizer`) it can only decode.
+    Raises ValueError if the metadata has none, or a broken one, or its model is not supported. A tokenizer with an
+    unknown pre-tokenizer (see `unknown_pre_tokenizer`) can only decode.
     """
     kind = _typed(metadata, "tokenizer.ggml.model", str, NO_TOKENIZER[0])
     if kind in NO_TOKENIZER:
@@ -107,7 +107,7 @@ def has_tokenizer(metadata: Mapping[str, object]) -> bool:
 
 
 def unknown_pre_tokenizer(metadata: Mapping[str, object]) -> str | None:
-    """Why texts cannot be encoded, where nobody here knows how their words are split; None where somebody does."""
+    """The error message for encoding with a pre-tokenizer that is not in PATTERNS; None if it is known."""
     kind = _pre_tokenizer(metadata)
     if metadata["tokenizer.ggml.model"] != "gpt2" or kind in PATTERNS:
         return None
@@ -115,9 +115,9 @@ def unknown_pre_tokenizer(metadata: Mapping[str, object]) -> str | None:
 
 
 def named_ids(metadata: Mapping[str, object]) -> dict[str, int]:
-    """The ids of the tokens that metadata names: bos, eos, eot, eom, unk and pad, those of them that are there.
+    """{name: id} of the tokens that the metadata names, of bos, eos, eot, eom, unk and pad.
 
-    One that is no token's id is ignored, with a warning: some conversions write 2^32 - 1 for none.
+    An id that no token has is left out: some conversions write 2^32 - 1 for none.
     """
     num_tokens = len(_array(metadata, "tokenizer.ggml.tokens"))
     given = {name: _integer(metadata, f"tokenizer.ggml.{key}") for name, key in IDS.items()}
@@ -125,7 +125,7 @@ def named_ids(metadata: Mapping[str, object]) -> dict[str, int]:
 
 
 def end_token_ids(metadata: Mapping[str, object], tokenizer: Tokenizer) -> frozenset[int]:
-    """Ids that end a generation: those the metadata names, and control tokens known to mean it."""
+    """Ids that end a generation: the end tokens that the metadata names, and control tokens with a known end mark."""
     special = {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     known = special & {tokenizer.token_to_id(token) for token in END_MARKS | END_WORDS}
     ids = named_ids(metadata)
@@ -135,7 +135,7 @@ def end_token_ids(metadata: Mapping[str, object], tokenizer: Tokenizer) -> froze
 
 def _byte_level_bpe(metadata: Mapping[str, object], tokens: list[str], types: list[int]) -> Tokenizer:
     kind = _pre_tokenizer(metadata)
-    # A merge is two tokens with a space between; no token of this kind contains one.
+    # A merge is two tokens with a space between; byte-level tokens have no space in them.
     merges = [tuple(merge.split(" ", 1)) for merge in _array(metadata, "tokenizer.ggml.merges")]
     if single := [merge for merge in merges if len(merge) == 1]:
         raise ValueError(f"tokenizer.ggml.merges: expected two tokens with a space between, got {single[0][0]!r:.80}")
@@ -167,7 +167,7 @@ def _sentencepiece_bpe(metadata: Mapping[str, object], tokens: list[str], types:
 
 
 def _merges_by_score(vocabulary: Mapping[str, int], scores: Sequence[float], types: Sequence[int]) -> list[tuple]:
-    """Merges in the order SentencePiece would do them: the best scored result first."""
+    """BPE merges in the order in which SentencePiece would apply them: the merged token with the best score first."""
     merges = []
     for token, index in vocabulary.items():
         if types[index] != NORMAL:
@@ -189,7 +189,7 @@ def _add_special(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> N
 
 
 def _add_template(tokenizer: Tokenizer, metadata: Mapping[str, object], tokens: list[str]) -> None:
-    """Make encode add BOS and EOS if the metadata says so, or by default where the kind does."""
+    """Make `encode` add BOS and EOS if the metadata says so, or if this sort of tokenizer does by default."""
     starts = _pre_tokenizer(metadata) in WHOLE_WORDS_FIRST or metadata["tokenizer.ggml.model"] == "llama"
     begin, end = map(named_ids(metadata).get, ("bos", "eos"))
     begins = _typed(metadata, "tokenizer.ggml.add_bos_token", bool, starts) and begin is not None
@@ -207,13 +207,14 @@ def _pre_tokenizer(metadata: Mapping[str, object]) -> str:
 def _warn_of_strange_ids(metadata: Mapping[str, object], num_tokens: int) -> None:
     known = named_ids(metadata)
     for name, key in IDS.items():
-        found = metadata.get(f"tokenizer.ggml.{key}")
-        if found is not None and name not in known:
-            log.warning(STRANGE_ID, key, found, num_tokens)
+        token_id = metadata.get(f"tokenizer.ggml.{key}")
+        if token_id is not None and name not in known:
+            log.warning(STRANGE_ID, key, token_id, num_tokens)
 
 
 def _types(metadata: Mapping[str, object], tokens: list[str]) -> list[int]:
-    """The tokens' types. Marks are control tokens, and so are named ends and beginnings that look like one."""
+    """The tokens' types. Marks of chat formats are control tokens, and so are BOS and end tokens that look like marks
+    (`<...>` or `[...]`), though the file types them as normal or user-defined."""
     types = list(_numbers(metadata, "tokenizer.ggml.token_type", len(tokens), [NORMAL] * len(tokens)))
     named = [token_id for name, token_id in named_ids(metadata).items() if name in ("bos", "eos", "eot", "eom")]
     marks = [token_id for token_id in named if MARK.fullmatch(tokens[token_id])]
@@ -224,7 +225,7 @@ def _types(metadata: Mapping[str, object], tokens: list[str]) -> list[int]:
 
 
 def _listed_ends(metadata: Mapping[str, object]) -> set[int]:
-    """The ids in Ollama's list of end tokens. One that is no token's id is ignored, with a warning."""
+    """The ids in Ollama's list of end tokens. An id that no token has is ignored, with a warning."""
     key = "tokenizer.ggml.eos_token_ids"
     listed = np.asarray(metadata.get(key, np.empty(0, np.int64)))
     if listed.dtype.kind not in "iu":
@@ -241,8 +242,8 @@ def _array(metadata: Mapping[str, object], key: str) -> Sequence | np.ndarray:
     value = metadata.get(key)
     if not isinstance(value, (Sequence, np.ndarray)) or isinstance(value, (str, bytes)) or len(value) == 0:
         raise ValueError(f"{key} is missing or empty: this GGUF file has no usable tokenizer")
-    if len(value) > MOST.get(key, len(value)):
-        raise ValueError(f"{key} has {len(value)} entries, at most {MOST[key]} are allowed")
+    if len(value) > MAX_ENTRIES.get(key, len(value)):
+        raise ValueError(f"{key} has {len(value)} entries, at most {MAX_ENTRIES[key]} are allowed")
     return value
 
 
@@ -253,16 +254,16 @@ def _typed(metadata: Mapping[str, object], key: str, kind: type[T], default: T) 
     return value
 
 
-def _numbers(metadata: Mapping[str, object], key: str, count: int, default: list | None = None) -> list:
-    """An array of one number for each token."""
+def _numbers(metadata: Mapping[str, object], key: str, num_tokens: int, default: list | None = None) -> list:
+    """An array with one number for each token."""
     if key not in metadata and default is not None:
         return default
     array = _array(metadata, key)
     values = array.tolist() if isinstance(array, np.ndarray) else list(array)
     if not all(isinstance(value, (int, float)) for value in values):
         raise ValueError(f"{key} must be an array of numbers, found {values[0]!r:.80} in it")
-    if len(values) != count:
-        raise ValueError(f"{key} has {len(values)} entries for {count} tokens")
+    if len(values) != num_tokens:
+        raise ValueError(f"{key} has {len(values)} entries for {num_tokens} tokens")
     return values
 
 

@@ -1,7 +1,7 @@
-"""How much longer a tokenizer's normalizers and pre-tokenizers can make a text.
+"""A bound on how much longer a tokenizer's normalizers and pre-tokenizers can make a text.
 
-The tokenizers library makes room for all of it: a chain of replacements that each double a text would fill any memory,
-and end the process, while the file is read (added tokens are normalized, too) or with the first prompt.
+The tokenizers library does not bound it: a malicious file with a chain of replacements that each double a text would
+fill the memory and end the process, while the file is read (added tokens are normalized, too) or with the first prompt.
 """
 
 import base64
@@ -11,12 +11,12 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-MAX_GROWTH = 64  # bytes for one; SentencePiece's usual chains make 2 to 44
+MAX_GROWTH = 64  # bytes that one byte may become; SentencePiece's usual chains make 2 to 44
 MAX_STEPS = 64
 MAX_PREPENDED_BYTES = 1024
 SEQUENCES = ("normalizers", "pretokenizers")
 MODEL = re.compile(r'"model"\s*:\s*\{')  # the vocabulary, which is nearly all of a file, and usually its end
-ESCAPED = re.compile(r"\\u00[4-7]")  # a letter of a name
+ESCAPED = re.compile(r"\\u00[4-7]")  # an escaped letter, which could hide one of the names looked for
 
 
 def check_growth(text: str, path: Path) -> None:
@@ -41,24 +41,25 @@ def check_growth(text: str, path: Path) -> None:
 
 
 def _settings(text: str) -> object:
-    """A tokenizer.json, without its model where that can be left out: that saves the time and memory of parsing it."""
-    found = MODEL.search(text)
-    rest = "" if found is None else text[found.start() :]
-    if found is not None and not ('"normalizer"' in rest or '"pre_tokenizer"' in rest or ESCAPED.search(rest)):
+    """The parsed tokenizer.json, without its model (the vocabulary) if that can be cut off before parsing, which saves
+    time and memory."""
+    model = MODEL.search(text)
+    rest = "" if model is None else text[model.start() :]
+    if model is not None and not ('"normalizer"' in rest or '"pre_tokenizer"' in rest or ESCAPED.search(rest)):
         with contextlib.suppress(ValueError):
-            return json.loads(f'{text[: found.start()]}"model":null}}', object_pairs_hook=_step)
+            return json.loads(f'{text[: model.start()]}"model":null}}', object_pairs_hook=_step)
     return json.loads(text, object_pairs_hook=_step)
 
 
 def _step(pairs: list[tuple[str, object]]) -> dict:
-    made = dict(pairs)
-    if len(made) < len(pairs) and not made.keys().isdisjoint({"type", "pattern", *SEQUENCES}):
-        raise ValueError(f"an object has a name twice, of {', '.join(made)}")
-    return made
+    step = dict(pairs)
+    if len(step) < len(pairs) and not step.keys().isdisjoint({"type", "pattern", *SEQUENCES}):
+        raise ValueError(f"an object has a name twice, of {', '.join(step)}")
+    return step
 
 
 def _steps(found: object) -> Iterator[Mapping]:
-    """A step, or those of a sequence."""
+    """The step itself, or, if it is a sequence, the steps in it."""
     if not isinstance(found, dict):
         return
     inner = [each for name in SEQUENCES if isinstance(found.get(name), list) for each in found[name]]
@@ -69,9 +70,10 @@ def _steps(found: object) -> Iterator[Mapping]:
 
 
 def _growth(step: Mapping, path: Path) -> int:
-    """How many bytes a step can make of one. Unicode's own forms count as one: they do not grow again in a chain.
+    """The most bytes that a step can make of one byte. Unicode normalization counts as 1: in a chain it does not grow
+    a text again.
 
-    The library also takes steps without a type, by the names of their fields.
+    A step without a type is recognized by its fields, as the library does it.
     """
     if "pattern" in step and "content" in step:
         return _replaced(step)
@@ -94,9 +96,10 @@ def _replaced(step: Mapping) -> int:
 
 
 def _longest_mapped(step: Mapping, path: Path) -> int:
-    """SentencePiece's map: a table's size and the table, then the texts that it maps to, each ended by a zero byte.
+    """The growth by SentencePiece's precompiled_charsmap: the length of the longest text in it over 3 bytes, because
+    the characters with long replacements have three bytes.
 
-    What becomes long are single characters of three bytes.
+    Its layout: a table's size, the table, then the replacement texts, each ended by a zero byte.
     """
     try:
         raw = base64.b64decode(str(step.get("precompiled_charsmap") or ""), validate=True)

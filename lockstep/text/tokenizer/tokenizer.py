@@ -122,17 +122,17 @@ class Tokenizer:
         valid."""
         if not self.chat_templates:
             raise ValueError("this model has no chat template: it continues text, use generate or pass a template")
-        wanted = TOOL_TEMPLATE if with_tools and TOOL_TEMPLATE in self.chat_templates else "default"
-        name = wanted if wanted in self.chat_templates else next(iter(self.chat_templates))
+        preferred = TOOL_TEMPLATE if with_tools and TOOL_TEMPLATE in self.chat_templates else "default"
+        name = preferred if preferred in self.chat_templates else next(iter(self.chat_templates))
         if name not in self.compiled_templates:
             try:
                 self.compiled_templates[name] = ChatTemplate(self.chat_templates[name], self.template_process)
             except ValueError as error:  # remembered: compiling it again would fail again, and may take seconds
                 self.compiled_templates[name] = str(error)
-        found = self.compiled_templates[name]
-        if isinstance(found, str):
-            raise ValueError(found)
-        return found
+        compiled = self.compiled_templates[name]
+        if isinstance(compiled, str):
+            raise ValueError(compiled)
+        return compiled
 
     @cached_property
     def vocab_size(self) -> int:

@@ -1,1 +1,1 @@
-"""Tool calls in the text of answers: one file for each way in which models write them."""
+"""Tool calls: parsing them from the text of answers, and grammars that enforce them, for each format of calls."""

@@ -1,4 +1,4 @@
-"""What a parser finds in an answer: pieces of text and of tool calls, in the order in which they come."""
+"""The events of a streaming parser: pieces of an answer's text, thoughts and tool calls, in their order."""
 
 import hashlib
 import re
@@ -10,20 +10,20 @@ ID_CHARACTERS = string.ascii_letters + string.digits
 
 
 class Content(NamedTuple):
-    """A piece of the answer's text. tokens: those that it came from, where somebody asks for them (http/placed.py)."""
+    """A piece of the answer's text. tokens: the tokens of the text, where a request asks for log-probabilities."""
 
     text: str
     tokens: tuple = ()
 
 
 class Reasoning(NamedTuple):
-    """A piece of what the model thought before it answered."""
+    """A piece of the thought that the model wrote before its answer."""
 
     text: str
 
 
 class CallStart(NamedTuple):
-    """A tool call begins. index: its number in the answer."""
+    """A tool call begins. index: the number of the call in the answer, from 0."""
 
     index: int
     id: str
@@ -31,7 +31,8 @@ class CallStart(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """A piece of the JSON text of a call's arguments. is_cut: it is not the model's: the answer ended within them."""
+    """A piece of the JSON text of a call's arguments. is_cut: the answer ended within the arguments, and this piece
+    completes them."""
 
     index: int
     text: str
@@ -42,20 +43,22 @@ Event = Content | Reasoning | CallStart | Arguments
 
 
 class Parser(Protocol):
-    """What reads the text of an answer."""
+    """A streaming parser of an answer's text."""
 
     def push(self, text: str, /) -> list[Event]:
         """The events that a piece of text completes."""
         ...
 
     def finish(self, is_cut: bool = False, /) -> list[Event]:
-        """Those that were held back, now that nothing follows. is_cut: the answer was as long as it might be."""
+        """The remaining events, at the end of the answer. is_cut: the answer reached its maximum length."""
         ...
 
 
 class CallEnd(Exception):
-    """What is being read ends here, though it is not complete: with the answer, or at text that is no part of it, which
-    has been read and begins with a mark."""
+    """Raised in, or by, a reader whose call ends before it is complete.
+
+    Either the answer has ended, or the reader has met `text`, which begins with a mark and is no part of the call.
+    """
 
     def __init__(self, text: str = "") -> None:
         super().__init__(text)
@@ -63,18 +66,18 @@ class CallEnd(Exception):
 
 
 def new_id() -> str:
-    """A fresh id for a call: nine letters and digits, which is what the strictest chat templates (Mistral's) accept."""
+    """A new random id for a call: nine letters and digits, as the strictest chat templates (Mistral's) require."""
     return "".join(secrets.choice(ID_CHARACTERS) for _ in range(9))
 
 
 def short_id(call_id):
-    """Any client's id for a call as one that those templates accept; ours stay as they are."""
+    """A client's id for a call, hashed to nine letters and digits unless it already has that form."""
     if call_id and re.fullmatch("[A-Za-z0-9]{9}", call_id):
         return call_id
     return hashlib.sha256((call_id or "").encode()).hexdigest()[:9]
 
 
 def partial(text, marker):
-    """How many characters at the end of a text could begin a marker, without being all of it."""
+    """The length of the longest end of the text that is a beginning of the marker, but not all of it."""
     most = min(len(text), len(marker) - 1)
     return next((n for n in range(most, 0, -1) if text.endswith(marker[:n])), 0)

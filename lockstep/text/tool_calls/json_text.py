@@ -1,7 +1,7 @@
-"""JSON as models write it, one character at a time, passed on as JSON that every client can read.
+"""Repairs JSON that a model writes, one character at a time, to valid JSON.
 
-What is valid stays as it is written. Trailing and missing commas, raw line breaks in strings, single or missing quotes,
-Python's constants and brackets that do not match are repaired.
+Valid JSON passes unchanged. Trailing and missing commas, raw line breaks in strings, single or missing quotes, Python's
+constants and brackets that do not match are repaired. Readers are coroutines: see readers.py.
 """
 
 import json
@@ -21,13 +21,15 @@ CONSTANTS = {"true": "true", "True": "true", "false": "false", "False": "false"}
 )
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 NEARLY_NUMBER = re.compile(r"[+-]?([1-9][0-9]*\.?|0?\.[0-9]+|[1-9][0-9]*\.[0-9]+)")
-KEY, COLON, VALUE, END = range(4)  # what may come next: a key, what follows a key, a value, what follows a value
+KEY, COLON, VALUE, END = range(4)  # what comes next: a key, the colon after it, a value, a comma or bracket after it
 
 
 def json_container(opening: str, out: Out, marks: tuple[str, ...] = ()) -> Reader:
-    """Reads the rest of a JSON object or array after its opening bracket; `out` gets the whole of it, repaired.
+    """Reads the rest of a JSON object or array after its opening bracket. `out` is called with pieces of the whole
+    object or array, repaired.
 
-    A mark outside of its strings, or a CallEnd that is thrown in, ends it: it is completed, and a CallEnd raised.
+    A mark outside of strings, or a CallEnd thrown into the coroutine, ends it early: the missing brackets are written,
+    and a CallEnd is raised.
     """
     writer, source, character = _Writer(out), _Source(marks), ""
     writer.open(opening)
@@ -51,13 +53,13 @@ def json_container(opening: str, out: Out, marks: tuple[str, ...] = ()) -> Reade
 
 
 class _Source:
-    """The characters of a text up to a mark outside of its strings. end: the CallEnd that ended it, if one has."""
+    """The characters of a text up to a mark outside of strings. end: the CallEnd that ended the text, or None."""
 
     def __init__(self, marks) -> None:
         self._marks, self._read_ahead, self.end = marks, "", None
 
     def next(self):
-        """The next character; empty at the end."""
+        """The next character; empty at the end of the text."""
         try:
             read = yield from self._character()
             while read not in self._marks and any(mark.startswith(read) for mark in self._marks):
@@ -80,14 +82,14 @@ class _Source:
         return first
 
     def string(self, out, quote):
-        """Reads the rest of a string. Nothing is read ahead then: no mark has a quote in it."""
+        """Reads the rest of a string after its quote. No mark has a quote in it, so nothing has been read ahead."""
         try:
             yield from json_string(out, quote)
         except CallEnd as end:
             self.end = end
 
     def word(self, first, ends):
-        """A value without quotes, or a key, and the character after it."""
+        """(a value or key without quotes, the character after it). ends: further characters that end it."""
         pieces = [first]
         while (character := (yield from self.next())) and character not in ',{}[]"\n' + ends:
             pieces.append(character)
@@ -95,7 +97,7 @@ class _Source:
 
 
 class _Writer:
-    """Writes what the next part of a text needs before it, and keeps commas until something follows them."""
+    """Writes repaired JSON: adds missing commas, colons, keys and brackets, and drops a comma that nothing follows."""
 
     def __init__(self, out) -> None:
         self._out, self._open, self._comma, self.expects = out, [], "", VALUE
@@ -123,7 +125,7 @@ class _Writer:
         self._comma = ""
 
     def ended(self) -> None:
-        """A key or a value that is no container has been written."""
+        """A key, or a value that is no object or array, has been written."""
         self.expects = COLON if self.expects == KEY else END
 
     def open(self, character) -> None:
@@ -145,7 +147,7 @@ class _Writer:
             self.expects, self._comma = END, ""
 
     def close_all(self) -> None:
-        """Ends all that is open."""
+        """Writes the closing brackets of all open objects and arrays."""
         while self._open:
             self.close(self._open[-1])
 
@@ -168,7 +170,7 @@ class _Writer:
             self._out(character)
 
     def _complete(self) -> None:
-        """Writes the value that a member lacks."""
+        """Writes null if the last member has a key but no value."""
         if self._open[-1] == "}" and self.expects in (COLON, VALUE):
             self._out("null" if self.expects == VALUE else ": null")
             self.expects = END
@@ -185,8 +187,8 @@ PUNCTUATION = {
 
 
 def json_string(out: Out, quote: str = '"') -> Reader:
-    """Reads the rest of a string after its opening quote; `out` gets all of it, as a JSON string, which is closed where
-    a CallEnd is thrown in."""
+    """Reads the rest of a string after its opening quote. `out` is called with pieces of the whole JSON string, which
+    is closed even if a CallEnd is thrown in."""
     out('"')
     try:
         character = yield
@@ -203,8 +205,8 @@ def json_string(out: Out, quote: str = '"') -> Reader:
 
 
 def _escape(out):
-    """Reads what follows a backslash; returns the character that belongs to no escape, which may be the quote, or
-    None."""
+    """Reads the escape after a backslash. Returns None, or, if it was no valid escape, the character that was read
+    instead, which may be the closing quote."""
     character = yield
     if character == "u":
         return (yield from _code(out))
@@ -212,7 +214,7 @@ def _escape(out):
         out("\\" + character)
     elif character in "'\n":
         out(json.dumps(character)[1:-1])
-    else:  # \d of a regular expression
+    else:  # such as \d of a regular expression: the backslash was meant literally
         out("\\\\")
         return character
     return None
@@ -242,13 +244,13 @@ def _repaired_word(word, is_key):
 
 
 def json_value(text: str, default: object, is_cut: bool = False) -> object:
-    """The value of a JSON text, which may need to be repaired; default where it is none.
+    """The value of a JSON text, repaired if necessary; `default` if it cannot be.
 
     is_cut: the text may be the beginning of an object or array, which is then completed.
     """
-    for made in (text, repaired(text, is_cut)):
+    for candidate in (text, repaired(text, is_cut)):
         try:
-            value = json.loads(made, parse_constant=_refuse)
+            value = json.loads(candidate, parse_constant=_refuse)
             json.dumps(value, allow_nan=False)
             return value
         except (ValueError, RecursionError):
@@ -257,8 +259,8 @@ def json_value(text: str, default: object, is_cut: bool = False) -> object:
 
 
 def repaired(text: str, is_cut: bool = False) -> str:
-    """A JSON object or array, repaired; empty where the text is no such thing, or more than one, or, unless is_cut, the
-    beginning of one."""
+    """The JSON object or array in a text, repaired; empty if the text does not begin with a bracket, has more after the
+    end, or (unless is_cut) has no end."""
     text, pieces = text.strip(), []
     if not text or text[0] not in CLOSING:
         return ""

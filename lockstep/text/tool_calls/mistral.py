@@ -1,4 +1,4 @@
-"""Calls after [TOOL_CALLS]: Mistral's older models write a JSON array of them, the newer name[ARGS]{...} for each."""
+"""Calls as Mistral's models write them: [TOOL_CALLS] and a JSON array of calls, or (newer) name[ARGS]{...} for each."""
 
 from lockstep.text.grammars.structured import quote
 from lockstep.text.tool_calls.events import CallEnd
@@ -17,11 +17,11 @@ from lockstep.text.tool_calls.readers import (
 
 KEYS = ("arguments", "parameters")
 CALL_ID, ARGS = "[CALL_ID]", "[ARGS]"
-ID = "/[A-Za-z0-9]{9}/"  # a call's own, which these models were trained to write
+ID = "/[A-Za-z0-9]{9}/"  # of a call: these models were trained to write one
 
 
 def read(calls):
-    """Reads the array, or the one call, behind a mark."""
+    """Reads the array of calls, or the one call, after a mark."""
     character = yield from after_space()
     if character == "[":
         yield from _array(calls)
@@ -30,12 +30,12 @@ def read(calls):
 
 
 def _array(calls):
-    before, opening = calls.count, (yield from after_space())
-    while opening != "]" or calls.count == before:
+    num_before, opening = calls.num_calls, (yield from after_space())
+    while opening != "]" or calls.num_calls == num_before:
         try:
             end = yield from json_call(calls, opening, KEYS)
         except NotACall:
-            if calls.count == before or opening != "{":
+            if calls.num_calls == num_before or opening != "{":
                 raise
             return (yield from json_container("[", ignore, calls.marks))
         opening = end if end == "]" else (yield from after_space())
@@ -65,7 +65,7 @@ def _named(calls, character):
 
 
 def rules(lark, tools, parallel) -> None:
-    """Adds rules `call`, for what follows the mark, and `calls`."""
+    """Adds rules `call`, for the array after the mark, and `calls`, for a whole answer of calls."""
     begin, end = quote(', "id": "'), quote('"')
     objects = json_objects(lark, tools, ("name", "arguments"), f"({begin} {ID} {end})?")
     one = lark.rule("one", either(objects))
@@ -74,11 +74,11 @@ def rules(lark, tools, parallel) -> None:
 
 
 def named_rules(lark, tools, parallel) -> None:
-    """The same for name[ARGS]{...}."""
-    made, identity = [], f"({lark.mark(CALL_ID)} {ID})?"
+    """As `rules`, for calls of the form name[ARGS]{...}."""
+    options, call_id = [], f"({lark.mark(CALL_ID)} {ID})?"
     for i, tool in enumerate(tools):
         arguments = lark.json(f"tool_{i}_arguments", tool.arguments, tool.strict)
-        made.append(lark.rule(f"tool_{i}", quote(tool.name), identity, lark.mark(ARGS), arguments))
-    lark.rule("call", either(made))
+        options.append(lark.rule(f"tool_{i}", quote(tool.name), call_id, lark.mark(ARGS), arguments))
+    lark.rule("call", either(options))
     marked = lark.rule("marked", lark.mark("[TOOL_CALLS]"), "call")
     lark.rule("calls", f"{marked}{{1,{MAX_CALLS}}}" if parallel else marked)

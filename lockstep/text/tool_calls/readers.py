@@ -1,6 +1,7 @@
-"""Coroutines that read a call one character at a time.
+"""Coroutines (generators) that read a call one character at a time.
 
-Each gets characters by `yield` and ends when it has read what it is for. NotACall: the text is something else.
+Each receives characters by `yield` and returns at the end of the part that it reads. It raises NotACall if the text is
+no call.
 """
 
 import json
@@ -11,51 +12,54 @@ from lockstep.text.tool_calls.events import Arguments, CallStart, new_id
 from lockstep.text.tool_calls.json_text import CLOSING, SPACE, json_container, json_string, json_value
 from lockstep.text.tool_calls.tools import Tool
 
-NOTHING = ("null", "None")
+NOTHING = ("null", "None")  # how models write null
 MAX_NAME = 256
 
 
 class NotACall(Exception):
-    """The text that was read is no call: it belongs to the answer's content."""
+    """The text that was read is no call; it belongs to the answer's content."""
 
 
 Reader = Generator[None, str, Any]
 
 
 class Calls:
-    """The calls of an answer so far; readers add to them. most: how many of them are told; None: all. marks: texts that
-    are no part of a call's JSON, unless they stand in a string."""
+    """The calls of an answer so far; readers add to them.
 
-    def __init__(self, tools: Sequence[Tool], most: int | None = None, marks: tuple[str, ...] = ()) -> None:
-        self.tools, self.count, self.marks, self._most = tools, 0, marks, most
+    tools: of the request. max_calls: the number of calls that have events; None: all. marks: texts that end a call's
+    JSON, except inside of a string.
+    """
+
+    def __init__(self, tools: Sequence[Tool], max_calls: int | None = None, marks: tuple[str, ...] = ()) -> None:
+        self.tools, self.num_calls, self.marks, self._max_calls = tools, 0, marks, max_calls
         self.events: list[CallStart | Arguments] = []
         self._pieces: list[str] = []
         self._memory: dict[str, Any] = {}
 
     def begin(self, name: str) -> None:
-        """The next call begins."""
+        """Begins the next call."""
         self.flush()
-        self.events.append(CallStart(self.count, new_id(), name))
-        self.count += 1
+        self.events.append(CallStart(self.num_calls, new_id(), name))
+        self.num_calls += 1
 
     def add(self, text: str) -> None:
-        """More of the JSON text of the arguments of the call that began last."""
+        """Adds to the JSON text of the last call's arguments."""
         self._pieces.append(text)
 
     def flush(self) -> None:
-        """Makes an event of the text that was added."""
+        """Makes an Arguments event of the text added since the last one."""
         if self._pieces:
-            self.events.append(Arguments(self.count - 1, "".join(self._pieces)))
+            self.events.append(Arguments(self.num_calls - 1, "".join(self._pieces)))
             self._pieces.clear()
 
     def take(self) -> list[CallStart | Arguments]:
-        """The events since the last time."""
+        """Returns and removes the events so far."""
         self.flush()
         taken, self.events = self.events, []
-        return taken if self._most is None else [event for event in taken if event.index < self._most]
+        return taken if self._max_calls is None else [event for event in taken if event.index < self._max_calls]
 
     def remembered(self, key: str, make: Callable[[], Any]) -> Any:
-        """What `make` made when it was first asked for under this key."""
+        """The result of make(), computed once for each key."""
         if key not in self._memory:
             self._memory[key] = make()
         return self._memory[key]
@@ -70,13 +74,13 @@ def after_space() -> Generator[None, str, str]:
 
 def expect(text: str) -> Generator[None, str, None]:
     """Reads exactly this text."""
-    for wanted in text:
-        if (yield) != wanted:
+    for expected in text:
+        if (yield) != expected:
             raise NotACall
 
 
 def until(markers: Sequence[str], out: Callable[[str], Any]) -> Generator[None, str, str]:
-    """Passes on to `out` what comes before a marker, which is read, too; returns the marker."""
+    """Reads up to and with the first marker, which is returned; `out` is called with each character before it."""
     held = ""
     while True:
         held += yield
@@ -88,7 +92,7 @@ def until(markers: Sequence[str], out: Callable[[str], Any]) -> Generator[None, 
 
 
 def name_until(marker: str) -> Generator[None, str, str]:
-    """A name that ends with a marker."""
+    """The name before a marker. NotACall if it is longer than MAX_NAME."""
     name = []
     yield from until((marker,), lambda character: _bounded(name, character))
     return "".join(name)
@@ -111,10 +115,11 @@ def json_text() -> Generator[None, str, str]:
 
 
 def json_call(calls: Calls, opening: str, keys: Sequence[str], others: Sequence[str] | None = None) -> Reader:
-    """The rest of {"name": ..., <one of keys>: {...}} after its opening bracket; returns the bracket that ended it.
+    """Reads the rest of a call {"name": ..., <one of keys>: {...}} after its opening bracket; returns the bracket that
+    ended it.
 
-    The members may come in any order; arguments that come after the name are passed on as they are read, and what
-    follows them is read as anything like JSON. others: names of the members that there may be besides; None: any.
+    The members may come in any order. Arguments that come after the name are streamed, and the rest of the object after
+    them is skipped. others: names of further members that are allowed; None: any.
     """
     if opening != "{":
         raise NotACall
@@ -127,7 +132,7 @@ def json_call(calls: Calls, opening: str, keys: Sequence[str], others: Sequence[
         if (yield from after_space()) != ":":
             raise NotACall
         character = yield from member.read(key, (yield from after_space()))
-        if member.is_told:
+        if member.is_begun:
             return (yield from _rest_of_call(calls, character))
         if character == ",":
             character = yield from after_space()
@@ -138,7 +143,7 @@ def json_call(calls: Calls, opening: str, keys: Sequence[str], others: Sequence[
 
 
 def _rest_of_call(calls: Calls, character: str) -> Reader:
-    """Reads what follows the arguments of a call up to the bracket that ends it, which is returned."""
+    """Skips the text after the arguments of a call, up to the bracket that ends the call, which is returned."""
     if character == "/":
         character = yield from after_comment()
     if character == ",":
@@ -150,21 +155,21 @@ def _rest_of_call(calls: Calls, character: str) -> Reader:
 
 
 def after_comment() -> Generator[None, str, str]:
-    """The next character that is not white space after a comment, of which the first slash has been read."""
+    """The next character after a comment that is not white space. The comment's first slash has been read."""
     yield from expect("/")
     yield from until(("\n",), ignore)
     return (yield from after_space())
 
 
 class _Member:
-    """What is known of a call while its members are read."""
+    """The members of a call that have been read. is_begun: whether the call has been added to Calls."""
 
     def __init__(self, calls: Calls, keys: Sequence[str], others: Sequence[str] | None) -> None:
         self._calls, self._keys, self._others = calls, keys, others
-        self._name, self._early, self.is_told = "", [], False
+        self._name, self._early, self.is_begun = "", [], False
 
     def read(self, key: str, first: str) -> Reader:
-        """Reads a member's value, whose first character is there; returns the character after it."""
+        """Reads a member's value, whose first character has been read; returns the character after the value."""
         if key == "name" and first == '"' and not self._name:
             self._name = yield from json_text()
         elif key in self._keys and not self._early:
@@ -195,10 +200,10 @@ class _Member:
 
     def _begin(self) -> None:
         self._calls.begin(self._name)
-        self.is_told = True
+        self.is_begun = True
 
     def finish(self, needs_arguments: bool) -> None:
-        """Tells of a call whose arguments came before its name, or were no object, or are none."""
+        """Adds a call whose arguments came before its name, were written as a string or null, or are missing."""
         if not self._name or (needs_arguments and not self._early):
             raise NotACall
         self._begin()
@@ -206,7 +211,7 @@ class _Member:
 
 
 def object_text(text: str) -> str:
-    """Arguments that were written as a string, as the text of an object."""
+    """The JSON text of arguments that the model wrote as a string instead of an object."""
     if not text.strip() or text.strip() in NOTHING:
         return "{}"
     value = json_value(text, None)
@@ -216,7 +221,7 @@ def object_text(text: str) -> str:
 
 
 def _skip_value(first: str) -> Reader:
-    """Reads a JSON value that nobody needs; returns the character after it."""
+    """Skips a JSON value, whose first character has been read; returns the character after it."""
     if first == '"':
         yield from json_string(ignore)
     elif first in CLOSING:
@@ -227,7 +232,7 @@ def _skip_value(first: str) -> Reader:
 
 
 def _bare(first: str) -> Generator[None, str, tuple[str, str]]:
-    """A value without quotes, and the character after it that is no white space."""
+    """(a value without quotes, the next character after it that is not white space)."""
     word = first
     while (character := (yield)) not in ",}" + SPACE:
         word += character
@@ -237,4 +242,4 @@ def _bare(first: str) -> Generator[None, str, tuple[str, str]]:
 
 
 def ignore(_: str) -> None:
-    """For what nobody needs."""
+    """An `out` that drops the text."""

@@ -1,4 +1,7 @@
-"""What objects a schema allows, whatever it is put together from, for styles that write their members one by one."""
+"""The sorts of objects that a JSON schema allows, with anyOf, allOf and references resolved.
+
+For the styles of calls that write each argument on its own, where a grammar needs a rule for each member.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,8 +13,8 @@ from lockstep.text.grammars.schemas import target
 from lockstep.text.tool_calls.texts import alternatives, both, matches
 
 MAX_SHAPES = 64
-MAX_STEPS = 20_000  # schemas and members that are looked at for one answer
-MAX_NAMES = 16  # that no schema knows, in one object: a weak model would never stop
+MAX_STEPS = 20_000  # schemas and members that are visited for one schema
+MAX_NAMES = 16  # members with names of the model's choice in one object: a weak model may never stop
 IGNORED = frozenset(
     """not if then else propertyNames dependentRequired dependentSchemas dependencies
     unevaluatedProperties""".split()
@@ -20,11 +23,11 @@ IGNORED = frozenset(
 
 @dataclass(frozen=True)
 class Shape:
-    """One kind of object.
+    """One sort of object that a schema allows: a schema without anyOf, oneOf, allOf and references.
 
-    known: {name: schema}, listed: whether the schema has such a list; patterns: the same for names in which a pattern
-    is found; others: the schema of all other members, False for none, None where nothing is said. least, most: how many
-    members there may be.
+    known: {name: schema} of `properties`. listed: whether the schema has `properties` at all. required: names of
+    members. patterns: {pattern: schema} of `patternProperties`. others: `additionalProperties`: a schema, False, or
+    None if not given. least, most: `minProperties`, `maxProperties`.
     """
 
     known: dict[str, object] = field(default_factory=dict)
@@ -36,25 +39,26 @@ class Shape:
     most: int | None = None
 
     def of(self, name: str) -> object:
-        """The schema of a member; False where it may not be there."""
-        found = [schema for pattern, schema in self.patterns.items() if matches(pattern, name)]
-        found += [self.known[name]] if name in self.known else []
-        made = found or [True if self.others is None else self.others]
-        for schema in made[1:]:
-            made[0] = both(made[0], schema)
-        return made[0]
+        """The schema of the member of this name; False if the member is not allowed."""
+        schemas = [schema for pattern, schema in self.patterns.items() if matches(pattern, name)]
+        schemas += [self.known[name]] if name in self.known else []
+        schemas = schemas or [True if self.others is None else self.others]
+        for schema in schemas[1:]:
+            schemas[0] = both(schemas[0], schema)
+        return schemas[0]
 
     @cached_property
     def members(self) -> dict[str, object]:
-        """{name: schema} of all members that have a name, in order: first those that the schema knows."""
+        """{name: schema} of all members whose names the schema gives: those in `known`, then further required ones."""
         names = dict.fromkeys([*self.known, *sorted(self.required)])
         return {name: self.of(name) for name in names}
 
     @cached_property
     def unknown(self) -> dict[str | None, object]:
-        """{pattern: schema} of members whose name is the model's choice; None: any name that no pattern is found in.
+        """{pattern: schema} of members whose names the model chooses; the key None stands for names without a pattern.
 
-        Where a schema lists names and says nothing about others, there are none unless they are needed.
+        A schema with `properties` but without `additionalProperties` gets no such members, unless minProperties needs
+        them.
         """
         needs = (not self.listed and not self.patterns) or self.least > len(self.members)
         others = self.others if self.others is not None else needs
@@ -62,9 +66,9 @@ class Shape:
 
 
 def shapes(schema: dict) -> list[Shape]:
-    """The Shapes of the objects that a schema, whose references lead into itself, allows.
+    """The Shapes of the objects that a schema allows. Its references lead into the schema itself.
 
-    ValueError where there are none, or too many.
+    ValueError if it allows no object, or more than MAX_SHAPES sorts.
     """
     made = _Search(schema).shapes(schema, ())
     possible = [shape for shape in made if all(shape.members[name] is not False for name in shape.required)]
@@ -74,7 +78,8 @@ def shapes(schema: dict) -> list[Shape]:
 
 
 def kinds(found: list[Shape], name: str | None, root: dict) -> list[dict]:
-    """The alternatives of a member in any of these Shapes: they say how its value is written. None: of any other."""
+    """The alternatives (see texts.alternatives) of the values of one member in any of these Shapes, which decide how a
+    value is written. name: None: of the members whose names the model chooses. root: the schema for references."""
     known = [shape.members[name] for shape in found if name in shape.members]
     unknown = [] if known else [schema for shape in found for schema in shape.unknown.values()]
     return [kind for schema in known or unknown or [True] for kind in alternatives(schema, root)]
@@ -87,7 +92,7 @@ class _Search:
         self._root, self._steps_left = root, MAX_STEPS
 
     def shapes(self, schema, path) -> list[Shape]:
-        """path: ids of the schemas around this one. One that contains itself allows what the others do."""
+        """The Shapes of one schema. path: id()s of the schemas around it; a schema inside of itself adds no limits."""
         self._step(1)
         if schema is False:
             return []
@@ -101,13 +106,13 @@ class _Search:
             made = [self._merged(one, other) for one, other in product(made, others)]
         return made
 
-    def _step(self, count) -> None:
-        self._steps_left -= count
+    def _step(self, num_steps) -> None:
+        self._steps_left -= num_steps
         if self._steps_left < 0:
             raise ValueError(f"its parts are more than the {MAX_STEPS} that can be put together")
 
     def _choices(self, schema) -> Iterator[list]:
-        """Lists of schemas: an object fits one of each."""
+        """Yields lists of schemas: an object must fit one schema of each list."""
         if "$ref" in schema:
             yield [target(schema["$ref"], self._root)]
         yield from (schema[word] for word in ("anyOf", "oneOf") if isinstance(schema.get(word), list))
@@ -120,7 +125,7 @@ class _Search:
 
 
 def _own(schema) -> Iterator[Shape]:
-    """The Shapes that a schema's own keywords describe."""
+    """The Shapes that a schema's own keywords allow, without its references, anyOf, oneOf and allOf."""
     types = schema.get("type", "object")
     if "object" not in (types if isinstance(types, list) else [types]):
         return
@@ -158,7 +163,7 @@ def _is_count(value) -> bool:
 
 
 def merged(one: Shape, other: Shape) -> Shape:
-    """The Shape of what fits both."""
+    """The Shape of the objects that fit both Shapes."""
     if other == Shape():
         return one
     required = one.required | other.required

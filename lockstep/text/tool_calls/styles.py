@@ -1,4 +1,4 @@
-"""The ways in which models write tool calls, and which one a chat template asks for."""
+"""The formats (styles) in which models write tool calls, and the style that a chat template teaches."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from lockstep.text.tool_calls.readers import Calls, Reader
 
 @dataclass(frozen=True)
 class Style:
-    """How calls are written.
+    """A format of tool calls.
 
-    begin: the text that begins one; first: what begins one at the start of an answer, if that is another. after: texts
-    that end or separate calls; end: the one that ends every call, if there is such. takes_apart: values stand there
-    without quotes, so that a schema is not enforced as a whole. read: makes the coroutine that reads what follows
-    `begin` into a Calls. rules: see grammar.py.
+    begin: the mark before a call. first: a text that begins a call at the start of an answer, without the mark. after:
+    marks that end or separate calls. end: the mark after every call, or None. takes_apart: each argument is written on
+    its own and strings without quotes, so that a schema is not enforced as a whole. read: makes the coroutine that
+    reads the text after `begin` into a Calls (readers.py). rules: adds the style's rules to a Lark (grammar.py).
     """
 
     name: str
@@ -28,7 +28,7 @@ class Style:
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """Texts that are no part of a call's JSON."""
+        """The marks that end a call's JSON, except inside of a string."""
         return (self.begin, self.end) if self.end else (self.begin,)
 
 
@@ -49,7 +49,7 @@ STYLES = (HERMES, XML, MISTRAL, MISTRAL_NAMED, LLAMA)
 
 
 def style_of(template):
-    """The Style that a chat template teaches; None where it knows no tools."""
+    """The Style that a chat template teaches; None if the template does not mention tools."""
     if "<tool_call>" in template:
         return XML if "<function=" in template else HERMES
     if "[TOOL_CALLS]" in template:

@@ -1,4 +1,4 @@
-"""Arguments that stand in a call as plain text, without quotes: which are strings, and what a schema allows of them."""
+"""Arguments that a call has as plain text, without quotes: which of them are strings, and rules for their schemas."""
 
 import json
 import re
@@ -11,9 +11,9 @@ from lockstep.text.grammars.structured import quote
 from lockstep.text.tool_calls.grammar import regex_quote
 
 MAX_STEPS = 1000  # of a schema's references and alternatives
-MAX_LENGTH = 20_000  # what is longer cannot be counted by an automaton of a sensible size
-ASCII = {"d": "0-9", "w": "A-Za-z0-9_"}  # what a schema's patterns mean by them; ours would know all alphabets
-WRITTEN = {"/": r"\/", "\n": r"\n", "\r": r"\r"}  # what would end a regular expression in a grammar
+MAX_LENGTH = 20_000  # a larger minLength or maxLength would need an automaton that is too large
+ASCII = {"d": "0-9", "w": "A-Za-z0-9_"}  # JSON schema's meaning of \d and \w; llguidance's has all alphabets
+WRITTEN = {"/": r"\/", "\n": r"\n", "\r": r"\r"}  # characters that would end a regular expression in a grammar
 DAY = r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
 CLOCK = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]+)?"
 ZONE = r"(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
@@ -28,24 +28,24 @@ FORMATS = {
 }
 TEXT_KEYWORDS = NOTES | frozenset("type const minLength maxLength pattern format".split())
 OBJECT = {"type": "object"}
-END = "</parameter>"  # of a value that stands there as plain text
+END = "</parameter>"  # the mark after a value
 
 
 def alternatives(schema: object, root: dict) -> list[dict]:
-    """The schemas of which a value has to fit one, without anyOf, lists of types, enum or references to root."""
-    made, left = [], [schema]
+    """The simple schemas that a schema is the union of, without anyOf, lists of types, enum and references to root."""
+    simple, left = [], [schema]
     for _ in range(MAX_STEPS):
         if not left:
-            return [kind for kind in made if _is_possible(kind)]
+            return [kind for kind in simple if _is_possible(kind)]
         each = left.pop()
         parts = _parts(each, root)
-        made += [each] if parts is None else []
+        simple += [each] if parts is None else []
         left += reversed(parts or [])
     return [OBJECT]
 
 
 def _parts(schema, root):
-    """The alternatives that a schema is made of; None if it is one itself."""
+    """The schemas that a schema is the union of, one level down; None if it is an alternative itself."""
     if schema is False:
         return []
     if not isinstance(schema, dict) or not schema.keys() - NOTES:
@@ -68,7 +68,7 @@ def _without(schema, word):
 
 
 def both(one: object, other: object) -> object:
-    """The schema of what fits two schemas."""
+    """The schema of the values that fit both schemas."""
     if one is False or other is False:
         return False
     if not isinstance(one, dict) or not isinstance(other, dict) or one == other:
@@ -78,8 +78,8 @@ def both(one: object, other: object) -> object:
 
 
 def _target(reference, root):
-    found = resolved(reference, root)
-    return found if isinstance(found, (dict, bool)) and found is not root else OBJECT
+    schema = resolved(reference, root)
+    return schema if isinstance(schema, (dict, bool)) and schema is not root else OBJECT
 
 
 def is_string(alternative: dict) -> bool:
@@ -95,8 +95,8 @@ def is_null(alternative: dict) -> bool:
 
 
 def is_text(kinds: list[dict]) -> bool:
-    """Whether a value of these alternatives stands there without quotes: it is a string, or perhaps null, and none that
-    has an end in itself."""
+    """Whether a value of these alternatives is written as plain text: all are strings (or null), at least one is a
+    string, and no constant has the end mark in it."""
     return (
         any(map(is_string, kinds))
         and all(is_string(kind) or is_null(kind) for kind in kinds)
@@ -105,7 +105,7 @@ def is_text(kinds: list[dict]) -> bool:
 
 
 def _is_possible(alternative):
-    """False for a constant that is not of the type which stands beside it."""
+    """False for a constant that is not of the type given beside it."""
     kind = alternative.get("type")
     if "const" not in alternative or kind not in ("string", "null"):
         return True
@@ -113,9 +113,10 @@ def _is_possible(alternative):
 
 
 def text_rule(lark, name, schema, strict):
-    """A rule for the text of what an alternative allows, a string or null, and what ends it: a line break and a mark.
+    """Adds a rule for the text of a value that an alternative (a string or null) allows, with the line break and mark
+    after it; returns its name.
 
-    strict: what cannot be enforced is a ValueError; otherwise it is not.
+    strict: a keyword that cannot be enforced is a ValueError; otherwise it is ignored.
     """
     if strict and schema.keys() - TEXT_KEYWORDS:
         raise ValueError(f"{min(schema.keys() - TEXT_KEYWORDS)}: cannot be enforced for a string")
@@ -133,23 +134,23 @@ def text_rule(lark, name, schema, strict):
 
 
 def without(mark: str) -> str:
-    """A regular expression for all texts that a mark is not in, whose first character it has only once.
+    """A regular expression for all texts without the mark, whose first character must occur only once in it.
 
-    Said so, rather than as what is no text with the mark, it can be intersected with bounds of a text's length: that
-    such an intersection with a negation is empty takes llguidance more work than one mask may be.
+    It uses no negation: to find that the intersection of a negation with a bound on the text's length is empty takes
+    llguidance more work than one mask may take.
     """
-    first, found = regex_quote(mark[0]), ""
+    first, rest = regex_quote(mark[0]), ""
     for character in map(regex_quote, reversed(mark[1:])):
-        found = f"([^{first}{character}][^{first}]*{f'|{character}{found}' if found else ''})?"
-    return f"[^{first}]*({first}{found})*"
+        rest = f"([^{first}{character}][^{first}]*{f'|{character}{rest}' if rest else ''})?"
+    return f"[^{first}]*({first}{rest})*"
 
 
 def _fits_a_text(parts) -> bool:
-    """Whether there is a text that matches all of so many terminals."""
+    """Whether any text matches all of these terminals."""
     grammar = json.dumps({"grammars": [{"lark_grammar": f"start: TEXT\nTEXT: {' & '.join(parts)}"}]})
     try:
         matcher = new_matcher(llguidance.LLTokenizer("byte"), grammar)
-        matcher.compute_bitmask()  # only this finds out
+        matcher.compute_bitmask()  # only computing a mask finds an empty language
         check(matcher)
     except ValueError:
         return False
@@ -163,20 +164,18 @@ def _length(schema):
 
 
 def _patterns(schema, strict):
-    made, known = [], schema.get("format")
+    terminals, known = [], schema.get("format")
     if strict and known is not None and known not in tuple(FORMATS):
         raise ValueError(f"format: {known!r:.80} cannot be enforced, only {', '.join(FORMATS)}")
     for pattern in (schema.get("pattern"), FORMATS.get(known) if isinstance(known, str) else None):
         if isinstance(pattern, str):
-            made += pattern_part(pattern, strict)
-    return made
+            terminals += pattern_part(pattern, strict)
+    return terminals
 
 
 def pattern_part(pattern: str, strict: bool) -> list[str]:
-    """What a rule says for texts in which a schema's pattern is found; nothing where it cannot be enforced.
-
-    strict: that is a ValueError.
-    """
+    """The terminal, in a list, for texts in which a schema's pattern is found; empty if it cannot be enforced, which is
+    a ValueError if strict."""
     whole = searched(pattern)
     problem = f"more than {MAX_PATTERN_BYTES} characters" if len(whole) > MAX_PATTERN_BYTES else problem_with(whole)
     if problem and strict:
@@ -185,12 +184,12 @@ def pattern_part(pattern: str, strict: bool) -> list[str]:
 
 
 def problem_with(regex: str) -> str:
-    """Why a regular expression cannot be enforced; empty if it can."""
+    """The reason why a regular expression cannot be enforced; empty if it can be."""
     return readable(llguidance.LLMatcher.validate_grammar(llguidance.LLMatcher.grammar_from_regex(regex)))
 
 
 def matches(pattern: str, text: str) -> bool:
-    """Whether a schema's pattern is found in a text, in linear time. False for one that cannot be enforced."""
+    """Whether a schema's pattern is found in a text. False for a pattern that cannot be enforced. Linear time."""
     if not pattern_part(pattern, False):
         return False
     grammar = llguidance.LLMatcher.grammar_from_regex(searched(pattern))
@@ -199,16 +198,16 @@ def matches(pattern: str, text: str) -> bool:
 
 
 def searched(pattern) -> str:
-    """A regular expression that may match anywhere in a text, as one that matches the whole text."""
-    made, depth, in_class = [""], 0, False
+    """Turns a regular expression that is searched for in a text into one that matches the whole text."""
+    parts, depth, in_class = [""], 0, False
     for piece in re.findall(r"\\.|[^\\]|\\$", pattern, re.DOTALL):
         depth += (not in_class) * ((piece == "(") - (piece == ")"))
         if piece == "|" and not depth and not in_class:
-            made.append("")
+            parts.append("")
             continue
         in_class = piece == "[" or (in_class and piece != "]")
-        made[-1] += _ascii(piece, in_class)
-    return "|".join(map(_anchored, made))
+        parts[-1] += _ascii(piece, in_class)
+    return "|".join(map(_anchored, parts))
 
 
 def _ascii(piece: str, in_class: bool) -> str:

@@ -1,4 +1,4 @@
-"""The tools of a request, and what the model is to do with them."""
+"""The tools of a request, tool_choice, and texts that explain tools to models whose chat template does not."""
 
 import json
 import re
@@ -31,26 +31,28 @@ class Tool:
 
     @property
     def arguments(self) -> dict:
-        """The JSON schema of its arguments, which says that they are an object: an empty one where no property is
-        listed and nothing else is said."""
+        """`parameters` with type object. An empty `properties` with no other keyword allows only {}."""
         stated = {word: value for word, value in self.parameters.items() if word not in NOTES and value != []}
         is_empty = stated in ({"properties": {}}, {"properties": {}, "type": "object"})
         return {**self.parameters, "type": "object"} | ({"additionalProperties": False} if is_empty else {})
 
     def without_schema(self) -> "Tool":
-        """The tool with any object for its arguments."""
+        """The same tool, with a schema that allows any object."""
         return replace(self, parameters={"type": "object"})
 
     def for_template(self):
-        """The tool as chat templates know one."""
+        """The tool in the form of OpenAI's API, as chat templates expect it."""
         function = dict(name=self.name, description=self.description, parameters=self.parameters)
         return dict(type="function", function=function)
 
 
 @dataclass(frozen=True)
 class ToolUse:
-    """The tools of a request. must_call: an answer has to be a call of one of `allowed` (names); parallel: it may have
-    several."""
+    """The tools of a request, and how the model may use them.
+
+    must_call: the answer must be a call. allowed: the names of the tools that may be called; None: all. parallel: an
+    answer may have several calls.
+    """
 
     tools: tuple[Tool, ...] = ()
     must_call: bool = False
@@ -76,7 +78,7 @@ class ToolUse:
         return [tool for tool in self.tools if self.allowed is None or tool.name in self.allowed]
 
 
-# Instructions for models whose chat template shows tools, and teaches no way to call them: Hermes' style.
+# Instructions for models whose chat template shows tools but no format of calls. They teach Hermes' style.
 HOW_TO_CALL = """To call one, write its name and arguments as JSON:
 <tool_call>
 {"name": NAME, "arguments": {...}}
@@ -84,12 +86,12 @@ HOW_TO_CALL = """To call one, write its name and arguments as JSON:
 
 
 def written_out(use) -> str:
-    """Instructions for models whose chat template knows no tools; calls are then written in Hermes' style."""
+    """Instructions for models whose chat template does not show tools: the tools, and how to call in Hermes' style."""
     listed = "\n".join(json.dumps(tool.for_template(), ensure_ascii=False) for tool in use.tools)
     return f"You can call functions. These are their signatures:\n<tools>\n{listed}\n</tools>\n{HOW_TO_CALL}"
 
 
 def as_call(function) -> str:
-    """A call, {"name", "arguments"}, in Hermes' style."""
+    """The text of a call in Hermes' style. function: {"name", "arguments"}."""
     call = json.dumps(dict(name=function["name"], arguments=function["arguments"]), ensure_ascii=False)
     return f"<tool_call>\n{call}\n</tool_call>"

@@ -1,6 +1,7 @@
-"""<tool_call><function=name><parameter=key>value</parameter></function></tool_call>, as Qwen3-Coder and Qwen3.5 write.
+"""Calls as Qwen3-Coder and Qwen3.5 write them:
+<tool_call><function=name><parameter=key>value</parameter></function></tool_call>.
 
-Values stand there as plain text: what is a string and what is JSON only the tool's schema tells.
+Values are plain text: only the tool's schema says whether a value is a string or JSON.
 """
 
 import json
@@ -16,18 +17,18 @@ from lockstep.text.tool_calls.shapes import IGNORED, MAX_NAMES, Shape, kinds, sh
 from lockstep.text.tool_calls.texts import END, alternatives, is_null, is_text, pattern_part, text_rule
 
 FUNCTION, PARAMETER, FUNCTION_END = "function=", "parameter=", "</function>"
-ENDS = (END, FUNCTION_END, "</tool_call>", f"<{PARAMETER}")  # of a value that is JSON, outside of its strings
+ENDS = (END, FUNCTION_END, "</tool_call>", f"<{PARAMETER}")  # end a value that is JSON, except inside of a string
 PARAMETER_TAG = re.compile(r"parameter(=(?P<key>.*)|\s+name\s*=(?P<name>.*))", re.DOTALL)
 NEXT_CALL = re.compile(rf"{FUNCTION_END}\s*</tool_call>\s*<tool_call>\s*<{FUNCTION}\Z")
-MAX_NEXT = 100  # characters of that
+MAX_NEXT = 100  # characters that NEXT_CALL may match
 END_OF_NAME = ">\n"
 LITERALS = {"True": True, "False": False, "None": None}
-WRITABLE = r"/[!-;=?-~]([ -;=?-~]{0,62}[!-;=?-~])?/"  # names of a model's own choice
-MAX_COUNTED = 500  # rules of a call whose parameters have to be counted
+WRITABLE = r"/[!-;=?-~]([ -;=?-~]{0,62}[!-;=?-~])?/"  # parameter names of the model's choice
+MAX_COUNTED = 500  # rules for a tool with minProperties or maxProperties
 
 
 def read(calls):
-    """Reads one call from behind its mark."""
+    """Reads one call after its mark."""
     if (yield from after_space()) != "<":
         raise NotACall
     yield from expect(FUNCTION)
@@ -37,25 +38,25 @@ def read(calls):
     calls.begin(name)
     calls.add("{")
     try:
-        yield from _parameters(calls, calls.remembered(name, lambda: _written(calls.tools, name)))
+        yield from _parameters(calls, calls.remembered(name, lambda: _kinds_by_key(calls.tools, name)))
     except CallEnd:
         calls.add("}")
         raise
     calls.add("}")
 
 
-def _written(tools, name):
-    """The function that says which kinds of values a parameter of a tool may have; any text where nobody knows."""
+def _kinds_by_key(tools, name):
+    """The function from a parameter's name to the alternatives of its values, for a tool; any text if it is unknown."""
     tool = next((tool for tool in tools if tool.name == name), None)
     try:
-        found = shapes(tool.arguments) if tool else []
+        tool_shapes = shapes(tool.arguments) if tool else []
     except ValueError:
-        found = []
-    return lambda key: kinds(found, key, tool.parameters if tool else {})
+        tool_shapes = []
+    return lambda key: kinds(tool_shapes, key, tool.parameters if tool else {})
 
 
 def _parameters(calls, kinds_of):
-    """Reads parameters up to </function>. Tags that are none of a call are dropped, and so is text between them."""
+    """Reads parameters up to </function>. Unknown tags, and text between tags, are dropped."""
     separator, tag = "", ""
     while True:
         tag = tag or (yield from _tag(""))
@@ -74,7 +75,7 @@ def _parameters(calls, kinds_of):
 
 
 def _tag(begun):
-    """What stands between the brackets of the next tag, of which `begun` has been read; empty: not even its bracket."""
+    """The text between the brackets of the next tag. begun: the part that has been read; empty: not even `<`."""
     if not begun:
         yield from until(("<",), ignore)
     text = begun
@@ -87,7 +88,7 @@ def _tag(begun):
 
 
 def _value(calls, kinds):
-    """Reads a value and what ends it; returns the tag that did where it is another one's, or empty."""
+    """Reads a value up to and with its end; returns the tag if another one than </parameter> ended it, or empty."""
     pieces = []
     if is_text(kinds) and not any(map(is_null, kinds)):
         calls.add('"')
@@ -106,7 +107,8 @@ def _value(calls, kinds):
 
 
 def _json(pieces):
-    """Reads a value that is to be JSON, and its end, which is none in a string; returns that of another one."""
+    """Reads a value that should be JSON, up to and with its end outside of strings; returns the end if it is another
+    one than </parameter>, or empty."""
     num_quotes = 0
     while True:
         first = len(pieces)
@@ -121,7 +123,7 @@ def _json(pieces):
 
 
 def _text(out):
-    """Passes a text on to `out` as it is read, with its end."""
+    """Reads a text up to and with </parameter>. `out` is called with its characters as they are read."""
     text = _Text(Lines(out).add)
     try:
         yield from until((END,), text.add)
@@ -132,8 +134,10 @@ def _text(out):
 
 
 class _Text:
-    """A text in which </function> may stand; where the text's own end is missing, it ends there. So everything from
-    there on waits for that end, for the next call or for the end of the answer."""
+    """A text value that may have </function> in it, or end there, if the model has left out </parameter>.
+
+    So the text from </function> on is held back until </parameter>, the next call or the end of the answer decides.
+    """
 
     def __init__(self, out) -> None:
         self._out, self._held, self._waiting = out, "", []
@@ -153,12 +157,12 @@ class _Text:
             self._held = self._held[1:]
 
     def release(self) -> None:
-        """The text's own end was read."""
+        """</parameter> was read: the text that is held back belongs to the value."""
         for character in self._waiting or self._held:
             self._out(character)
 
     def end(self) -> None:
-        """The answer has ended. CallEnd with what follows the text, if that ended before."""
+        """The answer has ended. CallEnd, with the text after </function>, if that ended the value."""
         if self._waiting:
             self._end_at("".join(self._waiting).rindex(FUNCTION_END))
 
@@ -170,12 +174,12 @@ class _Text:
 
 
 def _is_begun(text):
-    """Whether a text is the beginning of JSON, and no more."""
+    """Whether a text is the beginning of an object, array or string, without its end."""
     return text.lstrip().startswith(("{", "[", '"')) and not repaired(text)
 
 
 class Lines:
-    """Passes characters on without the line break that follows <parameter=key> and the one before its end."""
+    """Passes characters on, without the line break after <parameter=key> and the one before </parameter>."""
 
     def __init__(self, out) -> None:
         self._out, self._held, self._first = out, "", True
@@ -191,19 +195,21 @@ class Lines:
 
 
 def _decoded(text, kinds, is_cut):
-    """The value that a text stands for; the text itself where it is no JSON, or may be nothing else but null."""
+    """The value of a parameter's text: the text itself for a string, None for null, otherwise decoded JSON, or the
+    text where it cannot be decoded."""
     if is_text(kinds) and text.strip() not in NOTHING:
         return text
     return LITERALS.get(text.strip(), json_value(text, text, is_cut))
 
 
 def is_writable(key):
-    """Whether a parameter may have this name: it has to be read again."""
+    """Whether `read` can read a parameter of this name."""
     return key == key.strip() and 0 < len(key) <= MAX_NAME and ">" not in key and key.isprintable()
 
 
 def rules(lark, tools, parallel) -> None:
-    """Adds rules `call`, for what follows the mark of one call, and `calls`. Parameters come in the schema's order."""
+    """Adds rules `call`, for the text after the mark of one call, and `calls`, for a whole answer of calls. Parameters
+    come in the schema's order."""
     marked_calls(lark, [_function(lark, f"tool_{i}", tool) for i, tool in enumerate(tools)], parallel)
 
 
@@ -216,21 +222,21 @@ def _function(lark, name, tool):
 
 
 class _Parameters:
-    """Writes rules for the parameters of one tool. any: what stands for them in a rule."""
+    """Adds rules for the parameters of one tool. any: the expression for all of its parameters."""
 
     def __init__(self, lark, name, tool) -> None:
-        self._lark, self._name, self._tool, self._count = lark, name, tool, 0
+        self._lark, self._name, self._tool, self._num_names = lark, name, tool, 0
         if tool.strict and tool.parameters.keys() & IGNORED:
             raise ValueError(f"{min(tool.parameters.keys() & IGNORED)}: cannot be enforced")
         self._shapes = shapes(tool.arguments)
         self.any = either([self._members(shape) for shape in self._shapes])
 
     def _new_name(self) -> str:
-        self._count += 1
-        return f"{self._name}_{self._count}"
+        self._num_names += 1
+        return f"{self._name}_{self._num_names}"
 
     def _members(self, shape: Shape) -> str:
-        """The members of one Shape, as many as there may be."""
+        """The expression for the members of one Shape."""
         needed = [
             (self._known(key, schema), key in shape.required)
             for key, schema in shape.members.items()
@@ -249,12 +255,13 @@ class _Parameters:
         return self._counted(needed, unknown, shape)
 
     def _counted(self, parts, unknown, shape) -> str:
-        """The same where their number matters: a rule for what follows each part after each number of parts."""
+        """As `_members`, with minProperties or maxProperties: a rule for the rest after each part and each number of
+        members so far."""
         most = len(parts) + max(MAX_NAMES, shape.least) if shape.most is None else shape.most
         top = min(most, len(parts)) + 1
         if len(parts) * top > MAX_COUNTED or shape.least > MAX_COUNTED:
             raise ValueError(f"minProperties, maxProperties: expected at most {MAX_COUNTED} counts of properties")
-        after = {count: self._rest(unknown, shape.least - count, most - count) for count in range(top)}
+        after = {count: self._unknown_members(unknown, shape.least - count, most - count) for count in range(top)}
         for part, must in reversed(parts):
             after = {
                 count: self._either([[part, after.get(count + 1)], *([] if must else [["", after.get(count)]])])
@@ -265,8 +272,8 @@ class _Parameters:
             raise ValueError("minProperties, maxProperties: no object fits the schema")
         return whole
 
-    def _rest(self, unknown, least, most):
-        """As many members of other names; None if that is impossible."""
+    def _unknown_members(self, unknown, least, most):
+        """The expression for least to most members of names of the model's choice; None if that is impossible."""
         if (least > 0 and not unknown) or most < 0:
             return None
         return f"{unknown}{{{max(0, least)},{min(most, max(least, MAX_NAMES))}}}" if unknown else '""'
@@ -281,20 +288,22 @@ class _Parameters:
         return self._parameter(quote(f"<parameter={key}>\n"), kinds(self._shapes, key, self._tool.parameters), schema)
 
     def _unknown(self, shape) -> str:
-        """Any member of the Shape whose name its schema does not know; empty if there is none."""
+        """The expression for a member whose name the model chooses; empty if the Shape allows none."""
         of_any = kinds(self._shapes, None, self._tool.parameters)
         known = "".join(f" & ~{quote(key)}" for key in dict.fromkeys(n for each in self._shapes for n in each.members))
-        found, made = [part for pattern in shape.patterns for part in pattern_part(pattern, self._tool.strict)], []
+        patterns = [part for pattern in shape.patterns for part in pattern_part(pattern, self._tool.strict)]
+        options = []
         for pattern, schema in shape.unknown.items():
-            where = pattern_part(pattern, self._tool.strict) if pattern is not None else [f"~{part}" for part in found]
-            if schema is False or (pattern is not None and not where):
+            named = [f"~{part}" for part in patterns] if pattern is None else pattern_part(pattern, self._tool.strict)
+            if schema is False or (pattern is not None and not named):
                 continue
-            key = self._lark.rule(f"{self._new_name()}_key".upper(), " & ".join([WRITABLE, *where]) + known)
-            made.append(self._parameter(f"{quote('<parameter=')} {key} {quote(END_OF_NAME)}", of_any, schema))
-        return either(made) if made else ""
+            key = self._lark.rule(f"{self._new_name()}_key".upper(), " & ".join([WRITABLE, *named]) + known)
+            options.append(self._parameter(f"{quote('<parameter=')} {key} {quote(END_OF_NAME)}", of_any, schema))
+        return either(options) if options else ""
 
     def _parameter(self, head, written, schema) -> str:
-        """A rule for one parameter. written: the alternatives that say how its value is written."""
+        """Adds a rule for one parameter; returns its name. written: the alternatives that decide how the value is
+        written."""
         name, tool = self._new_name(), self._tool
         if not is_text(written):
             whole = schema if isinstance(schema, dict) else {}

@@ -1,4 +1,4 @@
-"""Grammars are held to exactly: the texts of special tokens in them, numbers beyond 2^53, and where they end."""
+"""Grammars are enforced exactly: quoted texts of special tokens, numbers beyond 2^53, and where answers end."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from tests.text.grammar_cases import GRAMMARS, KINDS, TOKENIZERS, allowed, allow
 
 
 def quoting(text):
-    """Grammars that allow a text, perhaps in quotes, and no other."""
+    """Grammars that allow only this text, some of them in quotes."""
     escaped = re.escape(text)
     yield structured.choice([text])
     yield structured.regex(escaped)

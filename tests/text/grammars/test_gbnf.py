@@ -1,4 +1,4 @@
-"""Grammars in GBNF, llama.cpp's notation: the texts that they allow, and what is none."""
+"""Grammars in GBNF, llama.cpp's notation: the texts that they allow, and texts that are no GBNF."""
 
 import re
 import time

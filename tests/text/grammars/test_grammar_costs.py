@@ -64,7 +64,7 @@ BOMBS = dict(
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_cost_little(name):
-    """Refused, or compiled; in either case soon, and so is each mask, whatever the answer."""
+    """A grammar is refused or compiled within a bounded time, and so is each mask, whatever the answer."""
     started = time.process_time()
     try:
         random_answer("byte_level", BOMBS[name](), np.random.default_rng(1), most=40)
@@ -74,7 +74,7 @@ def test_bombs_cost_little(name):
 
 
 def test_a_limit_is_reached_by_ones_own_answer_only(monkeypatch):
-    """Each of these answers takes many of the automaton's states, and none has fewer for those before it."""
+    """Each of these answers takes many of the automaton's states, and none has fewer because of earlier answers."""
     monkeypatch.setitem(matchers.LIMITS, "max_lexer_states", 300)
     for seed in range(8):
         mask = GRAMMARS["byte_level"].mask(structured.regex("[abcd]*a[abcd]{40}x"), 3)
@@ -93,7 +93,7 @@ def test_a_long_text_may_be_bounded(strict):
 
 
 def linked(link, last, count):
-    """A schema of so many definitions, each of which refers to the next."""
+    """A schema with this many definitions, each of which refers to the next."""
     names = [f"d{i}" for i in range(count)]
     links = {name: link({"$ref": f"#/$defs/{after}"}) for name, after in itertools.pairwise(names)}
     return {"$ref": "#/$defs/d0", "$defs": links | {names[-1]: last}}

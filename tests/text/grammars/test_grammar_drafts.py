@@ -52,7 +52,7 @@ def grammars(plain):
 
 @pytest.fixture(scope="module")
 def asked(grammars, plain):
-    """Makes SamplingParams of the prompts, with masks that were never asked."""
+    """Makes SamplingParams for the prompts, each with a new mask."""
     [begin] = plain.tokenizer.encode("\n", add_special_tokens=False)
     free = dict(ignore_eos=True)
 
@@ -103,7 +103,7 @@ def test_answers_are_the_same_and_what_is_forced_is_drafted(guessing, asked, exp
 
 
 def test_forced_tokens_save_steps(guessing, asked, expected, grammars):
-    """With nothing else to guess from."""
+    """Forced tokens are drafts even where lookup finds none."""
     engine, steps = guessing.engine, 0
     engine.drafter = Drafter(engine.scheduler, source_of(lambda request, most: []), 15, engine.eos_ids)
     stream = guessing.stream(PROMPTS[0], asked()[0])

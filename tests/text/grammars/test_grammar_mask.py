@@ -1,4 +1,4 @@
-"""Masks for drafts: one for each row, the same as when the tokens are final, and nothing of wrong ones remains."""
+"""Masks for drafts: one for each row, equal to the masks of final tokens, and rejected drafts leave no trace."""
 
 import ctypes
 import threading
@@ -29,7 +29,7 @@ def ids_of(text):
 
 
 def alone(make, output_ids):
-    """What a mask that never saw a draft says after each part of an output: lists of tokens, None for all."""
+    """The tokens allowed after each part of an output by a mask without drafts: lists of ids, None for all tokens."""
     mask, ids, made = make(), [], []
     for token in [*output_ids, None]:
         words = mask(ids)
@@ -43,7 +43,7 @@ def rows(mask, output_ids, drafts):
 
 
 def answer(make, rng, most=60):
-    """Random tokens that a mask allows, one after another, to the end token or where nothing is left."""
+    """Random tokens that a mask allows, one after another, up to an end token or until none is allowed."""
     mask, ids = make(), []
     while len(ids) < most:
         options = allowed(mask(ids))
@@ -54,7 +54,7 @@ def answer(make, rng, most=60):
 
 
 def check_drafts(make, rng):
-    """Follows an answer with drafts that are right for some tokens and then are not."""
+    """Follows an answer with drafts whose first tokens are right and whose later ones are wrong."""
     right = answer(make, rng)
     expected, mask, ids = alone(make, right), make(), []
     for at in range(len(right) + 1):
@@ -168,7 +168,7 @@ def test_a_grammar_that_takes_long_to_compile_has_no_drafts():
 
 
 class Holder:
-    """What UntilComplete reads of an LLM."""
+    """The attributes of an LLM that UntilComplete reads."""
 
     vocab_size = TOKENIZER.vocab_size + 5
 
@@ -209,7 +209,7 @@ def test_words_that_are_left_out_end_drafts():
 
 
 def mask_of(fields, adjustment_words):
-    """The tokens that a row's mask allows, read where the kernel reads it."""
+    """The tokens that a row's mask allows, read from the memory that the kernel reads."""
     if not fields.get("mask"):
         return None
     words = (ctypes.c_uint32 * adjustment_words).from_address(fields["mask"])

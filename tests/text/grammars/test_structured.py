@@ -1,4 +1,4 @@
-"""Grammars as token masks: what they allow is exactly the grammar."""
+"""Constrained decoding: the masks allow exactly the texts of the grammar."""
 
 import json
 import re

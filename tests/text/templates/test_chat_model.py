@@ -1,4 +1,4 @@
-"""Conversations as prompts, masks and parsers, for chat templates of different kinds."""
+"""`ChatModel`: prompts, masks and parsers of conversations, for chat templates of different kinds."""
 
 import numpy as np
 import pytest
@@ -98,7 +98,7 @@ OUTSIDE = dict(type="object", properties=dict(a={"$ref": "http://127.0.0.1/schem
 
 
 def is_allowed(tokenizer, mask, before, text):
-    """Whether a mask allows the tokens of a text after these, one after the other."""
+    """Whether a mask allows the tokens of a text, one after the other, after the given tokens."""
     ids = list(before)
     for token in tokenizer.encode(text):
         if token not in allowed(mask(ids)):

@@ -1,4 +1,4 @@
-"""Chat templates: what ordinary ones need works, and no template can escape, hang or fill the memory."""
+"""Chat templates: the features of ordinary ones work, and no template can escape, hang or fill the memory."""
 
 import resource
 import threading
@@ -47,7 +47,7 @@ def process():
 
 @pytest.fixture(scope="module")
 def small():
-    """A process whose limits are reached soon."""
+    """A worker process with low limits."""
     made = TemplateProcess(seconds=0.1, num_bytes=128 << 20)
     yield made
     made.jobs.close()
@@ -55,7 +55,7 @@ def small():
 
 @pytest.fixture
 def apply_chat_template(process):
-    """Compiles and renders in one go."""
+    """Compiles a template and renders it."""
     return lambda template, *args, **kwargs: ChatTemplate(template, process).render(*args, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""Conversations for templates that drop or refuse what their authors did not think of, as real ones do."""
+"""Conversations for templates that drop or refuse messages that their authors did not think of, as real ones do."""
 
 import functools
 import re
@@ -281,7 +281,7 @@ def test_systems_that_would_be_lost_are_joined_or_said_by_the_user():
     ],
 )
 def test_what_the_template_writes_is_read_and_allowed(template, style):
-    """The call of an earlier answer, taken out of the prompt, is what the model may say and the parser finds."""
+    """The call in a rendered prompt is a call that the grammar allows and the parser finds."""
     tokenizer, chat = model(template, special=["[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"])
     user = said("user", "One.")
     shown = chat.prompt(Conversation([user, calling("Rome"), result("Rome", "Two.")], USE))

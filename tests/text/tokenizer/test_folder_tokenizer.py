@@ -1,4 +1,4 @@
-"""What the files of Hugging Face folders say about text: templates, special tokens, ends."""
+"""Chat templates, special tokens and end tokens from the files of Hugging Face folders."""
 
 import json
 

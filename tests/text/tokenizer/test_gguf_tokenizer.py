@@ -1,4 +1,4 @@
-"""Marks, ends, templates and odd ids in the metadata of GGUF files, as conversions of all kinds write them."""
+"""Marks, end tokens, templates and invalid ids in the metadata of GGUF files of all kinds of conversions."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""SentencePiece writes a space before a text's first word; only there is it dropped from what tokens say."""
+"""SentencePiece puts a space before a text's first word; detokenizing drops the space only there."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Whole models in GGUF files of a few KB: what each kind of metadata does to answers."""
+"""Whole models in GGUF files of a few KB: how the tokenizer's metadata changes answers."""
 
 import numpy as np
 import pytest

@@ -120,7 +120,7 @@ def test_decoders_that_cannot_stream_are_refused():
 
 
 def test_streaming_keeps_no_text():
-    """What each token costs cannot depend on the ones before: at most 3 bytes of them are kept."""
+    """The cost of a token does not depend on the tokens before: at most 3 bytes of them are kept."""
     detokenizer = Detokenizer(BYTE_LEVEL)
     for token_id in range(BYTE_LEVEL.vocab_size):
         detokenizer.push(token_id)

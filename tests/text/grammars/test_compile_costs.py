@@ -1,4 +1,4 @@
-"""Grammars are compiled where they can be ended: none takes time, memory or the process from anybody else."""
+"""Grammars are compiled in a worker process that can be killed: none takes time or memory from other requests."""
 
 import gc
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lockstep.text.grammars import structured
-from lockstep.text.grammars.proofs import Proofs, TooSlow
+from lockstep.text.grammars.compile_costs import CompileCosts, TooSlow
 from lockstep.text.grammars.structured import Grammars
 from lockstep.text.job_process import Busy
 from tests.text.grammar_cases import MIN, TOKENIZERS, allowed
@@ -22,7 +22,7 @@ SIZES = dict(seconds=0.5, num_bytes=BYTES)
 
 
 def unchecked(schema):
-    """The grammar of a schema that was not looked at."""
+    """The grammar of a schema without the checks of schemas.py."""
     return json.dumps({"grammars": [{"json_schema": schema}]})
 
 
@@ -31,8 +31,8 @@ SMALL = structured.json_schema(dict(type="integer"))
 
 
 @pytest.fixture(scope="module")
-def proofs():
-    made = Proofs(500, {0: b"<|end|>", 7: b"<|mark|>"}, [0])
+def costs():
+    made = CompileCosts(500, {0: b"<|end|>", 7: b"<|mark|>"}, [0])
     yield made
     made.jobs.close()
 
@@ -44,60 +44,60 @@ def grammars():
     made.close()
 
 
-def test_what_a_grammar_costs(proofs):
+def test_what_a_grammar_costs(costs):
     small, larger = (
-        proofs.cost(grammar, 5, BYTES) for grammar in (SMALL, unchecked(dict(type="integer", multipleOf=19997)))
+        costs.cost(grammar, 5, BYTES) for grammar in (SMALL, unchecked(dict(type="integer", multipleOf=19997)))
     )
     assert 0 < small.seconds < larger.seconds < 5 and 0 <= small.num_bytes < larger.num_bytes
-    assert proofs.cost(unchecked(dict(type="integer", multipleOf=19997)), larger.seconds / 2, BYTES) is None, "known"
+    assert costs.cost(unchecked(dict(type="integer", multipleOf=19997)), larger.seconds / 2, BYTES) is None, "known"
 
 
-def test_mistakes_are_value_errors_each_time(proofs):
+def test_mistakes_are_value_errors_each_time(costs):
     for _ in range(2):
         with pytest.raises(ValueError, match="unknown name"):
-            proofs.cost(structured.lark("start: nowhere"), **SIZES)
+            costs.cost(structured.lark("start: nowhere"), **SIZES)
 
 
-def test_tokens_may_be_named(proofs):
-    assert proofs.cost(structured.lark("start: <|mark|> <[499]>"), **SIZES)
+def test_tokens_may_be_named(costs):
+    assert costs.cost(structured.lark("start: <|mark|> <[499]>"), **SIZES)
     with pytest.raises(ValueError, match="special token"):
-        proofs.cost(structured.lark("start: <|other|>"), **SIZES)
+        costs.cost(structured.lark("start: <|other|>"), **SIZES)
 
 
-def test_a_grammar_that_takes_too_much_time_is_ended(proofs):
+def test_a_grammar_that_takes_too_much_time_is_ended(costs):
     began = time.monotonic()
-    assert proofs.cost(ENDLESS, 0.2, BYTES) is None
-    assert proofs.cost(SMALL, **SIZES)
+    assert costs.cost(ENDLESS, 0.2, BYTES) is None
+    assert costs.cost(SMALL, **SIZES)
     assert time.monotonic() - began < 10
 
 
-def test_a_grammar_that_takes_too_much_memory_is_ended(proofs):
+def test_a_grammar_that_takes_too_much_memory_is_ended(costs):
     with pytest.raises(ValueError, match="too much memory"):
-        proofs.cost(unchecked(dict(type="integer", multipleOf=999983)), 60, 1 << 20)
+        costs.cost(unchecked(dict(type="integer", multipleOf=999983)), 60, 1 << 20)
 
 
-def test_a_grammar_that_recurs_without_end_is_a_value_error(proofs):
+def test_a_grammar_that_recurs_without_end_is_a_value_error(costs):
     with pytest.raises(ValueError, match="too deeply"):
-        proofs.cost(unchecked(dict(type="integer", minimum=MIN, maximum=MIN)), 20, 4 << 30)
-    assert proofs.cost(SMALL, **SIZES)
+        costs.cost(unchecked(dict(type="integer", minimum=MIN, maximum=MIN)), 20, 4 << 30)
+    assert costs.cost(SMALL, **SIZES)
 
 
-def child_of(proofs):
-    """The id of the process, which is in a session of its own."""
-    proofs.jobs.start()
-    return proofs.jobs.process_id
+def child_of(costs):
+    """The id of the worker process, which is in a session of its own."""
+    costs.jobs.start()
+    return costs.jobs.process_id
 
 
-def test_a_process_that_ends_is_started_again(proofs):
-    first = child_of(proofs)
+def test_a_process_that_ends_is_started_again(costs):
+    first = child_of(costs)
     os.kill(first, signal.SIGKILL)
     for i in range(5):  # some copies of it were there already
-        assert proofs.cost(structured.regex(f"after{i}"), **SIZES)
-    assert child_of(proofs) != first
+        assert costs.cost(structured.regex(f"after{i}"), **SIZES)
+    assert child_of(costs) != first
 
 
 def test_the_process_ends_with_the_object():
-    made = Proofs(500, {}, [0])
+    made = CompileCosts(500, {}, [0])
     made.cost(SMALL, **SIZES)
     child = child_of(made)
     del made

@@ -36,6 +36,7 @@ COMMANDS = {
     "cache": "List what is kept on disk: packed weights, compiled kernels.",
     "cache prune": "Remove what is kept on disk.",
 }
+RENAMED = {"bench serve": "bench load"}
 # The base of all complaints about the command line; typer has no name for it.
 UsageError: Any = typer.BadParameter.__mro__[2]
 CANNOT, INTERRUPTED = 2, 130
@@ -46,6 +47,8 @@ def main(args=None):
     if args is None:
         heed_interrupts()
     args = _joined(sys.argv[1:] if args is None else list(args)) or ["--help"]
+    if (old := " ".join(args[:2])) in RENAMED and not os.path.exists(args[1]):
+        return _refuse(f"{old}: this command is called lockstep {RENAMED[old]} now")
     # a character that the terminal cannot show becomes "?" instead of an exception
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")

@@ -1,9 +1,10 @@
-"""`lockstep bench`: this machine's ceiling, prefill and decode, paths A/B, and where the time goes."""
+"""`lockstep bench`: this machine's ceiling, speed of prefill and decode, A/B comparisons, and profiles of steps."""
 
 import importlib.util
 import itertools
 import json
 import pathlib
+import statistics
 from typing import Annotated
 
 import typer
@@ -59,7 +60,7 @@ def _numbers(option, text):
 
 
 def run(bench, lengths, depths, repeat, quick: bool = False, say=lambda text: None):
-    """All measurements, as plain data."""
+    """Measures everything; returns plain data. lengths: of prompts; depths: contexts of decode; say: gets progress."""
     say("machine ceiling")
     ceiling = machine.measure(bench.team)
     found = dict(threads=bench.team.num_threads, ceiling=vars(ceiling), prefill={}, decode={}, switches={}, profiles={})
@@ -69,57 +70,58 @@ def run(bench, lengths, depths, repeat, quick: bool = False, say=lambda text: No
     found["per_token"] = dict(tokens=length, max_abs_diff=largest, ratios={k: vars(r) for k, r in ratios.items()})
     if quick:
         return found
-    for n in lengths:
-        say(f"prefill of {n}")
-        found["prefill"][n] = n / measure.statistics.median(bench.prefill(n)[0] for _ in range(repeat))
-    for d in depths:
-        say(f"decode after {d}")
-        found["decode"][d] = 1 / measure.statistics.median(bench.decode(d) for _ in range(repeat))
+    for length in lengths:
+        say(f"prefill of {length}")
+        found["prefill"][length] = length / statistics.median(bench.prefill(length)[0] for _ in range(repeat))
+    for depth in depths:
+        say(f"decode after {depth}")
+        found["decode"][depth] = 1 / statistics.median(bench.decode(depth) for _ in range(repeat))
     say("founding changes, with and without")
     found["switches"] = {k: vars(r) for k, r in measure.switch_ratios(bench, min(512, max(lengths)), repeat).items()}
     for name, (tokens, context) in dict(prefill=(min(512, max(lengths)), 0), decode=(1, depths[0])).items():
         say(f"profile of {name}")
         profile = bench.profile(tokens, context)
         found["profiles"][name] = measure.summed(profile, {"T": tokens, "O": 1, "R": 1, "E": 0, "S": 1})
-    say("machine ceiling again")  # cores may be shared with strangers: the better of two moments counts
+    say("machine ceiling again")  # other programs may slow one of the two measurements: the better one counts
     again = vars(machine.measure(bench.team))
-    found["ceiling"] = {k: max(v, again[k]) for k, v in found["ceiling"].items()}
+    found["ceiling"] = {name: max(rate, again[name]) for name, rate in found["ceiling"].items()}
     return found
 
 
 def show(found, console) -> None:
-    """The tables."""
-    c = found["ceiling"]
+    """Prints the tables."""
+    ceiling = found["ceiling"]
     console.print(
-        f"ceiling of {found['threads']} threads: {c['bytes_per_second'] / 1e9:.1f} GB/s, "
-        f"{c['int8_per_second'] / 1e9:.0f} GOPS int8, {c['f32_per_second'] / 1e9:.0f} GFLOP/s float32"
+        f"ceiling of {found['threads']} threads: {ceiling['bytes_per_second'] / 1e9:.1f} GB/s, "
+        f"{ceiling['int8_per_second'] / 1e9:.0f} GOPS int8, {ceiling['f32_per_second'] / 1e9:.0f} GFLOP/s float32"
     )
     if found["prefill"]:
         speed = made_table(None, "tokens", "prefill tok/s", "context", "decode tok/s")
         cells = [[(str(k), f"{v:.1f}") for k, v in found[part].items()] for part in ("prefill", "decode")]
-        for a, b in itertools.zip_longest(*cells, fillvalue=("", "")):
-            speed.add_row(*a, *b)
+        for prefill, decode in itertools.zip_longest(*cells, fillvalue=("", "")):
+            speed.add_row(*prefill, *decode)
         console.print(speed)
     against = found["per_token"]
     table = made_table(f"interleaved; max_abs_diff {against['max_abs_diff']:g}", "A", "B", "A s", "B s", "A / B")
-    for name, r in against["ratios"].items():
-        table.add_row(f"{against['tokens']} tokens one at a time", name, *_paired(r))
-    for name, r in found["switches"].items():
-        table.add_row(f"{name}=per_token", f"{name} batched", *_paired(r))
+    for name, paired in against["ratios"].items():
+        table.add_row(f"{against['tokens']} tokens one at a time", name, *_paired_cells(paired))
+    for name, paired in found["switches"].items():
+        table.add_row(f"{name}=per_token", f"{name} batched", *_paired_cells(paired))
     console.print(table)
     for name, rows in found["profiles"].items():
-        console.print(profile_table(name, rows, c))
+        console.print(profile_table(name, rows, ceiling))
 
 
-def _paired(r):
-    low, high = r["spread"]
-    return f"{r['a_seconds']:.3f}", f"{r['b_seconds']:.3f}", f"{r['ratio']:.2f}x ({low:.2f}..{high:.2f})"
+def _paired_cells(paired):
+    low, high = paired["spread"]
+    seconds = f"{paired['a_seconds']:.3f}", f"{paired['b_seconds']:.3f}"
+    return *seconds, f"{paired['ratio']:.2f}x ({low:.2f}..{high:.2f})"
 
 
 def profile_table(name, rows, ceiling):
-    """Where a step's time goes, and how near each kind of linear layer is to what the machine can do."""
+    """The time of each kind of op in a step, and how near linear layers come to the machine's ceiling."""
     table = made_table(f"{name}, one step", "op", "ms", "share", "GB/s", "GOPS", "% of ceiling")
-    total = sum(r[1] for r in rows)
+    total = sum(row[1] for row in rows)
     for kind, seconds, num_bytes, macs, int8 in rows:
         if seconds < 0.002 * total:
             continue
@@ -138,7 +140,7 @@ def profile_table(name, rows, ceiling):
 
 
 def check_plot(path) -> None:
-    """Refuses, before anything is measured, a picture that could not be drawn."""
+    """ValueError, before anything is measured, where the picture could not be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install lockstep-llm[plot]")
     if not pathlib.Path(path).parent.is_dir() or pathlib.Path(path).suffix not in PICTURES:
@@ -146,7 +148,7 @@ def check_plot(path) -> None:
 
 
 def draw(found, path) -> None:
-    """Prefill and decode speed, and the ratios, as a picture."""
+    """Draws the speed of prefill and decode, and the ratios, to a file."""
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(2, 3))
     left.bar(
@@ -160,10 +162,10 @@ def draw(found, path) -> None:
         **{f"one at a time / {k}": r for k, r in found["per_token"]["ratios"].items()},
         **{f"{k}: per token / batched": r for k, r in found["switches"].items()},
     }
-    right.barh(list(ratios), [r["ratio"] for r in ratios.values()], color="#b6693b")
+    right.barh(list(ratios), [paired["ratio"] for paired in ratios.values()], color="#b6693b")
     right.axvline(1, color="black", linewidth=0.8)
     right.set_xlabel("times slower without it (same bits)")
-    for i, r in enumerate(ratios.values()):
-        right.text(r["ratio"], i, f" {r['ratio']:.1f}x", va="center")
+    for row, paired in enumerate(ratios.values()):
+        right.text(paired["ratio"], row, f" {paired['ratio']:.1f}x", va="center")
     figure.tight_layout()
     figure.savefig(path, dpi=120)

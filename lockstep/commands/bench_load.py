@@ -1,4 +1,4 @@
-"""`lockstep bench load`: requests that arrive over time, without HTTP: throughput, latencies, cache hits."""
+"""`lockstep bench load`: throughput, latencies and cache hits of requests that arrive over time, without HTTP."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from lockstep.commands.terminal.output import counted, made_table, pyplot, write
 from lockstep.lab import load as measure
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS
 
-WIDTH = 80  # columns
+WIDTH = 80  # columns of the report
 COLOURS = dict(running="#3b6fb6", waiting="#b6693b", first="#3b6fb6", between="#b6693b")
 
 
@@ -31,10 +31,10 @@ def command(
     shared_prefix: Annotated[int, typer.Option(help="Tokens in front of every prompt, the same for all.")] = 0,
     concurrency: Annotated[
         int | None,
-        typer.Option(min=1, show_default="no limit", help="Most requests under way; others are sent when one ends."),
+        typer.Option(min=1, show_default="no limit", help="Most requests under way; the next is sent when one ends."),
     ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of arrivals, lengths and tokens.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of arrivals, lengths and tokens.")] = 0,
     max_requests: Annotated[int, typer.Option(min=1, help="Most requests in a step.")] = 16,
     max_step_tokens: Annotated[int, typer.Option(min=1, help="Most tokens in a step.")] = 512,
     kv_tokens: Annotated[
@@ -43,7 +43,9 @@ def command(
             min=1, show_default="what all requests of a step need, up to 2 GiB", help="Tokens of KV cache in all."
         ),
     ] = None,
-    prefix_cache: Annotated[bool, typer.Option(help="Use what was computed for the same first tokens.")] = True,
+    prefix_cache: Annotated[
+        bool, typer.Option(help="Reuse the KV cache of earlier requests with the same first tokens.")
+    ] = True,
     check: Annotated[
         bool,
         typer.Option("--check", help="Run some requests again, alone, and compare bits; exit code 1 on a difference."),
@@ -71,13 +73,13 @@ def command(
     )
     _check_context(workload, llm)
     visits = measure.prepare(llm.engine, workload)
-    # no live display while it runs: another Python thread would delay steps
+    # no live display during the run: another Python thread would delay steps
     print(f"lockstep: measuring {_arrivals(workload)}", file=sys.stderr)
     measured = measure.measure(llm.engine, visits, concurrency)
     found: dict[str, Any] = measure.plain(workload, measured) | dict(engine=_sizes(llm.engine, concurrency))
     if check:
-        different, count = measure.differing(llm.engine, visits, check_sample)
-        found["check"] = dict(differing=different, compared=count)
+        differing, num_compared = measure.differing(llm.engine, visits, check_sample)
+        found["check"] = dict(differing=differing, compared=num_compared)
     llm.close()
     write(json.dumps(found) + "\n") if as_json else show(found, workload, Console())
     if plot:
@@ -116,17 +118,18 @@ def _sizes(engine, concurrency):
     )
 
 
-def _arrivals(w):
+def _arrivals(workload):
     """A workload's arrivals in words."""
-    groups = f" in groups of {w.burst}" if w.burst > 1 and w.rate else ""
-    return f"{counted(w.requests, 'request')}, " + (f"{w.rate:g} a second{groups}" if w.rate else "all at once")
+    rate, burst = workload.rate, workload.burst
+    groups = f" in groups of {burst}" if burst > 1 and rate else ""
+    return f"{counted(workload.requests, 'request')}, " + (f"{rate:g} a second{groups}" if rate else "all at once")
 
 
 # ------------------------------------------------------------ report
 
 
 def show(found, workload, console) -> None:
-    """The report, within WIDTH columns."""
+    """Prints the report, within WIDTH columns."""
     console.width = min(console.width, WIDTH)
     say = lambda text: console.print(text, highlight=False)
     for line in _headlines(workload, found["engine"]):
@@ -137,16 +140,17 @@ def show(found, workload, console) -> None:
         say(f"{name:14s}{text}")
 
 
-def _headlines(w, e):
-    prefix = f", {w.shared_prefix:,} more in front of each" if w.shared_prefix else ""
-    yield f"{_arrivals(w)} (seed {w.seed})"
-    yield f"prompts of {_between(w.prompt)} tokens{prefix}, answers of {_between(w.output)}"
+def _headlines(workload, sizes):
+    """Yields lines about the workload and the engine. sizes: of `_sizes`."""
+    prefix = f", {workload.shared_prefix:,} more in front of each" if workload.shared_prefix else ""
+    yield f"{_arrivals(workload)} (seed {workload.seed})"
+    yield f"prompts of {_between(workload.prompt)} tokens{prefix}, answers of {_between(workload.output)}"
     yield (
-        f"engine: {counted(e['threads'], 'thread')}; a step has up to {counted(e['max_requests'], 'request')}, "
-        f"{e['max_step_tokens']:,} tokens"
+        f"engine: {counted(sizes['threads'], 'thread')}; a step has up to {counted(sizes['max_requests'], 'request')}, "
+        f"{sizes['max_step_tokens']:,} tokens"
     )
-    cap = f"; up to {counted(e['concurrency'], 'request')} under way" if e["concurrency"] else ""
-    yield f"KV cache of {e['kv_tokens']:,} tokens{cap}"
+    cap = f"; up to {counted(sizes['concurrency'], 'request')} under way" if sizes["concurrency"] else ""
+    yield f"KV cache of {sizes['kv_tokens']:,} tokens{cap}"
 
 
 def _between(limits):
@@ -164,10 +168,10 @@ def _throughput(found):
 def _latencies(found):
     names = ("mean", *(f"p{p}" for p in measure.PERCENTILES), "max")
     table = made_table(None, "milliseconds", *(f">{name}" for name in names))
-    rows = {of: found[f"{of}_ms"] for of in ("first_token", "between_tokens", "whole_answer", "held_back")}
-    for of, values in (rows | dict(step=found["steps"]["ms"])).items():
+    rows = {row: found[f"{row}_ms"] for row in ("first_token", "between_tokens", "whole_answer", "held_back")}
+    for row, values in (rows | dict(step=found["steps"]["ms"])).items():
         if values:
-            table.add_row(of.replace("_", " "), *(_milliseconds(values[name]) for name in names))
+            table.add_row(row.replace("_", " "), *(_milliseconds(values[name]) for name in names))
     return table
 
 
@@ -176,7 +180,7 @@ def _milliseconds(number):
 
 
 def _remarks(found):
-    """(what, text) of everything that is no table."""
+    """Yields (title, text) of the lines below the tables."""
     counts, steps, rate = found["counts"], found["steps"], found["hit_rate"]
     hits = "off" if rate is None else f"{rate:.1%} of {counts['query_tokens']:,} prompt tokens were in it"
     yield "prefix cache", hits
@@ -197,7 +201,7 @@ def _remarks(found):
 
 
 def draw(measured, workload, path) -> None:
-    """Load over time, and how first tokens and tokens after them were distributed."""
+    """Draws the load over time, and the distributions of latencies: to the first token, and between tokens."""
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2))
     _draw_load(left, measured)
@@ -211,15 +215,20 @@ def draw(measured, workload, path) -> None:
 def _draw_load(axis, measured) -> None:
     """Running and waiting requests, with the arrivals as strokes below them."""
     steps = measured.steps
-    at = [moment for s in steps for moment in (s.started, s.ended)]
+    times = [moment for step in steps for moment in (step.started, step.ended)]
     for name, counts in (
-        ("running", [n for s in steps for n in (s.num_running, s.num_staying)]),
-        ("waiting", [s.num_waiting for s in steps for _ in range(2)]),
+        ("running", [number for step in steps for number in (step.num_running, step.num_staying)]),
+        ("waiting", [step.num_waiting for step in steps for _ in range(2)]),
     ):
-        axis.step(at, counts, where="post", color=COLOURS[name], linewidth=1, label=name)
-    most = max(s.num_running + s.num_waiting for s in steps)
+        axis.step(times, counts, where="post", color=COLOURS[name], linewidth=1, label=name)
+    most = max(step.num_running + step.num_waiting for step in steps)
     axis.vlines(
-        [v.arrived for v in measured.visits], -0.09 * most, -0.03 * most, color="black", linewidth=0.6, label="arrivals"
+        [visit.arrived for visit in measured.visits],
+        -0.09 * most,
+        -0.03 * most,
+        color="black",
+        linewidth=0.6,
+        label="arrivals",
     )
     axis.set_xlabel("seconds")
     axis.set_ylabel("requests")
@@ -230,13 +239,13 @@ def _draw_load(axis, measured) -> None:
 
 
 def _draw_latencies(axis, measured) -> None:
-    """Which share of tokens came within so many milliseconds, with p50, p95 and p99 as dots."""
+    """The share of tokens that came within each number of milliseconds, with p50, p95 and p99 as dots."""
     parts = {
-        "first": ("first token", [v.first_token for v in measured.visits]),
-        "between": ("between tokens", [gap for v in measured.visits for gap in v.between_tokens]),
+        "first": ("first token", [visit.first_token for visit in measured.visits]),
+        "between": ("between tokens", [gap for visit in measured.visits for gap in visit.between_tokens]),
     }
     for name, (label, seconds) in parts.items():
-        ms = sorted(1e3 * s for s in seconds)
+        ms = sorted(1e3 * each for each in seconds)
         if ms:
             axis.plot(
                 ms,
@@ -246,10 +255,10 @@ def _draw_latencies(axis, measured) -> None:
                 linewidth=1.2,
                 label=label,
             )
-            known = measure.spread(seconds)
+            spread = measure.spread(seconds)
             axis.plot(
-                [known[f"p{p}"] for p in measure.PERCENTILES],
-                [p / 100 for p in measure.PERCENTILES],
+                [spread[f"p{percent}"] for percent in measure.PERCENTILES],
+                [percent / 100 for percent in measure.PERCENTILES],
                 "o",
                 color=COLOURS[name],
                 markersize=4,

@@ -1,4 +1,4 @@
-"""`lockstep bench speculate`: what drafts gain, by how many are right."""
+"""`lockstep bench speculate`: the speedup by drafts, for several shares of right drafts."""
 
 import json
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def command(
 ) -> None:
     """Measure what drafts gain on this machine: steps by their rows, and answers whose drafts are right as often as
     asked for, against none; exit code 1 if an answer differs."""
-    asked = _parts(parts)
+    chosen_parts = _parts(parts)
     plan = measure.Plan(
         tuple(percent / 100 for percent in _numbers("--acceptance", acceptance, 0, 100)),
         tuple(_numbers("--requests", requests, 1, 256)),
@@ -54,8 +54,8 @@ def command(
     options = EngineOptions(**sizes, threads=threads, speculate="mtp" if replay else "lookup", draft=MAX_DRAFTS)
     console = Console(stderr=True)
     bench = measure.Bench(llm.model, llm.engine, options)
-    # no live display while it runs: another Python thread would delay steps
-    found = run(bench, plan, asked, lambda text: console.print(f"lockstep: {text}", highlight=False))
+    # no live display during the run: another Python thread would delay steps
+    found = run(bench, plan, chosen_parts, lambda text: console.print(f"lockstep: {text}", highlight=False))
     bench.close()
     llm.close()
     write(json.dumps(found) + "\n") if as_json else show(found, Console())
@@ -63,10 +63,10 @@ def command(
 
 
 def _parts(text: str) -> list[str]:
-    asked = [part for part in text.split(",") if part]
-    if not asked or not set(asked) <= set(PARTS):
+    chosen = [part for part in text.split(",") if part]
+    if not chosen or not set(chosen) <= set(PARTS):
         raise ValueError(f"--parts {text!r}: expected some of {', '.join(PARTS)}, comma-separated")
-    return asked
+    return chosen
 
 
 def _numbers(option: str, text: str, low: int, high: int) -> list[int]:
@@ -98,7 +98,7 @@ def run(bench: measure.Bench, plan: measure.Plan, parts: list[str], say: Callabl
 
 
 def show(found: dict[str, Any], console: Console) -> None:
-    """The tables."""
+    """Prints the tables."""
     if found["steps"]:
         console.print(steps_table(found["steps"]))
     if found["answers"]:
@@ -108,19 +108,19 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 
 def steps_table(steps: list[dict[str, Any]]) -> Any:
-    """A step of so many rows of one request, against one row without drafts."""
+    """The time of a step with several rows of one request (one token and its drafts), against a step of one row."""
     table = made_table("a step of one request", ">rows", *(f">after {row['context']}" for row in steps))
     for width in steps[0]["milliseconds"]:
         cells = []
         for row in steps:
-            each, one = row["milliseconds"][width], row["milliseconds"][1]
-            cells.append(f"{each:.2f} ms  {each / one:.2f}x")
+            of_width, of_one_row = row["milliseconds"][width], row["milliseconds"][1]
+            cells.append(f"{of_width:.2f} ms  {of_width / of_one_row:.2f}x")
         table.add_row(str(width), *cells)
     return table
 
 
 def answers_table(rows: list[dict[str, Any]]) -> Any:
-    """How many times as fast answers are with drafts; what was right of them."""
+    """The speedup of answers by drafts, and the share of drafts that were right."""
     names = ">requests", ">right", ">drafts", ">tok/s off", ">decode", ">whole", ">per step", ">were right"
     table = made_table("answers with drafts against none", *names)
     for row in rows:
@@ -141,7 +141,7 @@ def answers_table(rows: list[dict[str, Any]]) -> Any:
 
 
 def grouped_words(row: dict[str, Any]) -> str:
-    """The layer that is read once for all rows, in words."""
+    """A line about `grouped_linear`, which reads its weights once for all rows."""
     return (
         f"grouped_linear, q8_0, {row['rows']} rows: {1e3 * row['together']:.2f} ms, one row at a time "
         f"{1e3 * row['per_token']:.2f} ms: {row['per_token'] / row['together']:.2f}x "

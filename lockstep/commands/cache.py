@@ -1,4 +1,4 @@
-"""`lockstep cache`: what is kept on disk for models, and how to make it less."""
+"""`lockstep cache`: lists packed weights, compiled kernels and hashes that are kept on disk."""
 
 import json
 import sys
@@ -14,8 +14,8 @@ from lockstep.commands.terminal.output import shown
 from lockstep.user_cache import user_cache
 from lockstep.weights import packed_cache
 
-OTHER_KINDS = ("kernels", "hashes", "selfcheck")  # what is kept beside packed weights
-WIDTH = 120  # where the output is no terminal
+OTHER_FOLDERS = ("kernels", "hashes", "selfcheck")  # of the cache, besides packed weights
+WIDTH = 120  # columns where the output is no terminal
 
 
 def command(
@@ -33,24 +33,24 @@ def command(
 
 
 def described(root):
-    """What is kept below a folder, as a JSON object."""
+    """The content of a cache folder, as a JSON object."""
     packed = root / "packed"
     models = packed_cache.models(packed)
     used = sum(model.num_bytes for model in models)
-    others = {name: packed_cache.num_bytes(root / name) for name in OTHER_KINDS}
+    others = {name: packed_cache.num_bytes(root / name) for name in OTHER_FOLDERS}
     return dict(
         folder=str(root),
         packed_bytes=used,
         allowed_bytes=packed_cache.allowed_bytes(root, used),
         models=[
             dict(
-                model=m.model,
-                folder=str(m.folder),
-                target=m.about.get("target"),
-                bytes=m.num_bytes,
-                last_used=m.last_used,
+                model=model.model,
+                folder=str(model.folder),
+                target=model.about.get("target"),
+                bytes=model.num_bytes,
+                last_used=model.last_used,
             )
-            for m in reversed(models)
+            for model in reversed(models)
         ],
         **{f"{name}_bytes": size for name, size in others.items()},
     )
@@ -75,7 +75,7 @@ def show(found) -> None:
 
 
 def size(num_bytes) -> str:
-    """Bytes for people."""
+    """A number of bytes in words, such as "1.2 GB"."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6)):
         if num_bytes >= factor:
             return f"{num_bytes / factor:.1f} {unit}"
@@ -83,7 +83,7 @@ def size(num_bytes) -> str:
 
 
 def ago(when) -> str:
-    """How long ago a time was, for people."""
+    """How long ago a time was, in words, such as "3 days ago"."""
     seconds = time.time() - when
     for unit, length in (("days", packed_cache.DAY_SECONDS), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:

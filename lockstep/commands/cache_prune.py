@@ -1,10 +1,10 @@
-"""`lockstep cache prune`: remove what is kept on disk for models."""
+"""`lockstep cache prune`: remove packed weights, compiled kernels and hashes from the disk."""
 
 from typing import Annotated
 
 import typer
 
-from lockstep.commands.cache import OTHER_KINDS, size
+from lockstep.commands.cache import OTHER_FOLDERS, size
 from lockstep.user_cache import user_cache
 from lockstep.weights import packed_cache
 
@@ -31,7 +31,7 @@ def command(
 ) -> None:
     """Remove packed weights, and with --older-than or --all compiled kernels and hashes of files, too.
 
-    Running processes go on: they keep what they use until they end. Nothing: what is above the limit is removed.
+    Without options, packed weights above the cache's limit are removed. Running processes are not disturbed.
     """
     if model == "":
         raise ValueError("--model: expected a part of a model's path, got nothing")
@@ -46,7 +46,7 @@ def command(
     print(f"removed {size(before - after)}; {size(after)} are kept in {root}")
 
 
-MOST_GB = 1e9  # as good as no limit
+MOST_GB = 1e9  # stands for no limit
 
 
 def _check_named(root, model) -> None:
@@ -60,7 +60,7 @@ def _check_named(root, model) -> None:
 
 
 def _total(root):
-    return sum(packed_cache.num_bytes(root / kind) for kind in ("packed", *OTHER_KINDS))
+    return sum(packed_cache.num_bytes(root / kind) for kind in ("packed", *OTHER_FOLDERS))
 
 
 def _prune(root, older_than, max_gb, model, everything) -> None:
@@ -76,5 +76,5 @@ def _prune(root, older_than, max_gb, model, everything) -> None:
     packed_cache.prune(packed, allowed, may_go)
     days = 0 if everything else older_than
     if days is not None:
-        for kind in OTHER_KINDS:
+        for kind in OTHER_FOLDERS:
             packed_cache.remove_old(root / kind, days)

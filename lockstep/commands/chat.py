@@ -21,7 +21,7 @@ from lockstep.commands.options import (
     load,
 )
 
-MODELS = "the model's"  # defaults of sampling
+MODELS = "the model's"  # shown as the default of sampling options
 
 
 def command(
@@ -71,7 +71,7 @@ def command(
     drawn = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
     asked: dict[str, Any] = {name: value for name, value in drawn.items() if value is not None}
     asked |= dict(seed=seed, max_tokens=num_tokens)
-    SamplingParams(**asked)  # refuses before a model is loaded
+    SamplingParams(**asked)  # ValueError before a model is loaded
     llm = load(
         model,
         weights=weights,
@@ -87,26 +87,26 @@ def command(
         generation_config=generation_config,
         verify_weights=verify_weights,
     )
-    talk = Conversation(llm, first_settings(llm.sampling_defaults, asked), system)
-    print(first_line(llm, talk.settings), file=sys.stderr, flush=True)
+    conversation = Conversation(llm, first_settings(llm.sampling_defaults, asked), system)
+    print(first_line(llm, conversation.settings), file=sys.stderr, flush=True)
     _greet(sys.stdin.isatty())
-    while talk.open:
+    while conversation.open:
         line = read_line(sys.stdin.isatty())
         if line is None:
             break
-        talk.hear(line)
+        conversation.hear(line)
     llm.close()
 
 
 def first_settings(defaults: dict, asked: dict) -> dict:
-    """What `/set` shows at the start: options that were given, before the model's defaults."""
+    """The first settings of a conversation: the options of the command line, and for the rest the model's defaults."""
     from lockstep.engine.generation_config import for_talking
 
     return for_talking(defaults) | asked
 
 
 def first_line(llm, settings: dict) -> str:
-    """What is said before the first message: the context, and how answers are sampled."""
+    """The line before the first message: the context, and how answers are sampled."""
     from lockstep.engine.generation_config import described
 
     shown = {
@@ -123,16 +123,16 @@ def _greet(interactive) -> None:
     import contextlib
 
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  input() has history and editing once it is imported
+        import readline  # noqa: F401  gives input() history and editing
     print("/help for commands, Ctrl-C interrupts an answer, Ctrl-D ends", file=sys.stderr)
 
 
 def read_line(interactive):
-    """The next line that was typed, or None at the end. Ctrl-C at the prompt only drops the line."""
+    """The next line of standard input, or None at its end. Ctrl-C at the prompt only drops the line."""
     while True:
         try:
             line = input("> ") if interactive else input()
-            line.encode()  # what was not UTF-8 has become lone surrogates
+            line.encode()  # UnicodeError for bytes that were not UTF-8, which input() makes lone surrogates
             return line
         except EOFError:
             if interactive:

@@ -98,9 +98,9 @@ def command(
         frequency_penalty=frequency_penalty,
         logit_bias=parse_bias(logit_bias or ()),
     )
-    SamplingParams(**fields, max_tokens=num_tokens or DEFAULT_TOKENS)  # refuses before a model is loaded
+    SamplingParams(**fields, max_tokens=num_tokens or DEFAULT_TOKENS)  # ValueError before a model is loaded
     context = max_context or needed_context(model, text, num_tokens or DEFAULT_TOKENS)
-    # one prompt finds nothing in memory that it did not compute itself
+    # a single prompt cannot reuse a prefix from memory, only from the disk
     llm = load(
         model,
         weights=weights,
@@ -119,7 +119,7 @@ def command(
 
 
 def run(llm, text, num_tokens, fields, echo, as_json) -> None:
-    """Generates and prints."""
+    """Generates and prints an answer. fields: arguments of SamplingParams."""
     from lockstep.commands.terminal.answer import answer
     from lockstep.engine.request import SamplingParams
 
@@ -127,8 +127,8 @@ def run(llm, text, num_tokens, fields, echo, as_json) -> None:
     room = max(1, llm.max_context - len(ids))
     params = SamplingParams(max_tokens=num_tokens or min(DEFAULT_TOKENS, room), **fields)
     show = (lambda piece: None) if as_json else write
-    if unheard := unheard_wishes(llm.makers_sampling(), params):
-        print(f"(greedy, not as the model's makers ask: {unheard})", file=sys.stderr, flush=True)
+    if ignored := ignored_sampling(llm.makers_sampling(), params):
+        print(f"(greedy, not as the model's makers ask: {ignored})", file=sys.stderr, flush=True)
     if echo:
         show(text)
     stream, timing = answer(llm, ids, params, show)
@@ -139,18 +139,19 @@ def run(llm, text, num_tokens, fields, echo, as_json) -> None:
         raise ValueError(stream.request.error)
 
 
-def unheard_wishes(asked: dict[str, Any], params: "SamplingParams") -> str:
-    """In words: how the model's makers ask to sample, where the answer is greedy and would be another by that. Empty
-    where options ask for sampling."""
+def ignored_sampling(recommended: dict[str, Any], params: "SamplingParams") -> str:
+    """In words: the sampling that the model's makers recommend, where a greedy answer ignores it. Empty where options
+    ask for sampling, or the recommendation gives the same answer."""
     from lockstep.engine.generation_config import DRAWS, described
 
-    counts = {name for name in asked if name not in DRAWS or asked.get("temperature") != 0 or name == "temperature"}
-    as_asked = all(asked[name] == getattr(params, name) for name in counts)
-    return "" if params.temperature > 0 or as_asked else described(asked)
+    is_greedy = recommended.get("temperature") == 0
+    names = {name for name in recommended if name not in DRAWS or not is_greedy or name == "temperature"}
+    is_followed = all(recommended[name] == getattr(params, name) for name in names)
+    return "" if params.temperature > 0 or is_followed else described(recommended)
 
 
 def read_prompt(prompt, file, source):
-    """The prompt, from the one place that was given. Raises ValueError if none or several were, or it is not text."""
+    """The prompt of the one option that gives it. ValueError for none or several, or for a prompt that is not text."""
     if source not in (None, "-"):
         raise ValueError(f"{source!r}: expected a prompt as -p TEXT, -f FILE or -, and at most one model")
     if sum(given is not None for given in (prompt, file, source)) != 1:
@@ -172,19 +173,19 @@ def read_text(name):
 
 
 def parse_bias(pairs):
-    """["ID:BIAS", ...] as a dict."""
-    made = {}
+    """Values of --logit-bias, ["ID:BIAS", ...], as {token id: bias}."""
+    biases = {}
     for pair in pairs:
         token, _, bias = pair.partition(":")
         try:
-            made[int(token)] = float(bias)
+            biases[int(token)] = float(bias)
         except ValueError:
             raise ValueError(f"--logit-bias {pair}: expected ID:BIAS, such as 42:-100") from None
-    return made
+    return biases
 
 
 def needed_context(model, text, num_tokens):
-    """Tokens of context for a prompt and its answer; a token has at least one byte, so that most need no count."""
+    """Tokens of context for a prompt and its answer. A short text is not tokenized: a token has at least one byte."""
     if len(text.encode("utf-8", "replace")) + num_tokens < DEFAULT_CONTEXT:
         return DEFAULT_CONTEXT
     needed = len(tokenizer_of(model).encode(text)) + num_tokens

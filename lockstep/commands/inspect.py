@@ -1,4 +1,4 @@
-"""`lockstep inspect`: what a model is made of."""
+"""`lockstep inspect`: a model's config, tensors, recorded program and memory."""
 
 import dataclasses
 import json
@@ -11,14 +11,14 @@ import typer
 from lockstep.commands.options import KvDtype, ModelName, Weights
 from lockstep.commands.terminal.output import made_table, shown
 
-WIDTH = 150  # where the output is no terminal
+WIDTH = 150  # columns where the output is no terminal
 
 
 def command(
     model: ModelName = None,
     weights: Weights = "auto",
     kv_dtype: KvDtype = None,
-    context: Annotated[int, typer.Option(min=1, help="Count attention for a token with so many before it.")] = 1024,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of context that attention is counted for.")] = 1024,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor of the checkpoint.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="List every layer, equal ones too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with all of it.")] = False,
@@ -40,7 +40,7 @@ def command(
 
 
 def described(checkpoint, model, context):
-    """Everything, as a JSON object."""
+    """All that the tables show, as a JSON object."""
     from lockstep.lab.describe import memory, op_costs
 
     return dict(
@@ -56,10 +56,10 @@ def described(checkpoint, model, context):
 
 
 def mtp_program(model):
-    """The recorded program of a model's MTP head; None where there is none that can draft."""
+    """The recorded program of a model's MTP head; None where there is no head, or it cannot draft."""
     try:
         return model.recorded_mtp if model.drafts_by_mtp("auto") else None
-    except ValueError:  # a part of it is missing
+    except ValueError:  # a part of the head is missing
         return None
 
 
@@ -83,13 +83,13 @@ def show(checkpoint, model, context, tensors, everything) -> None:
 
 
 def config_numbers(config):
-    """A ModelConfig as a JSON object; each layer says what kind it is."""
+    """A ModelConfig as a JSON object, with the kind of each layer."""
     layers = [dict(kind=layer.kind, **dataclasses.asdict(layer)) for layer in config.layers]
     return dataclasses.asdict(config) | dict(layers=layers)
 
 
 def config_table(checkpoint, config):
-    """The numbers of a config that are set; of layers the parts that differ, and how many layers have each."""
+    """The fields of a config that are set; of layers each different mixer and MLP, with the number of its layers."""
     table = made_table(str(checkpoint.path), "config", "")
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -107,16 +107,16 @@ def config_table(checkpoint, config):
 
 
 def _mlp(layer):
-    """What follows the mixer, in a word."""
+    """The kind of a layer's MLP, in a word."""
     return type(layer.mlp).__name__.lower()
 
 
 def _plain(value):
-    """A value of a config in words; of parts of a layer what is not as it mostly is."""
+    """A value of a config in words; of a layer's part the fields that do not have their default."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        set_ones = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
-        usual = {f.name: f.default for f in dataclasses.fields(value)}
-        return ", ".join(f"{name} {_inner(one)}" for name, one in set_ones if one != usual[name])
+        values = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        defaults = {field.name: field.default for field in dataclasses.fields(value)}
+        return ", ".join(f"{name} {_inner(one)}" for name, one in values.items() if one != defaults[name])
     return ", ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
@@ -127,7 +127,7 @@ def _inner(value):
 
 
 def tensor_table(infos, every):
-    """Tensors by format, or all of them."""
+    """Numbers and bytes of tensors by format; with `every` a row for each tensor."""
     from rich.text import Text
 
     from lockstep.lab.describe import formats
@@ -145,7 +145,7 @@ def tensor_table(infos, every):
 
 
 def program_table(groups, context):
-    """Ops with what each costs; equal layers once."""
+    """The ops with their costs; equal layers are shown once. groups: of `collapsed`."""
     table = made_table(
         f"Program: rows T tokens, R sampled; attention looks back on {context} tokens",
         "layers",
@@ -174,7 +174,10 @@ def program_table(groups, context):
         "",
         "",
         "",
-        *(f"{sum(n * getattr(c, name) for n, c in total):,}" for name in ("weight_bytes", "row_bytes", "flops")),
+        *(
+            f"{sum(num_layers * getattr(cost, name) for num_layers, cost in total):,}"
+            for name in ("weight_bytes", "row_bytes", "flops")
+        ),
     )
     return table
 
@@ -187,16 +190,16 @@ def short(cost):
 def spans(numbers) -> str:
     """[0, 1, 2, 4] as "0-2, 4"."""
     runs = []
-    for n in numbers:
-        if runs and runs[-1][1] == n - 1:
-            runs[-1][1] = n
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
         else:
-            runs.append([n, n])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def memory_table(needed, model):
-    """What must be resident, and what a request adds."""
+    """Bytes of memory that the model needs, and that each request adds."""
     from lockstep.engine.speculation.drafts import MOST_BY_ITSELF
 
     table = made_table("Memory", "for", ">bytes")

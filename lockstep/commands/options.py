@@ -1,4 +1,4 @@
-"""Options that several commands share, and loading a model as they say."""
+"""Options that several commands share, and `load`, which loads a model with them."""
 
 import sys
 from typing import Annotated
@@ -10,7 +10,7 @@ ModelName = Annotated[
     typer.Argument(
         metavar="[MODEL]",
         show_default=False,
-        help="A Hugging Face folder, a .gguf file or a hub name like org/model. Nothing: the bundled model.",
+        help="A Hugging Face folder, a .gguf file or a hub name like org/model. Default: the bundled model.",
     ),
 ]
 Weights = Annotated[
@@ -81,21 +81,21 @@ OpSwaps = Annotated[
 
 
 def parse_swaps(swaps):
-    """["linear=reference", ...] as a dict."""
-    made = {}
+    """Values of --op, ["linear=reference", ...], as {"linear": "reference", ...}."""
+    backend_of = {}
     for swap in swaps or ():
         kind, _, backend = swap.partition("=")
         if not kind or not backend:
             raise ValueError(f"--op {swap}: expected KIND=BACKEND, such as linear=reference")
-        if kind in made:
-            raise ValueError(f"--op {swap}: {kind} is given twice, {made[kind]} before")
-        made[kind] = backend
-    return made
+        if kind in backend_of:
+            raise ValueError(f"--op {swap}: {kind} is given twice, {backend_of[kind]} before")
+        backend_of[kind] = backend
+    return backend_of
 
 
 def context_words(llm) -> tuple[str, str | None]:
-    """("context 4096 of the model's 32768 tokens", what would give more); the second is None where nothing would, or
-    where --max-context chose it."""
+    """("context 4096 of the model's 32768 tokens", how to get a longer context); the second is None where the context
+    cannot be longer, or --max-context set it."""
     size, most = llm.context, llm.model.config.max_positions
     part = "" if size.num_tokens == most else f" of the model's {most}"
     smaller = "" if llm.model.kv_dtype == "q8" else "--kv-dtype q8, "
@@ -108,9 +108,9 @@ def context_words(llm) -> tuple[str, str | None]:
 
 
 def load(model, *, ops=None, max_requests: int = 1, wait_for_content: bool = False, **options):
-    """The LLM, with progress on stderr. ops: what --op gave; options: as for LLM.
+    """The LLM, with progress on stderr. ops: values of --op; options: arguments of LLM.
 
-    wait_for_content: return only when the model's content hash is known.
+    wait_for_content: whether to return only when the model's content hash is known.
     """
     from lockstep.commands.terminal.progress import Progress
     from lockstep.llm import LLM

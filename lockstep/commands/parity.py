@@ -1,4 +1,4 @@
-"""`lockstep parity`: show that every path gives the same bits, or the first op that does not."""
+"""`lockstep parity`: shows that every path gives the same bits, or names the first op that does not."""
 
 import json
 from typing import Annotated
@@ -34,8 +34,8 @@ def heappop(heap):
 
 
 def prompt_ids(llm, prompt, length):
-    """Token ids of the prompt, repeated or cut to `length` if it is given; random ones for a model that is given no
-    texts."""
+    """Token ids of the prompt, repeated or cut to `length` if it is given; random ids for a model without a tokenizer
+    that encodes."""
     if not llm.has_tokenizer or llm.tokenizer.only_decodes is not None:
         return np.random.default_rng(0).integers(0, llm.vocab_size, length or 200).tolist()
     ids = llm.encode(prompt)
@@ -48,7 +48,9 @@ def command(
     *,
     model: ModelName = None,
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="The prompt to run.")] = PROMPT,
-    length: Annotated[int | None, typer.Option(min=2, help="Repeat or cut the prompt to so many tokens.")] = None,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of the prompt, which is repeated or cut to this length.")
+    ] = None,
     weights: Weights = "auto",
     threads: Threads = None,
     op: OpSwaps = None,
@@ -94,7 +96,7 @@ def command(
 
 
 def report_paths(model, ids, swaps, max_threads, as_json):
-    """The table of all paths; exits with 1 if one differs."""
+    """Prints the table of all paths; exits with 1 if one differs."""
     console = Console(stderr=as_json)
     columns = ("path", "threads", "max_abs_diff", "argmax", "digest", "bits")
     table = made_table(f"{len(ids)} tokens, every path", *columns)
@@ -113,8 +115,11 @@ def report_paths(model, ids, swaps, max_threads, as_json):
             )
     identical = all(r.identical for r in results)
     if as_json:
-        plain = [vars(r) | dict(path=r.path.name, threads=r.path.threads, identical=r.identical) for r in results]
-        print(json.dumps(plain))
+        rows = [
+            vars(result) | dict(path=result.path.name, threads=result.path.threads, identical=result.identical)
+            for result in results
+        ]
+        print(json.dumps(rows))
     else:
         console.print(table)
         console.print(
@@ -126,7 +131,7 @@ def report_paths(model, ids, swaps, max_threads, as_json):
 
 
 def report_drafts(model, ids, tokens, swaps, max_threads, as_json):
-    """The table of answers with drafts; exits with 1 if one differs."""
+    """Prints the table of answers with drafts; exits with 1 if one differs."""
     from lockstep.lab import parity_drafts as drafts
 
     console = Console(stderr=as_json)
@@ -162,17 +167,17 @@ def report_drafts(model, ids, tokens, swaps, max_threads, as_json):
 
 
 def _bits(result):
-    """What the table says of a path's bits."""
+    """The table's cell about a path's bits."""
     return "[green]same" if result.identical else f"[red]DIFFERS[/] ({_listed(result.differing)})"
 
 
 def _listed(names, most: int = 2):
-    """The first few of some names."""
+    """The first `most` names, and the number of the others."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def report_first_difference(model, ids, backends, swaps, threads, as_json):
-    """Names the first op that differs; exits with 1 if there is one."""
+    """Prints the first op that differs; exits with 1 if there is one."""
     names = backends.split(":")
     if len(names) != 2 or not set(names) <= set(BACKENDS):
         raise ValueError(f"--first-difference {backends!r}: expected two of {', '.join(BACKENDS)} as A:B")

@@ -1,4 +1,4 @@
-"""`lockstep ptq confirm`: the best plans of a study, run as hardware would."""
+"""`lockstep ptq confirm`: runs the best plans of a study head by head, as hardware would."""
 
 import pathlib
 from typing import Annotated
@@ -11,7 +11,9 @@ from lockstep.commands.terminal.progress import Counter, Progress
 
 def command(
     folder: Annotated[pathlib.Path, typer.Argument(metavar="FOLDER", help="A study's folder.")],
-    top: Annotated[int | None, typer.Option(min=1, help="How many.", show_default="as the recipe says")] = None,
+    top: Annotated[
+        int | None, typer.Option(min=1, help="How many of the best plans.", show_default="as the recipe says")
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """Run the best plans of a study on the twin prefill, attention head by head, and compare every token's scores with
@@ -32,39 +34,39 @@ def command(
         with Progress() as progress:
             study, subject = assembled(recipe, progress.packing)
         with made_team(threads) as team, Counter() as counter:
-            made = confirm_study(folder, study, subject, team, top, counter.step)
+            records = confirm_study(folder, study, subject, team, top, counter.step)
     show(folder)
-    for record in made:
+    for record in records:
         write(f"{words(record)}\n")
         if "integer" in record:
             write(f"    {integer_words(record)}\n")
         if "float" in record:
             metrics = record["float"]["metrics"]
             write(f"    in floats: {metrics['nll']:.6f} nats a token, delta {metrics['delta_nll']:+.6f}\n")
-    if not all(record["parity"]["equal"] for record in made):
+    if not all(record["parity"]["equal"] for record in records):
         raise typer.Exit(1)
 
 
 def integer_words(record) -> str:
-    """A line about the same plan in integer arithmetic."""
+    """A line about the confirmed plan in integer arithmetic."""
     integer, floats = record["integer"], record["integer"]["floats"]
     pairs = record["disagreement"].values()
     different, total = (sum(pair[i] for pair in pairs) for i in range(2))
-    said = f"in integers: {integer['metrics']['nll']:.6f} nats a token, delta {integer['metrics']['delta_nll']:+.6f}, "
-    said += f"{integer['layers']} linear layers"
+    line = f"in integers: {integer['metrics']['nll']:.6f} nats a token, delta {integer['metrics']['delta_nll']:+.6f}, "
+    line += f"{integer['layers']} linear layers"
     if total:
-        said += f", {different / total:.4%} of their rounded outputs are another code"
+        line += f", {different / total:.4%} of their rounded outputs are another code"
     if floats:
         site, reason = next(iter(floats.items()))
-        said += f"; {len(floats)} stay in floats, as {site}: {reason}"
-    return said
+        line += f"; {len(floats)} stay in floats, as {site}: {reason}"
+    return line
 
 
 def words(record) -> str:
     """A line about a confirmed trial."""
-    m = record["metrics"]
-    said = f"{record['name']}: prefill {m['nll']:.6f} nats a token, delta {m['delta_nll']:+.6f}, "
-    said += f"rank {record['confirmed_rank']} (fast {record['fast_rank']}), "
+    metrics = record["metrics"]
+    line = f"{record['name']}: prefill {metrics['nll']:.6f} nats a token, delta {metrics['delta_nll']:+.6f}, "
+    line += f"rank {record['confirmed_rank']} (fast {record['fast_rank']}), "
     if record["parity"]["equal"]:
-        return said + f"the same bits in all {record['tokens']} tokens"
-    return said + "OTHER BITS: " + ", ".join(f"{name} {value}" for name, value in record["parity"]["first"].items())
+        return line + f"the same bits in all {record['tokens']} tokens"
+    return line + "OTHER BITS: " + ", ".join(f"{name} {value}" for name, value in record["parity"]["first"].items())

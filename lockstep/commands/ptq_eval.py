@@ -1,4 +1,4 @@
-"""`lockstep ptq eval`: how well a model, or a plan for it, predicts a text."""
+"""`lockstep ptq eval`: perplexity of a text by a model, with or without a quantization plan."""
 
 import json
 import pathlib
@@ -20,17 +20,17 @@ def command(
     text: Annotated[pathlib.Path, typer.Option(metavar="FILE", help="The text, in UTF-8.")],
     plan: Annotated[
         pathlib.Path | None,
-        typer.Option(metavar="FILE", help="A plan (.toml), or a plan with its grids (.json). Nothing: no rounding."),
+        typer.Option(metavar="FILE", help="A plan (.toml), or a plan with its grids (.json). Default: no rounding."),
     ] = None,
     calibrate: Annotated[
         pathlib.Path | None,
-        typer.Option(metavar="FILE", help="The text from which a plan in .toml takes ranges. Not part of --text."),
+        typer.Option(metavar="FILE", help="The text that gives a .toml plan its ranges. It must not be in --text."),
     ] = None,
     calibration_windows: Annotated[
         int | None,
-        typer.Option(min=1, help="Windows of it, evenly spread.", show_default=f"up to {CALIBRATION_WINDOWS}"),
+        typer.Option(min=1, help="Windows of --calibrate, evenly spread.", show_default=f"up to {CALIBRATION_WINDOWS}"),
     ] = None,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of a window; windows know nothing of each other.")] = 512,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a window; each window is scored on its own.")] = 512,
     windows: Annotated[
         int | None, typer.Option(min=1, help="Windows, evenly spread over the text.", show_default="all")
     ] = None,
@@ -54,8 +54,8 @@ def command(
     threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Score a text: mean negative log-likelihood, perplexity with its standard error, and, with a plan, how far it is
-    from the model without: paired differences, KL divergence, share of equal top tokens."""
+    """Score a text: mean negative log-likelihood, perplexity with its standard error, and, with a plan, the comparison
+    with the unrounded model: paired differences, KL divergence, share of equal top tokens."""
     from lockstep.study.scoring.evaluate import TWINS, evaluate
     from lockstep.study.scoring.subject import load_subject
     from lockstep.study.scoring.text import LIKE, read_text, windows_of
@@ -70,7 +70,7 @@ def command(
             raise ValueError(
                 f"{option} {value}: with --plan weights and cache are float32; expected f32, or no {option}"
             )
-    given = None if plan is None else read_plan(plan, calibrate)
+    plan_of_file = None if plan is None else read_plan(plan, calibrate)
     with Progress() as progress:
         formats = (weights or "auto", kv_dtype) if plan is None else ("f32", "f32")
         subject = load_subject(model, length, *formats, progress.packing)
@@ -79,9 +79,9 @@ def command(
         cut = windows_of(read, length, windows, like)
         with made_team(threads) as team:
             solved = None
-            if given is not None:
-                fitted = calibration_text(calibrate, read, tokenizer)
-                solved = solved_plan(subject, plan, given, fitted, calibration_windows, team, length)
+            if plan_of_file is not None:
+                calibration = calibration_text(calibrate, read, tokenizer)
+                solved = solved_plan(subject, plan, plan_of_file, calibration, calibration_windows, team, length)
             with Counter("scoring", "window") as counter:
                 found = evaluate(subject, cut, team, solved, twin, like is not None, counter)
     found |= dict(text=read.sha256, model=subject.content, windows=len(cut), length=length, twin=twin)
@@ -90,7 +90,7 @@ def command(
 
 
 def made_team(threads):
-    """A team of threads that ends with the context."""
+    """A context with a team of threads, which ends with it."""
     import contextlib
 
     from lockstep.native.host import num_cores
@@ -102,7 +102,7 @@ def made_team(threads):
 
 
 def calibration_text(path, evaluation, tokenizer):
-    """The text to calibrate on, which must not be in that to evaluate on; None where none is given."""
+    """The calibration text, or None where no file is given. ValueError where it is part of the evaluation text."""
     from lockstep.study.scoring.text import check_disjoint, read_text
 
     if path is None:
@@ -113,7 +113,7 @@ def calibration_text(path, evaluation, tokenizer):
 
 
 def read_plan(path, calibrate):
-    """The plan of a file, with its grids if they are in it."""
+    """The plan of a file: a Solved with its grids (.json), or a Plan (.toml)."""
     import tomllib
 
     from lockstep.ptq.plan import Plan
@@ -135,8 +135,8 @@ def read_plan(path, calibrate):
         raise ValueError(f"{path}: {error}") from None
 
 
-def solved_plan(subject, path, plan, text, count, team, length):
-    """The plan of a file with its grids, found on a calibration text if they are not in the file."""
+def solved_plan(subject, path, plan, text, num_windows, team, length):
+    """The plan with its grids (a Solved), which calibration on a text finds if the file does not have them."""
     from lockstep.ptq.solved import Solved
     from lockstep.study.scoring.evaluate import needs_ranges, solve
     from lockstep.study.scoring.text import windows_of
@@ -148,13 +148,13 @@ def solved_plan(subject, path, plan, text, count, team, length):
     windows = []
     if text is not None:
         every = len(windows_of(text, length))
-        windows = windows_of(text, length, count or min(every, CALIBRATION_WINDOWS))
+        windows = windows_of(text, length, num_windows or min(every, CALIBRATION_WINDOWS))
     with Counter("calibrating", "window") as counter:
         return solve(subject, plan, team, windows, counter)
 
 
 def plain(value) -> str:
-    """A number with four digits after the point, or in powers of ten where that would be long."""
+    """A number with four digits after the point, or with an exponent from a million on."""
     return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.5g}"
 
 
@@ -162,15 +162,15 @@ def show(found) -> None:
     """Prints the figures as lines."""
     for name in ("float", "plan"):
         if name in found:
-            f = found[name]
-            error = "" if f["ppl_error"] is None else f" +- {plain(f['ppl_error'])}"
-            print(f"{name:6} {f['nll']:.6f} nats a token, perplexity {plain(f['ppl'])}{error}")
+            scores = found[name]
+            error = "" if scores["ppl_error"] is None else f" +- {plain(scores['ppl_error'])}"
+            print(f"{name:6} {scores['nll']:.6f} nats a token, perplexity {plain(scores['ppl'])}{error}")
     if "against float" in found:
-        a = found["against float"]
-        within = "" if a["delta_low"] is None else f" ({a['delta_low']:+.6f} .. {a['delta_high']:+.6f})"
+        delta = found["against float"]
+        within = "" if delta["delta_low"] is None else f" ({delta['delta_low']:+.6f} .. {delta['delta_high']:+.6f})"
         print(
-            f"delta  {a['delta_nll']:+.6f} nats a token{within}, KL mean {a['kl_mean']:.6f}, p99 {a['kl_p99']:.5f}, "
-            f"max {a['kl_max']:.4f}, same top token {a['top1']:.2%}"
+            f"delta  {delta['delta_nll']:+.6f} nats a token{within}, KL mean {delta['kl_mean']:.6f}, "
+            f"p99 {delta['kl_p99']:.5f}, max {delta['kl_max']:.4f}, same top token {delta['top1']:.2%}"
         )
     for site, reason in found.get("in floats", {}).items():
         print(f"{site}: its layer stays in float arithmetic: {reason}")

@@ -1,4 +1,4 @@
-"""`lockstep ptq run`: many plans for one model, measured on one text."""
+"""`lockstep ptq run`: tries many quantization plans of one model on one text."""
 
 import contextlib
 import pathlib
@@ -21,11 +21,11 @@ def command(
     threads: Threads = None,
     change: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Instead of what the recipe says, as evaluate.windows=8."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Overrides a value of the recipe, as evaluate.windows=8."),
     ] = None,
 ) -> None:
-    """Calibrate once, try every plan of a recipe on the same windows, rank them. What was interrupted goes on where it
-    was; the results are the same bytes for any number of jobs and threads."""
+    """Calibrate once, try every plan of a recipe on the same windows, rank them. An interrupted study continues where
+    it was; the results are the same bytes for any number of jobs and threads."""
     from lockstep.commands.ptq_eval import made_team
     from lockstep.study.assemble import assembled, keep_recipe, save_winner
     from lockstep.study.recipe import Recipe
@@ -55,7 +55,7 @@ def command(
 
 @contextlib.contextmanager
 def told_interrupt(name):
-    """A context in which Ctrl-C says what becomes of the work, before it ends the command."""
+    """A context in which Ctrl-C prints how the interrupted work continues, before it ends the command."""
     try:
         yield
     except KeyboardInterrupt:
@@ -65,7 +65,7 @@ def told_interrupt(name):
 
 
 def show(folder) -> None:
-    """Writes the report; prints its table, and where it is."""
+    """Writes the report; prints its table and its path."""
     from lockstep.commands.terminal.output import write
     from lockstep.study.report.report import text_table, write_report
 

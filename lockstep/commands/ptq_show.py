@@ -1,4 +1,4 @@
-"""`lockstep ptq show`: what a study has found so far."""
+"""`lockstep ptq show`: the results of a study so far."""
 
 import pathlib
 from typing import Annotated

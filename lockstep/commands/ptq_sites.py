@@ -1,4 +1,4 @@
-"""`lockstep ptq sites`: what of a model a plan can round."""
+"""`lockstep ptq sites`: lists the sites of a model, which a quantization plan can round."""
 
 import fnmatch
 import json
@@ -10,7 +10,7 @@ import typer
 from lockstep.commands.options import ModelName
 from lockstep.commands.terminal.output import made_table
 
-WIDTH = 120  # where the output is no terminal
+WIDTH = 120  # columns where the output is no terminal
 
 
 def command(
@@ -37,7 +37,7 @@ def command(
 
 
 def show(sites) -> None:
-    """The table."""
+    """Prints the table."""
     from rich.console import Console
 
     console = Console()

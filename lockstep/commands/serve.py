@@ -41,7 +41,7 @@ def command(
     name: Annotated[
         list[str] | None,
         typer.Option(
-            help="What clients call the model. Repeatable: it answers to each; the first answers those that give none.",
+            help="The model's name for clients. Repeatable: all names work; the first is the default in answers.",
             show_default="its own name",
         ),
     ] = None,
@@ -75,7 +75,7 @@ def command(
     share_prefixes: Annotated[
         bool,
         typer.Option(
-            "--share-prefixes", help="Let one API key's requests use what another's computed for the same first tokens."
+            "--share-prefixes", help="Let requests of one API key reuse the cached prefixes of another key's requests."
         ),
     ] = False,
     max_connections_per_address: Annotated[
@@ -90,7 +90,7 @@ def command(
         int,
         typer.Option(
             min=1,
-            help="Tokens and log-probabilities that an answer may have, and log-probabilities of all answers in work.",
+            help="Tokens and log-probabilities of one answer, and log-probabilities of all running answers.",
         ),
     ] = 3 << 19,
     max_body_mb: Annotated[int, typer.Option(min=1, max=1024, help="Megabytes of a request's body.")] = 8,
@@ -107,7 +107,9 @@ def command(
             help="Tokens of KV cache in all.",
         ),
     ] = None,
-    prefix_cache: Annotated[bool, typer.Option(help="Use what was computed for the same first tokens.")] = True,
+    prefix_cache: Annotated[
+        bool, typer.Option(help="Reuse the KV cache of earlier requests with the same first tokens.")
+    ] = True,
     max_context: Annotated[
         int | None,
         typer.Option(
@@ -182,7 +184,7 @@ def command(
 
 
 def serve(load_model, service, app, host, port) -> None:
-    """Listens at once, answers when the model is loaded, and returns when it was told to end."""
+    """Listens at once, answers when the model is loaded, and returns when a signal has ended the server."""
     from lockstep.serve.server import Server, bind, raise_open_file_limit
 
     raise_open_file_limit(service.limits)
@@ -195,7 +197,7 @@ def serve(load_model, service, app, host, port) -> None:
 
 
 def _open(load_model, service, server, failed, listening) -> None:
-    """Loads the model beside the event loop. What goes wrong ends the server."""
+    """Loads the model, in a thread beside the event loop. Any error is added to `failed`, and ends the server."""
     try:
         service.open(load_model())
         if service.chat is not None:
@@ -208,7 +210,7 @@ def _open(load_model, service, server, failed, listening) -> None:
 
 
 def ready_line(service, host, port) -> str:
-    """What is said when requests are answered."""
+    """The line that is printed when requests can be answered."""
     llm, host = service.llm, f"[{host}]" if ":" in host else host
     return (
         f"lockstep: {service.model_name} is ready at http://{host}:{port}/v1 ({context_words(llm)[0]}, "
@@ -217,19 +219,19 @@ def ready_line(service, host, port) -> str:
 
 
 def notes(llm) -> list[str]:
-    """What a user should know beside it."""
+    """Further lines after it: how to get a longer context, and the sampling defaults."""
     from lockstep.engine.generation_config import described
 
-    asked, more = described(llm.sampling_defaults), context_words(llm)[1]
-    sampling = asked and (
-        f"what a request leaves open is as the model's makers ask: {asked} (--generation-config "
+    defaults, longer_context = described(llm.sampling_defaults), context_words(llm)[1]
+    sampling = defaults and (
+        f"what a request leaves open is as the model's makers ask: {defaults} (--generation-config "
         f"none: as OpenAI's API has it)"
     )
-    return [f"lockstep: {words}" for words in (more, sampling) if words]
+    return [f"lockstep: {words}" for words in (longer_context, sampling) if words]
 
 
 def keys(given):
-    """The API keys: those of the command line, or that of the environment. ValueError for an empty one."""
+    """The API keys of the command line, or else the one of the environment. ValueError for an empty key."""
     found = list(given or ()) or [key for key in [os.environ.get(KEY_VARIABLE)] if key is not None]
     if not all(key.isascii() and key.strip() == key and key for key in found):
         raise ValueError("--api-key: expected ASCII characters without spaces around them")
@@ -237,7 +239,7 @@ def keys(given):
 
 
 def allowed(option: str, given: list[str] | None, read: Callable[[str], str]) -> list[str]:
-    """What an option lets in, as `read` writes it; "*" is everything. ValueError, with the option's name."""
+    """The values of an option, each normalized by `read`; "*" stays. ValueError that begins with the option's name."""
     try:
         return [each if each == "*" else read(each) for each in given or ()]
     except ValueError as error:
@@ -245,12 +247,12 @@ def allowed(option: str, given: list[str] | None, read: Callable[[str], str]) ->
 
 
 def model_names(given: list[str] | None, model: str | None) -> list[str]:
-    """What clients may call the model: the names of the command line, or its own. ValueError for an empty one."""
+    """The model's names for clients: those of the command line, or else its own. ValueError for an empty one."""
     if given and not all(name.strip() for name in given):
         raise ValueError('--name: expected a name, got ""')
     return list(given or ()) or [model_name(model)]
 
 
 def model_name(model):
-    """What clients call a model that was given no name: the last part of where it is."""
+    """The model's own name: the last part of its path or hub name."""
     return "lockstep" if model is None else os.path.basename(str(model).rstrip("/")).removesuffix(".gguf") or str(model)

@@ -1,4 +1,4 @@
-"""What this machine can do at best: memory bandwidth, int8 and float32 arithmetic with nothing else to wait for."""
+"""This machine's ceiling: its highest memory bandwidth, and its highest rates of int8 and float32 arithmetic."""
 
 import time
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ ZERO = np.float32(0)
 
 
 class Work(Operands):
-    """What one measurement does: so many bytes of an array at an address, or so many rounds that need no array."""
+    """The work of one measurement. amount: bytes to read of the array at `address`, or rounds of arithmetic."""
 
     out: Tensor = output()
     address: int
@@ -64,7 +64,7 @@ class Ceiling:
 
 
 def measure(team):
-    """Measures the Ceiling: best of five short runs each."""
+    """Measures the Ceiling: the best of five short runs of each kind."""
     memory, small = np.ones(STREAM_BYTES // 4, np.float32), np.zeros(16, np.float32)
     work = team.num_threads * ROUNDS * 2 * CHAINS * lanes_per_register(target())
     return Ceiling(

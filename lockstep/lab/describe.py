@@ -1,4 +1,4 @@
-"""What a model is made of, in numbers: tensors, ops with their shapes, bytes and FLOPs, and the memory they need."""
+"""A model in numbers: tensors by format, ops with their shapes, bytes and FLOPs, and the memory they need."""
 
 import itertools
 import math
@@ -19,9 +19,10 @@ LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
 
 @dataclass(frozen=True)
 class OpCost:
-    """An op of the recorded program: what it writes, weight bytes it reads once a step, and its work for each row.
+    """An op of the recorded program: its output, the weight bytes it reads once in a step, and its work for each row.
 
-    layer: number of the decoder layer it belongs to, None outside of all. label: its name without that number.
+    layer: the number of its decoder layer, or None. label: the name of its output without that number. weights: in
+    words. row_bytes: bytes that a row reads and writes of activations.
     """
 
     kind: str
@@ -42,20 +43,21 @@ def op_costs(program, context):
 
 
 def _op_cost(op, context, kept):
-    asked = not op.kept or op.rows == "E"  # it works only for rows that ask
-    tensors = set() if asked else kept.intersection(v for v in (*op.outputs, *op.inputs) if isinstance(v, Tensor))
-    weights, name = [v for v in op.inputs if isinstance(v, Weight)], op.outputs[0].name
-    found = LAYER.search(name)
+    is_optional = not op.kept or op.rows == "E"  # it works only for the rows of requests that need it
+    values = (*op.outputs, *op.inputs)
+    tensors = set() if is_optional else kept.intersection(value for value in values if isinstance(value, Tensor))
+    weights, name = [value for value in op.inputs if isinstance(value, Weight)], op.outputs[0].name
+    layer = LAYER.search(name)
     return OpCost(
         kind=op.kind,
         label=LAYER.sub("*", name),
-        layer=int(found[0]) if found else None,
+        layer=int(layer[0]) if layer else None,
         rows=op.rows,
         width=op.outputs[0].width,
-        weights=", ".join(f"{w.format} {'x'.join(map(str, w.shape))}" for w in weights),
+        weights=", ".join(f"{weight.format} {'x'.join(map(str, weight.shape))}" for weight in weights),
         weight_bytes=_read_bytes(op, weights),
-        row_bytes=sum(t.width * DTYPES[t.dtype].itemsize for t in tensors),
-        flops=0 if asked else int(op.flops(context)),
+        row_bytes=sum(tensor.width * DTYPES[tensor.dtype].itemsize for tensor in tensors),
+        flops=0 if is_optional else int(op.flops(context)),
     )
 
 
@@ -66,7 +68,7 @@ def _read_bytes(op, weights):
 
 
 def is_linear(op):
-    """Whether an op of a recorded program multiplies by packed weights (those of all experts, if it has experts)."""
+    """Whether an op of a recorded program multiplies by packed weights; an op of experts has the weights of all."""
     return bool(op.packed) and not isinstance(op, Embed)
 
 
@@ -80,7 +82,7 @@ def collapsed(costs):
     groups, seen = [], {}
     for layer, run in itertools.groupby(costs, lambda cost: cost.layer):
         ops = list(run)
-        key = tuple((c.kind, c.label, c.width, c.weights, c.flops) for c in ops)
+        key = tuple((cost.kind, cost.label, cost.width, cost.weights, cost.flops) for cost in ops)
         if layer is not None and key in seen:
             seen[key][0].append(layer)
             continue
@@ -91,10 +93,13 @@ def collapsed(costs):
 
 
 def memory(program, mtp=None):
-    """Bytes of packed weights, the embedding as stored, small constants, KV cache per token of layers that see all
-    keys, and per request of layers that see a window, state per request, and what speculation adds to it where the
-    number of drafts is not given; of an MTP head, if a model has one whose recorded program this is, weights and KV
-    cache per token."""
+    """Bytes of memory by use, {name: bytes}.
+
+    packed_weights, embedding (as stored), constants; kv_cache_per_token: of layers that see all keys;
+    windows_per_request: of layers with a window; state_per_request: recurrent states; drafts_per_request: memory for
+    drafts, with the default number of drafts; mtp_weights and mtp_cache_per_token: of the MTP head, whose recorded
+    program is `mtp` (None: no head).
+    """
     linear = {w.name: w for op in program.ops if is_linear(op) for w in op.inputs if isinstance(w, Weight)}
     tables = {w.name: w for op in program.ops if isinstance(op, Embed) for w in op.inputs}
     small = [w for w in program.weights() if w.name not in linear and w.name not in tables]
@@ -116,7 +121,7 @@ def _cache_per_token(program):
 
 
 def _windows_per_request(program):
-    """Bytes that a request holds while it decodes, of layers that see a window of keys."""
+    """Bytes of KV cache that a decoding request holds in layers with a window."""
     return sum(each * most_pages(window) for window, each in page_bytes(program).items() if window)
 
 

@@ -1,6 +1,6 @@
-"""Linear layers alone, with random weights: how long one takes for some rows.
+"""Measures the time of single linear layers with random weights.
 
-Weights of all copies of a layer together exceed the caches, so that one row reads from memory, as in a model.
+A layer is copied so often that the weights of all copies exceed the caches: they are read from memory, as in a model.
 """
 
 import statistics
@@ -28,18 +28,18 @@ CACHES = 96 * 2**20  # bytes of weights that no cache holds
 
 
 class Given(Operands):
-    """Activations that are written before a step."""
+    """The op of activations that are written before a step."""
 
     out: Tensor = output()
 
 
 @kernel
 def nothing(op, step, thread, num_threads):
-    """Stands for the ops that made the activations."""
+    """The kernel of Given: does nothing."""
 
 
 def stored(format: str, N: int, K: int) -> StoredTensor:
-    """A random weight [N, K] as a checkpoint would hold it."""
+    """A random weight [N, K] as a checkpoint stores it."""
     rng = np.random.default_rng(0)
     if FORMATS[format].stored.encode is not None:
         values = rng.standard_normal((N, K), np.float32) * np.float32(0.05)
@@ -49,7 +49,7 @@ def stored(format: str, N: int, K: int) -> StoredTensor:
 
 
 class Copies(WeightStore):
-    """Packs one weight and copies the packed arrays for all others."""
+    """A WeightStore that packs one weight, and copies its packed arrays for all other weights."""
 
     def arrays(self, weight, layout):
         if weight.name not in self._arrays:
@@ -66,10 +66,10 @@ def _aligned_copy(array: np.ndarray) -> np.ndarray:
 
 
 class Case:
-    """One format and shape, ready to run with any number of rows.
+    """A linear layer of one format and shape, ready to run with any number of rows.
 
-    shape: features x values, for a block-diagonal layer (`grouped_linear`) features of all groups x values of one x
-    groups, as "8192x4096x8". table: whose kernels run. times: {rows: seconds of one layer in each run}.
+    shape: features x values; for a block-diagonal layer (`grouped_linear`) features of all groups x values of one group
+    x groups, as "8192x4096x8". table: the backend whose kernels run. times: {rows: seconds of one layer in each run}.
     """
 
     def __init__(self, format: str, shape: str, max_rows: int, team: Team, table: OpTable) -> None:
@@ -97,7 +97,7 @@ class Case:
         return executor
 
     def run(self, rows: int) -> None:
-        """Runs all copies once; what most of them took counts, since some are held up by others on the machine."""
+        """Runs all copies once, and notes their median time, as other programs may delay some of them."""
         step = StepBlock.made(num_tokens=rows, num_requests=1, num_sampled=1)
         clock = np.zeros(len(self.executor.program.ops), np.int64)
         self.executor.run(step, clock)
@@ -105,5 +105,5 @@ class Case:
         self.times.setdefault(rows, []).append(float(np.median(each)) / 1e9)
 
     def seconds(self, rows: int) -> float:
-        """Median of the runs with so many rows."""
+        """The median seconds of one layer, of the runs with this number of rows."""
         return statistics.median(self.times[rows])

@@ -1,8 +1,8 @@
-"""Requests that arrive over time, driven through an engine in one thread, and what they met: latencies, throughput.
+"""Measures latencies and throughput of requests that arrive over time, driven through an engine in one thread.
 
-Between two steps the driver hands over whatever has become due, so an arrival waits for the engine's step as it would
-behind a server, and no other thread takes the interpreter from the engine. Times count from the arrival, not from the
-moment of handing over. Times are seconds; those of a run count from its beginning.
+Between two steps the driver gives the engine all requests that are due. So an arrival waits for the end of a step, as
+behind a server, and no other thread takes the interpreter from the engine. Latencies count from the arrival, not from
+the moment at which the engine gets the request. Times are seconds since the beginning of the run.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.request import Request, SamplingParams
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS
 
-LOWEST_RATE = 1e-3  # arrivals a second: a wait has to end
+LOWEST_RATE = 1e-3  # arrivals per second; with fewer a run would seem to hang
 PERCENTILES = (50, 95, 99)
-LIMITS = {  # of a workload's numbers: kind, least, largest
+LIMITS = {  # of a workload's numbers: (type, least, largest)
     "requests": (int, 1, 1_000_000),
     "rate": ((int, float), 0, 1e6),
     "burst": (int, 1, 1_000_000),
@@ -31,12 +31,13 @@ LIMITS = {  # of a workload's numbers: kind, least, largest
 
 @dataclass(frozen=True)
 class Workload:
-    """What arrives, and when. The same values always make the same requests. ValueError if a value is not allowed.
+    """The requests of a run, and when they arrive. Equal workloads make equal requests. ValueError for a value that is
+    not allowed.
 
-    requests: how many. rate: arrivals per second on average, at random moments (Poisson); 0: all at once. burst:
-    arrivals come in groups of so many, and groups at random moments. prompt, output: least and most tokens, each
-    number between them as likely. shared_prefix: tokens in front of every prompt, the same for all. temperature: as in
-    SamplingParams; each request draws with a seed of its own. Answers are as long as drawn, whatever they say.
+    requests: their number. rate: arrivals per second on average, at random moments (Poisson); 0: all at once. burst:
+    requests that arrive together; with it groups come at random moments. prompt, output: least and most tokens, drawn
+    uniformly. shared_prefix: tokens in front of every prompt, the same for all. temperature: as in SamplingParams; each
+    request has a seed of its own. An answer has exactly the drawn number of tokens: end tokens do not end it.
     """
 
     requests: int = 192
@@ -67,7 +68,7 @@ class Workload:
         return self.shared_prefix + self.prompt[1] + self.output[1]
 
     def due_times(self):
-        """When each request arrives, ascending; the first at 0."""
+        """The times at which the requests are due, ascending; the first is 0."""
         if not self.rate:
             return [0.0] * self.requests
         num_groups = -(-self.requests // self.burst)
@@ -88,8 +89,8 @@ class Workload:
 
 @dataclass(eq=False)
 class Visit:
-    """One request: when it was due, when it arrived (later, where it had to wait for a place among the concurrent), and
-    when each token of its answer was there."""
+    """One request and its times. due: when it should arrive; arrived: later than due where `concurrency` held it back;
+    token_times: when each token of its answer was there."""
 
     request: Request
     due: float
@@ -111,9 +112,12 @@ class Visit:
 
 @dataclass
 class Step:
-    """One step of the engine: requests and tokens in it, requests that were admitted, that still are after it, and that
-    waited, and the moments at which its parts ended. Between `scheduled` and `entered` the batch is built, between
-    `left` and `ended` tokens are taken."""
+    """One step of the engine: the moments at which its parts ended, and its numbers.
+
+    scheduled: the schedule is made; entered: the batch is built and the native step begins; left: the native step has
+    ended; ended: the tokens are taken. num_requests, num_tokens: of the step; num_running, num_waiting: requests that
+    were admitted, and that waited; num_staying: requests that still run after the step.
+    """
 
     started: float
     scheduled: float = 0.0
@@ -128,7 +132,7 @@ class Step:
 
 
 class StepClock:
-    """A context in which every step of an engine is timed, part by part: a list of Step in `steps`."""
+    """A context that times the parts of an engine's steps. steps: a Step for each call of `step`."""
 
     def __init__(self, engine, now) -> None:
         self._engine, self._now, self.steps = engine, now, []
@@ -163,11 +167,11 @@ class StepClock:
 
 
 class Driver:
-    """Hands requests to an engine at their times until all are answered.
+    """Gives requests to an engine when they are due, and runs it until all are answered.
 
-    visits: in order of due time. concurrency: how many may be under way; one that is due while there are so many
-    arrives when a place is free, as from a client that holds it back. None: any number. clock, sleep: of the `time`
-    module.
+    visits: in order of due time. concurrency: the most requests under way, None for any number; a request that is due
+    while so many are under way arrives when one of them ends, as from a client with so many connections. clock, sleep:
+    as in the `time` module.
     """
 
     def __init__(self, engine, visits, concurrency=None, clock=time.perf_counter, sleep=time.sleep) -> None:
@@ -175,13 +179,13 @@ class Driver:
             raise ValueError(f"concurrency: expected at least 1, got {concurrency}")
         self.engine, self._left, self._sleep = engine, deque(visits), sleep
         self._visit_of = {visit.request.id: visit for visit in visits}
-        # places of clients, by the moment at which they became free
-        self._places = [0.0] * (concurrency or len(visits))
+        # the free connections of clients, each by the moment since which it is free
+        self._free_since = [0.0] * (concurrency or len(visits))
         started = clock()
         self._now = lambda: clock() - started
 
     def run(self):
-        """Runs to the end; returns the steps."""
+        """Runs until all requests are answered; returns the steps."""
         with StepClock(self.engine, self._now) as timed:
             while self._left or self.engine.has_work:
                 self._send(self._now())
@@ -193,9 +197,9 @@ class Driver:
         return timed.steps
 
     def _send(self, now) -> None:
-        while self._left and self._places and self._left[0].due <= now:
+        while self._left and self._free_since and self._left[0].due <= now:
             visit = self._left.popleft()
-            visit.arrived = max(visit.due, heapq.heappop(self._places))
+            visit.arrived = max(visit.due, heapq.heappop(self._free_since))
             self.engine.scheduler.add(visit.request)
 
     def _note(self, changed, now) -> None:
@@ -204,12 +208,12 @@ class Driver:
             visit = self._visit_of[request.id]
             visit.token_times += [now] * (len(request.output_ids) - len(visit.token_times))
             if request.finish_reason is not None:
-                heapq.heappush(self._places, now)
+                heapq.heappush(self._free_since, now)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A run: its visits and steps, and what the engine counted meanwhile."""
+    """A run: its visits and steps, and how much the engine's counters in COUNTED rose."""
 
     visits: list[Visit]
     steps: list[Step]
@@ -226,15 +230,15 @@ def prepare(engine, workload):
 
 
 def measure(engine, visits, concurrency=None):
-    """Runs what `prepare` made on an idle engine; returns a Measured."""
-    _answer(engine, visits[0].request, cache_salt="warm-up")  # under a salt of its own: nobody finds its prefix
+    """Runs visits (of `prepare`) on an idle engine; returns a Measured."""
+    _answer(engine, visits[0].request, cache_salt="warm-up")  # with a salt of its own, so that its prefix is not reused
     before = engine.counts()
     steps = Driver(engine, visits, concurrency).run()
     after = engine.counts()
     return Measured(visits, steps, {name: after[name] - before.get(name, 0) for name in COUNTED if name in after})
 
 
-# what an engine counts up, where it has what is counted
+# the engine's counters that only rise; engines without a prefix cache or states lack some of them
 COUNTED = (
     "preempted",
     "query_tokens",
@@ -247,8 +251,8 @@ COUNTED = (
 
 
 def differing(engine, visits, sample):
-    """Runs a sample of answered requests once more, each alone, in a new engine that holds one request and has no
-    prefix cache; returns (ids of those whose tokens or log-probabilities differ in a bit, how many were run)."""
+    """Runs a sample of answered requests again, each alone, in a new engine for one request without a prefix cache;
+    returns (ids of requests whose tokens or log-probabilities differ in a bit, the size of the sample)."""
     chosen = [visits[i] for i in np.unique(np.linspace(0, len(visits) - 1, min(sample, len(visits))).astype(int))]
     tokens = max(visit.request.max_num_tokens for visit in chosen)
     options = EngineOptions(
@@ -270,17 +274,17 @@ def _answer(engine, request, **options):
     return made
 
 
-def _is_same(a, b) -> bool:
-    logprobs = [np.array(r.logprobs, np.float32).tobytes() for r in (a, b)]
-    return a.output_ids == b.output_ids and logprobs[0] == logprobs[1]
+def _is_same(one, two) -> bool:
+    logprobs = [np.array(request.logprobs, np.float32).tobytes() for request in (one, two)]
+    return one.output_ids == two.output_ids and logprobs[0] == logprobs[1]
 
 
 # ------------------------------------------------------------ figures
 
 
 def spread(seconds):
-    """Mean, percentiles (the least that so many percent do not exceed) and largest of some seconds, in milliseconds:
-    {name: number}; {} for none."""
+    """Mean, percentiles and largest of times in seconds, in milliseconds: {name: number}; {} for no times. A percentile
+    is the least of the times that so many percent of the times do not exceed."""
     if not len(seconds):
         return {}
     ms = np.asarray(seconds, np.float64) * 1e3
@@ -289,7 +293,7 @@ def spread(seconds):
 
 
 def summary(measured):
-    """A run in figures, as plain data; rates are per second of the whole run, shares are of the steps' time."""
+    """The figures of a run, as plain data; rates are per second of the whole run, shares are of the steps' time."""
     visits, steps, counts = measured.visits, measured.steps, measured.counts
     seconds = steps[-1].ended
     totals = dict(
@@ -333,7 +337,7 @@ def _of_steps(steps, seconds):
 
 
 def plain(workload, measured):
-    """All that is known of a run but its steps, as plain data."""
+    """The workload, the figures and the visits of a run, as plain data."""
     rows = [
         dict(
             due=v.due,

@@ -1,7 +1,7 @@
-"""Measurements of a model on this machine: prefill, decode, A/B of paths, and a profile of its ops.
+"""Measurements of a model on this machine: prefill, decode, A/B comparisons, and a profile of its ops.
 
-Everything compared is run interleaved in one process, and ratios are medians of paired runs: machines are noisy, and
-seconds of different moments do not compare.
+The two sides of a comparison run alternately in one process, and a ratio is the median of the ratios of paired runs:
+machines are noisy, and times of different moments cannot be compared.
 """
 
 import math
@@ -31,14 +31,14 @@ class Bench:
         self._ids = np.random.default_rng(7).integers(0, model.config.vocab_size, max_tokens).tolist()
 
     def runner(self, swaps=None):
-        """The runner of an op table, made when first asked for."""
+        """The Runner of an op table, made at its first use. swaps: {kind or group of ops: backend}."""
         key = tuple(sorted((swaps or {}).items()))
         if key not in self._runners:
             self._runners[key] = Runner(self.model, self.team, self._limits, swaps)
         return self._runners[key]
 
     def prefill(self, num_tokens, chunk=None, swaps=None):
-        """Runs a prompt in chunks; (seconds, logits of its last position)."""
+        """Runs a prompt in chunks; returns (seconds, logits of its last position)."""
         runner, size = self.runner(swaps), chunk or self.chunk
         started = time.perf_counter()
         for start in range(0, num_tokens, size):
@@ -46,11 +46,11 @@ class Bench:
         return time.perf_counter() - started, logits[0].copy()
 
     def per_token(self, num_tokens):
-        """Runs a prompt one token at a time, without the head but for the last; (seconds, logits)."""
+        """Runs a prompt one token at a time, with the LM head only for the last one; returns (seconds, logits)."""
         return self.prefill(num_tokens, 1)
 
     def decode(self, context, steps: int = 16, swaps=None):
-        """Seconds per token of `steps` single tokens after `context` tokens (whose cache holds whatever it holds)."""
+        """Seconds per token of `steps` steps of one token after `context` tokens, whose cache content is arbitrary."""
         runner = self.runner(swaps)
         started = time.perf_counter()
         for i in range(context, context + steps):
@@ -75,7 +75,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Paired:
-    """A against B, interleaved: seconds of each (medians) and the median of the paired ratios A / B."""
+    """A against B, run alternately: the median seconds of each, and the median of the paired ratios A / B."""
 
     a_seconds: float
     b_seconds: float
@@ -84,7 +84,7 @@ class Paired:
 
 
 def paired(run_a, run_b, repeat):
-    """Runs two functions, each returning seconds, alternately and in alternating order."""
+    """Runs two functions, which return their seconds, in pairs whose order alternates; returns a Paired."""
     times = []
     for i in range(repeat):
         first, second = (run_a, run_b) if i % 2 == 0 else (run_b, run_a)
@@ -100,8 +100,7 @@ def paired(run_a, run_b, repeat):
 
 
 def against_per_token(bench, num_tokens, repeat):
-    """The prompt whole and in chunks against one token at a time: {name: Paired} and the largest difference of
-    logits."""
+    """One token at a time against chunks: ({name: Paired}, the largest difference between their logits)."""
     reference = bench.per_token(num_tokens)[1]
     results, largest = {}, 0.0
     for name, size in (("chunks of 64", 64), ("chunks of 512", 512)):
@@ -116,7 +115,7 @@ def against_per_token(bench, num_tokens, repeat):
 
 
 def switch_ratios(bench, num_tokens, repeat):
-    """Each founding change: prefill without it against with it, {name: Paired}."""
+    """Prefill with the per-token kernels of a group of ops against prefill with its batched ones, {group: Paired}."""
     results, single = {}, BACKENDS["per_token"]
     groups = {op.group for op in bench.model.program.ops if op.kind in single}
     for name in (group for group in GROUPS if group in groups):
@@ -131,10 +130,11 @@ def switch_ratios(bench, num_tokens, repeat):
 
 
 def summed(profile, rows):
-    """A profile by kind of op: [(kind, seconds, weight bytes read, multiply-adds with weights, int8), ...], largest
+    """A profile by kind of op: [(kind, seconds, weight bytes read, multiply-adds with weights, int8), ...], the slowest
     first.
 
-    int8: whether the weights are multiplied as integers. Of experts, at most one is read for each row that it gets.
+    rows: {letter of rows: their number}. int8: whether the weights are multiplied as integers. Of experts, no more are
+    counted as read than rows are routed to experts.
     """
     totals = defaultdict(lambda: [0.0, 0, 0, False])
     for op, seconds in profile:

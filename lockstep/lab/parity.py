@@ -1,8 +1,8 @@
-"""Parity: one prompt along every path, each compared bit for bit with the one-token-at-a-time reference.
+"""Parity: runs one prompt along every path, and compares each path bit for bit with one token at a time.
 
-A path is a way of cutting the prompt into steps, a number of threads and, if it has company, other requests in the same
-steps. Compared are the logits and hidden states of the last positions, the tokens sampled from them, and what the
-prompt leaves in the cache: keys, values, states.
+A path is a way of cutting the prompt into steps, a number of threads, and a number of other requests in the same steps.
+Compared are the logits and hidden states of the last positions, the tokens sampled from them, and the prompt's content
+of the cache: keys, values, states.
 """
 
 import contextlib
@@ -21,13 +21,13 @@ from lockstep.runtime.threads import Team
 
 AWKWARD = (1, 2, 3, 7, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 511, 512, 513, 1023, 1024, 1025, 2047, 2048, 2049)
 CHUNKS = (1, 7, 64, 512)
-LOGIT_BYTES = 64 << 20  # logits that are kept for comparison, per path
+LOGIT_BYTES = 64 << 20  # bytes of logits that are kept for comparison, per path
 GREEDY = dict(temperature=0.0, top_p=1.0, min_p=0.0, top_k=0, seed=0, position=0)
 
 
 @dataclass(frozen=True)
 class Path:
-    """A way to run a prompt: where it is cut (ends of steps), on how many threads, next to how many strangers."""
+    """A way to run a prompt. ends: positions at which its steps end; strangers: other requests in the same steps."""
 
     name: str
     ends: tuple[int, ...]
@@ -37,8 +37,8 @@ class Path:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a path gave: logits [rows, V] of the last positions, and digests of them, of the tokens, of the hidden
-    states, of each cache array."""
+    """The results of a path: logits [rows, V] of the last positions, and digests of the logits, the tokens, the hidden
+    states and each cache array."""
 
     logits: np.ndarray
     digests: dict[str, str]
@@ -51,8 +51,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A path against the reference. differing: what is not the same ("logits", "tokens", "hidden",
-    names of cache arrays)."""
+    """A path against the reference. differing: names of results that differ ("logits", "tokens", "hidden", cache
+    arrays)."""
 
     path: Path
     max_abs_diff: float
@@ -80,7 +80,8 @@ def paths(length, max_threads):
 
 
 def run_path(model, ids, path, swaps=None, num_rows=None):
-    """Runs a path on fresh memory: an Outcome."""
+    """Runs a path on fresh memory; returns its Outcome. num_rows: last positions to compare, by default as many as
+    LOGIT_BYTES hold."""
     vocab_size = model.config.vocab_size
     others = [list(np.random.default_rng(i).integers(0, vocab_size, len(ids))) for i in range(path.strangers)]
     largest = max(b - a for a, b in itertools.pairwise((0, *path.ends)))
@@ -104,12 +105,12 @@ def run_path(model, ids, path, swaps=None, num_rows=None):
 
 
 def comparable_rows(model, length):
-    """How many of the last positions' logits are kept for comparison."""
+    """The number of last positions whose logits are kept for comparison."""
     return max(1, min(length, LOGIT_BYTES // (4 * model.config.vocab_size)))
 
 
 def sampling(position):
-    """How the token after a position is chosen: every other one is drawn, the others are the most probable."""
+    """Sampling of the token after a position: after odd positions it is sampled at random, after even ones greedily."""
     return {**GREEDY, **(dict(temperature=0.8, top_p=0.95) if position % 2 else {}), "position": position + 1}
 
 
@@ -138,7 +139,7 @@ def _cached(runner, cache, num_pages, num_tokens):
 
 
 def compare(reference, path, outcome):
-    """A path's outcome against the reference's."""
+    """The Comparison of a path's outcome with the reference's."""
     diff = np.abs(outcome.logits.astype(np.float64) - reference.logits)
     agree = float((outcome.logits.argmax(-1) == reference.logits.argmax(-1)).mean())
     differing = tuple(name for name, digest in outcome.digests.items() if digest != reference.digests[name])
@@ -156,9 +157,10 @@ def run_parity(model, ids, max_threads, swaps=None):
 
 @dataclass(frozen=True)
 class Difference:
-    """The first op whose output differs between two op tables: an activation, or what the op wrote to the cache.
+    """The first op whose output differs between two op tables. tensor: an activation, or a cache array that the op
+    writes.
 
-    row: of the step; in pages of the cache a position, in a state 0. column: within all that is kept for the row.
+    row: of the step; in pages of the cache a position, in a state 0. column: the index within the row.
     """
 
     index: int
@@ -171,9 +173,10 @@ class Difference:
 
 
 def first_difference(model, ids, tables, threads):
-    """Runs a prompt whole on two op tables, each (base backend, swaps), without fusion; the first Difference, or None.
+    """Runs a prompt in one step on two op tables, each (base backend, swaps), without fusion; returns the first
+    Difference, or None.
 
-    Scratch tensors are not compared: what they hold is the kernel's own affair.
+    Scratch tensors are not compared: each kernel uses them in its own way.
     """
     limits = Limits(len(ids), 1, -(-len(ids) // PAGE_TOKENS), 1)
     span = _span(ids, 0, limits.num_pages, 0, len(ids), range(len(ids) - 1, len(ids)))

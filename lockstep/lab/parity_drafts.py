@@ -1,7 +1,7 @@
-"""Parity of speculation: one answer with drafts of every kind and number, compared bit for bit with none.
+"""Parity of speculation: an answer with drafts, of every source and number, equals the answer without, bit for bit.
 
-Compared are the tokens, their log-probabilities and likeliest alternatives, and what prompt and answer leave in the
-prefix cache: every block's keys and values, and the recurrent states that are kept.
+Compared are the tokens, their log-probabilities and likeliest alternatives, and the blocks of prompt and answer in the
+prefix cache: their keys and values, and the recurrent states that are kept.
 """
 
 import contextlib
@@ -19,18 +19,17 @@ from lockstep.engine.speculation.drafts import Drafter, Source
 from lockstep.engine.speculation.lookup import Guess
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS
 
-KNOWN = "known answer"  # a source of drafts
+KNOWN = "known answer"  # the name of a source of drafts, see `partly_wrong`
 NUM_DRAFTS = (1, 2, 4, 7, 15)
 TEMPERATURES = (0.0, 0.8)
 ALTERNATIVES = 3
 SPARE_PAGES = 2
-MOST_STATES = 8  # of recurrent layers, which are kept for one answer and compared
+MOST_STATES = 8  # recurrent states that are kept for one answer and compared
 
 
 @dataclass(frozen=True)
 class DraftPath:
-    """A way to get an answer. source: a name of SOURCES, or "known answer": drafts of which most are right, and one is
-    wrong, at every place in turn. num_drafts: of a step."""
+    """A way to get an answer. source: one of `sources`; num_drafts: drafts in a step."""
 
     source: str
     num_drafts: int
@@ -39,13 +38,14 @@ class DraftPath:
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """The path in words."""
         return f"{self.source}, {self.num_drafts} in a step" if self.num_drafts else "no drafts, one token at a time"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a path gave: token ids and log-probabilities, and digests of whatever is compared; drafts and right ones."""
+    """The results of a path: token ids, log-probabilities, and digests of all that is compared; num_drafted and
+    num_accepted: computed and right drafts."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -76,10 +76,8 @@ class DraftComparison:
 
 
 def answer_tokens(length: int, least: int) -> int:
-    """Tokens of an answer to a prompt: at least so many, and as many as fill the cache's last block.
-
-    All but the last one are computed.
-    """
+    """Tokens of an answer to a prompt of `length` tokens: at least `least`, and so many that prompt and answer, without
+    the answer's last token (which is never computed), fill whole blocks of the cache."""
     return least + -(length + least - 1) % PAGE_TOKENS
 
 
@@ -88,7 +86,7 @@ def run_draft_parity(
 ) -> Iterator[DraftComparison]:
     """Yields a DraftComparison for every path; the first of each temperature is the reference with itself.
 
-    swaps: of the op table, but for the references'.
+    swaps: changes of the op table, which the references do not use.
     """
     references: dict[float, Answer] = {}
     with _opened(model, len(ids) + num_tokens, threads=1, max_step_tokens=1) as engine:
@@ -106,13 +104,13 @@ def run_draft_parity(
 
 
 def sources(model: Model) -> list[str]:
-    """Where drafts of a model come from without another model, and a source that knows the answer."""
+    """The sources of drafts to compare: those of the model that need no other model, and KNOWN."""
     return ["lookup", *(["mtp"] if model.drafts_by_mtp("auto") else []), KNOWN]
 
 
 @contextlib.contextmanager
 def _opened(model: Model, num_tokens: int, swaps: Mapping[str, str] | None = None, **options) -> Iterator[Engine]:
-    """An engine for one request of so many tokens, which keeps its states and evicts none of its pages."""
+    """A context with an engine for one request of `num_tokens` tokens, which keeps states and evicts no pages."""
     every = PAGE_TOKENS * max(1, num_tokens // PAGE_TOKENS // MOST_STATES)
     kept = dict(state_every=every, prompt_state_from=0, state_bytes=1 << 40)  # memory is taken for each state
     size = dict(max_requests=1, kv_tokens=num_tokens + SPARE_PAGES * PAGE_TOKENS)
@@ -124,23 +122,23 @@ def _opened(model: Model, num_tokens: int, swaps: Mapping[str, str] | None = Non
 
 
 def partly_wrong(answer: tuple[int, ...], num_drafts: int, vocab_size: int) -> Source:
-    """A source that knows an answer, and puts a wrong token in a place of its drafts that moves from step to step."""
-    places = itertools.cycle(range(num_drafts + 1))  # the last lies behind the drafts: then all are right
+    """A source that drafts a known answer with one wrong token, whose place in the drafts moves from step to step."""
+    places = itertools.cycle(range(num_drafts + 1))  # the last place is behind the drafts: then all are right
 
     def source(request: Request, most: int, drafts: Sequence[int]) -> Guess:
         if drafts:
             return Guess([], KNOWN)
-        at, wrong = len(request.output_ids), next(places)
-        made = list(answer[at : at + most])
-        if wrong < len(made):
-            made[wrong] = (made[wrong] + 1) % vocab_size
-        return Guess(made, KNOWN)
+        start, wrong = len(request.output_ids), next(places)
+        guessed = list(answer[start : start + most])
+        if wrong < len(guessed):
+            guessed[wrong] = (guessed[wrong] + 1) % vocab_size
+        return Guess(guessed, KNOWN)
 
     return source
 
 
 def run_draft_path(engine: Engine, ids: list[int], num_tokens: int, path: DraftPath, source: Source | None) -> Answer:
-    """Runs a path on an engine that computed nothing for its name before."""
+    """Runs a path on an engine. The path's name is the salt, so that no other path's prefix is reused."""
     if source is not None:
         engine.drafter = Drafter(engine.scheduler, source, path.num_drafts, engine.eos_ids)
     params = SamplingParams(
@@ -166,17 +164,14 @@ def _answer(engine: Engine, request: Request) -> Answer:
 
 
 def _cached(engine: Engine, request: Request) -> dict[str, str]:
-    """Digests of the pages and of the kept states of all that was computed for a request."""
+    """Digests of a request's pages and kept recurrent states in the prefix cache."""
     prefix = engine.scheduler.prefix
-    assert prefix is not None, "the engine was made with one"
-    pages, states, names = (
-        hashlib.sha256(),
-        hashlib.sha256(),
-        prefix.names(request, (request.num_tokens - 1) // PAGE_TOKENS),
-    )
+    assert prefix is not None, "the engine was made with a prefix cache"
+    pages, states = hashlib.sha256(), hashlib.sha256()
+    names = prefix.names(request, (request.num_tokens - 1) // PAGE_TOKENS)
     for number, (group, allocator) in enumerate(zip(prefix.pages.groups, prefix.pages.allocators, strict=True)):
         out = np.zeros(prefix.memory.page_bytes[number], np.uint8)
-        first = group.first_seen(len(names) * PAGE_TOKENS)  # those before it need not be there
+        first = group.first_seen(len(names) * PAGE_TOKENS)  # earlier pages, outside of the window, may be gone
         for index, name in enumerate(names[first:], first):
             page = allocator.find(name)
             assert page is not None, f"block {index} is not in the cache"
@@ -193,7 +188,7 @@ def _digest(array: np.ndarray) -> str:
 
 
 def compare(reference: Answer, path: DraftPath, answer: Answer) -> DraftComparison:
-    """A path's answer against that without drafts."""
+    """The DraftComparison of a path's answer with the answer without drafts."""
     diffs = np.abs(np.array(reference.logprobs) - np.array(answer.logprobs))
     differing = tuple(name for name, digest in answer.digests.items() if digest != reference.digests[name])
     counts = answer.num_drafted, answer.num_accepted

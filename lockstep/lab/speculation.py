@@ -1,8 +1,9 @@
-"""What drafts gain on this machine: steps of more rows than one, and whole answers with drafts against none.
+"""Measures the speedup by drafts on this machine: times of steps with several rows, and answers with drafts against
+answers without.
 
-Drafts come from a recording: the answer is known, from a run without drafts, and each draft is its next token with a
-given probability and another token otherwise. So acceptance is what was asked for, on any model, and a draft costs
-nothing but its row. All that is compared runs in turns in one process, and a ratio is one of two that ran in turns.
+Drafts come from a recording: the answer is known from a run without drafts, and each draft token is the answer's token
+with a chosen probability (the acceptance), else a wrong one. So any acceptance can be measured on any model, and a
+draft costs nothing but its row. The two sides of a comparison run in turns, in one process.
 """
 
 import statistics
@@ -27,15 +28,15 @@ from lockstep.ops.linear import linear_cpu
 from lockstep.runtime.threads import Team
 
 GROUPED_SHAPE, LINEAR_SHAPE = "8192x4096x8", "4096x8192"  # the two halves of the output projection
-TURN = 0.05  # seconds: longer than threads take to wake up
-WIDTHS = range(1, MAX_DRAFTS + 2)  # rows of a request in a step: its certain token and its drafts
+TURN = 0.05  # seconds of a turn: longer than threads take to wake up
+WIDTHS = range(1, MAX_DRAFTS + 2)  # rows of a request in a step: its sampled token and its drafts
 
 
 class Replay:
-    """A source of drafts whose acceptance is chosen: the recorded answer's tokens, each with this probability, else
-    another token.
+    """A source of drafts with a chosen acceptance: a draft is the recorded answer's token with this probability, else a
+    wrong token.
 
-    answers: {id of a request: its answer}.
+    answers: {id of a request: its recorded answer}.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Replay:
 
 
 class ReplayedHead:
-    """A `draft_head.Head` that guesses as another does, at its cost, and says what a Replay says instead."""
+    """A `draft_head.Head` that lets another head compute its drafts, for their cost, and returns a Replay's drafts."""
 
     def __init__(self, head: Head, replay: Replay) -> None:
         self._head, self._replay, self.name = head, replay, head.name
@@ -61,19 +62,19 @@ class ReplayedHead:
 
     @property
     def may_rest(self) -> bool:
-        """See the head's."""
+        """As of the replaced head."""
         return self._head.may_rest
 
     def guess(self, wanted: Sequence[tuple[Request, int]], num_planned: int) -> dict[int, list[int]]:
-        """As many as the head guesses, and others."""
-        found, requests = self._head.guess(wanted, num_planned), {request.id: request for request, _ in wanted}
-        return {i: self._replay(requests[i], len(ids), ()).tokens for i, ids in found.items() if i in requests}
+        """As many drafts as the head guesses, with the Replay's tokens."""
+        guesses, requests = self._head.guess(wanted, num_planned), {request.id: request for request, _ in wanted}
+        return {i: self._replay(requests[i], len(ids), ()).tokens for i, ids in guesses.items() if i in requests}
 
 
 @dataclass(frozen=True)
 class Answered:
-    """Requests that were answered together: seconds in all, and tokens and seconds after all had their first token;
-    native steps there, and how many drafts were computed and right."""
+    """The results of requests that were answered together. seconds: of the whole run; decode_tokens, decode_seconds,
+    steps: after all requests had their first token; drafted, accepted: computed and right drafts."""
 
     answers: list[list[int]]
     seconds: float
@@ -89,40 +90,41 @@ class Answered:
 
 
 class Course:
-    """Requests that were just added to an engine, on their way to their ends; only the engine's own time counts."""
+    """A run of requests that were just added to an engine, which can pause; only the time in the engine counts."""
 
     def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
         self._engine, self._requests = engine, requests
         self.seconds, self._decode_began, self._known, self._steps = 0.0, 0.0, 0, 0
 
     def advance(self, seconds: float) -> bool:
-        """Runs steps for about so long; whether there is more to do."""
+        """Runs steps for about this time; returns whether the engine has more to do."""
         until = self.seconds + seconds
         while self._engine.has_work and self.seconds < until:
             began = time.perf_counter()
             self._engine.step()
             self.seconds += time.perf_counter() - began
             self._steps += self._known > 0
-            if not self._known and all(r.output_ids for r in self._requests):
-                self._decode_began, self._known = self.seconds, sum(len(r.output_ids) for r in self._requests)
+            if not self._known and all(request.output_ids for request in self._requests):
+                self._decode_began = self.seconds
+                self._known = sum(len(request.output_ids) for request in self._requests)
         return self._engine.has_work
 
     def answered(self) -> Answered:
-        """What came of it, when all have ended."""
-        answers = [r.output_ids for r in self._requests]
+        """The results, once all requests have ended."""
+        answers = [request.output_ids for request in self._requests]
         return Answered(
             answers,
             seconds=self.seconds,
             decode_tokens=sum(map(len, answers)) - self._known,
             decode_seconds=self.seconds - self._decode_began,
             steps=self._steps,
-            drafted=sum(r.num_drafted for r in self._requests),
-            accepted=sum(r.num_accepted for r in self._requests),
+            drafted=sum(request.num_drafted for request in self._requests),
+            accepted=sum(request.num_accepted for request in self._requests),
         )
 
 
 def in_turns(*courses: Course) -> list[Answered]:
-    """Runs courses to their ends by turns of TURN seconds, so that what slows the machine slows all of them."""
+    """Runs courses to their ends in turns of TURN seconds, so that a slow moment of the machine slows all of them."""
     left = list(courses)
     while left:
         left = [course for course in left if course.advance(TURN)]
@@ -131,8 +133,8 @@ def in_turns(*courses: Course) -> list[Answered]:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is compared with no drafts. acceptance: from 0 to 1; draft: drafts of a request in a step, None for as many
-    as pay."""
+    """A run with drafts, to compare with one without. requests: their number; acceptance: from 0 to 1; draft: drafts of
+    a request in a step, None for as many as pay."""
 
     requests: int
     acceptance: float
@@ -141,10 +143,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.
+    """All that is measured.
 
-    acceptances: from 0 to 1. requests: numbers of them. contexts: of steps. prompt, tokens: of each answer. rounds: of
-    each comparison.
+    acceptances: from 0 to 1. requests: numbers of requests that run together. contexts: context lengths of steps.
+    prompt, tokens: tokens of each prompt and of each answer. rounds: of each comparison.
     """
 
     acceptances: tuple[float, ...]
@@ -156,20 +158,20 @@ class Plan:
 
     @property
     def longest(self) -> int:
-        """Tokens that a request may have."""
+        """The most tokens of a request."""
         return max(self.prompt + self.tokens, *self.contexts) + MAX_DRAFTS + 1
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens of KV cache, drafts included, with which nobody waits."""
+        """Tokens of KV cache that all requests need, drafts included, so that none has to wait."""
         return max(self.requests) * (self.prompt + self.tokens + MAX_DRAFTS + PAGE_TOKENS) + self.longest + PAGE_TOKENS
 
 
 class Bench:
-    """An engine without drafts and one with them, of the same weights.
+    """An engine without drafts and one with drafts, of the same weights.
 
-    plain: the engine without; no other thread may use it meanwhile. options: of the engine with drafts. If it has an
-    MTP head, that computes them in full before they are replaced.
+    plain: the engine without drafts, which no other thread may use meanwhile. options: of the engine with drafts. An
+    MTP head of that engine computes all drafts before recorded ones replace them.
     """
 
     def __init__(self, model: Model, plain: Engine, options: EngineOptions) -> None:
@@ -189,21 +191,21 @@ class Bench:
         return rng.integers(0, self.model.config.vocab_size, (requests, length)).tolist()
 
     def without(self, prompts: Sequence[list[int]], tokens: int) -> Course:
-        """To answers of so many tokens without drafts."""
+        """A Course of answers of `tokens` tokens without drafts."""
         return Course(self.plain, self._add(self.plain, prompts, tokens))
 
     def drafted(self, prompts: Sequence[list[int]], recorded: Answered, setting: Setting, seed: int) -> Course:
-        """To the same answers with drafts. All that is learnt about acceptance and costs is learnt anew."""
+        """A Course of the recorded answers with drafts, with a new Drafter, which has learnt no acceptance or costs."""
         engine, tokens = self.drafting, len(recorded.answers[0])
         requests = self._add(engine, prompts, tokens)
-        answers = {r.id: answer for r, answer in zip(requests, recorded.answers, strict=True)}
+        answers = {request.id: answer for request, answer in zip(requests, recorded.answers, strict=True)}
         replay = Replay(answers, setting.acceptance, self.model.config.vocab_size, seed)
         source, head = (None, ReplayedHead(self._head, replay)) if self._head else (replay, None)
         engine.drafter = Drafter(engine.scheduler, source, setting.draft, engine.eos_ids, head)
         return Course(engine, requests)
 
     def seconds_of_guess(self, requests: int) -> float:
-        """What the head takes for one more draft of each of so many requests, once it was asked for some."""
+        """Seconds that the head, which must have drafted before, takes for one more draft of each of the requests."""
         return self._head.seconds(requests) if self._head else 0.0
 
     @staticmethod
@@ -213,9 +215,13 @@ class Bench:
 
 @dataclass(frozen=True)
 class Compared:
-    """A Setting against no drafts: medians of the ratios of its runs, above 1 where drafts gain; lowest and
-    highest of decode's; tokens a second without; drafts of all runs, those that were right, tokens of a step and
-    request, and how many answers were not the same (none, or there is a fault)."""
+    """A Setting against no drafts.
+
+    decode, whole: median ratios of speed, of decode and of whole runs, above 1 where drafts are faster; spread: the
+    lowest and highest ratio of decode; tokens_per_second: of decode without drafts; drafted, accepted: computed and
+    right drafts of all runs; tokens_per_step: of a request in a step; differing: the number of answers that differ from
+    the one without drafts, 0 unless there is a fault.
+    """
 
     setting: Setting
     decode: float
@@ -229,7 +235,7 @@ class Compared:
 
 
 def compare(bench: Bench, settings: Sequence[Setting], prompt: int, tokens: int, rounds: int) -> list[Compared]:
-    """Runs settings with the same number of requests, each in turns with a run without drafts."""
+    """Runs settings, which all have the same number of requests, each in turns with a run without drafts."""
     prompts = bench.prompts(settings[0].requests, prompt)
     [recorded] = in_turns(bench.without(prompts, tokens))
     runs: dict[Setting, list[list[Answered]]] = {setting: [] for setting in settings}
@@ -241,34 +247,35 @@ def compare(bench: Bench, settings: Sequence[Setting], prompt: int, tokens: int,
 
 
 def answers(bench: Bench, plan: Plan, requests: int) -> list[Compared]:
-    """Each acceptance with the number of drafts that pays best if it is fixed, and with as many as pay.
+    """Compares each acceptance twice: with the best fixed number of drafts, and with as many as pay.
 
-    The best fixed number follows from steps (and guesses of the head) that are measured first; where none pays, only
-    the other is run.
+    The best fixed number follows from the times of steps (and of the head's drafts), which are measured first. Where
+    drafts do not pay, only the second comparison is run.
     """
     seconds = step_seconds(bench, requests, plan.prompt, range(1, MOST_BY_ITSELF + 2), 3 * plan.rounds)
-    tried = Setting(requests, 1.0, 2)
-    compare(bench, [tried], plan.prompt, 8, 1)
-    each, settings = bench.seconds_of_guess(requests), []
+    compare(bench, [Setting(requests, 1.0, 2)], plan.prompt, 8, 1)  # so that the head has drafted, and knows its time
+    of_guess, settings = bench.seconds_of_guess(requests), []
     for acceptance in plan.acceptances:
-        best = best_draft(acceptance, {width: s + (width - 1) * each for width, s in seconds.items()})
+        best = best_draft(acceptance, {width: step + (width - 1) * of_guess for width, step in seconds.items()})
         settings += [Setting(requests, acceptance, draft) for draft in ([best] if best else []) + [None]]
     return compare(bench, settings, plan.prompt, plan.tokens, plan.rounds)
 
 
 def _compared(setting: Setting, pairs: Sequence[Sequence[Answered]], recorded: Answered) -> Compared:
-    decode = [with_.tokens_per_second / without.tokens_per_second for without, with_ in pairs]
-    own = [with_ for _, with_ in pairs]
+    decode = [drafted.tokens_per_second / without.tokens_per_second for without, drafted in pairs]
+    runs = [drafted for _, drafted in pairs]
     return Compared(
         setting=setting,
         decode=statistics.median(decode),
         spread=(min(decode), max(decode)),
-        whole=statistics.median(without.seconds / with_.seconds for without, with_ in pairs),
+        whole=statistics.median(without.seconds / drafted.seconds for without, drafted in pairs),
         tokens_per_second=statistics.median(without.tokens_per_second for without, _ in pairs),
-        drafted=sum(run.drafted for run in own),
-        accepted=sum(run.accepted for run in own),
-        tokens_per_step=sum(r.decode_tokens for r in own) / sum(r.steps for r in own) / setting.requests,
-        differing=sum(a != b for run in own for a, b in zip(run.answers, recorded.answers, strict=True)),
+        drafted=sum(run.drafted for run in runs),
+        accepted=sum(run.accepted for run in runs),
+        tokens_per_step=sum(run.decode_tokens for run in runs) / sum(run.steps for run in runs) / setting.requests,
+        differing=sum(
+            answer != known for run in runs for answer, known in zip(run.answers, recorded.answers, strict=True)
+        ),
     )
 
 
@@ -276,9 +283,9 @@ def _compared(setting: Setting, pairs: Sequence[Sequence[Answered]], recorded: A
 
 
 def step_seconds(bench: Bench, requests: int, context: int, widths: Sequence[int], rounds: int) -> dict[int, float]:
-    """{rows of each request: seconds of a step after so many tokens}, by the lower quartile of rounds in turns.
+    """{rows of each request: seconds of a step after `context` tokens}: the lower quartile of rounds, run in turns.
 
-    Width 1 is a step without drafts. Wider ones have as many pending records as half of their drafts.
+    Width 1 is a step without drafts. In wider steps half as many records as drafts are pending (see Span).
     """
     ids = np.random.default_rng(8).integers(0, bench.model.config.vocab_size, max(widths)).tolist()
     times, rng = {width: [] for width in widths}, np.random.default_rng(9)
@@ -291,18 +298,11 @@ def step_seconds(bench: Bench, requests: int, context: int, widths: Sequence[int
 
 
 def _span(ids: list[int], context: int, slot: int) -> Span:
-    each = -(-(context + MAX_DRAFTS + 1) // PAGE_TOKENS)
+    num_pages = -(-(context + MAX_DRAFTS + 1) // PAGE_TOKENS)
+    pages = everywhere(range(slot * num_pages, (slot + 1) * num_pages))
     sampled = {i: dict(GREEDY, position=context + i + 1) for i in range(len(ids))}
-    drafts = len(ids) - 1
-    return Span(
-        ids,
-        context,
-        everywhere(range(slot * each, (slot + 1) * each)),
-        slot,
-        sampled,
-        num_drafts=drafts,
-        num_pending=drafts // 2,
-    )
+    num_drafts = len(ids) - 1
+    return Span(ids, context, pages, slot, sampled, num_drafts=num_drafts, num_pending=num_drafts // 2)
 
 
 def _timed(runner: Runner, spans: Sequence[Span]) -> float:
@@ -312,7 +312,7 @@ def _timed(runner: Runner, spans: Sequence[Span]) -> float:
 
 
 def best_draft(acceptance: float, seconds: Mapping[int, float]) -> int:
-    """The fixed number of drafts with the most tokens a second, by steps of each width that were measured; 0: none."""
+    """The fixed number of drafts with the most tokens per second; 0: no drafts. seconds: {width: time of a step}."""
     if not acceptance:
         return 0
     tokens = {width: sum(acceptance**i for i in range(width)) for width in seconds}
@@ -324,9 +324,12 @@ def best_draft(acceptance: float, seconds: Mapping[int, float]) -> int:
 
 @dataclass(frozen=True)
 class Grouped:
-    """`grouped_linear` at the shape of DeepSeek-V4's attention output: seconds of one row, of `rows` rows that share a
-    read of the weights, and of the baseline, which reads them for every row; GB/s of the baseline at `rows` rows, and
-    of a `linear` with one row."""
+    """`grouped_linear` at the shape of DeepSeek-V4's attention output.
+
+    one_row: seconds of one row; together: of `rows` rows, which share one read of the weights; per_token: of `rows`
+    rows by the per-token kernel, which reads the weights for every row; per_token_gb: GB/s of the latter; linear_gb:
+    GB/s of a `linear` with one row.
+    """
 
     rows: int
     one_row: float
@@ -337,15 +340,15 @@ class Grouped:
 
 
 def grouped(team: Team, rounds: int, rows: int = 8, format: str = "q8_0") -> Grouped:
-    """Measures them in turns."""
+    """Measures a Grouped: its layers run in turns."""
     cases = [
         Case(format, GROUPED_SHAPE, rows, team, linear_cpu.CPU),
         Case(format, GROUPED_SHAPE, rows, team, linear_cpu.PER_TOKEN),
         Case(format, LINEAR_SHAPE, 1, team, linear_cpu.CPU),
     ]
     for _ in range(rounds + 1):
-        for case, count in zip((cases[0], *cases), (1, rows, rows, 1), strict=True):
-            case.run(count)
+        for case, num_rows in zip((cases[0], *cases), (1, rows, rows, 1), strict=True):
+            case.run(num_rows)
     together, per_token, linear = cases
     return Grouped(
         rows,

@@ -51,6 +51,12 @@ def test_a_mistake_is_one_sentence(args, said, capsys):
     assert err.startswith("lockstep: ") and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("options", [[], ["--help"], ["--rate", "4"]], ids=str)
+def test_the_old_name_of_a_command_names_the_new_one(options, capsys):
+    assert main(["bench", "serve", *options]) == 2
+    assert capsys.readouterr().err == "lockstep: bench serve: this command is called lockstep bench load now\n"
+
+
 def test_bad_files(tmp_path, capsys):
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     assert run("-f", str(tmp_path / "latin.txt")) == 2

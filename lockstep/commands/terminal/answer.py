@@ -1,4 +1,4 @@
-"""One answer, streamed: steps of the engine until it ends, and what they took."""
+"""One streamed answer in the terminal, and its timing."""
 
 import time
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from lockstep.commands.terminal.output import counted
 
 @dataclass
 class Timing:
-    """Counts and seconds of one answer; the first token ends the prefill."""
+    """Numbers of tokens and seconds of one answer; the first token ends the prefill."""
 
     num_prompt: int
     num_output: int = 0
@@ -19,12 +19,12 @@ class Timing:
 
     @property
     def prefill_rate(self):
-        """Prompt tokens per second; the step that ends the prefill gives the first token too."""
+        """Prompt tokens per second, up to the first token: the last step of the prefill samples it."""
         return self.num_prompt / self.first_token if self.first_token else 0.0
 
     @property
     def decode_rate(self):
-        """Tokens per second after the first; 0 where there is only one."""
+        """Tokens per second after the first token; 0 where there is no other."""
         seconds = self.total - self.first_token
         return (self.num_output - 1) / seconds if self.num_output > 1 and seconds > 0 else 0.0
 
@@ -39,9 +39,9 @@ class Timing:
 
 
 def answer(llm, prompt, params, on_text, stopped=lambda: False):
-    """Streams an answer: on_text gets each new piece. Returns (Stream, Timing).
+    """Generates an answer, and calls on_text with each new piece of text. Returns (Stream, Timing).
 
-    stopped is asked after every step; when it says yes the request is cancelled (its finish_reason says so).
+    stopped: called before every step; where it returns True the request is cancelled, which its finish_reason shows.
     """
     stream = llm.start(prompt, params)
     request, started = stream.request, time.perf_counter()

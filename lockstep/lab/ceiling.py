@@ -63,25 +63,46 @@ class Ceiling:
     f32_per_second: float
 
 
+class Meter:
+    """Measures a team's ceilings again and again: where cores are shared, they change from minute to minute."""
+
+    def __init__(self, team):
+        self._memory, self._small = np.ones(STREAM_BYTES // 4, np.float32), np.zeros(16, np.float32)
+        self._operations = team.num_threads * ROUNDS * 2 * CHAINS * lanes_per_register(target())
+        self._stream = _runs(team, stream, self._memory, self._memory.nbytes)
+        self._int8, self._f32 = (_runs(team, k, self._small, ROUNDS) for k in (multiply_int8, multiply_f32))
+
+    def run(self):
+        """One Ceiling, of one short run of each kind."""
+        return self._of(*(seconds() for seconds in (self._stream, self._int8, self._f32)))
+
+    def best(self, num_runs=5):
+        """The Ceiling of the fastest of several runs of each kind."""
+        kinds = self._stream, self._int8, self._f32
+        return self._of(*(min(seconds() for _ in range(num_runs)) for seconds in kinds))
+
+    def _of(self, stream_seconds, int8_seconds, f32_seconds):
+        return Ceiling(
+            STREAM_BYTES / stream_seconds, 4 * self._operations / int8_seconds, self._operations / f32_seconds
+        )
+
+
 def measure(team):
     """Measures the Ceiling: the best of five short runs of each kind."""
-    memory, small = np.ones(STREAM_BYTES // 4, np.float32), np.zeros(16, np.float32)
-    work = team.num_threads * ROUNDS * 2 * CHAINS * lanes_per_register(target())
-    return Ceiling(
-        STREAM_BYTES / _seconds(team, stream, memory, memory.nbytes),
-        4 * work / _seconds(team, multiply_int8, small, ROUNDS),
-        work / _seconds(team, multiply_f32, small, ROUNDS),
-    )
+    return Meter(team).best()
 
 
-def _seconds(team, kernel_, array, amount):
+def _runs(team, kernel_, array, amount):
+    """A function that runs a kernel once and returns the seconds that it took."""
     program = Program()
     out = program.tensor("out", "T", 512 * team.num_threads)
     program.emit(Work(out=out, address=array.ctypes.data, amount=amount))
     executor = Executor(program, {"work": Implementation(kernel_)}, team, WeightStore(), {"T": 1}, {})
-    step, times = StepBlock.made(num_tokens=1), []
-    for _ in range(5):
+    step = StepBlock.made(num_tokens=1)
+
+    def seconds():
         started = time.perf_counter()
         executor.run(step)
-        times.append(time.perf_counter() - started)
-    return min(times)
+        return time.perf_counter() - started
+
+    return seconds

@@ -11,14 +11,12 @@ EXP_LOWEST, EXP_HIGHEST = np.float32(-87), np.float32(88)
 E7, E6, E5, E4, E3, E2 = (np.float32(1 / n) for n in (5040, 720, 120, 24, 6, 2))
 TWO, HALF, LN2_HIGH, LN2_LOW = np.float32(2), np.float32(0.5), np.float32(0.693359375), np.float32(-2.12194440e-4)
 SQRT_HALF, SQRT_TWO = np.float32(0.70710678), np.float32(1.41421356)
-# minimax fits of (log(1 + f) - f + f^2 / 2) / f^3 on [sqrt(1/2) - 1, sqrt(2) - 1], and of (tanh(x) - x) / x^3 in x^2
+# minimax fits of (log(1 + f) - f + f^2 / 2) / f^3 on [sqrt(1/2) - 1, sqrt(2) - 1]
 L10, L9, L8, L7, L6, L5, L4, L3 = (
     np.float32(c)
     for c in (-0.0763443, 0.1276155, -0.13160194, 0.14201762, -0.16623357, 0.20001227, -0.25000823, 0.3333333)
 )
-T11, T9, T7, T5, T3 = (np.float32(c) for c in (-0.0057049785, 0.020639079, -0.05373971, 0.13331442, -0.3333328))
 A15, A13, A11, A9, A7, A5, A3 = (np.float32(1 / n) for n in (15, 13, 11, 9, 7, 5, 3))
-TANH_SMALL, TANH_LARGE = np.float32(0.625), np.float32(44)
 
 
 @inlined
@@ -79,21 +77,6 @@ def _log_sum(f, e):
     p = fma(fma(fma(p, f, L5), f, L4), f, L3)
     tail = fma(square, -HALF, fma(f * square, p, e * LN2_LOW))
     return fma(e, LN2_HIGH, f + tail)
-
-
-@inlined
-def tanh(x):
-    """Hyperbolic tangent; +0 for -0.
-
-    Error: 1.4 ulp. Order: below 0.625 in size x + x^3 p(x^2), p of degree 4 by Horner's rule; else
-      1 - 2 / (e**2|x| + 1); then the sign of x.
-    """
-    a = absolute(x)
-    square = a * a
-    p = fma(fma(fma(fma(T11, square, T9), square, T7), square, T5), square, T3)
-    large = ONE - TWO / (exp(TWO * minimum(a, TANH_LARGE)) + ONE)
-    t = where_below(a, TANH_SMALL, fma(a * square, p, a), large)
-    return where_below(x, ZERO, -t, t)
 
 
 @inlined

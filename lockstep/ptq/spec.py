@@ -4,7 +4,7 @@
 
 i2 .. i16 are symmetric: codes -2**(b - 1) .. 2**(b - 1) - 1 (numbers in range never get the lowest), zero point 0. u2
 .. u16 are asymmetric: codes 0 .. 2**b - 1, with a zero point. All other grids are small floats or blocks of them; see
-GRIDS and `ops.grids`.
+GRIDS and `ops/rounded/grids.py`.
 """
 
 from __future__ import annotations

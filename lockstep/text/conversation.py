@@ -34,8 +34,8 @@ class Conversation:
     """A request of a conversation route, independent of the API it came through.
 
     messages: in the form of chat templates; the arguments of tool calls are objects, not JSON text. grammar: for the
-    text of the answer, made by structured.py. form: the request's field that asks for the grammar, for error messages.
-    variables: of the chat template. continues: the last message is the beginning of the answer.
+    text of the answer, made by grammars/structured.py. form: the request's field that asks for the grammar, for error
+    messages. variables: of the chat template. continues: the last message is the beginning of the answer.
     """
 
     messages: list[dict]

@@ -1,4 +1,4 @@
-"""Records lockstep/engine/golden_kernels.json from the definitions: python -m tests.golden.record_kernels
+"""Records engine/selfcheck/golden_kernels.json from the definitions: python -m tests.golden.record_kernels
 
 Only after a decision to change bits, together with a new NUMERICS version.
 """

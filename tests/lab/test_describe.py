@@ -1,4 +1,4 @@
-"""The counts of `lockstep inspect` for models with experts (for other models see test_cli_chat.py)."""
+"""The counts of `lockstep inspect` for models with experts (for other models see tests/commands/test_cli_chat.py)."""
 
 import io
 

@@ -6,7 +6,7 @@ import pytest
 
 from lockstep import LLM, SamplingParams
 from lockstep.completion import Completion, ToolCall
-from lockstep.constrained import conversation, grammar_of, read
+from lockstep.constrained import conversation, grammar_of, parse_answer
 from lockstep.text.tool_calls.events import Arguments, CallStart, Content, Reasoning
 
 WEATHER = dict(
@@ -88,6 +88,9 @@ def test_a_form_that_cannot_be_is_refused(llm, options, message):
         (dict(tools=[dict(WEATHER, name="not a name")]), "tools: a name has 1 to 128 letters"),
         (dict(tools=[WEATHER], tool_choice="rain"), "tool_choice: there is no tool 'rain'"),
         (dict(tools=[WEATHER], tool_choice=1), "tool_choice: expected auto, required, none or the name of a tool"),
+        (dict(tools=5), "tools: expected a list of functions"),
+        (dict(tools=WEATHER), "tools: expected a list of functions"),
+        (dict(tools=[WEATHER], tool_choice="required", regex="a"), "regex: the answer has to be a tool call"),
         (dict(tool_choice="required"), "tool_choice: a call is required, but there are no tools"),
     ],
 )
@@ -96,16 +99,65 @@ def test_tools_that_cannot_be_are_refused(llm, options, message):
         llm.chat(ASKED, SHORT, **options)
 
 
-def test_a_call_that_was_written_wrongly_is_refused(llm):
-    broken = dict(role="assistant", content=None, tool_calls=[dict(function=dict(name="weather", arguments="{"))])
-    with pytest.raises(ValueError, match="messages: a tool call is"):
-        llm.chat([*ASKED, broken], SHORT, tools=[WEATHER])
+@pytest.mark.parametrize(
+    "call",
+    [
+        dict(id="a", function=dict(name="weather", arguments="{")),
+        dict(id="a", function=dict(name="weather", arguments="[1]")),
+        dict(id="a", function=dict(arguments="{}")),
+        dict(function=dict(name="weather", arguments="{}")),
+        "weather",
+    ],
+)
+def test_a_call_that_was_written_wrongly_is_refused(llm, call):
+    with pytest.raises(ValueError, match=r"messages\[1\]\.tool_calls\[0\]: expected"):
+        llm.chat([*ASKED, dict(role="assistant", content=None, tool_calls=[call])], SHORT, tools=[WEATHER])
+
+
+@pytest.mark.parametrize(
+    "messages, message",
+    [
+        ("hello", "messages must be a list"),
+        (ASKED[0], "messages must be a list"),
+        (None, "messages must be a list"),
+        ([dict(content="x")], "message 0 must be an object with a role"),
+        ([dict(role="user", content=5)], r"messages\[0\]\.content: expected a text"),
+        ([dict(role="user", content=[dict(type="image_url")])], r"messages\[0\]\.content\[0\]: expected"),
+        ([dict(role="assistant", tool_calls=5)], r"messages\[0\]\.tool_calls: expected a list"),
+    ],
+)
+def test_messages_that_cannot_be_are_refused(llm, messages, message):
+    for options in (dict(), dict(tools=[WEATHER])):
+        with pytest.raises(ValueError, match=message):
+            llm.chat(messages, SHORT, **options)
+
+
+def test_content_may_be_a_list_of_texts(llm):
+    parts = [dict(role="user", content=[dict(type="text", text="Is it"), dict(type="text", text="warm?")])]
+    whole = [dict(role="user", content="Is it\nwarm?")]
+    assert llm.chat(parts, SHORT).token_ids == llm.chat(whole, SHORT).token_ids
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "add_generation_prompt", "seed"])
+def test_what_is_no_variable_of_the_template_is_refused(llm, name):
+    with pytest.raises(ValueError, match=f"{name}: this is no variable of the chat template"):
+        llm.chat(ASKED, SHORT, **{name: 1})
+
+
+@pytest.mark.parametrize("params", [3, {}, "x"])
+def test_params_that_are_none_are_refused(llm, params):
+    with pytest.raises(ValueError, match="params: expected SamplingParams"):
+        llm.chat(ASKED, params, regex="a")
+    with pytest.raises(ValueError, match="params: expected SamplingParams"):
+        llm.generate("x", [params], regex="a")
 
 
 def test_a_mask_of_ones_own_and_a_form_are_refused_together(llm):
     params = SamplingParams(max_tokens=4, logits_mask=lambda ids: None)
     with pytest.raises(ValueError, match="regex: the params have a logits_mask already"):
         llm.generate("x", params, regex="a")
+    with pytest.raises(ValueError, match="tools: the params have a logits_mask already"):
+        llm.chat(ASKED, params, tools=[WEATHER])
 
 
 class Events:
@@ -124,13 +176,13 @@ class Events:
 def test_an_answer_is_taken_apart():
     answer = Completion("text", [1], [0.0], "stop", [2])
     parts = [Reasoning("well"), Content("I "), CallStart(0, "id", "f"), Arguments(0, '{"a"'), Arguments(0, ":1}")]
-    made = read(answer, lambda: Events(*parts, Content("ask")))
+    made = parse_answer(answer, lambda: Events(*parts, Content("ask")))
     assert (made.text, made.reasoning, made.content) == ("text", "well", "I ask")
     assert made.tool_calls == [ToolCall("id", "f", '{"a":1}')]
     assert made.as_message()["tool_calls"][0]["function"] == dict(name="f", arguments='{"a":1}')
-    unfinished = read(answer, lambda: Events(*parts, CallStart(1, "other", "f"), Arguments(1, '{"a')))
+    unfinished = parse_answer(answer, lambda: Events(*parts, CallStart(1, "other", "f"), Arguments(1, '{"a')))
     assert unfinished.tool_calls == made.tool_calls
-    cut = read(answer, lambda: Events(CallStart(0, "id", "f"), Arguments(0, "{", True)))
+    cut = parse_answer(answer, lambda: Events(CallStart(0, "id", "f"), Arguments(0, "{", True)))
     assert cut.tool_calls == [] and cut.content == ""
 
 

@@ -10,7 +10,7 @@ import pytest
 from lockstep import LLM, SamplingParams
 from lockstep.cli import main
 from lockstep.commands.chat import first_settings
-from lockstep.commands.generate import unheard_wishes
+from lockstep.commands.generate import ignored_sampling
 from lockstep.commands.serve import notes
 from lockstep.commands.terminal.conversation import Conversation
 from lockstep.engine.generation_config import described, for_talking, sampling_defaults
@@ -264,7 +264,7 @@ def test_who_does_not_sample_so_hears_of_nothing(folder, tmp_path, caplog, capsy
     ids=str,
 )
 def test_generate_says_what_it_does_not_do(asked, given, says):
-    assert unheard_wishes(asked, SamplingParams(**given)) == says
+    assert ignored_sampling(asked, SamplingParams(**given)) == says
 
 
 def test_every_route_takes_them_where_a_request_is_silent(server, llm):

@@ -16,7 +16,6 @@ FUNCTIONS = {
     "silu": (math.silu, lambda x: x / (1 + np.exp(-x)), (-80, 80)),
     "log": (math.log, np.log, (1e-3, 8)),
     "log1p": (math.log1p, np.log1p, (-0.999, 1)),
-    "tanh": (math.tanh, np.tanh, (-10, 10)),
 }
 # float32 at even distances of their bits between two positive ones, negated too where the function allows it
 BIT_GRIDS = {
@@ -24,7 +23,6 @@ BIT_GRIDS = {
     "log": (math.log, np.log, (2.0**-126, 3.4e38), False, 0.9),
     "log1p": (math.log1p, np.log1p, (2.0**-60, 1 - 2.0**-24), True, 2.5),
     "log1p large": (math.log1p, np.log1p, (1, 2.0**24), False, 2),
-    "tanh": (math.tanh, np.tanh, (2.0**-60, 80), True, 1.5),
 }
 
 
@@ -75,8 +73,6 @@ def test_accuracy_over_all_magnitudes(name):
 def test_exact_points():
     assert interpreted(math.log)(np.float32(1)) == 0
     assert interpreted(math.log1p)(np.float32(0)) == 0
-    with np.errstate(over="ignore"):  # the polynomial for small numbers is evaluated for large ones, too, and left out
-        assert [interpreted(math.tanh)(np.float32(x)) for x in (-100, -1e18, 0, 100, 1e18)] == [-1, -1, 0, 1, 1]
 
 
 def test_exp_is_zero_far_below():

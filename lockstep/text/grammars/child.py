@@ -1,4 +1,4 @@
-"""The worker process in which untrusted grammars are compiled first (see job_server.py); compile_costs.py asks it."""
+"""The worker process that compiles untrusted grammars first (see text/job_server.py); compile_costs.py asks it."""
 
 import json
 import threading

@@ -1,4 +1,4 @@
-"""The worker process in which chat templates are compiled and rendered (see job_server.py); chat_template.py asks it.
+"""The worker process that compiles and renders chat templates (see text/job_server.py); chat_template.py asks it.
 
 It imports nothing but jinja2 and the sandbox, so that it starts fast.
 """

@@ -6,6 +6,7 @@ from tests.test_imports import FILES, ROOT, imported
 
 # sorts of ops, from those that use others to those that use none; `ops` itself has what all share, and the tables
 SORTS = ("sampling", "integer", "rounded", "recurrent", "attention", "linear", "elementwise")
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 # names that make a reader look elsewhere for what they stand for
 RIDDLES = {"how"}
 
@@ -80,7 +81,7 @@ def riddles(source):
 
 
 def test_names_say_what_they_stand_for():
-    found = {str(path.relative_to(ROOT)): list(riddles(path.read_text("utf-8"))) for path in FILES}
+    found = {str(path.relative_to(ROOT)): list(riddles(path.read_text("utf-8"))) for path in (*FILES, *TESTS)}
     assert not {path: names for path, names in found.items() if names}
 
 

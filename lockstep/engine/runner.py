@@ -156,18 +156,21 @@ class Runner:
         self._fill(spans)
         return self._step.block
 
-    def alternatives(self, row: int, count: int) -> dict[int, float]:
-        """The `count` likeliest tokens of a sampled row of the last step, {token id: log-probability}. The row's
-        num_logprobs must have been at least `count`."""
-        count, tensors = min(count, self.sample.vocab_size), (self.sample.top_token, self.sample.top_logprob)
-        ids, logprobs = (self.executor.view(tensor, row + 1)[row, :count] for tensor in tensors)
+    def alternatives(self, row: int, num_alternatives: int) -> dict[int, float]:
+        """The `num_alternatives` likeliest tokens of a sampled row of the last step, {token id: log-probability}. The
+        row's num_logprobs must have been at least `num_alternatives`."""
+        num_alternatives, tensors = (
+            min(num_alternatives, self.sample.vocab_size),
+            (self.sample.top_token, self.sample.top_logprob),
+        )
+        ids, logprobs = (self.executor.view(tensor, row + 1)[row, :num_alternatives] for tensor in tensors)
         return dict(zip(ids.tolist(), logprobs.tolist(), strict=True))
 
-    def hidden(self, first: int, count: int) -> np.ndarray:
+    def hidden(self, first: int, num_rows: int) -> np.ndarray:
         """Last hidden states, after the final norm, of the embedded rows first .. first + count of the last step:
         float32 [count, D], a view."""
         assert self._hidden is not None, "the program has no result 'hidden'"
-        return self._hidden[first : first + count]
+        return self._hidden[first : first + num_rows]
 
     def is_adjusted(self, row: int) -> bool:
         """Whether a sampled row of the last step changed its logits before a token was chosen."""

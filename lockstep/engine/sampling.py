@@ -218,26 +218,26 @@ def within_rows(plan: list[tuple["Request", int]], max_sampled: int) -> list[tup
     There are at least as many rows as requests; the tokens that are cut off run in a later step.
     """
     left, fitting = max_sampled - sum(r.params.prompt_logprobs is None for r, _ in plan), []
-    for request, count in plan:
+    for request, num_tokens in plan:
         if request.params.prompt_logprobs is not None:
-            count = largest_within(request, count, left)
-            left -= num_rows(request, count)
-        if count:
-            fitting.append((request, count))
+            num_tokens = largest_within(request, num_tokens, left)
+            left -= num_rows(request, num_tokens)
+        if num_tokens:
+            fitting.append((request, num_tokens))
     return fitting
 
 
-def num_rows(request: "Request", count: int) -> int:
-    """How many sampled rows the next `count` tokens of a request need."""
-    start, end = request.num_computed, request.num_computed + count
+def num_rows(request: "Request", num_tokens: int) -> int:
+    """How many sampled rows the next `num_tokens` tokens of a request need."""
+    start, end = request.num_computed, request.num_computed + num_tokens
     of_prompt = max(0, min(end, len(request.prompt_ids) - 1) - max(start, len(request.prompt_logprobs)))
-    return of_prompt + (end == request.num_tokens and count > 0)
+    return of_prompt + (end == request.num_tokens and num_tokens > 0)
 
 
-def largest_within(request: "Request", count: int, max_rows: int) -> int:
-    """The most tokens, up to `count`, that need at most max_rows sampled rows."""
-    excess = num_rows(request, count) - max_rows
+def largest_within(request: "Request", num_tokens: int, max_rows: int) -> int:
+    """The most tokens, up to `num_tokens`, that need at most max_rows sampled rows."""
+    excess = num_rows(request, num_tokens) - max_rows
     while excess > 0:
-        count -= excess
-        excess = num_rows(request, count) - max_rows
-    return count
+        num_tokens -= excess
+        excess = num_rows(request, num_tokens) - max_rows
+    return num_tokens

@@ -82,10 +82,10 @@ class Scheduler:
         request.pages, request.slot, request.num_computed, request.prefix.num_named = [], None, 0, 0
         request.num_pending, request.num_lent, request.draft_state = 0, 0, None
 
-    def computed(self, request: Request, count: int) -> None:
-        """Notes that a step computed `count` more tokens of a request: names the blocks that are full now, and gives
-        back the pages behind the windows."""
-        request.num_computed += count
+    def computed(self, request: Request, num_tokens: int) -> None:
+        """Notes that a step computed `num_tokens` more tokens of a request: names the blocks that are full now, and
+        gives back the pages behind the windows."""
+        request.num_computed += num_tokens
         if self.prefix and request.num_computed // PAGE_TOKENS > request.prefix.num_named:
             self.prefix.computed(request)
         if self.pages.has_windows:
@@ -105,7 +105,7 @@ class Scheduler:
         if not prompts:
             return plan
         plan += self._prompts(prompts, budget)
-        return [(request, count) for request, count in plan if request.slot is not None]
+        return [(request, num_tokens) for request, num_tokens in plan if request.slot is not None]
 
     def _prompts(self, prompts: list[Request], budget: int) -> list[tuple[Request, int]]:
         """Deals the budget to prompts, the one with the fewest tokens left first; half is reserved for the first in
@@ -125,8 +125,8 @@ class Scheduler:
     def _most(self, request: Request, budget: int) -> int:
         """How many tokens a request may compute in a step: up to the budget, and up to the next position at which the
         prefix cache keeps its recurrent state."""
-        count = min(request.num_left, budget)
-        return self.prefix.cut(request, count) if self.prefix else count
+        num_tokens = min(request.num_left, budget)
+        return self.prefix.cut(request, num_tokens) if self.prefix else num_tokens
 
     # ------------------------------------------------------------ memory
 
@@ -178,14 +178,14 @@ class Scheduler:
             return 0
         return sum(max(0, group.needed(r.num_tokens) - len(r.pages[number].ids)) for r in requests)
 
-    def _grow(self, request: Request, count: int) -> int:
-        """Takes pages for up to `count` more tokens of a request, and preempts others for the first of them; returns
-        for how many tokens there are pages: 0 if the request itself had to be preempted."""
-        if count > 1:  # as many as leave the other running requests their pages
+    def _grow(self, request: Request, num_tokens: int) -> int:
+        """Takes pages for up to `num_tokens` more tokens of a request, and preempts others for the first of them;
+        returns for how many tokens there are pages: 0 if the request itself had to be preempted."""
+        if num_tokens > 1:  # as many as leave the other running requests their pages
             others = [r for r in self.running if r is not request]
             reserved = [self._num_lacking(number, others) for number in range(len(self.pages.groups))]
-            if num_tokens := self.pages.extend(request.pages, request.num_computed, count, reserved):
-                return num_tokens
+            if num_granted := self.pages.extend(request.pages, request.num_computed, num_tokens, reserved):
+                return num_granted
         while not self.pages.extend(request.pages, request.num_computed, 1):
             last = self.running[-1]
             self.preempt(last)
@@ -193,12 +193,12 @@ class Scheduler:
                 return 0
         return 1
 
-    def lend(self, request: Request, count: int) -> int:
-        """Lends a request blank pages for up to `count` drafts after its next token, until `settle`; returns for how
-        many drafts there is room. No cached block is evicted for drafts."""
-        count = self.pages.lend(request.pages, request.num_computed + 1, count)
+    def lend(self, request: Request, num_tokens: int) -> int:
+        """Lends a request blank pages for up to `num_tokens` drafts after its next token, until `settle`; returns for
+        how many drafts there is room. No cached block is evicted for drafts."""
+        num_tokens = self.pages.lend(request.pages, request.num_computed + 1, num_tokens)
         request.num_lent = sum(held.num_lent for held in request.pages)
-        return count
+        return num_tokens
 
     def settle(self, request: Request, num_next: int = 0) -> None:
         """Takes back the pages that were lent to a running request, but for those of its computed tokens and of the

@@ -34,29 +34,30 @@ def num_values_held(requests: Sequence[Request]) -> int:
     )
 
 
-def fit_answers(prompts: Prompts, most: int, max_context: int) -> Prompts:
-    """The prompts, if their answers can have at most `most` values; else ApiError 400.
+def fit_answers(prompts: Prompts, max_values: int, max_context: int) -> Prompts:
+    """The prompts, if their answers can have at most `max_values` values; else ApiError 400.
 
     Where all answers may fill the context, so that the client set no length, they are made shorter instead.
     """
     found = num_values(prompts)
-    if found <= most:
+    if found <= max_values:
         return prompts
-    share = most // len(prompts)
+    share = max_values // len(prompts)
     shorter = [prompt for ids, params in prompts if (prompt := _shorter(ids, params, share)) is not None]
     if all(len(ids) + params.max_tokens == max_context for ids, params in prompts) and len(shorter) == len(prompts):
         return shorter
     raise wrong_field(
         "max_tokens",
         f"all samples of all prompts together may have {found} tokens and log-probabilities "
-        f"(samples x max_tokens x (1 + logprobs), and those of prompts), expected at most {most}",
+        f"(samples x max_tokens x (1 + logprobs), and those of prompts), expected at most {max_values}",
         "answer_too_large",
     )
 
 
-def _shorter(ids: list[int], params: SamplingParams, most: int) -> tuple[list[int], SamplingParams] | None:
-    """A prompt with max_tokens lowered so that its answers have at most `most` values; None if no token is left."""
-    max_tokens = (most // params.n - _of_prompt(ids, params)) // (1 + (params.logprobs or 0))
+def _shorter(ids: list[int], params: SamplingParams, max_values: int) -> tuple[list[int], SamplingParams] | None:
+    """A prompt with max_tokens lowered so that its answers have at most `max_values` values; None if no token is
+    left."""
+    max_tokens = (max_values // params.n - _of_prompt(ids, params)) // (1 + (params.logprobs or 0))
     if max_tokens < max(1, params.min_tokens):
         return None
     return ids, replace(params, max_tokens=min(params.max_tokens, max_tokens))

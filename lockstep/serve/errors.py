@@ -48,10 +48,10 @@ def wrong_field(field: str, problem: str, code: str = "invalid_value") -> ApiErr
     return bad_request(f"{field}: {problem}", field, code)
 
 
-def check_most(field: str, number: int, most: int, unit: str = "") -> None:
-    """ApiError 400 if a field has more than `most` of a unit, such as "characters"; unit "": the field is a number."""
-    if number > most:
-        raise wrong_field(field, f"expected at most {most}{unit and ' '}{unit}, got {number}")
+def check_most(field: str, value: int, limit: int, unit: str = "") -> None:
+    """ApiError 400 if a field has more than `limit` of a unit, such as "characters"; unit "": the field is a number."""
+    if value > limit:
+        raise wrong_field(field, f"expected at most {limit}{unit and ' '}{unit}, got {value}")
 
 
 def not_allowed(error: Exception) -> ApiError:

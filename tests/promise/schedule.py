@@ -225,9 +225,9 @@ class Walk:
         slot = self.take(self.free_slots, self.used_slots, 1, "slots")[0]
         self.running.append(Running(request.sequence, request.trace, pages, slot, request.stop_at))
 
-    def leave(self, request, how):
+    def leave(self, request, event):
         """Compares all that a request wrote, then poisons and frees its memory."""
-        self.events[how] += 1
+        self.events[event] += 1
         self.check_pages(request)
         self.running.remove(request)
         for cache in self.runner.program.caches:

@@ -235,8 +235,8 @@ def test_random_twins_have_equal_bits(seed):
 
 def test_queries_that_others_read_are_put_side_by_side():
     case = Case(rope_dim=32, gated=True)
-    for how in (dict(q=True), dict(apart=True), dict(apart=True, q=True)):
-        program = case.program(**how)
+    for options in (dict(q=True), dict(apart=True), dict(apart=True, q=True)):
+        program = case.program(**options)
         same(case.run(unroll(program), CPU, 2), case.run(program, CPU, 2))
 
 

@@ -84,9 +84,9 @@ def in_place(path):
 DAMAGES["a bit, in place"] = in_place
 
 
-@pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_file_is_refused(how, path, maps):
-    DAMAGES[how](path)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_refused(damage, path, maps):
+    DAMAGES[damage](path)
     with pytest.raises(Damaged):
         packed_file.read(path, "w", maps)
 
@@ -222,12 +222,12 @@ def test_what_waited_moves_under_the_content_when_it_is_known(tmp_path, cache):
     assert len(list(kept.folder.glob("*.packed"))) == 1
 
 
-@pytest.mark.parametrize("how", ["cut", "a bit, in place", "empty"])
-def test_a_damaged_packed_weight_is_made_again(how, tmp_path, cache):
+@pytest.mark.parametrize("damage", ["cut", "a bit, in place", "empty"])
+def test_a_damaged_packed_weight_is_made_again(damage, tmp_path, cache):
     packing = Packing()
     first = packing.arrays(model(tmp_path / "a")).copy()
     [file] = cache.rglob("*.packed")
-    DAMAGES[how](file)
+    DAMAGES[damage](file)
     assert (packing.arrays(tmp_path / "a") == first).all() and packing.count == 2
     assert (packing.arrays(tmp_path / "a") == first).all() and packing.count == 2, "it was written again"
 

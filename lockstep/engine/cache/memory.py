@@ -62,16 +62,19 @@ class Ring:
     position 0."""
 
     def __init__(self, op: DeltaInputsVerify, arrays: Mapping[str, np.ndarray]) -> None:
-        self._rows, self._count = arrays[op.state.name].reshape(-1, op.num_rows, 4 * op.channels), op.conv_width - 1
-        self.num_bytes = 4 * op.channels * self._count
+        self._rows, self._num_inputs = (
+            arrays[op.state.name].reshape(-1, op.num_rows, 4 * op.channels),
+            op.conv_width - 1,
+        )
+        self.num_bytes = 4 * op.channels * self._num_inputs
 
     def read(self, slot: int, position: int, num_pending: int) -> np.ndarray:
-        positions = np.arange(position - self._count, position)
+        positions = np.arange(position - self._num_inputs, position)
         return np.where(positions[:, None] < 0, np.uint8(0), self._rows[slot, positions % self._rows.shape[1]]).ravel()
 
     def write(self, slot: int, position: int, data: np.ndarray) -> None:
-        positions = np.arange(position - self._count, position)
-        self._rows[slot, positions % self._rows.shape[1]] = data.reshape(self._count, -1)
+        positions = np.arange(position - self._num_inputs, position)
+        self._rows[slot, positions % self._rows.shape[1]] = data.reshape(self._num_inputs, -1)
 
 
 class Memory:

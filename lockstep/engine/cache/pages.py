@@ -93,11 +93,11 @@ class PageAllocator:
         """Pages that no request holds and that have no name."""
         return len(self._free)
 
-    def take(self, count: int) -> list[int] | None:
-        """`count` page ids, or None if fewer can be taken. Idle pages that are taken lose their name."""
-        if count > self.num_free:
+    def take(self, num_pages: int) -> list[int] | None:
+        """`num_pages` page ids, or None if fewer can be taken. Idle pages that are taken lose their name."""
+        if num_pages > self.num_free:
             return None
-        pages = [self._free.pop() if self._free else self._evict() for _ in range(count)]
+        pages = [self._free.pop() if self._free else self._evict() for _ in range(num_pages)]
         for page in pages:
             self._holders[page] = 1
         return pages
@@ -185,23 +185,23 @@ class PagePool:
         """The pages of a request that has none yet."""
         return [Held() for _ in self.groups]
 
-    def extend(self, pages: Sequence[Held], start: int, count: int, reserved: Sequence[int] = ()) -> int:
-        """Takes pages for up to `count` tokens from position `start` on; returns for how many tokens every group has
-        pages.
+    def extend(self, pages: Sequence[Held], start: int, num_tokens: int, reserved: Sequence[int] = ()) -> int:
+        """Takes pages for up to `num_tokens` tokens from position `start` on; returns for how many tokens every group
+        has pages.
 
         reserved: of each group, how many free pages are not to be taken; empty: none.
         """
         for held in pages:  # a plain loop: every request comes here in every step, and mostly needs no page
-            if (held.first + len(held.ids)) * PAGE_TOKENS < start + count:
+            if (held.first + len(held.ids)) * PAGE_TOKENS < start + num_tokens:
                 break
         else:
-            return count
+            return num_tokens
         pairs = zip(self.allocators, reserved or repeat(0), strict=False)
         free = [allocator.num_free - num_reserved for allocator, num_reserved in pairs]
         ends = (held.end + max(0, num_free) for held, num_free in zip(pages, free, strict=True))
-        count = max(0, min(count, min(ends) * PAGE_TOKENS - start))
-        self._take(pages, pages_for(start + count) if count else 0)
-        return count
+        num_tokens = max(0, min(num_tokens, min(ends) * PAGE_TOKENS - start))
+        self._take(pages, pages_for(start + num_tokens) if num_tokens else 0)
+        return num_tokens
 
     def take_all(self, pages: Sequence[Held], num_tokens: int) -> bool:
         """Takes pages for num_tokens tokens in the groups without a window; returns whether there were enough."""
@@ -217,16 +217,16 @@ class PagePool:
             held.ids += allocator.take(max(0, end - held.end)) or []
         return True
 
-    def lend(self, pages: Sequence[Held], start: int, count: int) -> int:
-        """Lends blank pages for up to `count` drafts from position `start` on, until `settle`; returns for how many
-        drafts every group has pages."""
+    def lend(self, pages: Sequence[Held], start: int, num_tokens: int) -> int:
+        """Lends blank pages for up to `num_tokens` drafts from position `start` on, until `settle`; returns for how
+        many drafts every group has pages."""
         ends = (held.end + allocator.num_blank for held, allocator in zip(pages, self.allocators, strict=True))
-        count = max(0, min(count, min(ends) * PAGE_TOKENS - start))
+        num_tokens = max(0, min(num_tokens, min(ends) * PAGE_TOKENS - start))
         before = [held.end for held in pages]
-        self._take(pages, pages_for(start + count))
+        self._take(pages, pages_for(start + num_tokens))
         for held, end in zip(pages, before, strict=True):
             held.num_lent += held.end - end
-        return count
+        return num_tokens
 
     def _take(self, pages: Sequence[Held], end: int) -> None:
         """Takes the pages before number `end`, for which there must be enough free ones."""

@@ -130,14 +130,14 @@ class PrefixCache:
 
     # ------------------------------------------------------------ names
 
-    def names(self, request: Request, count: int) -> list[bytes]:
-        """Names of a request's first `count` blocks, whose tokens must all be known."""
+    def names(self, request: Request, num_names: int) -> list[bytes]:
+        """Names of a request's first `num_names` blocks, whose tokens must all be known."""
         names = request.prefix.block_names
-        while len(names) < count:
+        while len(names) < num_names:
             start = len(names) * PAGE_TOKENS
             before = names[-1] if names else first_name(self.identity, request.cache_salt)
             names.append(block_name(before, request.token_ids(start, start + PAGE_TOKENS)))
-        return names[:count]
+        return names[:num_names]
 
     def _usable(self, request: Request) -> list[bytes]:
         """Names of the blocks that a request may take from the cache: all whole blocks before its last token."""
@@ -165,9 +165,9 @@ class PrefixCache:
             num_held.append(sum(page is not None and not allocator.is_idle(page) for page in pages))
         return KnownPrefix(names, num_held)
 
-    def _first(self, group: int, count: int) -> int:
-        """The first block whose page in a group the token after `count` blocks sees."""
-        return self.pages.groups[group].first_seen(count * PAGE_TOKENS)
+    def _first(self, group: int, num_names: int) -> int:
+        """The first block whose page in a group the token after `num_names` blocks sees."""
+        return self.pages.groups[group].first_seen(num_names * PAGE_TOKENS)
 
     def _whole(self, names: list[bytes]) -> int:
         """How many of the first blocks are known in all groups without a window."""
@@ -177,16 +177,18 @@ class PrefixCache:
                 count = next((i for i in range(count) if not self._has_page(number, names[i])), count)
         return count
 
-    def _seen(self, names: list[bytes], count: int) -> int:
-        """The most blocks, up to `count`, after which the next token sees only known pages in the groups with a
+    def _seen(self, names: list[bytes], num_names: int) -> int:
+        """The most blocks, up to `num_names`, after which the next token sees only known pages in the groups with a
         window."""
         windows = [number for number, group in enumerate(self.pages.groups) if group.window]
-        while count:
-            seen = ((group, i) for group in windows for i in range(count - 1, self._first(group, count) - 1, -1))
+        while num_names:
+            seen = (
+                (group, i) for group in windows for i in range(num_names - 1, self._first(group, num_names) - 1, -1)
+            )
             gap = next((i for group, i in seen if not self._has_page(group, names[i])), None)
             if gap is None:
-                return count
-            count = gap  # a shorter prefix that ends after the gap needs the missing page, too
+                return num_names
+            num_names = gap  # a shorter prefix that ends after the gap needs the missing page, too
         return 0
 
     def stops(self, request: Request) -> tuple[int, int]:
@@ -318,13 +320,13 @@ class PrefixCache:
 
     # ------------------------------------------------------------ keeping
 
-    def cut(self, request: Request, count: int) -> int:
-        """How many of a step's `count` tokens end at or before the next position where the state is to be kept."""
-        if self.states is None or count < 2:
-            return count
+    def cut(self, request: Request, num_tokens: int) -> int:
+        """How many of a step's `num_tokens` tokens end at or before the next position where the state is to be kept."""
+        if self.states is None or num_tokens < 2:
+            return num_tokens
         start = request.num_computed
         stops = {(start // self.state_every + 1) * self.state_every, self._prompt_stop(request), request.prefix.branch}
-        return min([count, *(stop - start for stop in stops if stop is not None and stop > start)])
+        return min([num_tokens, *(stop - start for stop in stops if stop is not None and stop > start)])
 
     def _prompt_stop(self, request: Request) -> int | None:
         """The end of the last whole block of a prompt before its last token; None if its state is not worth the step

@@ -141,19 +141,19 @@ def digests(probe, table, fused=True, on_compile=None):
         return [(op, name, digest.hexdigest()[:16]) for (op, name), digest in hashes.items()]
 
 
-def span(index, start, count):
+def span(index, start, num_tokens):
     """The Span of a probe's request number `index`, on pages in descending order. Request 0 also samples its first row.
 
     All rows are embedded, so that the ops after the last mixing of tokens see as many rows as those before.
     """
-    ids = [(7 * p * p + 13 * index + 3) % VOCABULARY for p in range(start, start + count)]
-    rows = sorted({0, count - 1}) if index == 0 else [count - 1]
+    ids = [(7 * i * i + 13 * index + 3) % VOCABULARY for i in range(start, start + num_tokens)]
+    rows = sorted({0, num_tokens - 1}) if index == 0 else [num_tokens - 1]
     params = [
         dict(temperature=0.8, top_p=0.9, top_k=20, min_p=0.01),
         dict(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0),
     ]
     sampled = {row: dict(params[(row + index) % 2], seed=index, position=start + row + 1) for row in rows}
-    return Span(ids, start, everywhere([3 - 2 * index, 2 - 2 * index]), index, sampled, range(count))
+    return Span(ids, start, everywhere([3 - 2 * index, 2 - 2 * index]), index, sampled, range(num_tokens))
 
 
 def visible(program):

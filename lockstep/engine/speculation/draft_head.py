@@ -27,14 +27,14 @@ class Head(Protocol):
         the next step overwrites them."""
         ...
 
-    def ready(self, request: Request, most: int) -> int:
-        """How many drafts the head can give a request in this step, up to `most`."""
+    def ready(self, request: Request, max_drafts: int) -> int:
+        """How many drafts the head can give a request in this step, up to `max_drafts`."""
         ...
 
     def guess(self, wanted: Sequence[tuple[Request, int]], num_planned: int) -> dict[int, list[int]]:
-        """Before a step: {id of a request: guesses of its next tokens}, at most as many as wanted: [(request, most),
-        ...]. A request with most 0 gets none; the head may compute its known tokens for later guesses. num_planned: how
-        many tokens the model computes in this step."""
+        """Before a step: {id of a request: guesses of its next tokens}, at most as many as wanted: [(request,
+        max_drafts), ...]. A request with max_drafts 0 gets none; the head may compute its known tokens for later
+        guesses. num_planned: how many tokens the model computes in this step."""
         ...
 
     def is_behind(self, request: Request) -> bool:

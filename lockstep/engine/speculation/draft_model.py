@@ -57,11 +57,11 @@ def check_vocabulary(target: Model, draft: Model) -> None:
 
 @dataclass(eq=False)
 class Guesses:
-    """Guesses of a sequence's next tokens. most: how many are wanted; 0: only the known tokens are to be computed.
-    tokens: the guesses made so far."""
+    """Guesses of a sequence's next tokens. max_guesses: how many are wanted; 0: only the known tokens are to be
+    computed. tokens: the guesses made so far."""
 
     sequence: DraftSequence
-    most: int
+    max_guesses: int
     tokens: list[int] = field(default_factory=list)
 
 
@@ -111,14 +111,14 @@ class DraftModel:
     def observe(self, request: Request, start: int, hidden: np.ndarray) -> None:
         """Does nothing."""
 
-    def ready(self, request: Request, most: int) -> int:
-        """`most`, or 0 for a request that was dropped."""
+    def ready(self, request: Request, max_drafts: int) -> int:
+        """`max_drafts`, or 0 for a request that was dropped."""
         sequence = self.sequences.get(request.id)
-        return 0 if sequence is not None and sequence.is_dropped else most
+        return 0 if sequence is not None and sequence.is_dropped else max_drafts
 
     def guess(self, wanted: Sequence[tuple[Request, int]], num_planned: int) -> dict[int, list[int]]:
-        """{id of a request: guesses of its next tokens}, at most as many as wanted: [(request, most), ...]. A request
-        with most 0 is computed only, for later guesses.
+        """{id of a request: guesses of its next tokens}, at most as many as wanted: [(request, max_guesses), ...]. A
+        request with max_guesses 0 is computed only, for later guesses.
 
         num_planned: how many tokens the target computes in this step.
         """
@@ -126,9 +126,9 @@ class DraftModel:
         self._end([sequence for sequence in self.sequences.values() if sequence.request.slot is None])
         if not wanted:
             return {}
-        guesses = [Guesses(self._sequence(request, most), most) for request, most in wanted]
+        guesses = [Guesses(self._sequence(request, max_guesses), max_guesses) for request, max_guesses in wanted]
         active = [g for g in guesses if not g.sequence.is_dropped]
-        has_prompts = any(g.most == 0 or g.sequence.num_left > MAX_STEP for g in active)
+        has_prompts = any(g.max_guesses == 0 or g.sequence.num_left > MAX_STEP for g in active)
         unfinished, num_steps = self._compute_known(active, CATCH_UP + num_planned), 1
         self._copy_states(unfinished)
         while unfinished:
@@ -154,7 +154,7 @@ class DraftModel:
 
     # ------------------------------------------------------------ memory
 
-    def _sequence(self, request: Request, most: int) -> DraftSequence:
+    def _sequence(self, request: Request, max_drafts: int) -> DraftSequence:
         """A request's DraftSequence, with pages for its known tokens and guesses; dropped where there is no room."""
         if request.id not in self.sequences:
             self.sequences[request.id] = self.memory.begin(request)
@@ -162,7 +162,7 @@ class DraftModel:
         if sequence.is_dropped:
             return sequence
         self._keep_right_guesses(sequence)
-        end = request.num_tokens + most
+        end = request.num_tokens + max_drafts
         if end > self.model.max_context or not self.memory.grow(sequence, end):
             self.memory.stop(sequence)  # for good: else the request would begin and stop again and again
         return sequence
@@ -206,7 +206,7 @@ class DraftModel:
         budget, spans, sampled = min(budget, self.runner.limits.max_step_tokens), [], []
         for g in sorted(guesses, key=lambda g: g.sequence.num_left):
             sequence = g.sequence
-            count = self._with_pages(g, min(sequence.num_left - (g.most == 0), budget))
+            count = self._with_pages(g, min(sequence.num_left - (g.max_guesses == 0), budget))
             if count:
                 is_sampled, start = count == sequence.num_left, sequence.num_computed
                 token_ids = sequence.request.token_ids(start, start + count)
@@ -215,13 +215,13 @@ class DraftModel:
                 sampled += [g] if is_sampled else []
         return self._run(spans, sampled)
 
-    def _with_pages(self, g: Guesses, count: int) -> int:
-        """For how many of `count` known tokens there are pages: for fewer than all that are left, if its guesses have
-        no pages."""
+    def _with_pages(self, g: Guesses, num_rows: int) -> int:
+        """For how many of `num_rows` known tokens there are pages: for fewer than all that are left, if its guesses
+        have no pages."""
         sequence = g.sequence
-        ahead = g.most if count == sequence.num_left else 0
-        num_tokens = self.memory.extend(sequence, count + ahead)
-        return count if num_tokens == count + ahead else max(0, min(count - (ahead > 0), num_tokens))
+        ahead = g.max_guesses if num_rows == sequence.num_left else 0
+        num_tokens = self.memory.extend(sequence, num_rows + ahead)
+        return num_rows if num_tokens == num_rows + ahead else max(0, min(num_rows - (ahead > 0), num_tokens))
 
     def _go_on(self, guesses: Sequence[Guesses]) -> list[Guesses]:
         """Computes the last guess of each; returns the Guesses of which more are wanted."""
@@ -257,4 +257,4 @@ class DraftModel:
         if token in p.stop_token_ids or (token in self._eos_ids and not p.ignore_eos):
             return False
         g.tokens.append(token)
-        return len(g.tokens) < g.most
+        return len(g.tokens) < g.max_guesses

@@ -58,21 +58,21 @@ class Drafts:
         self.sources += [guess.source] * count
         self.kinds += [guess.kind] * count
 
-    def cut(self, count: int) -> None:
-        """Keeps the first `count` drafts."""
-        if count < len(self.tokens):
-            del self.tokens[count:], self.sources[count:], self.kinds[count:]
+    def cut(self, num_kept: int) -> None:
+        """Keeps the first `num_kept` drafts."""
+        if num_kept < len(self.tokens):
+            del self.tokens[num_kept:], self.sources[num_kept:], self.kinds[num_kept:]
 
 
 # (request, most tokens, drafts of its next tokens) -> a Guess of the tokens after these drafts
 Source = Callable[[Request, int, Sequence[int]], Guess]
 
 
-def look_up(request: Request, most: int, drafts: Sequence[int]) -> Guess:
+def look_up(request: Request, max_drafts: int, drafts: Sequence[int]) -> Guess:
     """A guess from what followed the same last tokens in the request's texts: see `Lookup`."""
     assert request.lookup is not None, "the Drafter makes it"
     request.lookup.extend(request.token_ids(len(request.lookup), request.num_tokens))
-    return request.lookup.guess(most, drafts)
+    return request.lookup.guess(max_drafts, drafts)
 
 
 # {value of the option `speculate`: the source of drafts from texts; None: there is none}
@@ -204,8 +204,8 @@ class Drafter:
 
     def _left(self, plan: list[tuple[Request, int]]) -> Spare:
         """The tokens and sampled rows that the plan of a step leaves over."""
-        limits, tokens = self._scheduler.limits, sum(count for _, count in plan)
-        sampled = sum(num_rows(request, count) for request, count in plan)
+        limits, tokens = self._scheduler.limits, sum(num_tokens for _, num_tokens in plan)
+        sampled = sum(num_rows(request, num_tokens) for request, num_tokens in plan)
         return Spare(limits.max_step_tokens - tokens, limits.max_sampled - sampled)
 
     def _chosen(
@@ -217,14 +217,14 @@ class Drafter:
             drafts_of[request] = Drafts()
         if not self._weighs:  # one sort of drafts: all of them, where a grammar forces none, which are better
             ready = {r: self._ready(r, spare) for r in able if with_head and not drafts_of[r]}
-            return {request: count for request, count in ready.items() if count}
+            return {request: num_drafts for request, num_drafts in ready.items() if num_drafts}
         seen, of_text = [self._seen(r) for r in able], [drafts_of[r] for r in able]
-        most = [self._ready(request, spare) if with_head else 0 for request in able]
-        guesser = self._guesser(rows, most) if with_head else None
+        max_drafts = [self._ready(request, spare) if with_head else 0 for request in able]
+        guesser = self._guesser(rows, max_drafts) if with_head else None
         kinds = [drafts.kinds for drafts in of_text]
         choose = self._choice.best if self._is_fixed else self._choice.choose
         widths, num_guesses = choose(seen, kinds, rows, guesser), {}
-        for request, drafts, ready, of_texts, of_head in zip(able, of_text, most, *widths, strict=True):
+        for request, drafts, ready, of_texts, of_head in zip(able, of_text, max_drafts, *widths, strict=True):
             if of_head and ready:
                 self._passed_over[request], drafts_of[request] = (drafts, len(request.output_ids)), Drafts()
                 num_guesses[request] = min(of_head, ready)
@@ -237,11 +237,11 @@ class Drafter:
         room = self._room(request, spare) if self.head else 0
         return self.head.ready(request, room) if self.head and room else 0
 
-    def _guesser(self, num_requests: int, most: list[int] | None = None) -> Guesser | None:
-        """The Guesser of the Head. most: how many drafts it can give each request."""
+    def _guesser(self, num_requests: int, max_drafts: list[int] | None = None) -> Guesser | None:
+        """The Guesser of the Head. max_drafts: how many drafts it can give each request."""
         if self.head is None:
             return None
-        return Guesser(self.head.name, self.head.seconds(num_requests), most, DOUBTED**self._since_guess)
+        return Guesser(self.head.name, self.head.seconds(num_requests), max_drafts, DOUBTED**self._since_guess)
 
     def _lent(
         self, able: list[Request], drafts_of: dict[Request, Drafts], num_guesses: dict[Request, int], spare: Spare
@@ -250,13 +250,13 @@ class Drafter:
         num_guesses."""
         for request in able:
             drafts = drafts_of[request]
-            count = min(num_guesses.get(request) or len(drafts), spare.tokens, spare.rows)
-            count = self._scheduler.lend(request, count) if count > 0 else 0
-            spare.tokens, spare.rows = spare.tokens - count, spare.rows - count
-            drafts.cut(count)
+            num_drafts = min(num_guesses.get(request) or len(drafts), spare.tokens, spare.rows)
+            num_drafts = self._scheduler.lend(request, num_drafts) if num_drafts > 0 else 0
+            spare.tokens, spare.rows = spare.tokens - num_drafts, spare.rows - num_drafts
+            drafts.cut(num_drafts)
             if request in num_guesses:
-                num_guesses[request] = count
-        return {request: count for request, count in num_guesses.items() if count}
+                num_guesses[request] = num_drafts
+        return {request: num_drafts for request, num_drafts in num_guesses.items() if num_drafts}
 
     def _add_guesses(
         self, head: Head, wanted: list[tuple[Request, int]], drafts_of: dict[Request, Drafts], num_planned: int

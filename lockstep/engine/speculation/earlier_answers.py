@@ -24,8 +24,8 @@ class EarlierAnswers:
     most: tokens of all texts together.
     """
 
-    def __init__(self, most: int = KEPT_TOKENS) -> None:
-        self._most, self.num_tokens = most, 0
+    def __init__(self, max_tokens: int = KEPT_TOKENS) -> None:
+        self._most, self.num_tokens = max_tokens, 0
         self._answers: OrderedDict[Answer, None] = OrderedDict()  # the most recently found one is the last
         self._known: dict[tuple[str, tuple[int, ...]], Answer] = {}  # by salt and tokens
         # {salt: {key of a tail: (the newest answer that has it, the index of the token that follows it)}}

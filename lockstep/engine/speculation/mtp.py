@@ -97,10 +97,10 @@ class MtpDrafts:
         name = self.names.get(request.pages[self._group].ids[number])
         return name is not None and name == request.prefix.block_names[number]
 
-    def ready(self, request: Request, most: int) -> int:
-        """`most`, if the head will have all pairs of a request's known tokens; else 0."""
+    def ready(self, request: Request, max_drafts: int) -> int:
+        """`max_drafts`, if the head will have all pairs of a request's known tokens; else 0."""
         state = request.draft_state
-        return most if isinstance(state, HeadState) and state.next_end == request.num_tokens else 0
+        return max_drafts if isinstance(state, HeadState) and state.next_end == request.num_tokens else 0
 
     def guess(self, wanted: Sequence[tuple[Request, int]], num_planned: int) -> dict[int, list[int]]:
         """{id of a request: its drafts}, of as many as wanted: [(request, number), ...]. One native call computes them,

@@ -96,18 +96,18 @@ class StepCosts:
             self._drawn_at = self._num_steps
         return self._curve
 
-    def _made(self, most: int) -> list[float]:
+    def _made(self, max_rows: int) -> list[float]:
         if not self._noted:
-            return [1.0] * (most + 1)
+            return [1.0] * (max_rows + 1)
         if not self._seconds or not self._once:
-            return curve(self._seconds or self._once, most)
-        expected = curve(self._seconds, most)
+            return curve(self._seconds or self._once, max_rows)
+        expected = curve(self._seconds, max_rows)
         believed = {n: min(seconds, DOUBTED * expected[n]) for n, seconds in self._once.items()}
-        return curve(self._seconds | believed, most)
+        return curve(self._seconds | believed, max_rows)
 
 
-def curve(seconds: dict[int, float], most: int) -> list[float]:
-    """[rows], up to `most`: the seconds of a step, interpolated and extrapolated from {rows: measured seconds}."""
+def curve(seconds: dict[int, float], max_rows: int) -> list[float]:
+    """[rows], up to `max_rows`: the seconds of a step, interpolated and extrapolated from {rows: measured seconds}."""
     rows, least = sorted(seconds), []
     for n in reversed(rows):
         least.append(min([seconds[n], *least[-1:]]))
@@ -121,7 +121,7 @@ def curve(seconds: dict[int, float], most: int) -> list[float]:
     per_row = costs[-1] / (last + BEND)
     if len(rows) > 1:
         per_row = max(per_row, (least[-1] - least[-2]) / (last - rows[-2]))
-    return costs + [costs[-1] + per_row * (n - last) for n in range(last + 1, most + 1)]
+    return costs + [costs[-1] + per_row * (n - last) for n in range(last + 1, max_rows + 1)]
 
 
 class CostTable:

@@ -11,20 +11,25 @@ STRING_OR_IDS = "a string, an array of strings, an array of token ids or an arra
 
 
 def read_prompts(
-    service: Service, prompt, add_special_tokens: bool, most: int | None, field: str = "prompt", keep_end: bool = True
+    service: Service,
+    prompt,
+    add_special_tokens: bool,
+    max_tokens: int | None,
+    field: str = "prompt",
+    keep_end: bool = True,
 ) -> tuple[list[str | None], list[list[int]]]:
     """(texts, lists of token ids) of the prompts in a field of the body, in any of the forms of STRING_OR_IDS.
 
-    The text of a prompt that was given as ids, or was truncated, is None. most: tokens to keep of each prompt, None for
-    all; keep_end: whether truncation keeps the end of a prompt or its beginning; field: the name of the field in
-    errors. ApiError 400.
+    The text of a prompt that was given as ids, or was truncated, is None. max_tokens: tokens to keep of each prompt,
+    None for all; keep_end: whether truncation keeps the end of a prompt or its beginning; field: the name of the field
+    in errors. ApiError 400.
     """
     prompts = prompt if isinstance(prompt, list) and not _is_ids(prompt) else [prompt]
     check_most(field, len(prompts), service.limits.max_prompts, f"{field}s")
     texts, kept = [], []
     for each in prompts:
-        ids = _ids(service, each, add_special_tokens, most is not None, field)
-        kept.append(ids if most is None else shortened(service, each, ids, most, keep_end))
+        ids = _ids(service, each, add_special_tokens, max_tokens is not None, field)
+        kept.append(ids if max_tokens is None else shortened(service, each, ids, max_tokens, keep_end))
         texts.append(each if isinstance(each, str) and len(kept[-1]) == len(ids) else None)
     return texts, kept
 
@@ -35,8 +40,8 @@ def _is_ids(prompt) -> bool:
 
 def _ids(service: Service, prompt, add_special_tokens: bool, may_be_cut: bool, field: str) -> list[int]:
     if isinstance(prompt, str):
-        most = service.max_counted if may_be_cut else service.max_context
-        ids = text_tokenizer(service, field).encode(prompt, add_special_tokens, most)
+        max_tokens = service.max_counted if may_be_cut else service.max_context
+        ids = text_tokenizer(service, field).encode(prompt, add_special_tokens, max_tokens)
     elif isinstance(prompt, list):
         ids = check_ids(service, prompt, field)
     else:
@@ -63,20 +68,21 @@ def check_ids(service: Service, ids: Sequence[float], where: str) -> list[int]:
     return checked
 
 
-def shortened(service: Service, given, ids: list[int], most: int, keep_end: bool) -> list[int]:
-    """At most `most` of a prompt's ids: special tokens that the tokenizer put around a text stay, its content is cut.
+def shortened(service: Service, given, ids: list[int], max_tokens: int, keep_end: bool) -> list[int]:
+    """At most `max_tokens` of a prompt's ids: special tokens that the tokenizer put around a text stay, its content is
+    cut.
 
     given: the prompt as the body has it, text or ids; keep_end: whether to keep the end of the content, or its
     beginning. ApiError 400 where nothing of the content would be left.
     """
-    if len(ids) <= most:
+    if len(ids) <= max_tokens:
         return ids
     before, after = _num_special_around(text_tokenizer(service), given, ids) if isinstance(given, str) else (0, 0)
-    left = most - before - after
+    left = max_tokens - before - after
     if left < 1:
         raise wrong_field(
             "truncate_prompt_tokens",
-            f"expected more than the {before + after} tokens that are put around a text, got {most}",
+            f"expected more than the {before + after} tokens that are put around a text, got {max_tokens}",
         )
     content = ids[before : len(ids) - after]
     kept = content[-left:] if keep_end else content[:left]

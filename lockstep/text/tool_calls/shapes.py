@@ -27,7 +27,7 @@ class Shape:
 
     known: {name: schema} of `properties`. listed: whether the schema has `properties` at all. required: names of
     members. patterns: {pattern: schema} of `patternProperties`. others: `additionalProperties`: a schema, False, or
-    None if not given. least, most: `minProperties`, `maxProperties`.
+    None if not given. min_members, max_members: `minProperties`, `maxProperties`.
     """
 
     known: dict[str, object] = field(default_factory=dict)
@@ -35,8 +35,8 @@ class Shape:
     required: frozenset[str] = frozenset()
     patterns: dict[str, object] = field(default_factory=dict)
     others: Any = None
-    least: int = 0
-    most: int | None = None
+    min_members: int = 0
+    max_members: int | None = None
 
     def of(self, name: str) -> object:
         """The schema of the member of this name; False if the member is not allowed."""
@@ -60,7 +60,7 @@ class Shape:
         A schema with `properties` but without `additionalProperties` gets no such members, unless minProperties needs
         them.
         """
-        needs = (not self.listed and not self.patterns) or self.least > len(self.members)
+        needs = (not self.listed and not self.patterns) or self.min_members > len(self.members)
         others = self.others if self.others is not None else needs
         return {**self.patterns, **({} if others is False else {None: others})}
 
@@ -173,7 +173,7 @@ def merged(one: Shape, other: Shape) -> Shape:
         for pattern in dict.fromkeys([*one.patterns, *other.patterns])
     }
     said = [each for each in (one.others, other.others) if each is not None]
-    limits = [each for each in (one.most, other.most) if each is not None]
+    limits = [each for each in (one.max_members, other.max_members) if each is not None]
     others = both(*said) if len(said) == 2 else said[0] if said else None
     return Shape(
         known,
@@ -181,6 +181,6 @@ def merged(one: Shape, other: Shape) -> Shape:
         required,
         patterns,
         others,
-        max(one.least, other.least),
+        max(one.min_members, other.min_members),
         min(limits, default=None),
     )

@@ -243,7 +243,7 @@ class _Parameters:
             if schema is not False and (key in shape.required or is_writable(key))
         ]
         unknown = self._unknown(shape)
-        least, most = max(0, shape.least - len(shape.required)), shape.most
+        least, most = max(0, shape.min_members - len(shape.required)), shape.max_members
         if not least and (most is None or most >= len(needed) + MAX_NAMES * bool(unknown)):
             return " ".join(
                 [
@@ -257,11 +257,11 @@ class _Parameters:
     def _counted(self, parts, unknown, shape) -> str:
         """As `_members`, with minProperties or maxProperties: a rule for the rest after each part and each number of
         members so far."""
-        most = len(parts) + max(MAX_NAMES, shape.least) if shape.most is None else shape.most
+        most = len(parts) + max(MAX_NAMES, shape.min_members) if shape.max_members is None else shape.max_members
         top = min(most, len(parts)) + 1
-        if len(parts) * top > MAX_COUNTED or shape.least > MAX_COUNTED:
+        if len(parts) * top > MAX_COUNTED or shape.min_members > MAX_COUNTED:
             raise ValueError(f"minProperties, maxProperties: expected at most {MAX_COUNTED} counts of properties")
-        after = {count: self._unknown_members(unknown, shape.least - count, most - count) for count in range(top)}
+        after = {count: self._unknown_members(unknown, shape.min_members - count, most - count) for count in range(top)}
         for part, must in reversed(parts):
             after = {
                 count: self._either([[part, after.get(count + 1)], *([] if must else [["", after.get(count)]])])

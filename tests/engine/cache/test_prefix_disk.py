@@ -87,13 +87,13 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("how", DAMAGE)
-def test_a_damaged_entry_is_dropped_and_counted_and_never_used(store, how):
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_entry_is_dropped_and_counted_and_never_used(store, damage):
     first = store()
     save(first, 1)
     save(first, 2)
     first.flush()
-    DAMAGE[how](path(first, 1))
+    DAMAGE[damage](path(first, 1))
     second = store()
     assert loaded(second, 1) is None and second.counts.damaged == 1
     assert not second.has("page", NAMES[1]) and loaded(second, 2) == [2] * 100

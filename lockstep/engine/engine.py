@@ -282,8 +282,8 @@ class Engine:
             self._fail_not_finite(request, "hidden states")
 
     def _take_token(self, request: Request, token: int, logprob: float, row: int) -> None:
-        """Appends the token that row `row` of the step chose to its request, and ends the request if it is the last; or
-        fails the request, if logits are not finite or no token is allowed."""
+        """Appends the token that was sampled in row `row`, and ends the request if that is its last token. Fails the
+        request if its logits are not finite or its mask allows no token."""
         p = request.params
         top = self.runner.alternatives(row, p.logprobs) if p.logprobs else {}
         if not is_finite(request, logprob, top):

@@ -95,7 +95,7 @@ class Model:
         return swapped(table, self._swaps_of_kinds(swaps, table) if swaps else {}, BACKENDS)
 
     def _swaps_of_kinds(self, swaps: Mapping[str, str], table: OpTable) -> dict[str, str]:
-        """The swaps with each group of ops replaced by its kinds: {kind: backend name}."""
+        """The overrides {op kind: backend name}, with each name of a group of ops expanded to its op kinds."""
         if not isinstance(swaps, Mapping) or not all(isinstance(word, str) for pair in swaps.items() for word in pair):
             raise ValueError(f"ops: expected a mapping from kinds or groups of ops to backends, got {swaps!r:.80}")
         lowered = lower(self.recorded)

@@ -90,7 +90,7 @@ class Answered:
 
 
 class Course:
-    """A run of requests that were just added to an engine, which can pause; only the time in the engine counts."""
+    """Runs requests of an engine in time slices; only the time of the engine's steps counts."""
 
     def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
         self._engine, self._requests = engine, requests

@@ -100,7 +100,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self._stalled = None
 
     def data_received(self, data) -> None:
-        """Takes bytes in. Bytes that never complete a header or a part of a body are bounded here."""
+        """Called with received bytes. Refuses the connection once more than `max_header_bytes` of them completed no
+        header and no part of a body."""
         if self._refused:
             return
         if self._is_in_head and self._timer is None:

@@ -124,8 +124,8 @@ class UntilComplete(SpeculativeMask):
 
 
 def narrowing_fields(fields) -> list[str]:
-    """The names of a request's fields that may leave no allowed token: first those that forbid tokens, then those that
-    constrain the answer by a grammar."""
+    """The names of a request's fields that can together forbid every token, for the error message: first those that
+    forbid single tokens, then those that constrain the answer by a grammar."""
     forbidding = [
         name for name in ("allowed_token_ids", "bad_words", "suppress_tokens", "min_tokens") if getattr(fields, name)
     ]

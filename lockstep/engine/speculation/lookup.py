@@ -71,7 +71,7 @@ def is_longer(place: Place | None, other: Place | None) -> bool:
 
 
 def num_alike(tokens: Tokens, at: int, tail: Tokens) -> int:
-    """How many of the tokens before index `at` equal those at the end of `tail`, MOST_ALIKE at most."""
+    """The length of the common suffix of tokens[:at] and `tail`, MOST_ALIKE at most."""
     most, count = min(at, len(tail), MOST_ALIKE), 0
     while count < most and tokens[at - 1 - count] == tail[-1 - count]:
         count += 1

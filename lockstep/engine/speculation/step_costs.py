@@ -29,7 +29,7 @@ class StepCosts:
         self._drawn_at = 0  # the step in which it was made
 
     def __len__(self) -> int:
-        """How many numbers of rows were measured."""
+        """For how many different row counts a step was timed."""
         return len(self._noted)
 
     def note(self, rows: int, seconds: float, num_steps: int = 1) -> None:

@@ -72,7 +72,7 @@ class Rig:
 
     @property
     def program(self) -> Program:
-        """The program that is in use."""
+        """The program that the rig runs for the current plan."""
         return self._now.program
 
     @property

@@ -324,7 +324,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, object]) -> Tokenizer:
 
 
 def _with_end_mark(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer with the token that its chat template writes after an answer added to `eos_ids`."""
+    """A copy of the tokenizer whose `eos_ids` also has the end-of-turn token of its chat template."""
     mark = end_mark(tokenizer)
     changed = tokenizer if mark is None else replace(tokenizer, eos_ids=tokenizer.eos_ids | {mark})
     changed.compiled_templates.update(tokenizer.compiled_templates)

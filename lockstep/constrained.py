@@ -10,12 +10,10 @@ from lockstep.completion import Completion, ToolCall
 from lockstep.engine.request import SamplingParams, check_params
 from lockstep.text.conversation import Conversation
 from lockstep.text.grammars import structured
-from lockstep.text.grammars.gbnf import is_gbnf, to_lark
 from lockstep.text.templates.chat_template import check_messages
 from lockstep.text.tool_calls.events import Arguments, CallStart, Content, Event, Parser, Reasoning
-from lockstep.text.tool_calls.tools import Tool, ToolUse
+from lockstep.text.tool_calls.tools import NO_PARAMETERS, Tool, ToolUse
 
-NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 MODES = ("auto", "required", "none")
 # what `render` passes itself, and arguments that belong elsewhere
 NOT_VARIABLES = {"messages", "tool", "add_generation_prompt", *(f.name for f in fields(SamplingParams))}
@@ -48,11 +46,7 @@ def _of_schema(schema: Any) -> str:
     return structured.json_schema(schema)
 
 
-def _of_grammar(text: Any) -> str:
-    return structured.lark(to_lark(text) if isinstance(text, str) and is_gbnf(text) else text)
-
-
-_MAKERS = dict(schema=_of_schema, regex=structured.regex, grammar=_of_grammar)
+_MAKERS = dict(schema=_of_schema, regex=structured.regex, grammar=structured.lark_or_gbnf)
 
 
 def with_grammar(

@@ -6,14 +6,13 @@ import jsonschema
 import numpy as np
 import pytest
 
-from lockstep.serve.fields.chat import NO_PARAMETERS
 from lockstep.text import reasoning
 from lockstep.text.grammars import structured
 from lockstep.text.tool_calls.grammar import Lark
 from lockstep.text.tool_calls.parser import CallParser
 from lockstep.text.tool_calls.styles import HERMES, MISTRAL, XML
 from lockstep.text.tool_calls.texts import alternatives
-from lockstep.text.tool_calls.tools import Tool, ToolUse
+from lockstep.text.tool_calls.tools import NO_PARAMETERS, Tool, ToolUse
 from tests.text.calls import EMPTY, STYLES, TOOLS, USE, WEATHER, calls_grammar, parse
 from tests.text.grammar_cases import GRAMMARS, TOKENIZERS, allows, random_answer
 

@@ -12,10 +12,9 @@ from lockstep.serve.fields.sampling import MostTokens, SamplingFields
 from lockstep.serve.fields.stream import StreamFields
 from lockstep.text.conversation import Conversation
 from lockstep.text.reasoning import template_variables
-from lockstep.text.tool_calls.tools import Tool, ToolUse
+from lockstep.text.tool_calls.tools import NO_PARAMETERS, Tool, ToolUse
 
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")  # types of a message's parts that hold text
-NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 class Part(Fields):

@@ -9,7 +9,6 @@ from lockstep.serve.fields.body import Fields, Items, SimpleOr, bounded_loads, s
 from lockstep.serve.fields.known import STRUCTURED, KnownFields
 from lockstep.serve.service import Service
 from lockstep.text.grammars import structured
-from lockstep.text.grammars.gbnf import is_gbnf, to_lark
 from lockstep.text.grammars.structured import errors_about
 
 
@@ -95,8 +94,8 @@ def _grammar_of(fields):
         "guided_json": _maybe(json_schema, fields.guided_json, extension.json_),
         "guided_regex": _maybe(structured.regex, fields.guided_regex, extension.regex),
         "guided_choice": _maybe(structured.choice, fields.guided_choice, extension.choice),
-        "guided_grammar": _maybe(lark_or_gbnf, fields.guided_grammar, extension.grammar),
-        "grammar": _maybe(lark_or_gbnf, fields.grammar or None, None),
+        "guided_grammar": _maybe(structured.lark_or_gbnf, fields.guided_grammar, extension.grammar),
+        "grammar": _maybe(structured.lark_or_gbnf, fields.grammar or None, None),
         "json_schema": _maybe(json_schema, fields.json_schema, None),
         "json_object": structured.json_object() if extension.json_object else None,
     }
@@ -110,11 +109,6 @@ def _maybe(make_grammar, first, second):
     """The grammar of the first value that is not None, or None."""
     value = first if first is not None else second
     return None if value is None else make_grammar(value)
-
-
-def lark_or_gbnf(text: str) -> str:
-    """The grammar of a text in Lark, or in llama.cpp's GBNF."""
-    return structured.lark(to_lark(text) if is_gbnf(text) else text)
 
 
 def json_schema(schema, strict: bool = True):
@@ -139,6 +133,6 @@ def _format_grammar(options):
     if format_type == "regex" and options.pattern is not None:
         return structured.regex(options.pattern)
     if format_type == "grammar" and options.grammar is not None:
-        return lark_or_gbnf(options.grammar)
+        return structured.lark_or_gbnf(options.grammar)
     expected = "text, json_object, json_schema with its schema, regex with a pattern, or grammar with a grammar"
     raise wrong_field("response_format", f"expected {expected}, got {shown(format_type)}")

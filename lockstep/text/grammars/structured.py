@@ -18,6 +18,7 @@ import llguidance
 import numpy as np
 
 from lockstep.text.grammars.compile_costs import CompileCosts, TooSlow
+from lockstep.text.grammars.gbnf import is_gbnf, to_lark
 from lockstep.text.grammars.mask import GrammarMask, fill
 from lockstep.text.grammars.matchers import GIVEN, MAX_GRAMMAR_BYTES, STACK_BYTES, Vocabulary, new_matcher, new_reader
 from lockstep.text.grammars.schemas import MAX_PATTERN_BYTES, check_numbers, check_size, exact, loosened
@@ -87,6 +88,11 @@ def lark(text: Any) -> str:
         schema, end = _json_at(text, begin.end())
         check_numbers(schema)
     return json.dumps({"grammars": [{"lark_grammar": text, "name": GIVEN}]})
+
+
+def lark_or_gbnf(text: Any) -> str:
+    """The grammar of a text in Lark, or in llama.cpp's GBNF."""
+    return lark(to_lark(text) if isinstance(text, str) and is_gbnf(text) else text)
 
 
 def _json_at(text: str, start: int) -> tuple[Any, int]:

@@ -8,6 +8,7 @@ from lockstep.text.grammars.schemas import NOTES, check_size
 
 NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 MAX_TOOLS = 256
+NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 @dataclass(frozen=True)

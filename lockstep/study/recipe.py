@@ -1,4 +1,4 @@
-"""Recipes: the description of a study, as TOML. `docs/ptq.md` lists the keys."""
+"""Recipes: the description of a study, as TOML. `docs/ptq/README.md` lists the keys."""
 
 from __future__ import annotations
 

@@ -207,7 +207,7 @@ class PrefixCache:
     def attach(self, request: Request, known: KnownPrefix) -> None:
         """Gives a request, which has a slot and no pages, the pages and the state of its known prefix."""
         while known.names and not self._load(request, known.names):
-            again = self.find(request)  # an entry on disk was damaged, and is removed
+            again = self.find(request)  # an entry on disk was damaged, or another process removed it
             known = again if len(again.names) < len(known.names) else self._known_prefix([])
         request.prefix.num_named, request.num_computed = len(known.names), PAGE_TOKENS * len(known.names)
         if request.num_preemptions:

@@ -1,10 +1,10 @@
-"""The prefix cache on disk: pages and states as files, which outlive the process and may be shared by several
-processes.
+"""The prefix cache on disk: pages and states as files, which outlive the process and are shared by several processes
+while they run.
 
-An entry is a file named by the model's content hash and its block's name: a header (magic, kind, name, length,
-checksum) and the bytes. Until the content hash is known, entries wait in memory. An entry is written to a temporary
-file and renamed, so that it is there whole or not at all. An entry that does not fit its header is removed and counted,
-never used. The checksum finds damage, not malice: whoever may write to the folder may change what the model sees.
+An entry is a file of a SharedFolder, named by the model's content hash and its block's name: a header (magic, kind,
+name, length, checksum) and the bytes. Until the content hash is known, entries wait in memory. An entry that does not
+fit its header is removed and counted, never used. The checksum finds damage, not malice: whoever may write to the
+folder may change what the model sees.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ import struct
 import tempfile
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +22,14 @@ from queue import SimpleQueue
 
 import numpy as np
 
+from lockstep.engine.cache.shared_folder import SharedFolder
 from lockstep.user_cache import NotPrivate, make_private
 from lockstep.weights.content import ContentHash
 
 MAGIC, HEADER = b"lockstep cache 1", struct.Struct("<16s8s32sQ16s")
-MAKING, FORGOTTEN_SECONDS = ".making-", 3600  # prefix of temporary files; older ones, of killed processes, are removed
 GRACE_SECONDS = 2  # how long `close` waits for the content hash, if an entry is to be written
 WAIT_SECONDS = 0.05  # between two checks whether the content hash is known
-RESCAN = 64  # writes after which the folder is listed again: other processes write to it, too
+LOOK_SECONDS = 0.1  # for how long what was seen in the folder holds: a request that waits for room asks in each step
 
 
 @dataclass
@@ -46,7 +45,7 @@ class DiskCounts:
 
 
 class DiskStore:
-    """Entries of several kinds in a folder of at most `max_bytes`; the least recently used (by file time) make room.
+    """Entries of several kinds in a folder of at most `max_bytes`; the least recently used make room.
 
     sizes: {kind: bytes of an entry}, of the pages of each group (`prefix.page_kind`) and of states. content: the
     model's ContentHash. A thread of its own writes; up to `max_pending` bytes wait for it. ValueError for a folder that
@@ -64,31 +63,20 @@ class DiskStore:
         self.folder, self.max_bytes, self.sizes, self.max_pending = Path(folder), max_bytes, sizes, max_pending
         self.counts, self._lock, self._content = DiskCounts(), threading.Lock(), content
         self._pending: dict[tuple[str, bytes], np.ndarray] = {}  # by kind and name
+        self._seen: dict[str, bool] = {}  # whether a file was there, in the looks since `_seen_since`
+        self._seen_since = 0.0
         self._queue: SimpleQueue = SimpleQueue()
         self._closing = threading.Event()
         try:
             self.folder = make_private(self.folder.absolute())
             with tempfile.TemporaryFile(dir=self.folder):
-                self._scan()
+                self.shared = SharedFolder(self.folder, max_bytes)
         except NotPrivate as error:
             raise ValueError(f"cache_dir: {error}") from None
         except OSError as error:
             raise ValueError(f"cache_dir {str(folder)!r}: cannot be written ({error.strerror or error})") from None
         self._writer = threading.Thread(target=self._write_all, name="lockstep prefix writer", daemon=True)
         self._writer.start()
-
-    def _scan(self) -> None:
-        """Lists the entries in the folder and their bytes, in order of use; removes forgotten temporary files."""
-        entries = []
-        for file in os.scandir(self.folder):
-            with contextlib.suppress(OSError):
-                stat = file.stat()
-                if file.name.endswith(tuple("." + kind for kind in self.sizes)):
-                    entries.append((stat.st_mtime_ns, file.name, stat.st_size))
-                elif file.name.startswith(MAKING) and time.time() - stat.st_mtime > FORGOTTEN_SECONDS:
-                    os.unlink(file.path)
-        self._files: OrderedDict[str, int] = OrderedDict((name, size) for _, name, size in sorted(entries))
-        self._total = sum(self._files.values())
 
     # ------------------------------------------------------------ entries
 
@@ -104,15 +92,26 @@ class DiskStore:
         return f"{on_disk.hex()}.{kind}", on_disk
 
     def has(self, kind: str, name: bytes) -> bool:
-        """Whether there is an entry; `load` may still find it damaged."""
+        """Whether there is an entry, whichever process wrote it; `load` may still find it damaged or gone."""
+        if (kind, name) in self._pending:
+            return True
         entry = self.entry(kind, name)
-        return (kind, name) in self._pending or (entry is not None and entry[0] in self._files)
+        return entry is not None and self._is_there(entry[0])
+
+    def _is_there(self, file: str) -> bool:
+        """Whether a file was there at most LOOK_SECONDS ago."""
+        now = time.monotonic()
+        if now - self._seen_since > LOOK_SECONDS:
+            self._seen, self._seen_since = {}, now
+        if file not in self._seen:
+            self._seen[file] = self.shared.has(file)
+        return self._seen[file]
 
     def save(self, kind: str, name: bytes, fill: Callable[[np.ndarray], object]) -> None:
         """Keeps an entry, unless there is one of this name; fill(uint8 array) writes its bytes."""
-        size = self.sizes[kind]
+        size, entry = self.sizes[kind], self.entry(kind, name)
         with self._lock:
-            if self.has(kind, name):
+            if (kind, name) in self._pending or (entry is not None and self.shared.has(entry[0])):
                 return
             waiting = sum(a.nbytes for a in self._pending.values())
             if size + HEADER.size > self.max_bytes or waiting + size > self.max_pending:
@@ -128,22 +127,20 @@ class DiskStore:
         with self._lock:
             if (kind, name) in self._pending:
                 return self._pending[kind, name]
-            if entry is None or entry[0] not in self._files:
+            if entry is None:
                 return None
             file, on_disk = entry
             try:
                 data = self._read(kind, on_disk, self.folder / file)
             except FileNotFoundError:  # another process removed it to make room
-                self._drop(file)
+                self._seen[file] = False
                 return None
             except (OSError, ValueError):
                 self._drop(file)
                 self.counts.damaged += 1
                 return None
-            self._files.move_to_end(file)
             self.counts.loaded += 1
-        with contextlib.suppress(OSError):
-            os.utime(self.folder / file)
+        self.shared.touch(file)
         return data
 
     def forget(self, kind: str, name: bytes) -> None:
@@ -167,9 +164,8 @@ class DiskStore:
         return data
 
     def _drop(self, file: str) -> None:
-        self._total -= self._files.pop(file, 0)
-        with contextlib.suppress(OSError):
-            os.unlink(self.folder / file)
+        self._seen[file] = False
+        self.shared.remove(file)
 
     # ------------------------------------------------------------ the writer's thread
 
@@ -182,22 +178,16 @@ class DiskStore:
 
     def _write(self, kind: str, name: bytes) -> None:
         data, entry = self._pending[kind, name], self._entry_when_known(kind, name)
-        file = None
+        num_evicted = None
         with contextlib.suppress(OSError):
             if entry is not None:
-                self.write_file(entry[0], _header(kind, entry[1], data), data)
-                file = entry[0]
+                num_evicted = self.shared.put(entry[0], [_header(kind, entry[1], data), data.data])
         with self._lock:
             del self._pending[kind, name]
-            if file is not None:
-                size = HEADER.size + data.nbytes
-                self._total += size - self._files.get(file, 0)  # another process may have written it, too
-                self._files[file] = size
+            if entry is not None and num_evicted is not None:
+                self._seen[entry[0]] = True
                 self.counts.written += 1
-                if self.counts.written % RESCAN == 0:
-                    with contextlib.suppress(OSError):  # the folder was removed: writes will say so
-                        self._scan()
-                self._make_room()
+                self.counts.evicted += num_evicted
             else:
                 self.counts.skipped += 1
 
@@ -208,24 +198,6 @@ class DiskStore:
                 pass
             self._content.wait(timeout=GRACE_SECONDS)
         return self.entry(kind, name)
-
-    def write_file(self, file: str, header: bytes, data: np.ndarray) -> None:
-        """Writes an entry's file, whole or not at all. OSError if it cannot be written."""
-        handle, beside = tempfile.mkstemp(prefix=MAKING, dir=self.folder)
-        try:
-            with os.fdopen(handle, "wb") as out:
-                out.write(header)
-                out.write(data.data)
-            os.replace(beside, self.folder / file)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.unlink(beside)
-            raise
-
-    def _make_room(self) -> None:
-        while self._total > self.max_bytes:
-            self._drop(next(iter(self._files)))
-            self.counts.evicted += 1
 
     def flush(self) -> None:
         """Waits until all entries that were saved so far are on disk."""

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 from lockstep.engine.cache import prefix_disk
-from lockstep.engine.cache.prefix_disk import HEADER, MAKING, DiskStore
+from lockstep.engine.cache.prefix_disk import HEADER, DiskStore
+from lockstep.engine.cache.shared_folder import LOCK, MAKING
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.model import load_model
 from lockstep.engine.request import SamplingParams
 from lockstep.models.checkpoint import open_checkpoint
 from lockstep.weights.store import WeightStore
+from tests.engine.cache import writers
 from tests.models import tiny
 from tests.promise.models import CONFIGS, Case, load
 
@@ -50,6 +52,10 @@ def loaded(store, i, kind="page"):
 
 def path(store, i, kind="page"):
     return store.folder / store.entry(kind, NAMES[i])[0]
+
+
+def entries(folder):
+    return sorted(file for file in folder.iterdir() if file.name != LOCK)
 
 
 def test_entries_are_there_at_once_and_after_a_restart(store):
@@ -116,6 +122,43 @@ def test_what_another_process_removed_is_not_damage(store):
     assert loaded(first, 1) is None and first.counts.damaged == 0 and not first.has("page", NAMES[1])
 
 
+def test_what_one_process_wrote_another_finds_at_once(store, monkeypatch):
+    monkeypatch.setattr(prefix_disk, "LOOK_SECONDS", 0)
+    one, other = store(), store()
+    assert not other.has("page", NAMES[1])
+    save(one, 1)
+    one.flush()
+    assert other.has("page", NAMES[1]) and loaded(other, 1) == [1] * 100
+    save(other, 1)
+    other.flush()
+    assert other.counts.written == 0, "it is there already"
+
+
+def test_what_was_not_there_is_looked_for_again_only_after_a_while(store, monkeypatch):
+    one, other = store(), store()
+    monkeypatch.setattr(prefix_disk, "LOOK_SECONDS", 1e9)
+    assert not other.has("page", NAMES[1])
+    save(one, 1)
+    one.flush()
+    assert not other.has("page", NAMES[1]) and loaded(other, 1) == [1] * 100
+    monkeypatch.setattr(prefix_disk, "LOOK_SECONDS", 0)
+    assert other.has("page", NAMES[1])
+
+
+def test_what_another_process_evicted_is_written_again(store):
+    one = store()
+    save(one, 1)
+    one.flush()
+    path(one, 1).unlink()
+    save(one, 1)
+    one.flush()
+    assert path(one, 1).exists() and one.counts.written == 2
+
+
+def test_writers_that_are_killed_leave_a_folder_that_is_right(tmp_path):
+    writers.check(tmp_path, writers.killed(tmp_path, 6))
+
+
 def test_the_folder_keeps_what_was_used_last_within_its_bytes(store):
     entry = HEADER.size + 100
     first = store(max_bytes=3 * entry)
@@ -131,8 +174,7 @@ def test_the_folder_keeps_what_was_used_last_within_its_bytes(store):
     assert kept == [0, 2, 3] and second.counts.evicted == 1, "a load counts as use"
 
 
-def test_the_bytes_of_other_processes_count_too(store, monkeypatch):
-    monkeypatch.setattr(prefix_disk, "RESCAN", 2)
+def test_the_bytes_of_other_processes_count_too(store):
     entry = HEADER.size + 100
     one, other = store(max_bytes=4 * entry), store(max_bytes=4 * entry)
     for i in range(4):
@@ -146,16 +188,15 @@ def test_the_bytes_of_other_processes_count_too(store, monkeypatch):
     assert loaded(one, 3) == [3] * 100 and loaded(other, 0) is None and other.counts.damaged == 0
 
 
-def test_what_two_processes_write_counts_once(store, monkeypatch):
-    monkeypatch.setattr(prefix_disk, "RESCAN", 2)
+def test_what_two_processes_write_counts_once(store):
     one, other = (store(max_bytes=3 * (HEADER.size + 100)) for _ in range(2))
-    write, go_on = one.write_file, threading.Event()
+    write, go_on = one.shared.put, threading.Event()
 
     def slow(*entry):
         go_on.wait()
-        write(*entry)
+        return write(*entry)
 
-    one.write_file = slow
+    one.shared.put = slow
     for i in (0, 1, 2):
         save(one, i)
     for i in (1, 2):
@@ -184,7 +225,7 @@ def test_a_full_disk_only_means_that_nothing_is_kept(store, monkeypatch):
     monkeypatch.setattr(os, "replace", full)
     save(made, 1)
     made.flush()
-    assert made.counts.skipped == 1 and loaded(made, 1) is None and not list(made.folder.iterdir())
+    assert made.counts.skipped == 1 and loaded(made, 1) is None and not entries(made.folder)
 
 
 def test_leftovers_of_a_killed_writer_are_removed_and_never_read(store):
@@ -193,7 +234,9 @@ def test_leftovers_of_a_killed_writer_are_removed_and_never_read(store):
     for file in (old, new):
         file.write_bytes(b"half")
     os.utime(old, (1, 1))
-    store()
+    second = store()
+    save(second, 1)
+    second.flush()
     assert new.exists() and not old.exists()
 
 
@@ -224,7 +267,7 @@ def test_nothing_is_on_disk_until_the_content_hash_is_known(store):
     hashing = Hashing()
     first = store(content=hashing)
     save(first, 1)
-    assert loaded(first, 1) == [1] * 100 and not list(first.folder.iterdir())
+    assert loaded(first, 1) == [1] * 100 and not entries(first.folder)
     hashing.known = "a" * 64
     first.flush()
     assert loaded(store(content=hashing), 1) == [1] * 100
@@ -235,7 +278,7 @@ def test_what_is_never_known_is_never_written(store, monkeypatch):
     first = store(content=Hashing())
     save(first, 1)
     first.close()
-    assert not list(first.folder.iterdir()) and first.counts.skipped == 1
+    assert not entries(first.folder) and first.counts.skipped == 1
 
 
 # ---------------------------------------------------------------- with an engine
@@ -272,9 +315,26 @@ def test_a_second_engine_answers_from_disk_with_the_same_bits(model, tmp_path):
     assert cold == first == second
 
 
+def test_an_engine_finds_what_another_wrote_while_both_run(model, tmp_path):
+    options = EngineOptions(threads=1, max_requests=2, state_every=64, cache_dir=tmp_path)
+    engines, found = [Engine(model, options) for _ in range(2)], []
+    try:
+        for engine in engines:
+            found.append(engine.add(PROMPT, PARAMS))
+            while engine.has_work:
+                engine.step()
+            engine.scheduler.prefix.disk.flush()
+    finally:
+        for engine in engines:
+            engine.close()
+    one, other = found
+    assert (one.output_ids, one.logprobs) == (other.output_ids, other.logprobs)
+    assert one.num_cached == 0 and other.num_cached == 256
+
+
 def test_damage_on_disk_costs_time_and_no_bits(model, tmp_path):
     cold, _, _ = run(model, PROMPT, cache_dir=tmp_path)
-    for i, file in enumerate(sorted(tmp_path.iterdir())):
+    for i, file in enumerate(entries(tmp_path)):
         if i % 2:
             flip(file)
     again, counts, disk = run(model, PROMPT, cache_dir=tmp_path)

@@ -6,8 +6,8 @@ from typing import NamedTuple
 from lockstep.engine.model import Model, load_model
 from lockstep.engine.speculation.draft_model import check_vocabulary, named
 from lockstep.models.checkpoint import open_checkpoint
+from lockstep.progress import OnProgress
 from lockstep.text.tokenizer.tokenizer import Tokenizer, find_tokenizer, has_tokenizer
-from lockstep.weights.content import Progress
 from lockstep.weights.hub import resolve_model
 from lockstep.weights.store import PackedStore
 
@@ -18,7 +18,7 @@ class LoadOptions(NamedTuple):
     weights: str
     kv_dtype: str | None
     max_context: int | None
-    progress: Progress | None
+    progress: OnProgress | None
     verify: bool
 
 

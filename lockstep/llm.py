@@ -21,6 +21,7 @@ from lockstep.engine.speculation.drafts import MODEL, SOURCES
 from lockstep.models.checkpoint import end_of_sequence_ids, open_checkpoint
 from lockstep.models.pooling import default_pooling
 from lockstep.native.kernel import OnCompile
+from lockstep.progress import OnProgress
 from lockstep.ptq.solved import Solved
 from lockstep.text.tokenizer.tokenizer import (
     Tokenizer,
@@ -29,7 +30,7 @@ from lockstep.text.tokenizer.tokenizer import (
     find_tokenizer,
     has_tokenizer,
 )
-from lockstep.weights.content import ContentHash, Progress
+from lockstep.weights.content import ContentHash
 from lockstep.weights.hub import resolve_model
 from lockstep.weights.store import PackedStore
 
@@ -85,7 +86,7 @@ class LLM:
         kv_tokens: int | None = None,
         threads: int | None = None,
         ops: Mapping[str, str] | None = None,
-        progress: Progress | None = None,
+        progress: OnProgress | None = None,
         prefix_cache: bool = True,
         cache_dir: str | os.PathLike[str] | None = None,
         cache_dir_bytes: int = 8 << 30,

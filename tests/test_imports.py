@@ -33,6 +33,7 @@ ORDER = (
     "formats",
     "runtime",
     "native",
+    "progress",
     "user_cache",
 )
 COMPILERS = ("numba", "llvmlite")  # only the room `native` knows them

@@ -1,5 +1,6 @@
 """Options that several commands share, and `load`, which loads a model with them."""
 
+import itertools
 import sys
 from typing import Annotated
 
@@ -112,17 +113,18 @@ def load(model, *, ops=None, max_requests: int = 1, wait_for_content: bool = Fal
 
     wait_for_content: whether to return only when the model's content hash is known.
     """
-    from lockstep.commands.terminal.progress import Progress
     from lockstep.llm import LLM
     from lockstep.native.host import num_cores
+    from lockstep.progress import Progress
 
     if (options.get("threads") or 0) > num_cores():
         print(f"lockstep: {options['threads']} threads on {num_cores()} cores only take turns", file=sys.stderr)
-    with Progress() as progress:
-        reports = dict(progress=progress.packing, on_compile=progress.compiling)
+    compiled = itertools.count(1)
+    with Progress(ending="; later starts use what was made now") as progress:
+        reports = dict(progress=progress, on_compile=lambda _: progress("compiling", next(compiled)))
         llm = LLM(model, ops=parse_swaps(ops), max_requests=max_requests, **reports, **options)
         if wait_for_content:
-            llm.content.wait(progress.packing)
+            llm.content.wait(progress)
     if llm.num_bytes_not_kept:
         print(
             f"lockstep: {llm.num_bytes_not_kept / 1e6:,.0f} MB of packed weights were not kept, so the next start "

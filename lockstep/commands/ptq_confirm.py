@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from lockstep.commands.options import Threads
-from lockstep.commands.terminal.progress import Counter, Progress
+from lockstep.progress import Progress
 
 
 def command(
@@ -32,9 +32,9 @@ def command(
     read_folder(folder)
     with told_interrupt("lockstep ptq confirm"):
         with Progress() as progress:
-            study, subject = assembled(recipe, progress.packing)
-        with made_team(threads) as team, Counter() as counter:
-            records = confirm_study(folder, study, subject, team, top, counter.step)
+            study, subject = assembled(recipe, progress)
+        with made_team(threads) as team, Progress() as progress:
+            records = confirm_study(folder, study, subject, team, top, progress.step)
     show(folder)
     for record in records:
         write(f"{words(record)}\n")

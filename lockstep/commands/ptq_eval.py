@@ -9,7 +9,7 @@ import typer
 
 from lockstep.commands.options import KvDtype, ModelName, Threads
 from lockstep.commands.terminal.output import counted
-from lockstep.commands.terminal.progress import Counter, Progress
+from lockstep.progress import Progress
 
 CALIBRATION_WINDOWS = 32
 
@@ -73,7 +73,7 @@ def command(
     plan_of_file = None if plan is None else read_plan(plan, calibrate)
     with Progress() as progress:
         formats = (weights or "auto", kv_dtype) if plan is None else ("f32", "f32")
-        subject = load_subject(model, length, *formats, progress.packing)
+        subject = load_subject(model, length, *formats, progress)
         tokenizer = subject.tokenizer
         read = read_text(text, tokenizer)
         cut = windows_of(read, length, windows, like)
@@ -81,9 +81,11 @@ def command(
             solved = None
             if plan_of_file is not None:
                 calibration = calibration_text(calibrate, read, tokenizer)
-                solved = solved_plan(subject, plan, plan_of_file, calibration, calibration_windows, team, length)
-            with Counter("scoring", "window") as counter:
-                found = evaluate(subject, cut, team, solved, twin, like is not None, counter)
+                solved = solved_plan(
+                    subject, plan, plan_of_file, calibration, calibration_windows, team, length, progress
+                )
+            scored = progress.counter("scoring", "window")
+            found = evaluate(subject, cut, team, solved, twin, like is not None, scored)
     found |= dict(text=read.sha256, model=subject.content, windows=len(cut), length=length, twin=twin)
     found["plan_hash"] = solved.plan.hash if solved else None
     print(json.dumps(found)) if as_json else show(found)
@@ -135,7 +137,7 @@ def read_plan(path, calibrate):
         raise ValueError(f"{path}: {error}") from None
 
 
-def solved_plan(subject, path, plan, text, num_windows, team, length):
+def solved_plan(subject, path, plan, text, num_windows, team, length, progress):
     """The plan with its grids (a Solved), which calibration on a text finds if the file does not have them."""
     from lockstep.ptq.solved import Solved
     from lockstep.study.scoring.evaluate import needs_ranges, solve
@@ -149,8 +151,7 @@ def solved_plan(subject, path, plan, text, num_windows, team, length):
     if text is not None:
         every = len(windows_of(text, length))
         windows = windows_of(text, length, num_windows or min(every, CALIBRATION_WINDOWS))
-    with Counter("calibrating", "window") as counter:
-        return solve(subject, plan, team, windows, counter)
+    return solve(subject, plan, team, windows, progress.counter("calibrating", "window"))
 
 
 def plain(value) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lockstep.commands.options import Threads
-from lockstep.commands.terminal.progress import Counter, Progress
+from lockstep.progress import Progress
 
 
 def command(
@@ -38,10 +38,10 @@ def command(
     say = lambda line: print(f"lockstep: {line}", file=sys.stderr)
     with told_interrupt("lockstep ptq run"):
         with Progress() as progress:
-            study, subject = assembled(read, progress.packing)
+            study, subject = assembled(read, progress)
             keep_recipe(folder, read)
-        with made_team(threads) as team, Counter() as counter:
-            options = RunOptions(jobs, team.num_threads, counter.step, say)
+        with made_team(threads) as team, Progress() as progress:
+            options = RunOptions(jobs, team.num_threads, progress.step, say)
             trials = run_study(folder, study, subject, team, options)
     ranked = ranking(trials)
     if ranked:

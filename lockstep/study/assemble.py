@@ -6,16 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lockstep.progress import OnProgress
 from lockstep.study.recipe import CALIBRATION_WINDOWS, Recipe, TextChoice, first_difference, to_toml
 from lockstep.study.records import RECIPE, WINNER_RECIPE, check_folder, save_text
 from lockstep.study.scoring.subject import Subject, load_subject
 from lockstep.study.scoring.text import Text, Window, check_disjoint, read_text, windows_hash, windows_of
 from lockstep.study.trials import Study, make_study
 from lockstep.text.tokenizer.tokenizer import Tokenizer
-from lockstep.weights.content import Progress
 
 
-def assembled(recipe: Recipe, progress: Progress | None = None) -> tuple[Study, Subject]:
+def assembled(recipe: Recipe, progress: OnProgress | None = None) -> tuple[Study, Subject]:
     """The study that a recipe describes, and its model. ValueError or OSError for files that are missing or refused."""
     longest = max(choice.length for choice in (recipe.evaluate, recipe.calibrate) if choice)
     subject = load_subject(recipe.model, longest, recipe.weights, "f32", progress)

@@ -19,6 +19,7 @@ from concurrent.futures import Future
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
+from lockstep.progress import OnProgress
 from lockstep.user_cache import cache_subfolder
 
 PIECE = 4 << 20  # bytes that are read at once
@@ -27,8 +28,6 @@ SETTLED_NS = 2_000_000_000
 MAX_REMEMBERED = 4096
 WAIT_SECONDS = 0.1  # between two reports of progress
 DIGEST = re.compile(r"[0-9a-f]{64}")
-
-Progress = Callable[[str, int, int | None], None]
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ class ContentHash:
         """The hash, 64 hex digits; None as long as files are being read."""
         return self._hash.result() if self._hash.done() else None
 
-    def wait(self, progress: Progress | None = None, timeout: float | None = None) -> str:
+    def wait(self, progress: OnProgress | None = None, timeout: float | None = None) -> str:
         """The hash, 64 hex digits. progress: called with ("reading", bytes done, bytes in all) while files are read.
 
         Raises TimeoutError after `timeout` seconds.

@@ -11,13 +11,13 @@ import numpy as np
 
 from lockstep import formats
 from lockstep.native.targets import name as target_name
+from lockstep.progress import OnProgress
 from lockstep.runtime.backend import Layout
 from lockstep.runtime.executor import ALIGNMENT, aligned
 from lockstep.runtime.program import Weight
 from lockstep.user_cache import cache_subfolder, make_private, user_cache
 from lockstep.weights import packed_cache, packed_file
 from lockstep.weights.checkpoint import Checkpoint
-from lockstep.weights.content import Progress
 from lockstep.weights.leased_map import LeasedMaps
 
 # Layouts with these suffixes are kept on disk; the others are small. Embedding tables (stored bytes) are kept, too:
@@ -66,7 +66,7 @@ class PackedStore(WeightStore):
     num_bytes_not_kept counts their bytes.
     """
 
-    def __init__(self, checkpoint: Checkpoint, progress: Progress | None = None):
+    def __init__(self, checkpoint: Checkpoint, progress: OnProgress | None = None):
         super().__init__()
         self.checkpoint, self._progress, self._done = checkpoint, progress, 0
         self._root, self._lock, self._maps = _packed_folder(), threading.Lock(), LeasedMaps()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lockstep.engine.model import Model, load_model
 from lockstep.models.checkpoint import open_checkpoint
+from lockstep.progress import OnProgress
 from lockstep.ptq.plan import Plan
 from lockstep.ptq.rewrite import Treatment
 from lockstep.ptq.site import Site
@@ -16,7 +17,6 @@ from lockstep.ptq.treatment import sites_for, treatment_of
 from lockstep.ptq.weights import num_bytes
 from lockstep.runtime.program import Program
 from lockstep.text.tokenizer.tokenizer import Tokenizer, find_tokenizer
-from lockstep.weights.content import Progress
 from lockstep.weights.hub import resolve_model
 from lockstep.weights.store import PackedStore
 from lockstep.weights.tensor import StoredTensor
@@ -41,7 +41,7 @@ class Subject:
 
 
 def load_subject(
-    name: str | None, length: int, weights: str, kv_dtype: str | None = None, progress: Progress | None = None
+    name: str | None, length: int, weights: str, kv_dtype: str | None = None, progress: OnProgress | None = None
 ) -> Subject:
     """Loads a model for windows of `length` tokens. name: as for `LLM`; None or "bundled": the package's own model.
 

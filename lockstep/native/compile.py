@@ -1,17 +1,20 @@
-"""Compiles many kernels at once: one process for each core, each taking the next kernel that no process has taken.
+"""Compiles many kernels at once: one process for each core, each given the next kernel that no process has.
 
-LLVM has one lock in a process, so threads would not help. Kernels that a helper process took and failed to compile are
-compiled by the first process. `python -m lockstep.native.compile FOLDER module:name ...` runs a helper process.
+LLVM has one lock in a process, so threads would not help. Kernels that a helper process was given and failed to compile
+are compiled by the first process. `python -m lockstep.native.compile` runs a helper process: it reads the kernels'
+paths from standard input, and ends at once when that is closed, as it is by the end of the first process, however that
+ends.
 """
 
+import contextlib
 import importlib
 import os
+import queue
 import subprocess
 import sys
-import tempfile
 import threading
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 
 from lockstep.native.host import num_cores
 from lockstep.native.kernel import Kernel, OnCompile
@@ -19,6 +22,7 @@ from lockstep.user_cache import VARIABLE, user_cache
 
 KERNELS_PER_HELPER = 4  # at least: a helper process takes a second to start
 MAX_HELPERS = 7
+DONE = "\n"  # a helper's line after each kernel; a line with a name says that a compilation starts
 
 
 def compile_kernels(
@@ -32,60 +36,81 @@ def compile_kernels(
     missing = list(dict.fromkeys(k for k in kernels if not k.is_cached))
     num_helpers = min((num_processes or num_cores()) - 1, len(missing) // KERNELS_PER_HELPER, MAX_HELPERS)
     if num_helpers > 0:
-        with tempfile.TemporaryDirectory(prefix="lockstep-compile-") as folder:
-            _share(missing, num_helpers, Path(folder), on_compile)
+        _share(missing, num_helpers, on_compile)
     for kernel in missing:
         kernel.compile(on_compile)
 
 
-def _share(kernels: Iterable[Kernel], num_helpers: int, folder: Path, on_compile: OnCompile | None) -> None:
-    paths = {k.path: k for k in kernels}
-    command = [sys.executable, "-m", "lockstep.native.compile", str(folder), *reversed(paths)]
-    environment = {**os.environ, VARIABLE: str(user_cache()), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    helpers = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
-        for _ in range(num_helpers)
-    ]
-    readers = [threading.Thread(target=_report, args=(h, on_compile), daemon=True) for h in helpers]
-    for reader in readers:
-        reader.start()
+def _share(kernels: Iterable[Kernel], num_helpers: int, on_compile: OnCompile | None) -> None:
+    """Compiles kernels together with helper processes: this one from the first on, the helpers from the last."""
+    left = deque(kernels)
+    helpers = [_start() for _ in range(num_helpers)]
+    feeders = [threading.Thread(target=_feed, args=(h, left, on_compile), daemon=True) for h in helpers]
+    for feeder in feeders:
+        feeder.start()
     try:
-        for path, kernel in paths.items():
-            if _take(folder, path):
-                kernel.compile(on_compile)
-        for reader in readers:
-            reader.join()
+        while (kernel := _taken(left.popleft)) is not None:
+            kernel.compile(on_compile)
+        for feeder in feeders:
+            feeder.join()
     finally:
         for helper in helpers:
-            helper.terminate()
+            helper.kill()
             helper.wait()
 
 
-def _report(helper: subprocess.Popen[str], on_compile: OnCompile | None) -> None:
-    """Calls on_compile with each kernel name that a helper prints."""
-    assert helper.stdout is not None
-    for line in helper.stdout:
-        if on_compile is not None:
-            on_compile(line.strip())
-
-
-def _take(folder: Path, path: str) -> bool:
-    """Whether this process is the first to take a kernel: the first makes the kernel's file in the folder."""
+def _taken(take: Callable[[], Kernel]) -> Kernel | None:
+    """The kernel that an end of the deque gives; None if there is none left."""
     try:
-        os.close(os.open(folder / path.replace(":", "-"), os.O_CREAT | os.O_EXCL))
-        return True
-    except OSError:
-        return False
+        return take()
+    except IndexError:
+        return None
 
 
-def main(folder: str, *paths: str) -> None:
-    """A helper process: compiles the kernels that no other process has taken."""
-    for path in paths:
-        if _take(Path(folder), path):
-            module, name = path.split(":")
-            kernel: Kernel = getattr(importlib.import_module(module), name)
-            kernel.compile(on_compile=lambda name: print(name, flush=True))
+def _start() -> subprocess.Popen[str]:
+    """A helper process, which waits for the path of a kernel."""
+    environment = {**os.environ, VARIABLE: str(user_cache()), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "lockstep.native.compile"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+    )
+
+
+def _feed(helper: subprocess.Popen[str], left: deque[Kernel], on_compile: OnCompile | None) -> None:
+    """Gives a helper one kernel after another, until none is left or the helper has ended."""
+    assert helper.stdin is not None and helper.stdout is not None
+    with contextlib.suppress(OSError):  # it has ended
+        while (kernel := _taken(left.pop)) is not None:
+            helper.stdin.write(f"{kernel.path}\n")
+            helper.stdin.flush()
+            while (line := helper.stdout.readline()) != DONE:
+                if not line:
+                    return
+                if on_compile is not None:
+                    on_compile(line.strip())
+
+
+def main() -> None:
+    """A helper process: compiles the kernels whose paths it reads."""
+    paths: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(paths,), daemon=True).start()
+    while True:
+        module, name = paths.get().split(":")
+        kernel: Kernel = getattr(importlib.import_module(module), name)
+        kernel.compile(on_compile=lambda name: print(name, flush=True))
+        print(end=DONE, flush=True)
+
+
+def _read(paths: queue.SimpleQueue[str]) -> None:
+    """Reads paths from standard input. At its end the process ends, even in the middle of a compilation."""
+    for line in sys.stdin:
+        paths.put(line.strip())
+    os._exit(0)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -1,10 +1,13 @@
-"""`lockstep chat`: a conversation in the terminal."""
+"""`lockstep chat`: a conversation in the terminal, or the answer to one question."""
 
+import contextlib
+import select
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lockstep.commands.generate import read_text
 from lockstep.commands.options import (
     CacheDir,
     Draft,
@@ -21,12 +24,28 @@ from lockstep.commands.options import (
     load,
 )
 
+if TYPE_CHECKING:
+    from lockstep.commands.terminal.conversation import Conversation
+    from lockstep.commands.terminal.entries import Entries
+    from lockstep.llm import LLM
+
+ANSWER_TOKENS = 1024  # of answers without thoughts, unless --max-tokens allows others
 MODELS = "the model's"  # shown as the default of sampling options
 
 
 def command(
     *,
     model: ModelName = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "-p",
+            "--prompt",
+            metavar="TEXT",
+            show_default=False,
+            help="Answer this question, with what is piped to standard input below it, and end.",
+        ),
+    ] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.", show_default=False)] = None,
     temperature: Annotated[
         float | None, typer.Option(help="0 always takes the most probable token.", show_default=f"{MODELS}, or 0.7")
@@ -47,7 +66,16 @@ def command(
     ] = None,
     generation_config: GenerationConfig = "auto",
     seed: Annotated[int, typer.Option(help="Another seed, another sample.")] = 0,
-    num_tokens: Annotated[int, typer.Option("-n", "--max-tokens", min=1, help="Most tokens of an answer.")] = 1024,
+    num_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "-n",
+            "--max-tokens",
+            min=1,
+            help="Most tokens of an answer.",
+            show_default=f"{ANSWER_TOKENS}; with thoughts as many as fit",
+        ),
+    ] = None,
     weights: Weights = "auto",
     kv_dtype: KvDtype = None,
     threads: Threads = None,
@@ -64,14 +92,18 @@ def command(
     verify_weights: VerifyWeights = False,
     op: OpSwaps = None,
 ) -> None:
-    """Talk with a model. /help lists what can be typed; Ctrl-C interrupts an answer, Ctrl-D ends."""
+    """Talk with a model. /help lists what can be typed; Ctrl-C interrupts an answer, Ctrl-D ends.
+
+    With -p it answers one question: the answer goes to standard output, all else to standard error.
+    """
     from lockstep.commands.terminal.conversation import Conversation
     from lockstep.engine.request import SamplingParams
 
     drawn = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
     asked: dict[str, Any] = {name: value for name, value in drawn.items() if value is not None}
-    asked |= dict(seed=seed, max_tokens=num_tokens)
+    asked |= dict(seed=seed)
     SamplingParams(**asked)  # ValueError before a model is loaded
+    question = None if prompt is None else with_piped(prompt)
     llm = load(
         model,
         weights=weights,
@@ -87,15 +119,69 @@ def command(
         generation_config=generation_config,
         verify_weights=verify_weights,
     )
+    asked |= dict(max_tokens=num_tokens or most_tokens(llm))
     conversation = Conversation(llm, first_settings(llm.sampling_defaults, asked), system)
-    print(first_line(llm, conversation.settings), file=sys.stderr, flush=True)
-    _greet(sys.stdin.isatty())
-    while conversation.open:
-        line = read_line(sys.stdin.isatty())
-        if line is None:
-            break
-        conversation.hear(line)
-    llm.close()
+    with contextlib.closing(llm):
+        if question is not None:
+            answer_once(conversation, question)
+        else:
+            print(first_line(llm, conversation.settings), file=sys.stderr, flush=True)
+            converse(conversation, entries_of_input())
+
+
+def with_piped(question: str) -> str:
+    """The question, and below it, after an empty line, what is piped to standard input. ValueError if both are
+    empty."""
+    piped = "" if sys.stdin is None or sys.stdin.isatty() else _piped()
+    text = "\n\n".join(filter(str.strip, [question, piped.rstrip("\r\n")]))
+    if not text:
+        raise ValueError("-p: expected a question, got an empty text")
+    return text
+
+
+def _piped() -> str:
+    """All of standard input. Where nothing comes for a second, a line says that it is waited for."""
+    with contextlib.suppress(OSError, ValueError):  # it may be no file that can be waited for
+        if not select.select([sys.stdin], [], [], 1.0)[0]:
+            print("lockstep: reading standard input to its end (none: < /dev/null)", file=sys.stderr, flush=True)
+    return read_text("-")
+
+
+def answer_once(conversation: "Conversation", question: str) -> None:
+    """Prints the answer to one question. ValueError if there is none, KeyboardInterrupt if Ctrl-C ended it."""
+    from lockstep.commands.terminal.conversation import tell
+
+    turn = conversation.ask(question)
+    if turn.is_interrupted:
+        raise KeyboardInterrupt
+    if turn.error is not None or not turn.content:
+        raise ValueError(turn.error or turn.shortfall)
+    for remark in turn.remarks:
+        tell(remark)
+
+
+def converse(conversation: "Conversation", entries: "Entries") -> None:
+    """Gives a conversation all entries, until it or they end."""
+    while conversation.open and (entry := entries.read()) is not None:
+        conversation.hear(entry)
+
+
+def entries_of_input() -> "Entries":
+    """The entries of standard input: typed where it is a terminal, else piped."""
+    from lockstep.commands.terminal.conversation import METHODS
+    from lockstep.commands.terminal.entries import PipedEntries, TypedEntries
+
+    if not sys.stdin.isatty():
+        return PipedEntries()
+    print("/help lists commands, Ctrl-C interrupts an answer, Ctrl-D ends", file=sys.stderr, flush=True)
+    return TypedEntries(METHODS)
+
+
+def most_tokens(llm: "LLM") -> int:
+    """The most tokens of an answer by default: thoughts may take all of the context."""
+    from lockstep.text.reasoning import thinks
+
+    return llm.max_context if any(map(thinks, llm.tokenizer.chat_templates.values())) else ANSWER_TOKENS
 
 
 def first_settings(defaults: dict, asked: dict) -> dict:
@@ -115,32 +201,3 @@ def first_line(llm, settings: dict) -> str:
         if name not in ("seed", "max_tokens")
     }
     return f"({'; '.join([*filter(None, context_words(llm)), described(shown)])})"
-
-
-def _greet(interactive) -> None:
-    if not interactive:
-        return
-    import contextlib
-
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  gives input() history and editing
-    print("/help for commands, Ctrl-C interrupts an answer, Ctrl-D ends", file=sys.stderr)
-
-
-def read_line(interactive):
-    """The next line of standard input, or None at its end. Ctrl-C at the prompt only drops the line."""
-    while True:
-        try:
-            line = input("> ") if interactive else input()
-            line.encode()  # UnicodeError for bytes that were not UTF-8, which input() makes lone surrogates
-            return line
-        except EOFError:
-            if interactive:
-                print(file=sys.stderr)
-            return None
-        except KeyboardInterrupt:
-            if not interactive:
-                raise
-            print("\n(Ctrl-D or /exit ends)", file=sys.stderr)
-        except UnicodeError:
-            print("that was not UTF-8 text", file=sys.stderr)

@@ -1,6 +1,6 @@
 """Reasoning: the thought, <think>...</think>, that a model writes before its answer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lockstep.text.tool_calls.events import Content, Event, Parser, Reasoning, partial
@@ -13,6 +13,7 @@ TEMPLATE_VARIABLES = frozenset(
     clear_thinking custom_instructions date_string system_prompt xml_tools python_tools builtin_tools
     tools_in_user_message""".split()
 )
+SWITCHES = ("enable_thinking", "thinking", "reasoning")  # variables that switch thinking on (True) and off (False)
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 MAX_VARIABLE_CHARS = 10_000
 
@@ -30,6 +31,15 @@ def is_open(prompt: str) -> bool:
 def is_closed(prompt: str) -> bool:
     """Whether a prompt ends with a complete thought, so that the answer has none: thinking was switched off."""
     return prompt.rstrip().endswith(CLOSE)
+
+
+def switch_of(prompt_with: Callable[..., str]) -> str | None:
+    """The variable by which a chat template switches thinking on and off; None if it has no such switch.
+
+    prompt_with: renders a prompt with the variables that it is given. A template has the switch whose two values give
+    two prompts, whatever its source says.
+    """
+    return next((name for name in SWITCHES if prompt_with(**{name: True}) != prompt_with(**{name: False})), None)
 
 
 def add_rules(lark: Lark, opened: bool) -> str:

@@ -13,8 +13,8 @@ from lockstep import LLM, SamplingParams
 from lockstep.cli import main
 from lockstep.commands.inspect import mtp_program, spans
 from lockstep.commands.options import context_words
-from lockstep.commands.terminal import conversation
-from lockstep.commands.terminal.conversation import Conversation
+from lockstep.commands.terminal import printer
+from lockstep.commands.terminal.conversation import COMMANDS, Conversation
 from lockstep.engine.cache import size as cache_size
 from lockstep.engine.cache.size import ContextSize, needs, request_bytes
 from lockstep.engine.engine import EngineOptions
@@ -58,7 +58,7 @@ def test_ctrl_c_ends_the_answer_only(talk, monkeypatch, capsys):
         if len(shown) == 1:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(conversation, "write", write)
+    monkeypatch.setattr(printer, "write", write)
     talk.settings["max_tokens"] = 1000
     talk.hear("hello")
     monkeypatch.undo()
@@ -83,15 +83,20 @@ def test_commands(talk, tmp_path, capsys):
     talk.hear("/set temperature 0.5")
     talk.hear("/set top_k 3")
     assert talk.settings == {**SETTINGS, "temperature": 0.5, "top_k": 3}
+    capsys.readouterr()
     talk.hear("/help")
-    assert "/reset" in capsys.readouterr().out
+    listed = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in listed} >= {f"/{names[0]}" for names, *_ in COMMANDS}
+    assert len({len(line) - len(line.partition("  ")[2].lstrip()) for line in listed}) == 1  # one column of texts
     talk.hear("/exit")
     assert not talk.open
 
 
 @pytest.mark.parametrize(("line", "said"), [
-    ("/nothing", "/nothing: no such command"), ("/", "no such command"), ("/set speed 9", "no such setting"),
-    ("/set seed x", "expected a number"), ("/set top_p 7", "top_p: expected a number from"), ("/save", "expected a"),
+    ("/nothing", "/nothing: no such command"), ("/", "no such command"), ("/regen", "did you mean /regenerate?"),
+    ("/regenerate", "no question to answer again"), ("/undo", "nothing to undo"), ("/think", "knows no thinking"),
+    ("/set speed 9", "no such setting"), ("/set seed x", "expected a number"),
+    ("/set top_p 7", "top_p: expected a number from"), ("/save", "expected a"),
     ("/load /nowhere/x", "/nowhere/x: No such file"), ("/load {bad}", "expected a list of messages"),
     ("x " * 9000, "tokens and the context"), ("\udc80", "surrogate"),
 ])  # fmt: skip

@@ -8,7 +8,8 @@ from lockstep.commands.terminal.output import counted
 
 @dataclass
 class Timing:
-    """Numbers of tokens and seconds of one answer; the first token ends the prefill."""
+    """Numbers of tokens and seconds of one answer; the first token ends the prefill. num_cached: tokens of the prompt
+    whose KV cache was there already: they were not computed."""
 
     num_prompt: int
     num_output: int = 0
@@ -16,11 +17,12 @@ class Timing:
     total: float = 0.0
     num_drafted: int = 0
     num_accepted: int = 0
+    num_cached: int = 0
 
     @property
     def prefill_rate(self):
-        """Prompt tokens per second, up to the first token: the last step of the prefill samples it."""
-        return self.num_prompt / self.first_token if self.first_token else 0.0
+        """Computed prompt tokens per second, up to the first token: the last step of the prefill samples it."""
+        return (self.num_prompt - self.num_cached) / self.first_token if self.first_token else 0.0
 
     @property
     def decode_rate(self):
@@ -32,8 +34,9 @@ class Timing:
         rate = f" at {self.decode_rate:.1f} tok/s" if self.decode_rate else ""
         right = f" ({self.num_accepted} of {counted(self.num_drafted, 'draft')} right)" if self.num_drafted else ""
         decode = f"{counted(self.num_output, 'token')}{rate}{right}"
+        cached = f" ({self.num_cached} cached, {self.num_prompt - self.num_cached} computed)" if self.num_cached else ""
         return (
-            f"prompt {counted(self.num_prompt, 'token')} at {self.prefill_rate:.1f} tok/s, decode {decode}, "
+            f"prompt {counted(self.num_prompt, 'token')}{cached} at {self.prefill_rate:.1f} tok/s, decode {decode}, "
             f"first token after {1000 * self.first_token:.0f} ms"
         )
 
@@ -61,6 +64,6 @@ def _advance(llm, stream, timing, started) -> None:
     timing.total = time.perf_counter() - started
     request = stream.request
     timing.num_output, timing.num_drafted = len(request.output_ids), request.num_drafted
-    timing.num_accepted = request.num_accepted
+    timing.num_accepted, timing.num_cached = request.num_accepted, request.num_cached
     timing.first_token = timing.first_token or timing.total
     stream.advance()

@@ -34,6 +34,11 @@ def shown(text, stream):
     return text.translate(CONTROLS) if stream.isatty() else text
 
 
+def has_colours(stream) -> bool:
+    """Whether text for a stream may be coloured or dimmed: it is a terminal that can, and NO_COLOR is not set."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
 def counted(count: int, noun: str) -> str:
     """A number with a noun: "1 token", "12 tokens"."""
     return f"{count} {noun}{'s' * (count != 1)}"

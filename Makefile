@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 ORACLES := .venv-oracles
 DEV := .venv-dev
-PIP_INSTALL := bin/python -m pip install -qq --disable-pip-version-check
+# Python compiles the modules that are imported; all of torch would take a minute
+PIP_INSTALL := bin/python -m pip install -qq --disable-pip-version-check --no-compile
 # every package in the version and with the bytes that a lock file names; this one is built by the locked setuptools
 LOCKED := $(PIP_INSTALL) --require-hashes -r
 ITSELF := $(PIP_INSTALL) --no-deps --no-build-isolation

@@ -76,14 +76,20 @@ def heed_interrupts() -> None:
 
 def _joined(args):
     """The arguments, with a command of two words joined to one argument; "bench" alone becomes "--help"."""
-    if args and args[0] not in COMMANDS and args[1:] in ([], ["--help"]):
+    if args and args[0] not in COMMANDS and args[1:] in ([], ["-h"], ["--help"]):
         return ["--help"] if any(name.startswith(f"{args[0]} ") for name in COMMANDS) else args
     return [" ".join(args[:2]), *args[2:]] if " ".join(args[:2]) in COMMANDS else args
 
 
 def application(args):
     """The command line's parser. The subcommand in args has its options; the others have only a name and a summary."""
-    app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, help=_top.__doc__)
+    app = typer.Typer(
+        add_completion=False,
+        rich_markup_mode=None,
+        no_args_is_help=True,
+        help=_top.__doc__,
+        context_settings=dict(help_option_names=["-h", "--help"]),
+    )
     app.callback()(_top)
     subcommand = next((word for word in args if not word.startswith("-")), None)
     for name, summary in COMMANDS.items():

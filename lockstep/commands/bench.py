@@ -38,7 +38,7 @@ def command(
     longest = max(*lengths, *(d + 17 for d in depths), 64)
     if plot:
         check_plot(plot)
-    llm = load(model, weights=weights, kv_dtype=kv_dtype, threads=threads, max_context=longest)
+    llm = load(model, weights=weights, kv_dtype=kv_dtype, threads=threads, needed_context=longest)
     if longest > llm.max_context:
         raise ValueError(f"--prompts and --contexts: the model's context is {llm.max_context} tokens, got {longest}")
     console = Console(stderr=True)

@@ -65,7 +65,7 @@ def command(
         weights=weights,
         kv_dtype=kv_dtype,
         threads=threads,
-        max_context=workload.max_tokens,
+        needed_context=workload.max_tokens,
         max_requests=max_requests,
         max_step_tokens=max_step_tokens,
         kv_tokens=kv_tokens,

@@ -48,7 +48,7 @@ def command(
         rounds,
     )
     sizes: dict[str, Any] = dict(max_requests=max(plan.requests), prefix_cache=False, kv_tokens=plan.kv_tokens)
-    llm = load(model, weights=weights, kv_dtype=kv_dtype, threads=threads, max_context=plan.longest, **sizes)
+    llm = load(model, weights=weights, kv_dtype=kv_dtype, threads=threads, needed_context=plan.longest, **sizes)
     if plan.longest > llm.max_context:
         raise ValueError(f"--contexts, --prompt and --tokens: {plan.longest} tokens, the model has {llm.max_context}")
     options = EngineOptions(**sizes, threads=threads, speculate="mtp" if replay else "lookup", draft=MAX_DRAFTS)

@@ -1,7 +1,12 @@
 """`lockstep generate`: continue a text."""
 
+import contextlib
+import dataclasses
 import json
+import os
 import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,20 +24,28 @@ from lockstep.commands.options import (
     VerifyWeights,
     Weights,
     load,
+    say_unused,
 )
 from lockstep.commands.terminal.output import write
 
 if TYPE_CHECKING:
     from lockstep.engine.request import SamplingParams
+    from lockstep.llm import LLM
 
 DEFAULT_TOKENS, DEFAULT_CONTEXT = 128, 4096
 
 
 def command(
+    invoked: typer.Context,
     *,
     model: ModelName = None,
     source: Annotated[
-        str | None, typer.Argument(metavar="[-]", help="- reads the prompt from standard input.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="[-]",
+            help="- reads the prompt from standard input; so does neither -p nor -f, off a terminal.",
+            show_default=False,
+        ),
     ] = None,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", metavar="TEXT", help="The prompt.")] = None,
     file: Annotated[str | None, typer.Option("-f", "--file", metavar="FILE", help="A file with the prompt.")] = None,
@@ -62,6 +75,22 @@ def command(
         int | None,
         typer.Option(metavar="K", show_default=False, help="With --json: the K best alternatives of each token."),
     ] = None,
+    json_schema: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", show_default=False, help="Answer in JSON of this schema: a file, or {...} itself."
+        ),
+    ] = None,
+    regex: Annotated[
+        str | None,
+        typer.Option(metavar="PATTERN", show_default=False, help="The whole answer matches this regular expression."),
+    ] = None,
+    grammar: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", show_default=False, help="The answer follows this grammar, GBNF or Lark: a file, or itself."
+        ),
+    ] = None,
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its continuation.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
     weights: Weights = "auto",
@@ -83,6 +112,7 @@ def command(
     from lockstep.engine.request import SamplingParams
 
     model, source = (None, "-") if model == "-" and source is None else (model, source)
+    form = answer_form(json_schema, regex, grammar)
     text = read_prompt(prompt, file, source)
     fields: dict[str, Any] = dict(
         temperature=temperature,
@@ -99,14 +129,16 @@ def command(
         logit_bias=parse_bias(logit_bias or ()),
     )
     SamplingParams(**fields, max_tokens=num_tokens or DEFAULT_TOKENS)  # ValueError before a model is loaded
-    context = max_context or needed_context(model, text, num_tokens or DEFAULT_TOKENS)
+    say_what_is_unused(invoked, temperature, as_json, speculate)
+    needed = None if max_context else needed_context(model, text, num_tokens or DEFAULT_TOKENS)
     # a single prompt cannot reuse a prefix from memory, only from the disk
     llm = load(
         model,
         weights=weights,
         kv_dtype=kv_dtype,
         threads=threads,
-        max_context=context,
+        max_context=max_context,
+        needed_context=needed,
         ops=op,
         prefix_cache=cache_dir is not None,
         cache_dir=cache_dir,
@@ -115,11 +147,90 @@ def command(
         draft=draft,
         verify_weights=verify_weights,
     )
-    run(llm, text, num_tokens, fields, echo, as_json)
+    run(llm, text, num_tokens, fields, form, echo, as_json)
 
 
-def run(llm, text, num_tokens, fields, echo, as_json) -> None:
-    """Generates and prints an answer. fields: arguments of SamplingParams."""
+DRAWN = ("seed", "top_k", "top_p", "min_p")
+
+
+def say_what_is_unused(invoked: typer.Context, temperature: float, as_json: bool, speculate: str) -> None:
+    """Says which given options have no effect beside the others."""
+    if temperature == 0:
+        say_unused(invoked, DRAWN, "at temperature 0, which always takes the most probable token")
+    say_unused(invoked, *((["echo"], "with --json") if as_json else (["logprobs"], "without --json")))
+    if speculate == "off":
+        say_unused(invoked, ["draft"], "without --speculate")
+
+
+def answer_form(json_schema: str | None, regex: str | None, grammar: str | None) -> tuple[str, str] | None:
+    """(option, its grammar as `Grammars.mask` takes it) of the one that is given; None without any. ValueError for more
+    than one, and for one that is wrong."""
+    options = {"--json-schema": json_schema, "--regex": regex, "--grammar": grammar}
+    found = {option: value for option, value in options.items() if value is not None}
+    if len(found) > 1:
+        raise ValueError(f"expected at most one of --json-schema, --regex and --grammar, got {' and '.join(found)}")
+    for option, value in found.items():
+        from lockstep.text.grammars import structured  # takes a while to import
+
+        with structured.errors_about(option):
+            form = _MAKERS[option](structured, value)
+            check_form(form, is_quoted=option == "--grammar")
+            return option, form
+    return None
+
+
+_MAKERS: dict[str, Callable[[Any, str], str]] = {
+    "--json-schema": lambda structured, value: structured.json_schema(read_schema(value)),
+    "--regex": lambda structured, value: structured.regex(value),
+    "--grammar": lambda structured, value: structured.lark_or_gbnf(read_or_itself(value, ":" in value)),
+}
+
+
+def check_form(form: str, is_quoted: bool) -> None:
+    """ValueError for a grammar that is wrong, before a model is loaded for it. is_quoted: whether to show the lines of
+    the grammar that are wrong; otherwise the reason is one line."""
+    from llguidance import LLMatcher
+
+    from lockstep.text.grammars.matchers import readable
+
+    if wrong := LLMatcher.validate_grammar(form):
+        reason = readable(wrong, shows_lines=is_quoted)
+        raise ValueError(reason if is_quoted else " ".join(reason.split()))
+
+
+def read_schema(value: str) -> Any:
+    """The JSON value in a file, or in the argument itself."""
+    try:
+        return json.loads(read_or_itself(value, value.lstrip().startswith("{")))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"expected a JSON schema, this is not JSON: {error}") from None
+
+
+def read_or_itself(value: str, can_be_itself: bool) -> str:
+    """The text of the file that an argument names, or the argument, where it can be the text itself."""
+    if os.path.isfile(value) or not can_be_itself:
+        return read_text(value)
+    return value
+
+
+@contextlib.contextmanager
+def constrained_params(
+    llm: "LLM", params: "SamplingParams", form: tuple[str, str] | None
+) -> Iterator["SamplingParams"]:
+    """The params, held to a form of `answer_form` inside of the `with` block."""
+    if form is None:
+        yield params
+        return
+    from lockstep.text.grammars.structured import Grammars, errors_about
+
+    with contextlib.closing(Grammars(llm.tokenizer, llm.engine.eos_ids, llm.vocab_size)) as grammars:
+        with errors_about(form[0]):
+            mask = grammars.mask(form[1])
+        yield dataclasses.replace(params, logits_mask=mask)
+
+
+def run(llm, text, num_tokens, fields, form, echo, as_json) -> None:
+    """Generates and prints an answer. fields: arguments of SamplingParams; form: of `answer_form`."""
     from lockstep.commands.terminal.answer import answer
     from lockstep.engine.request import SamplingParams
 
@@ -131,9 +242,13 @@ def run(llm, text, num_tokens, fields, echo, as_json) -> None:
         print(f"(greedy, not as the model's makers ask: {ignored})", file=sys.stderr, flush=True)
     if echo:
         show(text)
-    stream, timing = answer(llm, ids, params, show)
+    with constrained_params(llm, params, form) as params:
+        stream, timing = answer(llm, ids, params, show)
     write(json.dumps(described(stream, timing)) + "\n" if as_json else "\n")
     print(timing, file=sys.stderr)
+    if form and stream.request.finish_reason == "length":
+        cut = f"the answer was cut at {timing.num_output} tokens, perhaps before {form[0]} is fulfilled"
+        print(f"lockstep: {cut}; -n N allows more", file=sys.stderr)
     llm.close()
     if stream.request.error is not None:
         raise ValueError(stream.request.error)
@@ -151,20 +266,26 @@ def ignored_sampling(recommended: dict[str, Any], params: "SamplingParams") -> s
 
 
 def read_prompt(prompt, file, source):
-    """The prompt of the one option that gives it. ValueError for none or several, or for a prompt that is not text."""
+    """The prompt of the one option that gives it, or of standard input, which - names and which is read without it
+    where it is no terminal. ValueError for none or several, or for a prompt that is not text."""
     if source not in (None, "-"):
         raise ValueError(f"{source!r}: expected a prompt as -p TEXT, -f FILE or -, and at most one model")
-    if sum(given is not None for given in (prompt, file, source)) != 1:
-        raise ValueError("expected one prompt: -p TEXT, -f FILE or - for standard input")
-    text = prompt if prompt is not None else read_text("-" if source else file)
+    num_given = sum(each is not None for each in (prompt, file, source))
+    is_piped = num_given == 0 and sys.stdin is not None and not sys.stdin.isatty()
+    if num_given > 1 or (num_given == 0 and not is_piped):
+        raise ValueError("expected one prompt: -p TEXT, -f FILE or standard input, as a pipe or as - in its place")
+    text = prompt if prompt is not None else read_text("-" if source or is_piped else file)
     if not text:
-        raise ValueError("the prompt is empty")
+        where = "standard input is empty: expected a prompt there, or as -p TEXT or -f FILE"
+        raise ValueError(where if is_piped else "the prompt is empty")
     return text
 
 
 def read_text(name):
-    """A UTF-8 file, or standard input for -."""
-    raw = sys.stdin.buffer.read() if name == "-" else open(name, "rb").read()
+    """A UTF-8 file, or standard input for -. ValueError for other bytes, or for a standard input that is closed."""
+    if name == "-" and sys.stdin is None:
+        raise ValueError("standard input is closed: expected a text there")
+    raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -212,6 +333,7 @@ def described(stream, timing):
         finish_reason=request.finish_reason,
         num_prompt_tokens=timing.num_prompt,
         num_output_tokens=timing.num_output,
+        num_cached_tokens=timing.num_cached,
         prefill_tokens_per_second=round(timing.prefill_rate, 1),
         decode_tokens_per_second=round(timing.decode_rate, 1),
         seconds_to_first_token=round(timing.first_token, 4),

@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+from collections.abc import Iterable
 from typing import Annotated
 
 import typer
@@ -108,10 +109,29 @@ def context_words(llm) -> tuple[str, str | None]:
     return f"context {size.num_tokens}{part} tokens", more.get(size.limit)
 
 
-def load(model, *, ops=None, max_requests: int = 1, wait_for_content: bool = False, **options):
+def say_unused(invoked: typer.Context, names: Iterable[str], why: str) -> None:
+    """Says that those of the named parameters which the command line gives have no effect. why: such as "without
+    --json"."""
+    for name in names:
+        source = invoked.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            print(f"lockstep: --{name.replace('_', '-')} has no effect {why}", file=sys.stderr)
+
+
+def load(
+    model,
+    *,
+    ops=None,
+    max_requests: int = 1,
+    wait_for_content: bool = False,
+    max_context: int | None = None,
+    needed_context: int | None = None,
+    **options,
+):
     """The LLM, with progress on stderr. ops: values of --op; options: arguments of LLM.
 
-    wait_for_content: whether to return only when the model's content hash is known.
+    wait_for_content: whether to return only when the model's content hash is known. max_context: tokens that the user
+    asks for; needed_context: tokens that the command needs where the user does not say. A model may have fewer.
     """
     from lockstep.llm import LLM
     from lockstep.native.host import num_cores
@@ -120,11 +140,17 @@ def load(model, *, ops=None, max_requests: int = 1, wait_for_content: bool = Fal
     if (options.get("threads") or 0) > num_cores():
         print(f"lockstep: {options['threads']} threads on {num_cores()} cores only take turns", file=sys.stderr)
     compiled = itertools.count(1)
+    options |= dict(max_context=max_context or needed_context, max_requests=max_requests)
     with Progress(ending="; later starts use what was made now") as progress:
         reports = dict(progress=progress, on_compile=lambda _: progress("compiling", next(compiled)))
-        llm = LLM(model, ops=parse_swaps(ops), max_requests=max_requests, **reports, **options)
+        llm = LLM(model, ops=parse_swaps(ops), **reports, **options)
         if wait_for_content:
             llm.content.wait(progress)
+    if (max_context or 0) > (positions := llm.model.config.max_positions):
+        print(
+            f"lockstep: --max-context {max_context} has the effect of {positions}: the model has no more positions",
+            file=sys.stderr,
+        )
     if llm.num_bytes_not_kept:
         print(
             f"lockstep: {llm.num_bytes_not_kept / 1e6:,.0f} MB of packed weights were not kept, so the next start "

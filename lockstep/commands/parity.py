@@ -82,7 +82,7 @@ def command(
         raise ValueError("--tokens: expected only with --speculate")
     tokens = tokens or ANSWER_TOKENS
     needed = (length or 0) + (tokens + PAGE_TOKENS if speculate else 0)
-    llm = load(model, weights=weights, threads=threads, max_context=max(4096, needed))
+    llm = load(model, weights=weights, threads=threads, needed_context=max(4096, needed))
     ids = prompt_ids(llm, prompt, length)
     if not 2 <= len(ids) <= llm.max_context:
         raise ValueError(f"prompt: expected 2 to {llm.max_context} tokens, got {len(ids)}")

@@ -2,16 +2,19 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 
+import jsonschema
 import pytest
 
 from lockstep import LLM, SamplingParams, __version__
-from lockstep.cli import main
+from lockstep.cli import COMMANDS, main
 from lockstep.commands import generate
 from lockstep.commands.options import parse_swaps
 from lockstep.commands.terminal.answer import Timing
+from lockstep.text.grammars import structured
 
 PROMPT = "def read_lines(path):\n"
 
@@ -39,7 +42,15 @@ def test_version_and_help(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"lockstep {__version__}\n"
     assert main(["--help"]) == 0
-    assert "generate" in capsys.readouterr().out
+    assert "generate" in (said := capsys.readouterr().out)
+    assert main(["-h"]) == 0
+    assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command, capsys):
+    assert main([*command.split(), "-h"]) == 0
+    assert f"Usage: lockstep {command}" in capsys.readouterr().out
 
 
 def test_help_loads_no_kernels():
@@ -70,10 +81,12 @@ def test_an_8_bit_cache_answers_alike_however_the_prompt_is_cut(capsys):
 def test_a_second_run_finds_the_prompt_in_the_cache_dir_and_answers_the_same(capsys, tmp_path):
     answers = []
     for _ in range(2):
-        assert run("-p", PROMPT * 12, "-n", "5", "--cache-dir", str(tmp_path / "kept")) == 0
+        assert run("-p", PROMPT * 20, "-n", "5", "--cache-dir", str(tmp_path / "kept")) == 0
         answers.append(capsys.readouterr().out)
         files = {f: f.stat().st_mtime_ns for f in (tmp_path / "kept").iterdir()}
     assert answers[0] == answers[1] and any(f.suffix == ".page" for f in files)
+    assert run("-p", PROMPT * 20, "-n", "5", "--cache-dir", str(tmp_path / "kept"), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["num_cached_tokens"] == 128
     assert run("-p", PROMPT, "--cache-dir", str(next(iter(files)))) == 2
     assert "cache_dir" in capsys.readouterr().err
 
@@ -91,7 +104,7 @@ def test_prompt_from_a_file_and_from_standard_input(expected, tmp_path, capsys, 
     path = tmp_path / "prompt.txt"
     path.write_bytes(PROMPT.encode())
     answers = []
-    for args in (["-f", str(path)], ["-"], ["-f", "-"]):
+    for args in (["-f", str(path)], ["-"], ["-f", "-"], []):
         monkeypatch.setattr(sys, "stdin", Output(PROMPT.encode()))
         assert run(*args, "-n", "12") == 0
         answers.append(capsys.readouterr().out)
@@ -104,6 +117,47 @@ def test_echo_stop_and_other_ways_to_run(expected, capsys):
     stop = expected.text[4:6]
     assert run("-p", PROMPT, "-n", "12", "--stop", stop) == 0
     assert capsys.readouterr().out == expected.text[: expected.text.index(stop)] + "\n"
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "y"]}}, "required": ["a"]}
+
+
+def test_an_answer_has_the_form_that_is_asked_for(tmp_path, capsys):
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps(SCHEMA))
+    assert run("-p", "x = ", "--json-schema", str(path), "--speculate", "lookup") == 0
+    jsonschema.validate(json.loads(capsys.readouterr().out), SCHEMA)
+    assert run("-p", "x", "-n", "2", "--regex", "[0-9]{9}") == 0
+    out, err = capsys.readouterr()
+    assert re.fullmatch("[0-9]+\n", out) and "was cut at 2 tokens, perhaps before --regex is fulfilled; -n N" in err
+
+
+def test_a_form_is_a_file_or_the_text_itself(tmp_path):
+    form = generate.answer_form
+    for text, read in ((json.dumps(SCHEMA), lambda form_text: form(form_text, None, None)),
+                       ('root ::= "yes" | "no"', lambda form_text: form(None, None, form_text)),
+                       ('start: "yes" | "no"', lambda form_text: form(None, None, form_text))):  # fmt: skip
+        (tmp_path / "file").write_text(text)
+        assert read(text) == read(str(tmp_path / "file"))
+    assert form(None, None, None) is None and form(None, "a+", None) == ("--regex", structured.regex("a+"))
+    assert form(None, None, 'root ::= "a"') == ("--grammar", structured.lark_or_gbnf('root ::= "a"'))
+
+
+def test_options_that_have_no_effect_say_so(expected, capsys):
+    unused = ("--seed", "3", "--top-p", "0.5", "--logprobs", "2", "--draft", "3", "--max-context", "99999")
+    assert run("-p", PROMPT, "-n", "12", *unused) == 0
+    out, err = capsys.readouterr()
+    assert out == expected.text + "\n"
+    assert err.splitlines()[:-1] == [
+        "lockstep: --seed has no effect at temperature 0, which always takes the most probable token",
+        "lockstep: --top-p has no effect at temperature 0, which always takes the most probable token",
+        "lockstep: --logprobs has no effect without --json",
+        "lockstep: --draft has no effect without --speculate",
+        "lockstep: --max-context 99999 has the effect of 4096: the model has no more positions",
+    ]
+    used = ("--seed", "3", "--temperature", "1", "--logprobs", "2", "--json", "--max-context", "512")
+    assert run("-p", PROMPT, "-n", "2", *used) == 0
+    assert "effect" not in capsys.readouterr().err
 
 
 def test_a_seed_is_a_sample(capsys):
@@ -166,6 +220,8 @@ def test_timing():
     timing = Timing(num_prompt=100, num_output=21, first_token=0.5, total=2.5)
     assert (timing.prefill_rate, timing.decode_rate) == (200, 10)
     assert Timing(3, 1, 0.1, 0.1).decode_rate == 0
+    cached = Timing(num_prompt=100, num_output=21, first_token=0.5, total=2.5, num_cached=64)
+    assert cached.prefill_rate == 72 and str(cached).startswith("prompt 100 tokens (64 cached, 36 computed) at 72.0")
     assert str(timing) == "prompt 100 tokens at 200.0 tok/s, decode 21 tokens at 10.0 tok/s, first token after 500 ms"
     assert str(Timing(1, 1, 0.1, 0.1)) == "prompt 1 token at 10.0 tok/s, decode 1 token, first token after 100 ms"
     drafted = str(Timing(1, 9, 0.1, 0.9, num_drafted=8, num_accepted=5))

@@ -1,6 +1,7 @@
 """Errors on the command line: a sentence for a user's mistake, a traceback for a fault of the program."""
 
 import errno
+import io
 import os
 import platform
 import subprocess
@@ -17,7 +18,6 @@ def run(*args):
 
 
 @pytest.mark.parametrize(("args", "said"), [
-    ([], "expected one prompt: -p TEXT, -f FILE or -"),
     (["-p", "x", "-f", "y"], "expected one prompt"),
     (["-p", ""], "the prompt is empty"),
     (["-p", "x", "-n", "0"], "greater than or equal to 1"),
@@ -42,6 +42,14 @@ def run(*args):
     (["a", "b", "-p", "x"], "'b': expected a prompt"),
     (["-f", "nowhere.txt"], "nowhere.txt: No such file or directory"),
     (["-p", "\udc80"], "surrogate"),
+    (["-p", "x", "--regex", "a", "--grammar", "b:"], "expected at most one of --json-schema, --regex and --grammar"),
+    (["-p", "x", "--json-schema", "nowhere.json"], "nowhere.json: No such file or directory"),
+    (["-p", "x", "--json-schema", '{"type": '], "--json-schema: expected a JSON schema, this is not JSON: Expecting"),
+    (["-p", "x", "--json-schema", '{"type": "objec"}'], "--json-schema: Invalid type: objec"),
+    (["-p", "x", "--json-schema", '{"uniqueItems": true}'], "--json-schema: Unimplemented keys"),
+    (["-p", "x", "--regex", "(?=a)b"], "--regex: "),
+    (["-p", "x", "--grammar", "nowhere.gbnf"], "nowhere.gbnf: No such file or directory"),
+    (["-p", "x", "--grammar", 'rule ::= "a"'], "--grammar: GBNF grammar: expected a rule root"),
     (["--bogus"], "--bogus"),
 ])  # fmt: skip
 def test_a_mistake_is_one_sentence(args, said, capsys):
@@ -49,6 +57,26 @@ def test_a_mistake_is_one_sentence(args, said, capsys):
     out, err = capsys.readouterr()
     assert not out and said in err
     assert err.startswith("lockstep: ") and err.count("\n") == 1
+
+
+class Terminal(io.TextIOWrapper):
+    """Standard input of nothing that is, or is not, a terminal."""
+
+    def __init__(self, is_terminal):
+        super().__init__(io.BytesIO(), "utf-8")
+        self.isatty = lambda: is_terminal
+
+
+@pytest.mark.parametrize(("stdin", "said"), [
+    (Terminal(True), "expected one prompt: -p TEXT, -f FILE or standard input, as a pipe or as - in its place"),
+    (Terminal(False), "standard input is empty: expected a prompt there, or as -p TEXT or -f FILE"),
+    (None, "expected one prompt"),
+])  # fmt: skip
+def test_no_prompt_is_one_sentence(stdin, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert run() == 2
+    assert capsys.readouterr().err.startswith(f"lockstep: {said}")
+    assert run("-") == 2
 
 
 @pytest.mark.parametrize("options", [[], ["--help"], ["--rate", "4"]], ids=str)

@@ -9,6 +9,8 @@ import typer
 
 from lockstep.commands.generate import read_text
 from lockstep.commands.options import (
+    AT_ZERO,
+    DRAWN,
     CacheDir,
     Draft,
     GenerationConfig,
@@ -22,6 +24,7 @@ from lockstep.commands.options import (
     Weights,
     context_words,
     load,
+    say_unused,
 )
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ MODELS = "the model's"  # shown as the default of sampling options
 
 
 def command(
+    invoked: typer.Context,
     *,
     model: ModelName = None,
     prompt: Annotated[
@@ -121,12 +125,21 @@ def command(
     )
     asked |= dict(max_tokens=num_tokens or most_tokens(llm))
     conversation = Conversation(llm, first_settings(llm.sampling_defaults, asked), system)
+    say_what_is_unused(invoked, conversation.is_greedy, speculate)
     with contextlib.closing(llm):
         if question is not None:
             answer_once(conversation, question)
         else:
             print(first_line(llm, conversation.settings), file=sys.stderr, flush=True)
             converse(conversation, entries_of_input())
+
+
+def say_what_is_unused(invoked: typer.Context, is_greedy: bool, speculate: str) -> None:
+    """Says which given options have no effect beside the others and the model's own sampling."""
+    if is_greedy:
+        say_unused(invoked, DRAWN, AT_ZERO)
+    if speculate == "off":
+        say_unused(invoked, ["draft"], "without --speculate")
 
 
 def with_piped(question: str) -> str:
@@ -161,20 +174,32 @@ def answer_once(conversation: "Conversation", question: str) -> None:
 
 
 def converse(conversation: "Conversation", entries: "Entries") -> None:
-    """Gives a conversation all entries, until it or they end."""
-    while conversation.open and (entry := entries.read()) is not None:
-        conversation.hear(entry)
+    """Gives a conversation all entries, until it or they end. Ctrl-C ends only an answer that a user has typed for;
+    where entries are piped, KeyboardInterrupt."""
+    from lockstep.commands.terminal.conversation import tell
+
+    while conversation.open:
+        try:
+            if (entry := entries.read()) is None:
+                break
+            conversation.hear(entry)
+        except KeyboardInterrupt:  # beside an answer, or a second time
+            if not entries.is_typed:
+                raise
+            tell("interrupted")
+        if conversation.was_interrupted and not entries.is_typed:
+            raise KeyboardInterrupt
 
 
 def entries_of_input() -> "Entries":
-    """The entries of standard input: typed where it is a terminal, else piped."""
-    from lockstep.commands.terminal.conversation import METHODS
+    """The entries of standard input: typed where it and a stream that shows them are a terminal, else piped."""
+    from lockstep.commands.terminal.conversation import COMMANDS
     from lockstep.commands.terminal.entries import PipedEntries, TypedEntries
 
-    if not sys.stdin.isatty():
+    if not (sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())):
         return PipedEntries()
     print("/help lists commands, Ctrl-C interrupts an answer, Ctrl-D ends", file=sys.stderr, flush=True)
-    return TypedEntries(METHODS)
+    return TypedEntries(names[0] for names, *_ in COMMANDS)
 
 
 def most_tokens(llm: "LLM") -> int:

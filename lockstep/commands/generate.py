@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lockstep.commands.options import (
+    AT_ZERO,
+    DRAWN,
     CacheDir,
     Draft,
     KvDtype,
@@ -150,13 +152,10 @@ def command(
     run(llm, text, num_tokens, fields, form, echo, as_json)
 
 
-DRAWN = ("seed", "top_k", "top_p", "min_p")
-
-
 def say_what_is_unused(invoked: typer.Context, temperature: float, as_json: bool, speculate: str) -> None:
     """Says which given options have no effect beside the others."""
     if temperature == 0:
-        say_unused(invoked, DRAWN, "at temperature 0, which always takes the most probable token")
+        say_unused(invoked, DRAWN, AT_ZERO)
     say_unused(invoked, *((["echo"], "with --json") if as_json else (["logprobs"], "without --json")))
     if speculate == "off":
         say_unused(invoked, ["draft"], "without --speculate")

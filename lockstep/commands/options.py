@@ -109,6 +109,10 @@ def context_words(llm) -> tuple[str, str | None]:
     return f"context {size.num_tokens}{part} tokens", more.get(size.limit)
 
 
+DRAWN = ("seed", "top_k", "top_p", "min_p")  # options of how a token is drawn
+AT_ZERO = "at temperature 0, which always takes the most probable token"  # why these have no effect there
+
+
 def say_unused(invoked: typer.Context, names: Iterable[str], why: str) -> None:
     """Says that those of the named parameters which the command line gives have no effect. why: such as "without
     --json"."""

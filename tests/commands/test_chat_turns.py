@@ -1,5 +1,7 @@
 """Turns of `lockstep chat`: thoughts, other answers to a question, taking back, figures; and one question with -p."""
 
+import os
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -7,7 +9,7 @@ import pytest
 
 from lockstep import LLM, SamplingParams
 from lockstep.cli import main
-from lockstep.commands.chat import most_tokens, with_piped
+from lockstep.commands.chat import converse, most_tokens, with_piped
 from lockstep.commands.terminal.answer import Timing
 from lockstep.commands.terminal.conversation import Conversation
 from lockstep.commands.terminal.printer import BEGIN, DIM, END, PLAIN, AnswerPrinter
@@ -176,8 +178,69 @@ def test_totals_leave_cached_tokens_out_of_speeds():
     for timing in (Timing(100, 11, 0.5, 1.5), Timing(200, 1, 0.5, 0.5, num_cached=192), Timing(9)):
         totals.add(timing)
     assert str(totals) == (
-        "3 answers, 309 prompt tokens: 192 cached, 117 computed at 117.0 tok/s; 12 tokens generated at 10.0 tok/s"
+        "3 answers, 300 prompt tokens: 192 cached, 108 computed at 108.0 tok/s; 12 tokens generated at 10.0 tok/s"
     )
+
+
+def test_options_without_effect_say_so(monkeypatch, capsys):
+    """The bundled model's makers ask for temperature 0."""
+    unused = ("--seed", "3", "--top-k", "5", "--draft", "3", "--max-context", "99999")
+    monkeypatch.setattr(sys, "stdin", Output(b""))
+    assert main(["chat", *unused]) == 0
+    assert [line.partition(" has ")[0] for line in capsys.readouterr().err.splitlines()[:-1]] == [
+        "lockstep: --max-context 99999",
+        "lockstep: --seed",
+        "lockstep: --top-k",
+        "lockstep: --draft",
+    ]
+    monkeypatch.setattr(sys, "stdin", Output(b""))
+    assert main(["chat", "--seed", "3", "--temperature", "0.5"]) == 0
+    assert "effect" not in capsys.readouterr().err
+
+
+class Pressed:
+    """Standard output at which Ctrl-C is pressed with the first piece of an answer."""
+
+    def __init__(self, stream):
+        self._stream, self._is_new = stream, True
+
+    def write(self, text):
+        if self._is_new:
+            self._is_new = False
+            os.kill(os.getpid(), signal.SIGINT)
+        return self._stream.write(text)
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+
+@pytest.mark.parametrize(("args", "piped"), [(["-p", "hello"], b""), ([], b"hello\nand now?\n")])
+def test_ctrl_c_ends_what_nobody_types_for(args, piped, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", Output(piped))
+    monkeypatch.setattr(sys, "stdout", Pressed(sys.stdout))
+    assert main(["chat", *args, "-n", "1000"]) == 130
+    assert 0 < len(capsys.readouterr().out.split()) < 100
+
+
+class Typed:
+    """Entries of a user. An exception among them is raised."""
+
+    is_typed = True
+
+    def __init__(self, *entries):
+        self._entries = iter(entries)
+
+    def read(self):
+        entry = next(self._entries, None)
+        if isinstance(entry, BaseException):
+            raise entry
+        return entry
+
+
+def test_ctrl_c_ends_no_conversation_of_a_user(plain, capsys):
+    talk = Conversation(plain, SETTINGS)
+    converse(talk, Typed("hello", KeyboardInterrupt(), "and now?", None, "never"))
+    assert len(talk.messages) == 4 and "(interrupted)" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------ one question

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.serve.server import ROOT
+ROOT = Path(__file__).parents[2]
 
 
 class Program:

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from lockstep.commands.terminal.answer import Timing, answer
+from lockstep.commands.options import AT_ZERO, DRAWN
+from lockstep.commands.terminal.answer import answer
 from lockstep.commands.terminal.entries import QUOTES, parsed
 from lockstep.commands.terminal.errors import is_told, sentence
-from lockstep.commands.terminal.output import counted, shown
+from lockstep.commands.terminal.output import counted, shown, write
 from lockstep.commands.terminal.printer import AnswerPrinter
 from lockstep.commands.terminal.totals import Totals
 from lockstep.commands.terminal.turn import Turn
-from lockstep.engine.generation_config import DRAWS
 from lockstep.engine.request import SamplingParams
 from lockstep.llm import LLM
 from lockstep.text import conversation as chat
@@ -64,7 +64,7 @@ class Conversation:
         self._asked: list[Message] = []  # the messages up to the last question, also where it got no answer
         self._num_tries = 0  # how often that question was answered again
         self._totals = Totals()
-        self._last: Timing | None = None
+        self._last: Turn | None = None
 
     def hear(self, entry: str) -> None:
         """Acts on an entry. A user's mistake, or a lack of memory, is printed as a sentence and changes nothing."""
@@ -78,6 +78,16 @@ class Conversation:
             if not is_told(error):
                 raise
             tell(sentence(error))
+
+    @property
+    def was_interrupted(self) -> bool:
+        """Whether Ctrl-C interrupted the last answer."""
+        return self._last is not None and self._last.is_interrupted
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether answers always take the most probable token, so that no seed changes them."""
+        return self.llm.default_params(**self.settings).temperature == 0
 
     def _tell_about(self, turn: Turn) -> None:
         for remark in turn.remarks:
@@ -110,13 +120,17 @@ class Conversation:
         printer.finish(request.finish_reason == "length")
         if printer.content:
             self.messages = [*asked, dict(role="assistant", content=printer.content)]
-        self._last = timing
         self._totals.add(timing)
-        is_full = params.max_tokens == room
-        most = (
-            f"the context of {self.llm.max_context} tokens is full" if is_full else f"max_tokens is {params.max_tokens}"
+        full, limited = f"the context of {self.llm.max_context} tokens is full", f"max_tokens is {params.max_tokens}"
+        self._last = Turn(
+            content=printer.content,
+            had_thoughts=bool(printer.thoughts),
+            timing=timing,
+            finish_reason=request.finish_reason,
+            error=request.error,
+            most=full if params.max_tokens == room else limited,
         )
-        return Turn(printer.content, bool(printer.thoughts), timing, request.finish_reason, request.error, most)
+        return self._last
 
     def _params(self, room: int, seed: int, options: Mapping[str, Any]) -> SamplingParams:
         fields = self.settings | dict(options) | dict(seed=seed)
@@ -169,7 +183,7 @@ class Conversation:
     def _regenerate(self, _: str) -> None:
         if not self._asked:
             raise ValueError("there is no question to answer again yet")
-        if self._is_greedy:
+        if self.is_greedy:
             tell("at temperature 0 every seed gives the same answer; /set temperature 0.7 allows others")
         self._tell_about(self._answer(self._asked, self._num_tries + 1))
 
@@ -207,10 +221,6 @@ class Conversation:
 
     # ------------------------------------------------------------ settings and lists
 
-    @property
-    def _is_greedy(self) -> bool:
-        return self.llm.default_params(**self.settings).temperature == 0
-
     def _set(self, argument: str) -> None:
         if argument:
             name, _, value = argument.partition(" ")
@@ -219,9 +229,10 @@ class Conversation:
             changed = {**self.settings, name: _number(name, value.strip(), type(self.settings[name]))}
             self.llm.default_params(**changed)
             self.settings = changed
-            if name in ("seed", *DRAWS - {"temperature"}) and self._is_greedy:
-                tell(f"{name} has no effect at temperature 0, which always takes the most probable token")
-        print(", ".join(f"{name} {value}" for name, value in self.settings.items()))
+            if name in DRAWN and self.is_greedy:
+                tell(f"{name} has no effect {AT_ZERO}")
+        thinking = {} if self.thinking is None else dict(thinking="on" if self.thinking else "off")
+        write(", ".join(f"{name} {value}" for name, value in (self.settings | thinking).items()) + "\n")
 
     def _stats(self, _: str) -> None:
         asked, used = _asked(self.messages), 0
@@ -230,7 +241,9 @@ class Conversation:
             used = len(self.llm.tokenizer.encode(prompt, add_special_tokens=False))
         rows = [("messages", f"{len(self.messages)}"), ("context", f"{used} of {self.llm.max_context} tokens")]
         if self._last is not None:
-            rows += [("last answer", str(self._last)), ("all", str(self._totals))]
+            began = self._last.timing.num_output > 0
+            last = str(self._last.timing) if began else "interrupted before its first token"
+            rows += [("last answer", last), ("all", str(self._totals))]
         _print_columns(rows)
 
     def _help(self, _: str) -> None:
@@ -255,7 +268,7 @@ def _meant(name: str, names: Iterable[str], mark: str = "") -> str:
 
 def _print_columns(rows: Sequence[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
-    print("\n".join(f"{name:<{width}}  {text}" for name, text in rows))
+    write("".join(f"{name:<{width}}  {text}\n" for name, text in rows))
 
 
 def _number(name, value, kind):

@@ -31,7 +31,9 @@ def parsed(entry: str, commands: Collection[str]) -> tuple[str | None, str]:
 
 
 class Entries(Protocol):
-    """Where entries come from."""
+    """Where entries come from. is_typed: whether a user types them, who may interrupt an answer and go on."""
+
+    is_typed: bool
 
     def read(self) -> str | None:
         """The next entry, or None at the end. KeyboardInterrupt ends the command."""
@@ -40,6 +42,8 @@ class Entries(Protocol):
 
 class PipedEntries:
     """Entries of standard input where it is no terminal."""
+
+    is_typed = False
 
     def read(self) -> str | None:
         """The next line, or the lines up to the one that closes its quotes. ValueError for quotes that never close."""
@@ -71,6 +75,8 @@ class TypedEntries:
     Enter ends an entry unless its triple quotes are open; Alt-Enter, and a line break in pasted text, never do.
     commands: the names that Tab completes.
     """
+
+    is_typed = True
 
     def __init__(self, commands: Iterable[str]) -> None:
         from prompt_toolkit import PromptSession  # takes a while to import
@@ -106,10 +112,14 @@ class TypedEntries:
 
 def _output() -> Any:
     """prompt_toolkit's output: standard output, or standard error where only that is a terminal. The terminal is not
-    asked where its cursor is: not all answer, and what a user types meanwhile would be mixed with the answer."""
+    asked where its cursor is: not all answer, and what a user types meanwhile would be mixed with the answer. None
+    where the terminal can do nothing: prompt_toolkit then only writes what is typed."""
     from prompt_toolkit.output import create_output
     from prompt_toolkit.output.vt100 import Vt100_Output
+    from prompt_toolkit.utils import is_dumb_terminal
 
+    if is_dumb_terminal():
+        return None
     output = create_output(always_prefer_tty=True)
     if isinstance(output, Vt100_Output):
         output.enable_cpr = False

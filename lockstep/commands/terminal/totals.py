@@ -19,8 +19,10 @@ class Totals:
     decode_seconds: float = 0.0
 
     def add(self, timing: Timing) -> None:
-        """Counts one more answer."""
+        """Counts one more answer. What was computed before an answer was interrupted, without a token, is not known."""
         self.num_answers += 1
+        if not timing.num_output:
+            return
         self.num_prompt += timing.num_prompt
         self.num_cached += timing.num_cached
         self.num_output += timing.num_output

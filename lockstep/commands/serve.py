@@ -1,10 +1,10 @@
 """`lockstep serve`: answer requests over HTTP."""
 
+import contextlib
 import os
 import socket
-import threading
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +24,11 @@ from lockstep.commands.options import (
     load,
 )
 from lockstep.commands.terminal.output import counted
+
+if TYPE_CHECKING:
+    from lockstep.llm import LLM
+    from lockstep.serve.service import Service
+    from lockstep.text.tokenizer.tokenizer import Tokenizer
 
 KEY_VARIABLE = "LOCKSTEP_API_KEY"
 
@@ -183,51 +188,59 @@ def command(
     serve(lambda: load(model, **sizes), service, app, host, port)
 
 
-def serve(load_model, service, app, host, port) -> None:
-    """Listens at once, answers when the model is loaded, and returns when a signal has ended the server."""
+def serve(load_model: Callable[[], "LLM"], service: "Service", app: Any, host: str, port: int) -> None:
+    """Listens at once, answers when the model is loaded, and returns when a signal has ended the server. Raises what
+    went wrong while the model was loaded."""
+    from lockstep.serve.loading import Loading
     from lockstep.serve.server import Server, bind, raise_open_file_limit
 
     raise_open_file_limit(service.limits)
     listening = bind(host, port)
-    server, failed = Server(app, service), []
-    threading.Thread(target=_open, args=(load_model, service, server, failed, listening), daemon=True).start()
-    server.run(listening)
-    if failed:
-        raise failed[0]
+    address = listening[0].getsockname()[:2]
+
+    def ready() -> None:
+        with contextlib.suppress(OSError):  # nobody reads standard output any more
+            print("\n".join(ready_lines(service, *address)), flush=True)
+
+    loading = Loading(load_model, service, ready)
+    Server(app, service, loading).run(listening)
+    if loading.error is not None:
+        raise loading.error
 
 
-def _open(load_model, service, server, failed, listening) -> None:
-    """Loads the model, in a thread beside the event loop. Any error is added to `failed`, and ends the server."""
-    try:
-        service.open(load_model())
-        if service.chat is not None:
-            service.chat.grammars.warm()
-    except BaseException as error:  # a library in Rust that panics raises no Exception
-        failed.append(error)
-        server.should_exit = True
-        return
-    print("\n".join([ready_line(service, *listening[0].getsockname()[:2]), *notes(service.llm)]), flush=True)
-
-
-def ready_line(service, host, port) -> str:
-    """The line that is printed when requests can be answered."""
-    llm, host = service.llm, f"[{host}]" if ":" in host else host
-    return (
-        f"lockstep: {service.model_name} is ready at http://{host}:{port}/v1 ({context_words(llm)[0]}, "
-        f"{counted(llm.max_requests, 'sequence')} at once)"
-    )
-
-
-def notes(llm) -> list[str]:
-    """Further lines after it: how to get a longer context, and the sampling defaults."""
+def ready_lines(service: "Service", host: str, port: int) -> list[str]:
+    """What is printed when requests can be answered: where, and below it what a user needs to know, a line each."""
     from lockstep.engine.generation_config import described
 
-    defaults, longer_context = described(llm.sampling_defaults), context_words(llm)[1]
-    sampling = defaults and (
-        f"what a request leaves open is as the model's makers ask: {defaults} (--generation-config "
-        f"none: as OpenAI's API has it)"
-    )
-    return [f"lockstep: {words}" for words in (longer_context, sampling) if words]
+    llm, (context, longer_context) = service.loaded, context_words(service.loaded)
+    of_all = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host)
+    formats = f"weights {', '.join(llm.model.main_formats)}, KV cache {llm.model.kv_dtype}"
+    defaults = described(llm.sampling_defaults)
+    lines = {
+        "page": f"{url(of_all or host, port)}/"
+        + (f" and, from other machines, {url(socket.gethostname(), port)}/" if of_all else ""),
+        "model": f"{llm.path} ({llm.model.config.model_type}, {formats})",
+        "context": f"{context.removeprefix('context ')}, {counted(llm.max_requests, 'sequence')} at once",
+        "": longer_context,
+        "sampling": defaults
+        and f"{defaults}: as the model's makers ask (--generation-config none: as OpenAI's API has it)",
+        "answers": no_chat_words(service.tokenizer),
+        "API key": counted(len(service.api_keys), "key") + " allowed" if service.api_keys else "none needed",
+    }
+    shown = [f"  {name:9} {words}" for name, words in lines.items() if words]
+    return [f"lockstep: {service.model_name} is ready at {url(host, port)}/v1", *shown]
+
+
+def url(host: str, port: int) -> str:
+    """The URL of a host's port, without a path."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def no_chat_words(tokenizer: "Tokenizer | None") -> str | None:
+    """What a model without a chat template, or tokenizer (None), cannot answer; None for one that can chat."""
+    if tokenizer is None:
+        return "only to prompts of token ids, and with token ids (return_token_ids): the model has no tokenizer"
+    return None if tokenizer.has_chat_template else "no conversations, only texts: the model has no chat template"
 
 
 def keys(given):

@@ -14,6 +14,7 @@ import uvicorn
 
 from lockstep.serve.bounded_connection import bounded_protocol
 from lockstep.serve.limits import Limits
+from lockstep.serve.loading import Loading
 from lockstep.serve.service import Service
 
 BACKLOG = 1024
@@ -95,27 +96,33 @@ class Server(uvicorn.Server):
     """A uvicorn server of an application and its Service. The first signal drains it, the second ends it at once.
 
     SIGHUP, from a terminal that closes, only drains it, even if it comes twice; under nohup SIGHUP stays ignored.
+    loading: loads the model, from `run` on. Until it has, any of these signals ends the process; an error of it ends
+    the server.
     """
 
-    def __init__(self, app, service: Service) -> None:
+    def __init__(self, app, service: Service, loading: Loading | None = None) -> None:
         quiet: dict[str, Any] = dict(log_config=None, log_level="error", access_log=False, server_header=False)
         times: dict[str, Any] = dict(timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=LAST_SECONDS)
         parts: dict[str, Any] = dict(loop="asyncio", ws="none", lifespan="on", http=bounded_protocol(service.limits))
         super().__init__(uvicorn.Config(app, backlog=BACKLOG, **parts, **quiet, **times))
-        self._service, self._drained_by = service, None
+        self._service, self._loading, self._drained_by = service, loading, None
 
     @contextlib.contextmanager
     def capture_signals(self):
-        """A context in which `handle_exit` handles SIGINT, SIGTERM and SIGHUP."""
+        """A context in which `handle_exit` handles SIGINT, SIGTERM and SIGHUP, and the model is loaded."""
         with contextlib.ExitStack() as stack:
             is_main = threading.current_thread() is threading.main_thread()
             if is_main and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
                 stack.callback(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, self.handle_exit))
             stack.enter_context(super().capture_signals())
+            if self._loading is not None:
+                self._loading.start()
             yield
 
     def handle_exit(self, sig, frame) -> None:
         """On the first signal new requests are refused, and running ones get `drain_seconds` to complete."""
+        if self._loading is not None and self._loading.is_under_way:
+            self._loading.end_process(sig)
         if self._drained_by is None:
             self._service.drain()
             self._drained_by = time.monotonic() + self._service.limits.drain_seconds
@@ -128,4 +135,5 @@ class Server(uvicorn.Server):
             self._service.cut_off()
             await asyncio.sleep(0)
             self.should_exit = True
+        self.should_exit |= self._loading is not None and self._loading.error is not None
         return await super().on_tick(counter)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 WORKERS = 2  # threads for tokenizers, templates and grammars
 REFUSED = {"loading": "the model is still loading", "draining": "the server is shutting down"}
-LONGEST_RETRY = 60
+LOADING_RETRY, LONGEST_RETRY = 1, 60  # seconds
 CLOSE_SECONDS = 20  # for the engine to write its prefix cache to disk
 log = logging.getLogger("lockstep.http")
 
@@ -162,6 +162,18 @@ class Service:
             return f"the engine is stuck: one step has taken {self.engine.seconds_in_step:.0f} s"
         return None
 
+    @property
+    def readiness(self) -> tuple[str, str | None, int | None]:
+        """("ready", None, None), or else the state in which no request should come, why, and after how many seconds to
+        ask again; None where waiting does not help."""
+        if self.trouble is not None:
+            return "failed", self.trouble, None
+        if self.state != "ready":
+            return self.state, REFUSED.get(self.state), LOADING_RETRY if self.state == "loading" else None
+        if self.num_sequences >= self.max_open_sequences:
+            return "full", f"{self.num_sequences} sequences are being answered or wait", self._retry_after()
+        return "ready", None, None
+
     # ------------------------------------------------------------ admission
 
     @property
@@ -179,7 +191,7 @@ class Service:
                 503,
                 REFUSED.get(self.state, trouble or "the server is closed"),
                 code=reason,
-                retry_after=1 if reason == "loading" else None,
+                retry_after=LOADING_RETRY if reason == "loading" else None,
             )
         if self.num_sequences >= self.max_open_sequences:
             raise self.too_busy("queue_full", f"{self.num_sequences} sequences are being answered or wait")
@@ -202,7 +214,7 @@ class Service:
     def check_loaded(self) -> None:
         """ApiError 503 while the model is loading."""
         if self.llm is None:
-            raise ApiError(503, REFUSED["loading"], code="loading", retry_after=1)
+            raise ApiError(503, REFUSED["loading"], code="loading", retry_after=LOADING_RETRY)
 
     def check_workers(self) -> None:
         """ApiError 429 if too many calls wait for a worker thread. For routes that generate no sequences."""

@@ -4,6 +4,7 @@ Each conversation route of the server (chat, responses, messages) makes a Conver
 prepares it.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -62,7 +63,8 @@ class Prepared:
 class ChatModel:
     """Prepares Conversations for one model, by its tokenizer and chat template. Any thread may use it.
 
-    max_context: a prompt with far more tokens is refused before all of it is tokenized.
+    max_context: a prompt with far more tokens is refused before all of it is tokenized. thinking: the ThinkingSwitch of
+    the model's template, or None.
     """
 
     def __init__(
@@ -73,6 +75,8 @@ class ChatModel:
         template = "\n".join(tokenizer.chat_templates.values())
         self._abilities, self._without_tools = abilities_of(tokenizer), abilities_of(tokenizer, with_tools=False)
         self.style, self._thinks = self._abilities.style, reasoning.thinks(template)
+        hello = [dict(role="user", content="Hello.")]
+        self.thinking = reasoning.thinking_switch(functools.partial(tokenizer.render_chat, hello))
         added = tokenizer.backend.get_added_tokens_decoder()
         self._added = {token.content: token_id for token_id, token in added.items()}
         self._special = {token.content: token_id for token_id, token in added.items() if token.special}

@@ -1,6 +1,7 @@
 """Reasoning: the thought, <think>...</think>, that a model writes before its answer."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lockstep.text.tool_calls.events import Content, Event, Parser, Reasoning, partial
@@ -40,6 +41,27 @@ def switch_of(prompt_with: Callable[..., str]) -> str | None:
     two prompts, whatever its source says.
     """
     return next((name for name in SWITCHES if prompt_with(**{name: True}) != prompt_with(**{name: False})), None)
+
+
+@dataclass(frozen=True)
+class ThinkingSwitch:
+    """How a request switches thinking on and off. variable: of the chat template, as `switch_of` finds it. default:
+    whether the model may think where a request does not set it."""
+
+    variable: str
+    default: bool
+
+
+def thinking_switch(prompt_with: Callable[..., str]) -> ThinkingSwitch | None:
+    """The ThinkingSwitch of a chat template; None if it has none, or refuses to be rendered. prompt_with: as for
+    `switch_of`."""
+    try:
+        variable = switch_of(prompt_with)
+        if variable is None:
+            return None
+        return ThinkingSwitch(variable, default=prompt_with() != prompt_with(**{variable: False}))
+    except ValueError:
+        return None
 
 
 def add_rules(lark: Lark, opened: bool) -> str:

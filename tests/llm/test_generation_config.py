@@ -11,7 +11,7 @@ from lockstep import LLM, SamplingParams
 from lockstep.cli import main
 from lockstep.commands.chat import first_settings
 from lockstep.commands.generate import ignored_sampling
-from lockstep.commands.serve import notes
+from lockstep.commands.serve import ready_lines
 from lockstep.commands.terminal.conversation import Conversation
 from lockstep.engine.generation_config import described, for_talking, sampling_defaults
 from lockstep.serve.service import system_fingerprint
@@ -319,8 +319,8 @@ def test_they_can_be_left_out(folder, llm):
     made.close()
 
 
-def test_the_server_says_them_and_the_page_shows_them(server, llm):
-    [line] = notes(llm)
+def test_the_server_says_them_and_the_page_shows_them(server):
+    [line] = [line for line in ready_lines(server.service, "127.0.0.1", 8000) if line.startswith("  sampling ")]
     assert "temperature 0.8, top_k 7, repetition_penalty 1.2, 2 tokens suppressed" in line
     found = httpx.get(f"{server.url}/page/figures", timeout=60).json()["sampling"]
     assert found == dict(temperature=0.8, top_k=7, top_p=1.0, min_p=0.0, repetition_penalty=1.2)

@@ -5,12 +5,13 @@ import os
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
 from lockstep import LLM
-from lockstep.commands.serve import allowed, keys, model_name, model_names, serve
+from lockstep.commands.serve import allowed, keys, model_name, model_names, no_chat_words, ready_lines, serve
 from lockstep.serve.app import make_app
 from lockstep.serve.request_target import host_name, origin
 from lockstep.serve.server import bind
@@ -194,6 +195,27 @@ def test_hosts_that_may_be_let_in(given, read):
 def test_what_is_no_host_is_told(given):
     with pytest.raises(ValueError, match=r"--allowed-host: expected a name such as .*, got "):
         allowed("--allowed-host", ["*", given], host_name)
+
+
+def test_the_lines_at_the_start_say_where_and_what(server):
+    first, *lines = ready_lines(server.service, "0.0.0.0", 8000)
+    assert first == "lockstep: lockstep is ready at http://0.0.0.0:8000/v1"
+    assert {line[:12].strip(): line[12:] for line in lines} == {
+        "page": f"http://127.0.0.1:8000/ and, from other machines, http://{socket.gethostname()}:8000/",
+        "model": f"{server.service.llm.path} (qwen3_5_text, weights bf16, KV cache bf16)",
+        "context": "1024 of the model's 4096 tokens, 8 sequences at once",
+        "sampling": "temperature 0: as the model's makers ask (--generation-config none: as OpenAI's API has it)",
+        "API key": "none needed",
+    }
+    assert ready_lines(server.service, "::1", 8000)[:2] == [
+        "lockstep: lockstep is ready at http://[::1]:8000/v1",
+        "  page      http://[::1]:8000/",
+    ]
+
+
+def test_a_model_that_cannot_chat_says_so():
+    assert "no tokenizer" in no_chat_words(None) and no_chat_words(SimpleNamespace(has_chat_template=True)) is None
+    assert "no chat template" in no_chat_words(SimpleNamespace(has_chat_template=False))
 
 
 def test_a_grammar_process_that_cannot_be_started_ends_the_server(monkeypatch):

@@ -1,181 +1,125 @@
-// One answer: its streamed text, its facts (seed, speed), and the buttons that run it again and compare.
+// One answer: its text and thought as they stream in, their tokens, and the figures about it.
 
 import { answer as stream } from "/page/client.js";
-import { elements, reachable, watch } from "/page/tokens.js";
+import { Source } from "/page/text/source.js";
+import { pieces } from "/page/text/tokens.js";
 
-const CROWD = 4; // other requests that run beside an answer that is run again in a crowd
+const ENDINGS = { stopped: "stopped", interrupted: "interrupted", tool_calls: "calls a tool", content_filter: "held back" };
 
 export class Answer {
-  /** request: made by client.js. prompt: the text that the answer continues, shown before it. */
-  constructor(request, prompt = "") {
-    this.request = request;
-    this.text = "";
-    this.tokens = [];
-    this.pending = [];
-    this.started = performance.now();
-    this.root = make("article", `answer busy${prompt ? " code" : ""}`);
-    this.thought = this.root.appendChild(make("div", "thought"));
-    this.body = this.root.appendChild(make("div", "text"));
-    this.facts = this.root.appendChild(make("ul", "facts"));
-    this.facts.setAttribute("aria-label", "About this answer");
-    if (prompt) this.body.append(make("span", "given", prompt));
-    [this.thought, this.body].forEach(watch);
+  /** settings: the fields of the request except for the conversation. system: the system message, or "". */
+  constructor(settings, system) {
+    Object.assign(this, { settings, system });
+    this.text = new Source();
+    this.thought = new Source();
+    this.tokens = []; // all of them, in order; null where a restored answer has its text only
+    this.parts = []; // what came, in order: [0 for a thought or 1, text, number of tokens]
+    this.pending = []; // tokens whose text has not come yet
+    this.times = {}; // milliseconds after the request: first and latest token, begin and end of the thought
   }
 
-  /** Streams the answer; resolves when it has ended, with success or without. */
-  async run(key, signal, onPiece) {
+  /** Streams the answer of a request; resolves when it has ended, with success or without. Calls changed() often. */
+  async run(request, key, signal, changed) {
+    this.begun = performance.now();
     try {
-      for await (const piece of stream(this.request, key, signal)) {
+      for await (const piece of stream(request, key, signal)) {
         this.add(piece);
-        onPiece();
+        changed();
       }
-      this.end();
+      this.finish ??= "stop";
     } catch (error) {
-      if (error.name === "AbortError") this.end("stopped");
-      else this.fail(error.message);
+      if (error.name === "AbortError") this.finish = "stopped";
+      else this.problem = error.message;
     }
   }
 
   add({ text, thought, tokens, finish, usage, fingerprint }) {
+    const now = performance.now() - this.begun;
     this.finish = finish ?? this.finish;
     this.usage = usage ?? this.usage;
     this.fingerprint = fingerprint ?? this.fingerprint;
-    this.text += text;
     this.tokens.push(...tokens);
     this.pending.push(...tokens);
-    if (tokens.length) this.latest = performance.now();
-    if (tokens.length) this.first ??= this.latest;
-    if (thought || text) {
-      const { made, left } = elements(thought + text, this.pending);
-      (text ? this.body : this.thought).append(...made);
-      this.pending = left;
+    if (tokens.length) {
+      this.times.latest = now;
+      this.times.first ??= now;
     }
-    this.tell();
+    if (thought) this.times.thinks ??= now;
+    if (text && this.times.thinks !== undefined) this.times.thought ??= now;
+    for (const [kind, part] of [thought, text].entries()) if (part) this.#place(kind, part);
   }
 
-  /** Tokens per second after the first; undefined before there are two. */
+  #place(kind, part) {
+    const { made, left } = pieces(part, this.pending);
+    this.pending = left;
+    this.#source(kind).add(made);
+    this.parts.push(...made.map(piece => [kind, piece.text, piece.tokens.length]));
+  }
+
+  #source(kind) {
+    return kind ? this.text : this.thought;
+  }
+
+  /** Tokens per second after the first one; undefined before there are two. */
   get rate() {
-    return this.tokens.length > 1 ? 1000 * (this.tokens.length - 1) / (this.latest - this.first) : undefined;
+    const { first, latest } = this.times;
+    return latest > first ? 1000 * (this.numTokens - 1) / (latest - first) : undefined;
   }
 
-  end(reason) {
-    this.finish ??= reason;
-    this.stopped = reason === "stopped";
-    this.close();
-    if (this.tokens.length) this.root.append(this.again());
+  get numTokens() {
+    return this.usage?.completion_tokens ?? this.tokens?.length ?? this.numLost;
   }
 
-  fail(message) {
-    this.close();
-    const problem = this.root.appendChild(make("p", "problem", message));
-    problem.setAttribute("role", "alert");
+  /** What a reader may want to know about it, in words: [name, words] each. server: the server's fingerprint now. */
+  facts(server) {
+    const { prompt_tokens: prompt, prompt_tokens_details: details } = this.usage ?? {};
+    const cached = details?.cached_tokens ? ` (${details.cached_tokens} from cache)` : "";
+    return [
+      ["tokens", count(this.numTokens, "token")],
+      this.rate && ["speed", `${figure(this.rate)} tokens/s`],
+      this.times.first !== undefined && ["first", `${figure(this.times.first / 1000)} s to first word`],
+      prompt && ["prompt", count(prompt, "prompt token") + cached],
+      ["seed", `seed ${this.settings.seed}`],
+      this.fingerprint && server && this.fingerprint !== server && ["origin", `from ${this.fingerprint}, not this server`],
+      this.#ending && !this.problem && ["end", this.#ending],
+    ].filter(Boolean);
   }
 
-  close() {
-    this.root.classList.remove("busy");
-    [this.thought, this.body].forEach(reachable);
-    this.tell();
+  get #ending() {
+    return this.finish === "length" ? `cut off after ${count(this.numTokens, "token")}` : ENDINGS[this.finish];
   }
 
-  tell() {
-    const { seed } = this.request.body;
-    const cached = this.usage?.prompt_tokens_details?.cached_tokens;
-    const ended = { length: "cut off at the most tokens", stopped: "stopped", tool_calls: "calls a tool" }[this.finish];
-    this.facts.replaceChildren(...[
-      fact("seed ", seed), this.fingerprint && fact("", this.fingerprint), fact(`${this.tokens.length} tokens`),
-      this.rate && fact(`${this.rate.toFixed(1)} tokens/s`),
-      this.first && fact(`first after ${Math.round(this.first - this.started)} ms`),
-      cached && fact(`${cached} of ${this.usage.prompt_tokens} prompt tokens cached`),
-      ended && fact(ended),
-    ].filter(Boolean));
+  // ---------------------------------------------------------------- kept over a reload
+
+  /** The answer as JSON has it. withTokens: also what the model considered, about 200 characters a token. */
+  packed(withTokens = true) {
+    const { settings, system, finish, usage, fingerprint, problem, times } = this;
+    const tokens = withTokens && this.tokens;
+    const parts = tokens ? this.parts : [[0, this.thought.text, 0], [1, this.text.text, 0]].filter(([, text]) => text);
+    return { settings, system, finish, usage, fingerprint, problem, times, parts, numLost: this.numTokens,
+      tokens: tokens ? tokens.map(({ text, logprob, top }) => [text, logprob, top.map(each => [each.text, each.logprob])]) : null };
   }
 
-  // ---------------------------------------------------------------- run again
-
-  again() {
-    const line = make("div", "again");
-    const alone = line.appendChild(button("Run again"));
-    const crowd = line.appendChild(button("Run again in a crowd"));
-    crowd.title = `Beside ${CROWD} other answers, so that it is computed in other batches`;
-    this.verdict = line.appendChild(make("span", "verdict"));
-    this.verdict.setAttribute("role", "status");
-    alone.addEventListener("click", () => this.repeat(0, [alone, crowd]));
-    crowd.addEventListener("click", () => this.repeat(CROWD, [alone, crowd]));
-    return line;
-  }
-
-  async repeat(strangers, buttons) {
-    const ending = new AbortController();
-    buttons.forEach(each => { each.disabled = true; });
-    this.judge("", "Running again …");
-    const others = Array.from({ length: strangers }, (_, i) => this.stranger(i, ending.signal));
-    try {
-      this.compare(await this.collect(ending.signal), strangers);
-    } catch (error) {
-      this.judge("", error.message);
-    } finally {
-      ending.abort();
-      await Promise.all(others);
-      buttons.forEach(each => { each.disabled = false; });
+  static unpacked({ settings, system, finish, usage, fingerprint, problem, times, parts, tokens, numLost }) {
+    const made = new Answer(settings, system);
+    const token = ([text, logprob]) => ({ text, logprob });
+    Object.assign(made, { usage, fingerprint, problem, times, parts, numLost, finish: finish ?? (problem ? undefined : "interrupted") });
+    made.tokens = tokens?.map(each => ({ ...token(each), top: each[2].map(token) })) ?? null;
+    let at = 0;
+    for (const [kind, text, number] of parts) {
+      const own = made.tokens?.slice(at, at + number) ?? [];
+      at += number;
+      made.#source(kind).add([{ text, tokens: own }]);
     }
-  }
-
-  /** Runs the request again: {text, tokens}, no further than this answer came if it was stopped. */
-  async collect(signal) {
-    const found = { text: "", tokens: [] };
-    for await (const { text, tokens } of stream(this.request, this.key(), signal)) {
-      found.text += text;
-      found.tokens.push(...tokens);
-      this.judge("", `Running again … ${found.tokens.length} of ${this.tokens.length} tokens`);
-      if (this.stopped && found.tokens.length >= this.tokens.length) break;
-    }
-    return found;
-  }
-
-  /** Runs another sample of the same prompt, only to share steps with it: its text and errors are ignored. */
-  async stranger(number, signal) {
-    const seed = this.request.body.seed + number + 1;
-    const request = { ...this.request, body: { ...this.request.body, seed } };
-    try {
-      for await (const _ of stream(request, this.key(), signal));
-    } catch { /* its errors do not matter */ }
-  }
-
-  compare(found, strangers) {
-    const wanted = this.tokens;
-    const at = wanted.findIndex((token, i) => token.text !== found.tokens[i]?.text || token.logprob !== found.tokens[i].logprob);
-    const same = at < 0 && (this.stopped || found.tokens.length === wanted.length && found.text === this.text);
-    const where = strangers ? ` beside ${strangers} others` : "";
-    if (same) this.judge("same", `✓ The same${where}: all ${wanted.length} tokens and their log-probabilities, bit for bit`);
-    else this.judge("differs", `✗ Not the same${where}, from token ${(at < 0 ? wanted.length : at) + 1} on`);
-  }
-
-  judge(kind, words) {
-    this.verdict.className = `verdict ${kind}`;
-    this.verdict.textContent = words;
-  }
-
-  key() {
-    return document.getElementById("key").value;
+    return made;
   }
 }
 
-/** An element with a class and text. */
-export function make(tag, className, text = "") {
-  const made = document.createElement(tag);
-  made.className = className;
-  made.textContent = text;
-  return made;
+/** A positive number with as many digits as a reader needs. */
+export function figure(value) {
+  return value >= 9.95 ? value.toFixed(0) : value >= 0.095 ? value.toFixed(1) : value.toFixed(2);
 }
 
-function button(text) {
-  const made = make("button", "", text);
-  made.type = "button";
-  return made;
-}
-
-function fact(text, value) {
-  const made = make("li", "", text);
-  if (value !== undefined) made.append(make("b", "", value));
-  return made;
+export function count(number, word) {
+  return `${number} ${word}${number === 1 ? "" : "s"}`;
 }

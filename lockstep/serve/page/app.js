@@ -1,37 +1,61 @@
 // The page: a conversation, its settings, and what the server is doing.
 
-import { Answer, make } from "/page/answer.js";
-import { chat, continuation } from "/page/client.js";
-import { settings, keepSettings, offer } from "/page/settings.js";
-import { follow } from "/page/figures.js";
-import { hide } from "/page/tokens.js";
+import { Answer, count } from "/page/answer.js";
+import { MOST } from "/page/client.js";
+import { Conversation, Turn } from "/page/conversation.js";
+import { announce, grow } from "/page/elements.js";
+import { Figures } from "/page/figures.js";
+import { Follow } from "/page/follow.js";
+import { drawn, isOn, keepSettings, offer, settings } from "/page/settings.js";
+import { store, stored } from "/page/storage.js";
+import { hide } from "/page/text/tokens.js";
+import { TurnView } from "/page/turn_view.js";
 
 const $ = id => document.getElementById(id);
 const log = $("log");
 const prompt = $("prompt");
-let messages = [];
-let model = null; // the last figures of the server
+const key = () => $("key").value;
+const follow = new Follow(log, $("to-end"));
+const figures = new Figures(key, introduce);
+let conversation = new Conversation();
+let views = []; // of the conversation's turns
+let cleared = null; // the conversation before the last "New chat"
 let running = null; // the AbortController of the answer that streams
+let isMarkdown = null; // whether answers are shown so
+let asked = ""; // a message for which the server's abilities are not known yet
+
+/** What the views of turns and answers need of the page. */
+const page = {
+  key, markdown: () => isOn("markdown"), fingerprint: () => figures.known?.system_fingerprint,
+  again, choose, change: (view, text) => busy() || ask(text, views.indexOf(view)),
+};
 
 keepSettings();
-follow(found => {
-  if (found.can_chat !== model?.can_chat) introduce(found);
-  offer(found.sampling ?? {});
-  model = found;
-});
+dress();
+try {
+  open(Conversation.restored());
+} catch { /* what another version of the page stored is no conversation */ }
+type(stored("draft") ?? "");
+figures.follow();
 
+// ---------------------------------------------------------------- the server
+
+/** Fits the page to the abilities of the server's model. */
 function introduce(found) {
-  const [greeting, word] = found.can_chat ? ["Ask something.", "Message"]
-    : ["Begin a text.", "Text that the model continues"];
+  const [greeting, word] = found.can_chat ? ["Ask something.", "Message"] : ["Begin a text.", "Text that the model continues"];
   $("greeting").textContent = greeting;
+  $("max_tokens").placeholder = found.can_chat ? MOST.chat : MOST.continuation;
   $("prompt-label").textContent = prompt.placeholder = word;
+  offer(found);
+  dress();
+  views.forEach(({ view }) => view?.tell());
 }
 
-// ---------------------------------------------------------------- sending a message
+// ---------------------------------------------------------------- asking
 
 $("composer").addEventListener("submit", event => {
   event.preventDefault();
-  if (prompt.value.trim() && !running && $("sampling").reportValidity()) ask(prompt.value);
+  if (prompt.value.trim() && !busy() && $("sampling").reportValidity()) ask(prompt.value);
 });
 
 prompt.addEventListener("keydown", event => {
@@ -40,60 +64,182 @@ prompt.addEventListener("keydown", event => {
   $("composer").requestSubmit();
 });
 
-prompt.addEventListener("input", grow);
+prompt.addEventListener("input", () => grow(prompt));
 
-function grow() {
-  prompt.style.height = "auto";
-  prompt.style.height = `${prompt.scrollHeight + 2}px`;
+function busy() {
+  return running !== null;
 }
 
-async function ask(text) {
-  const canChat = model?.can_chat ?? true;
-  $("welcome").hidden = true;
-  prompt.value = "";
-  grow();
-  const known = messages;
-  const asked = [...known, { role: "user", content: text }];
-  const system = $("system").value.trim();
-  const before = system ? [{ role: "system", content: system }] : [];
-  const request = canChat ? chat([...before, ...asked], settings()) : continuation(text, settings());
-  if (canChat) log.append(make("p", "said", text));
-  const answer = new Answer(request, canChat ? "" : text);
-  log.append(answer.root);
-  log.scrollTop = log.scrollHeight;
-  await stream(answer);
-  if (messages !== known) return; // the conversation was cleared meanwhile
-  if (canChat && answer.text) messages = [...asked, { role: "assistant", content: answer.text }];
-  if (!answer.text && !prompt.value) prompt.value = text; // so that it can be sent again
-}
-
-async function stream(answer) {
-  running = new AbortController();
-  busy(true);
-  await answer.run($("key").value, running.signal, () => {
-    if (log.scrollHeight - log.scrollTop - log.clientHeight < 120) log.scrollTop = log.scrollHeight;
+/** Sends a message in the place of the turns from a number on, once the server has said what its model can do. */
+async function ask(text, number = views.length) {
+  asked = text;
+  type("");
+  const isSame = await answered(async signal => {
+    const turn = new Turn(text, !(await figures.abilities(signal)).can_chat);
+    asked = "";
+    $("welcome").hidden = true;
+    notice("");
+    forget(number);
+    conversation.turns.push(turn);
+    views.push(new TurnView(turn, conversation, page));
+    log.append(views.at(-1).root);
+    await answer(views.at(-1), signal);
   });
-  running = null;
-  busy(false);
-  log.scrollTop = log.scrollHeight;
-  $("said").textContent = `The answer ended after ${answer.tokens.length} tokens.`;
+  if (!isSame) return;
+  if (asked && !prompt.value) type(text); // so that it can be sent again
+  asked = "";
 }
 
-function busy(yes) {
-  $("send").hidden = yes;
-  $("stop").hidden = !yes;
-  if (!yes) prompt.focus({ preventScroll: true });
+function type(text) {
+  prompt.value = text;
+  grow(prompt);
+}
+
+/** Answers a turn once more, with another seed; a failed answer is replaced, and what followed is forgotten. */
+function again(view) {
+  if (busy() || !$("sampling").reportValidity()) return;
+  if (isCertain(view.turn.answer)) {
+    notice("At temperature 0 every seed gives the same answer. Settings has the temperature.");
+    return;
+  }
+  forget(views.indexOf(view) + 1);
+  answered(signal => answer(view, signal, view.turn.answer.problem ? undefined : drawn()));
+}
+
+/** Whether an answer would come out the same with every seed, as the settings are now. */
+function isCertain({ settings: before, system, problem, finish }) {
+  const now = settings();
+  const isSame = JSON.stringify({ ...before, seed: 0 }) === JSON.stringify({ ...now, seed: 0 }) && system === $("system").value.trim();
+  return now.temperature === 0 && isSame && !problem && finish === "stop";
+}
+
+/**
+ * Does what needs the server, an async function of an AbortSignal, as the only thing at a time. Resolves to whether the
+ * conversation is still the same.
+ */
+async function answered(does) {
+  const own = running = new AbortController();
+  show(true);
+  let problem = "";
+  try {
+    await does(own.signal);
+  } catch (error) {
+    if (error.name !== "AbortError") problem = error.message;
+  }
+  if (running !== own) return false; // another conversation was opened meanwhile
+  running = null;
+  show(false);
+  notice(problem, true);
+  keep();
+  return true;
+}
+
+/** Streams one more answer to a turn. */
+async function answer(view, signal, seed) {
+  const { turn } = view;
+  const made = new Answer({ ...settings(), ...(seed !== undefined && { seed }) }, $("system").value.trim());
+  if (turn.answer?.problem && !turn.answer.text.text) turn.answers.splice(turn.chosen, 1);
+  turn.chosen = turn.answers.push(made) - 1;
+  const drawn = view.draw();
+  drawn.show();
+  choices();
+  follow.end();
+  await made.run(drawn.request, key(), signal, () => drawn.soon(change => follow.grow(change)));
+  if (!views.includes(view)) return;
+  follow.grow(() => {
+    drawn.show(true);
+    choices();
+  });
+  announce(`The answer ended after ${count(made.numTokens, "token")}.`);
+}
+
+/** Says something above the field for messages. */
+function notice(words, isProblem = false) {
+  $("notice").textContent = words;
+  $("notice").hidden = !words;
+  $("notice").classList.toggle("problem", isProblem && words !== "");
+}
+
+function show(isAnswering) {
+  document.body.classList.toggle("answering", isAnswering);
+  $("send").hidden = isAnswering;
+  $("stop").hidden = !isAnswering;
+  if (isAnswering) notice(figures.known ? "" : "Waiting for the server …");
+  else if ([document.body, $("stop"), $("send")].includes(document.activeElement)) prompt.focus({ preventScroll: true });
 }
 
 $("stop").addEventListener("click", () => running?.abort());
+prompt.addEventListener("keydown", ({ key }) => key === "Escape" && running?.abort());
+
+// ---------------------------------------------------------------- the conversation
+
+function choose(view, number) {
+  if (busy()) return;
+  view.turn.chosen = number;
+  view.draw().show(true);
+  choices();
+  keep();
+}
+
+function choices() {
+  views.forEach((view, i) => view.offerChoice(i === views.length - 1));
+}
+
+/** Forgets the turns from a number on. */
+function forget(number) {
+  conversation.turns.length = number;
+  views.splice(number).forEach(close);
+}
+
+function close({ view, root }) {
+  view?.stop();
+  root.remove();
+}
+
+/** Shows a conversation instead of the one that is shown. */
+function open(other) {
+  running?.abort();
+  running = null;
+  hide();
+  asked = "";
+  notice("");
+  views.forEach(close);
+  conversation = other;
+  views = other.turns.map(turn => new TurnView(turn, other, page));
+  for (const view of views) {
+    log.append(view.root);
+    view.draw().show(true);
+  }
+  choices();
+  $("welcome").hidden = views.length > 0;
+  show(false);
+  follow.end();
+}
+
+/** Stores the conversation; says so where it has no room. */
+function keep() {
+  $("unkept").hidden = conversation.store();
+}
 
 $("clear").addEventListener("click", () => {
-  running?.abort();
-  messages = [];
-  hide();
-  log.replaceChildren($("welcome"));
-  $("welcome").hidden = false;
+  if (conversation.turns.length) cleared = conversation;
+  open(new Conversation());
+  keep();
+  $("back").hidden = !cleared;
   prompt.focus();
+});
+
+$("back").addEventListener("click", () => {
+  open(cleared);
+  cleared = null;
+  $("back").hidden = true;
+  keep();
+  prompt.focus();
+});
+
+addEventListener("pagehide", () => {
+  keep();
+  store("draft", prompt.value || asked || null);
 });
 
 // ---------------------------------------------------------------- appearance
@@ -104,10 +250,11 @@ $("toggle-settings").addEventListener("click", event => {
 });
 
 log.addEventListener("scroll", hide);
-["shade", "fixed"].forEach(id => $(id).addEventListener("change", dress));
-dress();
+$("sampling").addEventListener("input", ({ target }) => target.type === "checkbox" && dress());
 
 function dress() {
-  log.classList.toggle("shaded", $("shade").checked);
-  log.classList.toggle("code", $("fixed").checked);
+  log.classList.toggle("shaded", isOn("shade"));
+  if (isMarkdown === isOn("markdown")) return;
+  isMarkdown = isOn("markdown");
+  views.forEach(({ view }) => view?.dress());
 }

@@ -1,5 +1,9 @@
 // Requests to the server, and its answers as they stream in.
 
+// The most tokens of an answer where the settings do not say: to a message, what others who ask at the same time leave
+// room for (each has its alternatives, too); to a text, as few models end one.
+export const MOST = { chat: 16384, continuation: 256 };
+
 /** A request that failed, with a message for the reader. status: the HTTP status, 0 where there was no response. */
 export class Refusal extends Error {
   constructor(message, status = 0) {
@@ -28,12 +32,12 @@ export async function* answer(request, key, signal) {
 
 /** A request for the next message of a conversation. */
 export function chat(messages, settings) {
-  return { path: "/v1/chat/completions", body: { ...settings, messages, logprobs: true, top_logprobs: 5 } };
+  return { path: "/v1/chat/completions", body: { max_tokens: MOST.chat, ...settings, messages, logprobs: true, top_logprobs: 5 } };
 }
 
 /** A request to continue a text, for models without a chat template. */
 export function continuation(prompt, settings) {
-  return { path: "/v1/completions", body: { ...settings, prompt, logprobs: 5 } };
+  return { path: "/v1/completions", body: { max_tokens: MOST.continuation, ...settings, prompt, logprobs: 5 } };
 }
 
 async function reach(path, options) {

@@ -1,5 +1,6 @@
 """The web page at /: its files, and the figures that it shows."""
 
+import dataclasses
 import hashlib
 import pathlib
 from typing import Any
@@ -13,16 +14,19 @@ from lockstep.serve.answers.json_response import to_json
 from lockstep.serve.service import Service
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "page"
+BUNDLED = FOLDER.parents[1] / "bundled"  # the model whose answers are Python, not Markdown
 TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-# nothing from other hosts, no inline script or style, no frame around the page
+# nothing from other hosts, no inline script or style, no frame around the page; no text becomes markup, except through
+# the Trusted Types policy `entities`, which lets nothing pass but one character reference (markdown.js)
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types entities"
 )
 HEADERS = {
     "content-security-policy": POLICY,
@@ -33,8 +37,8 @@ HEADERS = {
 }
 COUNTS = ("running", "waiting", "pages", "query_tokens", "hit_tokens", "generated_tokens")
 FILES = {
-    ("/" if path.name == "index.html" else f"/page/{path.name}"): path
-    for path in sorted(FOLDER.iterdir())
+    ("/" if path.name == "index.html" else f"/page/{path.relative_to(FOLDER).as_posix()}"): path
+    for path in sorted(FOLDER.rglob("*"))
     if path.suffix in TYPES
 }
 
@@ -51,15 +55,19 @@ def routes(service: Service):
 def figures_of(service: Service):
     """The figures of /page/figures: {name: value}. Counts are 0 while the model is loading.
 
-    sampling: the values that the page's controls have until the reader moves them.
+    What the page's controls show until the reader moves them: sampling; thinking, whose `variable` of the chat template
+    switches thoughts on and off, None where none does; writes_markdown.
     """
+    chat, llm = service.chat, service.llm
     figures: dict[str, Any] = dict(
         model=service.model_name,
         state=service.state,
         system_fingerprint=service.fingerprint,
         can_chat=service.tokenizer is not None and service.tokenizer.has_chat_template,
     )
-    figures["sampling"] = None if service.llm is None else for_talking(service.llm.sampling_defaults)
+    figures["sampling"] = None if llm is None else for_talking(llm.sampling_defaults)
+    figures["thinking"] = dataclasses.asdict(chat.thinking) if chat and chat.thinking else None
+    figures["writes_markdown"] = llm is not None and llm.path != BUNDLED
     counts = dict.fromkeys(COUNTS, 0) | service.counts()
     figures |= {name: counts[name] for name in COUNTS}
     return figures | dict(pages_used=counts["pages"] - counts.get("pages_free", 0) - counts.get("pages_idle", 0))

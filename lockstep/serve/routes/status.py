@@ -1,9 +1,11 @@
-"""/health, /ready, /metrics and /v1/models: the state of the server, its metrics, and its one model."""
+"""/health, /ready, /metrics, /version and /v1/models: the state of the server, its metrics, and its one model."""
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 from starlette.routing import Route
 
+from lockstep import __version__
+from lockstep.engine.selfcheck.check import NUMERICS
 from lockstep.serve.answers.json_response import json_response
 from lockstep.serve.service import Service
 
@@ -15,11 +17,16 @@ def routes(service: Service):
         return json_response(dict(status="failed", reason=trouble), 503) if trouble else json_response({"status": "ok"})
 
     async def ready(request):
-        """503 where requests should go elsewhere for now."""
-        state = service.state if service.trouble is None else "failed"
-        if state == "ready" and service.num_sequences >= service.max_open_sequences:
-            state = "full"
-        return json_response(dict(status=state), 200 if state == "ready" else 503)
+        """503 where requests should go elsewhere for now, with Retry-After where it helps to wait."""
+        state, reason, seconds = service.readiness
+        body = dict(status=state) | ({} if reason is None else dict(reason=reason))
+        made = json_response(body, 200 if state == "ready" else 503)
+        if seconds is not None:
+            made.headers["retry-after"] = str(seconds)
+        return made
+
+    async def version(request):
+        return json_response(dict(version=__version__, numerics=NUMERICS, **service.fingerprint_field))
 
     async def metrics(request):
         return Response(service.metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})
@@ -36,6 +43,7 @@ def routes(service: Service):
         Route("/health", health),
         Route("/ready", ready),
         Route("/metrics", metrics),
+        Route("/version", version),
         Route("/v1/models", listed),
         Route("/v1/models/{name:path}", one),
     ]

@@ -1,5 +1,6 @@
 """The page's files as a browser gets them, and the figures that it shows."""
 
+import hashlib
 import re
 
 import httpx
@@ -9,6 +10,7 @@ from lockstep.serve.routes import page
 from tests.serve.server import running
 
 KEY = "s3cret"
+MARKED = page.FOLDER / "marked" / "marked.esm.js"
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +54,16 @@ def test_nothing_else_can_be_had(server, path):
 def test_files_load_nothing_from_elsewhere_and_never_parse_markup():
     for path in page.FILES.values():
         text = path.read_text()
-        assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text), path
+        assert path == MARKED or not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text), path
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|Function\(", text), path
         assert not re.search(r"\sstyle=|\son\w+=", text), path
+
+
+def test_the_parser_of_markdown_is_the_one_that_is_documented():
+    words = (page.FOLDER.parents[2] / "docs" / "page.md").read_text("utf-8")
+    version = re.match(r"/\*\*\n \* marked v([\d.]+) ", MARKED.read_text("utf-8"))[1]
+    assert f"marked {version}" in words and hashlib.sha256(MARKED.read_bytes()).hexdigest() in words
+    assert "MarkedJS" in (MARKED.parent / "LICENSE").read_text("utf-8")
 
 
 def test_figures_want_the_key_and_the_page_does_not(server):
@@ -66,6 +75,8 @@ def test_figures_want_the_key_and_the_page_does_not(server):
         "model": "lockstep",
         "state": "ready",
         "can_chat": True,
+        "thinking": None,
+        "writes_markdown": False,
         "running": 0,
         "waiting": 0,
         "pages_used": 0,

@@ -2,14 +2,17 @@
 
 const card = document.getElementById("card");
 const considered = new WeakMap(); // element -> its tokens, with their alternatives
+const MOVES = {
+  ArrowRight: (all, at) => all[at + 1], ArrowLeft: (all, at) => all[at - 1], Home: all => all[0], End: all => all.at(-1),
+};
 let open = null;
 
 /**
- * Makes an element for each token of new text: {made, left}. tokens: [{text, logprob, top}, ...]. Tokens whose texts do
- * not join to the text (a character of several tokens, text that a stop string held back) share an element; left: the
- * tokens whose text has not come yet.
+ * Finds which tokens wrote which part of a new text: {made: [{text, tokens}, ...], left}. tokens: [{text, logprob, top},
+ * ...]. Tokens whose texts do not join to the text (a character of several tokens, text that a stop string held back)
+ * share a piece; left: the tokens whose text has not come yet.
  */
-export function elements(text, tokens) {
+export function pieces(text, tokens) {
   const begins = [], ends = [], left = [...tokens];
   let rest = text;
   while (left.length && rest.startsWith(left[0].text)) {
@@ -22,19 +25,20 @@ export function elements(text, tokens) {
     rest = rest.slice(0, rest.length - token.text.length);
     ends.unshift(token);
   }
-  const own = token => element(token.text, [token]);
-  const between = rest ? [element(rest, left)] : [];
+  const own = token => ({ text: token.text, tokens: [token] });
+  const between = rest ? [{ text: rest, tokens: left }] : [];
   return { made: [...begins.map(own), ...between, ...ends.map(own)], left: rest ? [] : left };
 }
 
-function element(text, tokens) {
+/** An element for what these tokens wrote, or for a part of it. */
+export function element(text, tokens) {
   const made = document.createElement("span");
   made.className = "token";
   made.textContent = text;
   made.tabIndex = -1;
   // text without log-probabilities has no tokens, and counts as certain
   const sure = tokens.reduce((least, token) => Math.min(least, Math.exp(token.logprob)), 1);
-  made.style.setProperty("--doubt-share", (1 - sure).toFixed(3));
+  if (sure < 0.9995) made.style.setProperty("--doubt-share", (1 - sure).toFixed(3));
   considered.set(made, tokens);
   return made;
 }
@@ -50,10 +54,11 @@ export function watch(container) {
   container.addEventListener("focusout", hide);
   container.addEventListener("keydown", event => {
     const at = document.activeElement;
-    const next = { ArrowRight: at.nextElementSibling, ArrowLeft: at.previousElementSibling,
-      Home: at.parentElement.firstElementChild, End: at.parentElement.lastElementChild }[event.key];
     if (event.key === "Escape") hide();
-    if (!considered.has(at) || !next) return;
+    if (!considered.has(at) || !MOVES[event.key]) return;
+    const all = [...container.querySelectorAll(".token")];
+    const next = MOVES[event.key](all, all.indexOf(at));
+    if (!next) return;
     event.preventDefault();
     at.tabIndex = -1;
     next.tabIndex = 0;
@@ -76,6 +81,11 @@ function show(target) {
   card.replaceChildren(...considered.get(target).map(table));
   card.hidden = false;
   place(target.getClientRects()[0]);
+}
+
+/** Hides the alternatives, if the element that they belong to is gone. */
+export function hideOrphan() {
+  if (open && !open.isConnected) hide();
 }
 
 export function hide() {

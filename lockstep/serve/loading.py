@@ -1,0 +1,68 @@
+"""Loading a model beside the event loop, which answers 503 meanwhile. A signal then ends the process at once."""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
+
+from lockstep.serve.service import Service
+
+if TYPE_CHECKING:
+    from lockstep.llm import LLM
+
+UNWIND_SECONDS = 0.5  # for unfinished files and helper processes to be removed
+log = logging.getLogger("lockstep.http")
+
+
+class Loading:
+    """A thread that loads an LLM into a Service.
+
+    load: returns the LLM. ready: called when the service can answer. error: what went wrong; None so far.
+    """
+
+    def __init__(self, load: Callable[[], "LLM"], service: Service, ready: Callable[[], None]) -> None:
+        self._load, self._service, self._ready = load, service, ready
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="lockstep loading", daemon=True)
+
+    def start(self) -> None:
+        """Begins to load."""
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._service.open(self._load())
+            if self._service.chat is not None:
+                self._service.chat.grammars.warm()
+            self._ready()
+        except BaseException as error:  # a library in Rust that panics raises no Exception
+            self.error = error
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether the model is not loaded yet."""
+        return self._service.state == "loading" and self._thread.is_alive()
+
+    def end_process(self, number: int) -> NoReturn:
+        """Ends this process as a signal does that nobody handles.
+
+        Before that the thread gets a KeyboardInterrupt and UNWIND_SECONDS: it may be deep in a compiler, in a download
+        or in the disk, and nothing that it makes is found by others before it is complete.
+        """
+        interrupt = ctypes.py_object(KeyboardInterrupt)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread.ident or 0), interrupt)
+        self._thread.join(UNWIND_SECONDS)
+        log.info("ended by %s before the model was loaded", signal.Signals(number).name)
+        if sys.stderr.isatty():
+            from rich.console import Console
+
+            Console(stderr=True).show_cursor()  # which bars of progress hide
+        for handler in logging.getLogger().handlers:
+            handler.flush()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+        os._exit(128 + number)  # the first process of a container ignores signals that it does not handle

@@ -1,0 +1,38 @@
+// Keeps the end of the conversation in sight while it grows, unless the reader has scrolled away from it.
+
+const NEAR = 4; // pixels from the end that still count as the end: rounding, but no scrolling by hand
+
+export class Follow {
+  #isAtEnd = true;
+
+  /** scroller: the element that scrolls. toEnd: the button that leads to its end, shown where that is out of sight. */
+  constructor(scroller, toEnd) {
+    Object.assign(this, { scroller, toEnd });
+    scroller.addEventListener("scroll", () => this.#look());
+    new ResizeObserver(() => this.#isAtEnd ? this.end() : this.#look()).observe(scroller);
+    toEnd.addEventListener("click", () => this.end());
+  }
+
+  /** Makes a change that lets the conversation grow; where its end was in sight before, it is afterwards. */
+  grow(change) {
+    const wasAtEnd = this.#isNear;
+    change();
+    if (wasAtEnd) this.end();
+    else this.#look();
+  }
+
+  end() {
+    this.scroller.scrollTop = this.scroller.scrollHeight;
+    this.#look();
+  }
+
+  get #isNear() {
+    const { scrollHeight, scrollTop, clientHeight } = this.scroller;
+    return scrollHeight - scrollTop - clientHeight < NEAR;
+  }
+
+  #look() {
+    this.#isAtEnd = this.#isNear;
+    this.toEnd.hidden = this.#isAtEnd;
+  }
+}

@@ -1,0 +1,60 @@
+"""What the server answers and does while a model is loaded."""
+
+import signal
+import subprocess
+import sys
+
+import httpx
+import pytest
+
+from lockstep import __version__
+from lockstep.engine.selfcheck.check import NUMERICS
+from tests.serve.server import ROOT, unloaded
+
+# a server whose model takes for ever; it tells on standard output how far it is
+PROGRAM = """
+import time
+from lockstep.commands.serve import serve
+from lockstep.serve.app import make_app
+from lockstep.serve.service import Service
+
+def load():
+    print("loads", flush=True)
+    try:
+        while True:
+            time.sleep({pause})
+    finally:
+        print("unwound", flush=True)
+
+service = Service("m")
+serve(load, service, make_app(service), "127.0.0.1", 0)
+"""
+
+
+@pytest.mark.parametrize(
+    "pause, number, said",
+    [(0.01, signal.SIGINT, "loads\nunwound\n"), (600, signal.SIGTERM, "loads\n")],
+    ids=["in Python", "in native code"],
+)
+def test_a_signal_ends_the_process_at_once_and_without_a_traceback(pause, number, said):
+    command = [sys.executable, "-c", PROGRAM.format(pause=pause)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        first = process.stdout.readline()
+        process.send_signal(number)
+        out, err = process.communicate(timeout=300)
+    assert (first + out, err, process.returncode) == (said, "", -number)
+
+
+def test_until_the_model_is_loaded_requests_are_told_why_and_when_to_come_back():
+    with unloaded() as url, httpx.Client(base_url=url, timeout=300) as http:
+        ready = http.get("/ready")
+        assert (ready.status_code, ready.headers["retry-after"]) == (503, "1")
+        assert ready.json() == dict(status="loading", reason="the model is still loading")
+        posted = "/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/responses", "/v1/embeddings"
+        sent = [http.post(path, json={}) for path in (*posted, "/tokenize", "/detokenize")]
+        for answer in [*sent, http.get("/v1/models"), http.get("/tokenizer_info")]:
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1"), answer.url
+            assert answer.json()["error"]["message"] == "the model is still loading"
+        assert http.get("/version").json() == dict(version=__version__, numerics=NUMERICS)
+        assert [http.get(path).status_code for path in ("/health", "/metrics", "/")] == [200, 200, 200]

@@ -59,6 +59,8 @@ def test_thinking_is_switched_by_the_template_s_variable(thinker, capsys):
     for command, is_on in (("/think", True), ("/nothink", False), ("/no_think", False)):
         talk.hear(command)
         assert f"thinking {'on' if is_on else 'off'}" in capsys.readouterr().err
+        talk.hear("/set")
+        assert capsys.readouterr().out.endswith(f", max_tokens 8, thinking {'on' if is_on else 'off'}\n")
         expected = thinker.generate(
             [thinker.chat_prompt(asked, enable_thinking=is_on)], SamplingParams(**SETTINGS, skip_special_tokens=False)
         )[0]

@@ -21,7 +21,7 @@ from lockstep.commands.terminal.turn import Turn
 from lockstep.engine.request import SamplingParams
 from lockstep.llm import LLM
 from lockstep.text import conversation as chat
-from lockstep.text.reasoning import switch_of, thinks
+from lockstep.text.reasoning import thinks
 
 Message = dict[str, Any]
 ROLES = ("system", "user", "assistant")
@@ -156,13 +156,8 @@ class Conversation:
     @property
     def _variables(self) -> dict[str, Any]:
         """The variables of the chat template that /think and /nothink set."""
-        return {} if self.thinking is None or self._switch is None else {self._switch: self.thinking}
-
-    @functools.cached_property
-    def _switch(self) -> str | None:
-        """The chat template's variable that switches thinking; None if it has none."""
-        hello = [dict(role="user", content="Hello.")]
-        return switch_of(lambda **variables: self._chat.prompt(chat.Conversation(hello, variables=variables)))
+        switch = self._chat.thinking
+        return {} if self.thinking is None or switch is None else {switch.variable: self.thinking}
 
     def _think(self, _: str) -> None:
         self._set_thinking(True)
@@ -171,7 +166,7 @@ class Conversation:
         self._set_thinking(False)
 
     def _set_thinking(self, is_on: bool) -> None:
-        if self._switch is None:
+        if self._chat.thinking is None:
             always = any(map(thinks, self.llm.tokenizer.chat_templates.values()))
             knows = "knows thoughts, but has no switch for them" if always else "knows no thinking"
             raise ValueError(f"this model's chat template {knows}, so this changes nothing")
@@ -231,8 +226,11 @@ class Conversation:
             self.settings = changed
             if name in DRAWN and self.is_greedy:
                 tell(f"{name} has no effect {AT_ZERO}")
-        thinking = {} if self.thinking is None else dict(thinking="on" if self.thinking else "off")
-        write(", ".join(f"{name} {value}" for name, value in (self.settings | thinking).items()) + "\n")
+        shown_settings = [f"{name} {value}" for name, value in self.settings.items()]
+        if switch := self._chat.thinking:
+            is_on = switch.default if self.thinking is None else self.thinking
+            shown_settings.append(f"thinking {'on' if is_on else 'off'}")
+        write(", ".join(shown_settings) + "\n")
 
     def _stats(self, _: str) -> None:
         asked, used = _asked(self.messages), 0

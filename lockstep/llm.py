@@ -141,6 +141,8 @@ class LLM:
         except ValueError:
             self.engine.close()
             raise
+        for store in (self._store, self._draft.store) if self._draft else (self._store,):
+            store.warn_not_kept()
 
     @functools.cached_property
     def sampling_defaults(self) -> dict[str, Any]:

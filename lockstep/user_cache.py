@@ -7,15 +7,26 @@ write to it, and nobody else can put another folder in its place.
 
 import atexit
 import contextlib
+import errno
 import functools
+import logging
 import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Hashable, Iterator
 from pathlib import Path
+from typing import NamedTuple
+
+from lockstep.new_files import scratch_folder
 
 VARIABLE = "LOCKSTEP_CACHE"
 PRIVATE = 0o700
+FULL = (errno.ENOSPC, errno.EDQUOT)
+ONLY_READ = (*FULL, errno.EROFS)  # what is on such a disk can be used, although nothing is added
+USUAL_TEMPORARY = ("/tmp", "/var/tmp", "/usr/tmp")
+NOWHERE = Path(os.devnull) / "lockstep"  # a folder that nobody can make
+log = logging.getLogger("lockstep.cache")
 
 
 class NotPrivate(ValueError):
@@ -103,14 +114,32 @@ def _better(folder: Path, status: os.stat_result) -> str:
     return f"a folder that only its owner can write to{own}"
 
 
+class CacheFolder(NamedTuple):
+    """The cache folder of a process. lasts: whether later processes will find what is kept there."""
+
+    path: Path
+    lasts: bool = True
+
+
 def user_cache() -> Path:
     """The user's cache folder for Lockstep, private to this user; LOCKSTEP_CACHE names another.
 
-    Where the usual folder cannot be written or is not private, one in the temporary directory takes its place.
-    Raises ValueError if LOCKSTEP_CACHE names a folder that cannot be written or is not private.
+    Where the usual folder cannot be written or is not private, one in the folder for temporary files takes its place,
+    and a warning says so; where neither can be used, one for this process only, or a path where nothing can be made. A
+    folder that is there and cannot be written, such as one on a full disk, is read. Raises ValueError if LOCKSTEP_CACHE
+    names a folder that cannot be made or is not private.
     """
+    return _cache_folder().path
+
+
+def cache_lasts() -> bool:
+    """Whether later processes find what this one keeps in `user_cache`."""
+    return _cache_folder().lasts
+
+
+def _cache_folder() -> CacheFolder:
     named = os.environ.get(VARIABLE)
-    return _named_folder(named) if named else _usual_folder(os.environ.get("XDG_CACHE_HOME"), _home())
+    return _named_folder(named) if named else usual_folder(os.environ.get("XDG_CACHE_HOME"), _home())
 
 
 def _home() -> str:
@@ -123,31 +152,141 @@ def _home() -> str:
 
 
 @functools.cache
-def _named_folder(named: str) -> Path:
+def _named_folder(named: str) -> CacheFolder:
+    expanded = os.path.expanduser(named)
+    if expanded.startswith("~"):
+        raise ValueError(f"{VARIABLE} {named!r}: no such user, or a user without a home; expected a folder")
     try:
-        return _writable(Path(os.path.abspath(os.path.expanduser(named))))
+        return CacheFolder(make_private(Path(os.path.abspath(expanded))))
     except NotPrivate as error:
         raise ValueError(f"{VARIABLE}: {error}") from None
     except OSError as error:
         raise ValueError(
-            f"{VARIABLE} {named!r}: cannot be written ({error.strerror or error}); expected a folder that "
-            "can hold compiled kernels"
+            f"{VARIABLE} {named!r}: cannot be made ({error.strerror or error}); expected a folder that can hold "
+            "compiled kernels and packed weights"
         ) from None
 
 
 @functools.cache
-def _usual_folder(xdg: str | None, home: str) -> Path:
+def usual_folder(xdg: str | None, home: str) -> CacheFolder:
+    """The cache folder where LOCKSTEP_CACHE names none. xdg: XDG_CACHE_HOME. home: the home folder; empty if none."""
     usual = [Path(xdg)] if xdg and os.path.isabs(xdg) else [Path(home) / ".cache"] if home else []
-    for folder in (*(base / "lockstep" for base in usual), Path(tempfile.gettempdir()) / f"lockstep-{os.getuid()}"):
-        with contextlib.suppress(OSError, NotPrivate):
-            return _writable(folder.absolute())
-    folder = Path(tempfile.mkdtemp(prefix="lockstep-"))  # neither can be used: one for this process only
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    temporary, unfit = temporary_folders(), dict[Path, str]()
+    folders = [base.absolute() / "lockstep" for base in usual] + [t / f"lockstep-{os.getuid()}" for t in temporary]
+    for folder in folders:
+        try:
+            private = make_private(folder)
+            if (error := writing_error(private)) is None or error.errno in ONLY_READ:
+                _say_stand_in(private, unfit)
+                return CacheFolder(private)
+        except (OSError, NotPrivate) as raised:
+            error = raised
+        unfit[folder] = _reason(error)
+    return _folder_of_this_process(temporary, unfit)
 
 
-def _writable(folder: Path) -> Path:
-    """`make_private`, and OSError if the folder cannot be written."""
-    private = make_private(folder)
-    with tempfile.TemporaryFile(dir=private):
-        return private
+def temporary_folders() -> list[Path]:
+    """The system's folder for temporary files; none if it cannot be written. Python's last choice, the current folder,
+    is not taken."""
+    named = [os.environ[name] for name in ("TMPDIR", "TEMP", "TMP") if os.environ.get(name)]
+    with contextlib.suppress(FileNotFoundError):
+        found = tempfile.gettempdir()
+        return [Path(found)] if found in map(os.path.abspath, (*named, *USUAL_TEMPORARY)) else []
+    return []
+
+
+def _folder_of_this_process(temporary: list[Path], unfit: dict[Path, str]) -> CacheFolder:
+    warn_not_kept(
+        "no folder",
+        "Compiled kernels and packed weights cannot be kept, so each start makes them again: "
+        f"{_listed(unfit) or 'there is no home folder'}. Set {VARIABLE} to a folder that you can write.",
+    )
+    for folder in temporary:
+        with contextlib.suppress(OSError):
+            context = contextlib.ExitStack()
+            path = context.enter_context(scratch_folder(folder))
+            atexit.register(context.close)
+            return CacheFolder(path, lasts=False)
+    return CacheFolder(NOWHERE, lasts=False)
+
+
+def writing_error(folder: Path) -> OSError | None:
+    """Why a folder cannot be written; None if it can."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error
+
+
+def _say_stand_in(folder: Path, unfit: dict[Path, str]) -> None:
+    if unfit:
+        log.warning(
+            f"{folder} takes the place of the cache folder, until the system clears it: {_listed(unfit)}. "
+            f"{VARIABLE} names another folder."
+        )
+
+
+def _listed(unfit: dict[Path, str]) -> str:
+    return "; ".join(why if why.startswith(str(folder)) else f"{folder}: {why}" for folder, why in unfit.items())
+
+
+# ---------------------------------------------------------------- what cannot be kept
+
+
+def obstacle_of(error: OSError, folder: Path) -> str:
+    """In words: why a folder could not be written, with the bytes that are free on a full disk, and what helps."""
+    if error.errno not in FULL:
+        return f"{_reason(error)}. Set {VARIABLE} to a folder that can be written."
+    room = "" if (free := free_bytes(folder)) is None else f", {free / 1e6:,.1f} MB are free"
+    return f"{_reason(error)}{room}. Free some space there, or set {VARIABLE} to a folder elsewhere."
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def free_bytes(folder: Path) -> int | None:
+    """The bytes that are free on a folder's disk; None if the system does not say so. The folder need not exist."""
+    with contextlib.suppress(OSError, StopIteration):
+        return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    return None
+
+
+def has_room(folder: Path, num_bytes: int) -> bool:
+    """Whether a folder can be written and so many bytes are free on its disk, as far as the system says."""
+    free = free_bytes(folder)
+    return (free is None or free >= num_bytes) and writing_error(folder) is None
+
+
+@contextlib.contextmanager
+def keeping(what: str, folder: Path) -> Iterator[None]:
+    """A context that writes to a folder of the cache. An OSError becomes a warning, which comes once for each reason.
+
+    what: begins the warning, and says how large it is, such as "compiled kernels (some MB)".
+    """
+    try:
+        yield
+    except OSError as error:
+        if cache_lasts():  # otherwise this was said before
+            warn_not_kept(
+                (user_cache(), error.errno),
+                f"{what} cannot be kept in {folder}, so each start makes them again: {obstacle_of(error, folder)}",
+            )
+
+
+def warn_not_kept(key: Hashable, text: str) -> None:
+    """Warns that something cannot be kept, unless this process has warned with an equal key."""
+    if key not in _warned():
+        _warned().append(key)
+        log.warning(text)
+
+
+def is_all_kept() -> bool:
+    """Whether no warning said so far that something cannot be kept."""
+    return not _warned()
+
+
+@functools.cache
+def _warned() -> list[Hashable]:
+    return []

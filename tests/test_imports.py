@@ -35,6 +35,7 @@ ORDER = (
     "native",
     "progress",
     "user_cache",
+    "new_files",
 )
 COMPILERS = ("numba", "llvmlite")  # only the room `native` knows them
 

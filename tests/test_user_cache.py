@@ -1,11 +1,14 @@
 """Who may write to the cache folder: only this user. Its files are machine code behind pickles, and weights."""
 
+import errno
+import functools
 import os
 import shutil
 import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -49,15 +52,76 @@ def test_a_private_temporary_folder_stands_in_for_an_unusable_home(home, tmp_pat
         where.chmod(0o777)
     folder, error = cache_of_process(**environment)
     assert folder == str(temporary / f"lockstep-{os.getuid()}") and mode(folder) == 0o700, error
+    assert error.startswith(
+        f"{folder} takes the place of the cache folder, until the system clears it: {environment['HOME']}"
+    )
+    assert error.endswith(". LOCKSTEP_CACHE names another folder.\n") and error.count("\n") == 1, "said once"
 
 
 def test_a_folder_that_somebody_else_made_in_the_temporary_directory_is_not_used(tmp_path):
     planted = tmp_path / f"lockstep-{os.getuid()}"
     planted.mkdir()
     planted.chmod(0o777)
-    folder, _ = cache_of_process(HOME="/proc/nobody", TMPDIR=str(tmp_path))
+    folder, error = cache_of_process(HOME="/proc/nobody", TMPDIR=str(tmp_path))
     assert Path(folder).parent == tmp_path and folder != str(planted)
     assert not Path(folder).exists(), "one for that process only"
+    assert error.startswith("Compiled kernels and packed weights cannot be kept, so each start makes them again: ")
+    assert "/proc/nobody" in error and f"{planted}: other users can write here" in error
+    assert error.endswith("Set LOCKSTEP_CACHE to a folder that you can write.\n") and error.count("\n") == 1
+
+
+def unwritable(folder):
+    raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+
+def test_without_any_folder_there_is_one_warning_and_a_path_where_nothing_can_be_kept(monkeypatch, caplog):
+    monkeypatch.setattr(user_cache, "make_private", unwritable)
+    monkeypatch.setattr(user_cache, "temporary_folders", lambda: [])
+    monkeypatch.setattr(user_cache, "_warned", functools.cache(list))
+    found = user_cache.usual_folder.__wrapped__(None, "/home/somebody")
+    assert not found.lasts and not user_cache.is_all_kept()
+    with pytest.raises(NotADirectoryError):
+        found.path.mkdir()
+    [record] = caplog.records
+    assert "/home/somebody/.cache/lockstep: Permission denied. Set LOCKSTEP_CACHE" in record.message
+
+
+def test_pythons_last_choice_for_temporary_files_is_not_taken(monkeypatch, tmp_path):
+    monkeypatch.setattr(user_cache.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert user_cache.temporary_folders() == []
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert user_cache.temporary_folders() == [tmp_path]
+    monkeypatch.setattr(user_cache.tempfile, "gettempdir", functools.partial(open, "/nonexistent"))
+    assert user_cache.temporary_folders() == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_a_home_on_a_full_or_read_only_disk_is_still_read(code, monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr(user_cache.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    home = tmp_path / "home" / ".cache" / "lockstep"
+    monkeypatch.setattr(user_cache, "writing_error", lambda folder: OSError(code, "") if folder == home else None)
+    found = user_cache.usual_folder.__wrapped__(None, str(tmp_path / "home"))
+    elsewhere = tmp_path / "tmp" / f"lockstep-{os.getuid()}"
+    assert found == (elsewhere if code == errno.EACCES else home, True)
+
+
+def test_what_cannot_be_kept_is_said_once_for_each_reason(monkeypatch, caplog, tmp_path):
+    monkeypatch.setattr(user_cache, "_warned", functools.cache(list))
+    monkeypatch.setenv("LOCKSTEP_CACHE", str(tmp_path))
+    monkeypatch.setattr(user_cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_230_000))
+    for what in ("Hashes", "Kernels"):
+        with user_cache.keeping(what, tmp_path / "x" / "y"):
+            assert user_cache.is_all_kept() == (what == "Hashes")
+            raise OSError(errno.ENOSPC, "No space left on device")
+    with user_cache.keeping("Kernels", tmp_path):
+        raise OSError(errno.EROFS, "Read-only file system")
+    assert [record.message for record in caplog.records] == [
+        f"Hashes cannot be kept in {tmp_path}/x/y, so each start makes them again: No space left on device, 1.2 MB are "
+        "free. Free some space there, or set LOCKSTEP_CACHE to a folder elsewhere.",
+        f"Kernels cannot be kept in {tmp_path}, so each start makes them again: Read-only file system. Set "
+        "LOCKSTEP_CACHE to a folder that can be written.",
+    ]
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
@@ -76,7 +140,9 @@ def test_a_folder_named_by_the_user_that_others_can_write_to_is_an_error(tmp_pat
     _, error = cache_of_process(LOCKSTEP_CACHE=str(tmp_path))
     assert f"ValueError: LOCKSTEP_CACHE: {tmp_path.resolve()}: other users can write here" in error
     _, error = cache_of_process(LOCKSTEP_CACHE="/proc/nowhere")
-    assert "ValueError: LOCKSTEP_CACHE '/proc/nowhere': cannot be written" in error
+    assert "ValueError: LOCKSTEP_CACHE '/proc/nowhere': cannot be made (" in error
+    _, error = cache_of_process(LOCKSTEP_CACHE="~nobody of that name/x")
+    assert "ValueError: LOCKSTEP_CACHE '~nobody of that name/x': no such user" in error
 
 
 def test_a_shared_folder_is_not_to_be_closed_to_others(tmp_path):

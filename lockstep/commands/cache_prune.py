@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from lockstep.commands.cache import OTHER_FOLDERS, size
+from lockstep.new_files import SCRATCH_FOLDER, remove_leftovers
 from lockstep.user_cache import user_cache
 from lockstep.weights import packed_cache
 
@@ -74,6 +75,9 @@ def _prune(root, older_than, max_gb, model, everything) -> None:
         used = packed_cache.num_bytes(packed)
         allowed = packed_cache.allowed_bytes(root, used) if max_gb is None else int(min(max_gb, MOST_GB) * 1e9)
     packed_cache.prune(packed, allowed, may_go)
+    packed_cache.tidy(root / "kernels")
+    remove_leftovers(root / "hashes")
+    remove_leftovers(root, SCRATCH_FOLDER)
     days = 0 if everything else older_than
     if days is not None:
         for kind in OTHER_FOLDERS:

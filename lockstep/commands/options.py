@@ -140,25 +140,21 @@ def load(
     from lockstep.llm import LLM
     from lockstep.native.host import num_cores
     from lockstep.progress import Progress
+    from lockstep.user_cache import is_all_kept
 
     if (options.get("threads") or 0) > num_cores():
         print(f"lockstep: {options['threads']} threads on {num_cores()} cores only take turns", file=sys.stderr)
     compiled = itertools.count(1)
     options |= dict(max_context=max_context or needed_context, max_requests=max_requests)
-    with Progress(ending="; later starts use what was made now") as progress:
+    with Progress(ending="") as progress:
         reports = dict(progress=progress, on_compile=lambda _: progress("compiling", next(compiled)))
         llm = LLM(model, ops=parse_swaps(ops), **reports, **options)
         if wait_for_content:
             llm.content.wait(progress)
+        progress.ending = "; later starts use what was made now" if is_all_kept() else ""
     if (max_context or 0) > (positions := llm.model.config.max_positions):
         print(
             f"lockstep: --max-context {max_context} has the effect of {positions}: the model has no more positions",
-            file=sys.stderr,
-        )
-    if llm.num_bytes_not_kept:
-        print(
-            f"lockstep: {llm.num_bytes_not_kept / 1e6:,.0f} MB of packed weights were not kept, so the next start "
-            "packs them again: the cache is full or cannot be written (see lockstep cache)",
             file=sys.stderr,
         )
     return llm

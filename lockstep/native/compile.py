@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from lockstep.native.host import num_cores
 from lockstep.native.kernel import Kernel, OnCompile
-from lockstep.user_cache import VARIABLE, user_cache
+from lockstep.user_cache import VARIABLE, has_room, user_cache
 
 KERNELS_PER_HELPER = 4  # at least: a helper process takes a second to start
 MAX_HELPERS = 7
+KERNEL_BYTES = 200_000  # that a kernel takes on disk; most take less
 DONE = "\n"  # a helper's line after each kernel; a line with a name says that a compilation starts
 
 
@@ -31,11 +32,12 @@ def compile_kernels(
     """Makes sure that all kernels are compiled.
 
     on_compile: called, from any thread, with the name of each kernel whose compilation starts. num_processes: this one
-    included; by default one for each core.
+    included; by default one for each core, and this one alone where the cache folder, through which processes hand over
+    their kernels, has no room or cannot be written.
     """
     missing = list(dict.fromkeys(k for k in kernels if not k.is_cached))
     num_helpers = min((num_processes or num_cores()) - 1, len(missing) // KERNELS_PER_HELPER, MAX_HELPERS)
-    if num_helpers > 0:
+    if num_helpers > 0 and has_room(user_cache(), len(missing) * KERNEL_BYTES):
         _share(missing, num_helpers, on_compile)
     for kernel in missing:
         kernel.compile(on_compile)

@@ -24,8 +24,8 @@ from numba.core import caching
 from numba.core.ccallback import CFunc
 from numba.core.registry import cpu_target
 
-from lockstep.native.kernel_files import CheckedFiles
-from lockstep.user_cache import cache_subfolder
+from lockstep.native.kernel_files import KERNELS, CheckedFiles
+from lockstep.user_cache import cache_subfolder, keeping, user_cache
 
 config: Any = numba_config  # its attributes are made when it is imported
 OnCompile = Callable[[str], object]
@@ -35,6 +35,8 @@ STRICT: dict[str, Any] = dict(error_model="numpy", fastmath=False, boundscheck=F
 
 IMPORTS = re.compile(rf"^\s*from ({PACKAGE.name}[.\w]*) import (\([^)]*\)|.*)", re.MULTILINE)
 SEPARATE: dict[str, Any] = dict(no_cpython_wrapper=True, no_cfunc_wrapper=True, **STRICT)
+# Rooms that say where files are kept: no machine code depends on them.
+APART = frozenset({"lockstep.user_cache", "lockstep.new_files"})
 INLINED: dict[str, Any] = dict(forceinline=True, **SEPARATE)
 
 
@@ -59,7 +61,8 @@ def _source_and_imports(module: str) -> tuple[pathlib.Path | None, frozenset[str
         path = pathlib.Path(loaded)
     names = set()
     for package, imported in IMPORTS.findall(path.read_text()):  # a word too many only makes the hash depend on more
-        names |= {package, *(f"{package}.{name}" for name in re.findall(r"\w+", imported))}
+        if package not in APART:
+            names |= {package, *(f"{package}.{name}" for name in re.findall(r"\w+", imported))}
     return path, frozenset(names)
 
 
@@ -87,8 +90,9 @@ def fingerprint(module: str) -> str:
 @functools.cache
 def kernel_cache(module: str) -> pathlib.Path:
     """The folder of a module's compiled kernels, named by the module's `fingerprint`."""
-    folder = cache_subfolder("kernels", fingerprint(module))
-    with contextlib.suppress(OSError):
+    folder = user_cache() / "kernels" / fingerprint(module)
+    with contextlib.suppress(OSError):  # where nothing can be written, kernels are compiled and not kept
+        folder = cache_subfolder("kernels", folder.name)
         os.utime(folder)  # `lockstep cache prune` removes the folders that have not been used for long
     return folder
 
@@ -101,6 +105,9 @@ class ContentLocator(caching._CacheLocator):  # noqa: SLF001 Numba has no other 
 
     def get_cache_path(self):
         return self._folder
+
+    def ensure_cache_path(self):
+        """Does nothing: saving says whether the folder can be written."""
 
     def get_source_stamp(self):
         return "the folder is named by the content of all sources"
@@ -194,8 +201,15 @@ class Kernel:
             options = {k: v for k, v in STRICT.items() if k != "nogil"}
             with cached_by_content():
                 self._compiled = numba.cfunc(SIGNATURE, cache=True, **options)(self.function)
-            self._mark.touch()
+            self._set_mark(self._compiled)
         return self._compiled
+
+    def _set_mark(self, compiled: Any) -> None:
+        """Marks the kernel as compiled, if its machine code is on disk."""
+        files: CheckedFiles = compiled._cache._cache_file  # noqa: SLF001 Numba has no other name for it
+        if files.is_kept and not os.path.exists(self._mark):
+            with keeping(KERNELS, self._mark.parent):
+                self._mark.touch()
 
     @property
     def path(self) -> str:
@@ -205,7 +219,7 @@ class Kernel:
     @property
     def is_cached(self) -> bool:
         """Whether machine code is loaded or, as its mark says, on disk."""
-        return self._compiled is not None or self._mark.exists()
+        return self._compiled is not None or os.path.exists(self._mark)
 
     @property
     def _mark(self) -> pathlib.Path:

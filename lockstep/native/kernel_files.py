@@ -8,15 +8,29 @@ import contextlib
 import hashlib
 import os
 import pickle
+from pathlib import Path
 
 from numba.core.caching import IndexDataCacheFile
 
+from lockstep.new_files import new_file
+from lockstep.user_cache import keeping
+
+KERNELS = "Compiled kernels (about 20 MB for a model)"
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class CheckedFiles(IndexDataCacheFile):
     """A function's index and data files: pickles, each followed by a digest of its content, its name and its folder's
-    name (which is a hash of all that the code is made from)."""
+    name (which is a hash of all that the code is made from). is_kept: whether all that was saved is on disk."""
+
+    is_kept = True
+
+    def save(self, key, data):
+        """Saves an entry. If it cannot be kept, there is a warning, and `is_kept` is False."""
+        self.is_kept = False
+        with keeping(KERNELS, Path(self._cache_path)):
+            super().save(key, data)
+            self.is_kept = True
 
     def load(self, key):
         """The entry of a key; None if there is none or a file is damaged."""
@@ -38,7 +52,7 @@ class CheckedFiles(IndexDataCacheFile):
 
     def _save_data(self, name, data):
         pickled = self._dump(data)
-        with self._open_for_write(self._data_path(name)) as file:
+        with new_file(Path(self._data_path(name))) as file:
             file.write(pickled + self._digest(name, pickled))
 
     def _load_data(self, name):

@@ -3,10 +3,8 @@ model."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lockstep.new_files import USUAL_FILE, new_file
 from lockstep.ops.rounded.grids import GRID_WORDS, HIGH, INVERSE, LOW, SCALE, ZERO_POINT
 from lockstep.ptq.observers import Stat
 from lockstep.ptq.plan import Plan
@@ -117,14 +116,8 @@ class Solved:
 
     def save(self, path: Path) -> None:
         """Writes a file, whole or not at all. OSError names the path, if the disk is full."""
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            beside.write_text(self.to_json(), "utf-8")
-            os.replace(beside, path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                beside.unlink()
-            raise OSError(error.errno, error.strerror, str(path)) from None
+        with new_file(path, USUAL_FILE) as file:
+            file.write(self.to_json().encode())
 
     @staticmethod
     def load(path: Path) -> Solved:

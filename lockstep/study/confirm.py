@@ -58,7 +58,7 @@ def confirm_study(
             record.update(in_integers.record(confirmation.setup(record["id"]), record["metrics"]))
             on_step("in the other arithmetic", f"plan {done} of {len(made)}", done, len(made))
         content = b"".join(map(line_of, made))
-        save(folder / CONFIRM, lambda beside: beside.write_bytes(content))
+        save(folder / CONFIRM, content)
     return made
 
 

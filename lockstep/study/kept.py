@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from lockstep.new_files import USUAL_FILE, new_file
 from lockstep.ptq.observers import Stat
-from lockstep.study.records import CALIBRATION, IDS, ROUNDS, Lines, going_on, save, save_text
+from lockstep.study.records import CALIBRATION, IDS, ROUNDS, Lines, going_on, save_text
 from lockstep.study.rounds import ANEW, FLOAT_NAME
 from lockstep.study.scoring.calibrate import COUNTED
 from lockstep.study.trials import Study
@@ -65,12 +66,8 @@ def _ids_of_rounds(folder: Path, ids: list[str]) -> list[str]:
 
 def save_stats(path: Path, stats: Mapping[str, Stat]) -> None:
     """Writes the statistics of calibration, whole or not at all. OSError, with the path."""
-    save(path, lambda beside: _write_stats(beside, stats))
-
-
-def _write_stats(path: Path, stats: Mapping[str, Stat]) -> None:
     arrays = {f"{name}/{field}": getattr(stat, field) for name, stat in stats.items() for field in COUNTED}
-    with open(path, "wb") as file:
+    with new_file(path, USUAL_FILE) as file:
         np.savez_compressed(file, **arrays)
 
 

@@ -8,9 +8,11 @@ import io
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from lockstep.new_files import USUAL_FILE, new_file, remove_leftovers
 
 # the files in a study's folder
 RECIPE, STUDY, TRIALS, ROUNDS = "recipe.toml", "study.json", "trials.jsonl", "rounds.jsonl"
@@ -120,21 +122,15 @@ class Replayed:
             )
 
 
-def save(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file, whole or not at all: `write` is given a path beside it. OSError, with the path."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from None
+def save(path: Path, content: bytes) -> None:
+    """Writes a file, whole or not at all. OSError, with the path."""
+    with new_file(path, USUAL_FILE) as file:
+        file.write(content)
 
 
 def save_text(path: Path, text: str) -> None:
     """Writes a text file, whole or not at all. OSError, with the path."""
-    save(path, lambda beside: beside.write_text(text, "utf-8"))
+    save(path, text.encode())
 
 
 @contextlib.contextmanager
@@ -145,4 +141,5 @@ def held(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{folder}: another run is at work in this folder") from None
+        remove_leftovers(folder)
         yield

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -19,8 +18,9 @@ from concurrent.futures import Future
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
+from lockstep.new_files import new_file
 from lockstep.progress import OnProgress
-from lockstep.user_cache import cache_subfolder
+from lockstep.user_cache import cache_subfolder, keeping, user_cache
 
 PIECE = 4 << 20  # bytes that are read at once
 # A second write within one tick of the file system's clock keeps a file's times; so younger files are not remembered.
@@ -113,24 +113,22 @@ def check_unchanged(path: Path, stamped: Stamp) -> None:
 
 
 def _remembered(stamped: Stamp) -> str | None:
+    digest = ""
     with contextlib.suppress(OSError, UnicodeDecodeError):
         entry = cache_subfolder("hashes") / stamped.name
         digest = entry.read_text("ascii")
-        os.utime(entry)  # marks it as used, for `lockstep cache prune --older-than`
-        return digest if DIGEST.fullmatch(digest) else None
-    return None
+        os.utime(entry)  # marks it as used, for `lockstep cache prune --older-than`; fails where nothing can be written
+    return digest if DIGEST.fullmatch(digest) else None
 
 
 def remember(stamped: Stamp, digest: str) -> None:
     """Keeps a digest for later runs, if the file is older than SETTLED_NS."""
     if time.time_ns() - stamped.ctime_ns < SETTLED_NS:
         return
-    with contextlib.suppress(OSError):
+    with keeping("The hashes of weight files (a few kB)", user_cache() / "hashes"):
         folder = cache_subfolder("hashes")
-        handle, beside = tempfile.mkstemp(dir=folder, prefix=".")
-        with os.fdopen(handle, "w") as file:
-            file.write(digest)
-        os.replace(beside, folder / stamped.name)
+        with new_file(folder / stamped.name) as file:
+            file.write(digest.encode())
         _forget_oldest(folder)
 
 

@@ -4,13 +4,13 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lockstep.weights.packed_file import MAKING
+from lockstep.new_files import new_file, remove_leftovers
+from lockstep.user_cache import VARIABLE, free_bytes
 
 LIMIT_VARIABLE = "LOCKSTEP_CACHE_GB"
 MOST_BYTES = 64_000_000_000
@@ -19,7 +19,6 @@ DAY_SECONDS = 86400
 ABOUT = "about.json"
 HIDDEN = "."
 REMOVED = ".removed-"  # prefix of folders that are being removed
-FORGOTTEN_SECONDS = 3600  # a file that is still unfinished after this time was left by a killed process
 PROVISIONAL = "provisional-"  # prefix of folders of models whose content hash is not known yet
 
 
@@ -71,14 +70,8 @@ def read_about(folder: Path) -> dict:
 
 def write_about(folder: Path, about: dict) -> None:
     """Writes what a folder was packed from, which also marks it as used now."""
-    handle, beside = tempfile.mkstemp(dir=folder, prefix=MAKING)
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(about, file)
-        os.replace(beside, folder / ABOUT)
-    except OSError:
-        os.unlink(beside)
-        raise
+    with new_file(folder / ABOUT) as file:
+        file.write(json.dumps(about).encode())
 
 
 def num_bytes(folder: Path) -> int:
@@ -98,7 +91,7 @@ def allowed_bytes(root: Path, used: int) -> int:
     """
     setting = os.environ.get(LIMIT_VARIABLE)
     if not setting:
-        return min(MOST_BYTES, int(SHARE_OF_FREE * (shutil.disk_usage(root).free + used)))
+        return min(MOST_BYTES, int(SHARE_OF_FREE * ((free_bytes(root) or 0) + used)))
     try:
         gigabytes = float(setting)
     except ValueError:
@@ -106,6 +99,16 @@ def allowed_bytes(root: Path, used: int) -> int:
     if not 0 <= gigabytes < 1e9:
         raise ValueError(f"{LIMIT_VARIABLE}: expected a number of gigabytes from 0, got {setting!r:.80}")
     return int(gigabytes * 1e9)
+
+
+def limit_words(root: Path, allowed: int) -> str:
+    """In words: how many bytes packed weights may take in a folder, and what allows more."""
+    setting, free = os.environ.get(LIMIT_VARIABLE), free_bytes(root) or 0
+    limit = f"{LIMIT_VARIABLE}={setting:.20} allows" if setting else "they may take"
+    is_share = not setting and allowed < MOST_BYTES
+    share = f", {SHARE_OF_FREE:.0%} of the room on this disk, where {free / 1e6:,.0f} MB are free" if is_share else ""
+    advice = f"Set {LIMIT_VARIABLE} to more gigabytes, or {VARIABLE} to a folder elsewhere."
+    return f"{limit} {allowed / 1e6:,.0f} MB{share}. {advice}"
 
 
 def remove(folder: Path) -> None:
@@ -119,15 +122,14 @@ def remove(folder: Path) -> None:
         shutil.rmtree(gone, ignore_errors=True)
 
 
-def remove_leftovers(root: Path) -> None:
+def tidy(root: Path) -> None:
     """Removes what killed processes left: half-removed folders and unfinished files."""
     with contextlib.suppress(OSError):
         for entry in os.scandir(root):
             if entry.name.startswith(REMOVED):
                 shutil.rmtree(entry.path, ignore_errors=True)
-        for path in root.glob(f"*/{MAKING}*"):
-            if time.time() - path.stat().st_mtime > FORGOTTEN_SECONDS:
-                path.unlink()
+            elif entry.is_dir(follow_symlinks=False):
+                remove_leftovers(Path(entry.path))
 
 
 def prune(root: Path, max_bytes: int, may_go: Callable[[PackedModel], bool] = lambda model: True) -> int:
@@ -135,7 +137,7 @@ def prune(root: Path, max_bytes: int, may_go: Callable[[PackedModel], bool] = la
 
     may_go: whether a model may be removed.
     """
-    remove_leftovers(root)
+    tidy(root)
     packed = models(root)
     used = sum(model.num_bytes for model in packed)
     for model in packed:

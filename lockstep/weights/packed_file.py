@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Sequence
 from io import BufferedReader
 from pathlib import Path
@@ -19,11 +18,11 @@ from typing import BinaryIO
 
 import numpy as np
 
+from lockstep.new_files import new_file
 from lockstep.runtime.executor import aligned
 from lockstep.weights.leased_map import LeasedMaps
 
 MAGIC = b"lockstep packed1"
-MAKING = ".making-"  # prefix of unfinished files
 PAGE = 4096
 DIGEST_BYTES = hashlib.sha256().digest_size
 CHECKED_SINCE_S = 1 << 29  # marks are times from 1987 to 2004, which files written today never have
@@ -39,16 +38,10 @@ def write(path: Path, what: str, arrays: Sequence[np.ndarray]) -> None:
 
     what: names the weight and everything that its arrays were made from. Raises OSError if the file cannot be written.
     """
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=MAKING)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            digest = _write(file, what, arrays)
-        _mark_checked(beside, digest)
-        os.replace(beside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
-        raise
+    with new_file(path) as file:
+        digest = _write(file, what, arrays)
+        file.flush()
+        _mark_checked(file.fileno(), digest)
 
 
 def _write(file: BinaryIO, what: str, arrays: Sequence[np.ndarray]) -> bytes:
@@ -128,7 +121,7 @@ def check(path: Path, arrays: Sequence[np.ndarray], expected: str) -> None:
         _mark_checked(path, digest.digest())
 
 
-def _mark_checked(path: Path | str, digest: bytes) -> None:
+def _mark_checked(path: Path | int, digest: bytes) -> None:
     when = _checked_time_ns(digest)
     os.utime(path, ns=(when, when))
 

@@ -1,6 +1,7 @@
 """Packed weights: made once for all executors of a model, and kept on disk under the checkpoint's content hash."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import os
@@ -15,7 +16,15 @@ from lockstep.progress import OnProgress
 from lockstep.runtime.backend import Layout
 from lockstep.runtime.executor import ALIGNMENT, aligned
 from lockstep.runtime.program import Weight
-from lockstep.user_cache import cache_subfolder, make_private, user_cache
+from lockstep.user_cache import (
+    cache_lasts,
+    cache_subfolder,
+    free_bytes,
+    make_private,
+    obstacle_of,
+    user_cache,
+    warn_not_kept,
+)
 from lockstep.weights import packed_cache, packed_file
 from lockstep.weights.checkpoint import Checkpoint
 from lockstep.weights.leased_map import LeasedMaps
@@ -47,6 +56,9 @@ class WeightStore:
         """The arrays of a weight in a layout, made anew."""
         return tuple(_line_aligned(a) for a in layout.make(weight))
 
+    def warn_not_kept(self) -> None:
+        """Warns, once all arrays were made, about those that could not be kept. This store keeps none and says none."""
+
 
 def _line_aligned(array):
     """The array, aligned to a cache line. Read-only arrays are mapped files and stay where they lie."""
@@ -63,16 +75,17 @@ class PackedStore(WeightStore):
     progress: called with ("packing", bytes done, None) as weights are packed, and with ("reading", bytes done, bytes in
     all) while the store waits for the content hash. Until the hash is known, weights are kept under the checkpoint's
     provisional name. If the folder cannot be written or the disk is full, weights are packed again by the next process:
-    num_bytes_not_kept counts their bytes.
+    num_bytes_not_kept counts their bytes, and `warn_not_kept` says so.
     """
 
     def __init__(self, checkpoint: Checkpoint, progress: OnProgress | None = None):
         super().__init__()
         self.checkpoint, self._progress, self._done = checkpoint, progress, 0
         self._root, self._lock, self._maps = _packed_folder(), threading.Lock(), LeasedMaps()
-        self._suffix, self.num_bytes_not_kept = f"{packing_version()}-{target_name()}", 0
+        self._suffix, self.num_bytes_not_kept, self._obstacle = f"{packing_version()}-{target_name()}", 0, ""
         self._used: int | None = None  # bytes of all packed models; None until they are counted
         self.folder = self._root / f"{packed_cache.PROVISIONAL}{checkpoint.provisional_name}-{self._suffix}"
+        packed_cache.tidy(self._root)
         if checkpoint.verify or (checkpoint.content.known is None and self._is_like_a_packed_one()):
             checkpoint.content.wait(progress)
         checkpoint.content.when_known(self._adopt)
@@ -110,12 +123,37 @@ class PackedStore(WeightStore):
 
     def _keep(self, what: str, arrays: tuple[np.ndarray, ...]) -> None:
         size = packed_file.num_bytes(arrays)
-        with self._lock, contextlib.suppress(OSError):
-            self._open_folder()
-            if self._has_room(size) and self._is_unchanged():
-                packed_file.write(self.folder / file_name(what), what, arrays)
-                return
-        self.num_bytes_not_kept += size
+        with self._lock:
+            try:
+                if not (obstacle := self._prepare(size)):
+                    packed_file.write(self.folder / file_name(what), what, arrays)
+            except OSError as error:
+                obstacle = obstacle_of(error, self._root)
+        if obstacle:
+            self.num_bytes_not_kept += size
+            self._obstacle = obstacle
+
+    def _prepare(self, size: int) -> str:
+        """Makes the folder, and room for `size` bytes; returns in words why they cannot be kept, or "". OSError if the
+        folder cannot be made."""
+        if not cache_lasts() or not self._is_unchanged():  # of both there is a message of its own
+            return "it will not be found again"
+        self._open_folder()
+        if not self._has_room(size):
+            return packed_cache.limit_words(self._root, packed_cache.allowed_bytes(self._root, self._used or 0))
+        if (free := free_bytes(self._root)) is not None and free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return ""
+
+    def warn_not_kept(self) -> None:
+        if not self.num_bytes_not_kept or not cache_lasts():
+            return
+        total = self.num_bytes_not_kept + packed_cache.num_bytes(self.folder)
+        warn_not_kept(
+            (self._root, self.checkpoint.path),
+            f"{self.num_bytes_not_kept / 1e6:,.0f} of {total / 1e6:,.0f} MB of packed weights cannot be kept in "
+            f"{self._root}, so the next start packs them again: {self._obstacle}",
+        )
 
     def _open_folder(self) -> None:
         make_private(self.folder)
@@ -130,7 +168,6 @@ class PackedStore(WeightStore):
     def _has_room(self, size: int) -> bool:
         """Whether `size` more bytes may be kept; makes room by removing the least recently used models."""
         if self._used is None:
-            packed_cache.remove_leftovers(self._root)
             self._used = sum(model.num_bytes for model in packed_cache.models(self._root))
         allowed = packed_cache.allowed_bytes(self._root, self._used)
         if self._used + size > allowed:

@@ -6,6 +6,7 @@ import os
 import pytest
 
 from lockstep.cli import main
+from lockstep.new_files import new_file
 from lockstep.weights import packed_cache
 
 
@@ -75,16 +76,19 @@ def test_names_of_models_are_no_markup_and_move_no_terminal(cache, capsys):
 
 
 def test_what_killed_processes_left_behind_is_not_listed_and_goes(cache, capsys):
-    removed, making = cache / "packed" / ".removed-1-old", cache / "packed" / "new" / ".making-x"
-    removed.mkdir()
-    for path in (removed / "w.packed", making):
+    removed, name = cache / "packed" / ".removed-1-old", ".making-0123456789abcdef"
+    left = [cache / "packed" / "new" / name, cache / "kernels" / "x" / name, cache / "hashes" / name]
+    scratch = cache / "lockstep-scratch-0123456789abcdef"
+    for folder in (removed, scratch):
+        folder.mkdir()
+    for path in (removed / "w.packed", scratch / "taken", *left):
         path.write_bytes(bytes(1000))
     assert models(capsys) == ["new", "newer", "old"]
-    assert main(["cache", "prune"]) == 0
-    assert not removed.exists() and making.exists(), "somebody may be at work on it"
-    os.utime(making, (1, 1))
-    assert main(["cache", "prune"]) == 0
-    assert not making.exists()
+    with new_file(cache / "packed" / "new" / "other.packed") as file:
+        file.write(b"whole")
+        assert main(["cache", "prune"]) == 0
+    assert not any(path.exists() for path in (removed, scratch, *left))
+    assert (cache / "packed" / "new" / "other.packed").read_bytes() == b"whole", "a process was at work on it"
 
 
 @pytest.mark.parametrize("size", ["inf", "1e300"])

@@ -1,5 +1,7 @@
 """Files of compiled code that were damaged are compiled again: no error, and no damaged code runs."""
 
+import errno
+import functools
 import importlib
 import os
 import subprocess
@@ -7,6 +9,7 @@ import sys
 
 import pytest
 
+from lockstep import user_cache
 from lockstep.native import kernel
 from lockstep.native.kernel_files import CheckedFiles
 
@@ -82,6 +85,34 @@ def test_a_damaged_kernel_is_compiled_again(tmp_path):
             damage(tmp_path, (".nbi", ".nbc"), damage_name)
         done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_kernel_that_cannot_be_kept_is_compiled_at_each_start_and_said_once(tmp_path):
+    path = os.pathsep.join(p for p in sys.path if p)
+    (tmp_path / "kernels").write_text("a file where the folder of kernels would be")
+    environment = {**os.environ, "LOCKSTEP_CACHE": str(tmp_path), "PYTHONPATH": path}
+    code = COMPILED + "print(BACKENDS['cpu']['add'].kernel._mark.exists())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and done.stdout == "False\n", done.stderr[-2000:]
+    assert done.stderr.startswith("Compiled kernels (about 20 MB for a model) cannot be kept in ")
+    assert "Not a directory. Set LOCKSTEP_CACHE" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_an_entry_that_finds_no_room_is_no_error_and_can_be_saved_later(tmp_path, monkeypatch):
+    monkeypatch.setattr(user_cache, "_warned", functools.cache(list))
+    files = saved(tmp_path, one=1)
+    with monkeypatch.context() as full:
+        full.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        files.save("two", 2)
+        assert not files.is_kept and not user_cache.is_all_kept()
+    assert files.load("one") == 1 and files.load("two") is None
+    files.save("two", 2)
+    assert files.is_kept and files.load("two") == 2 and len(os.listdir(tmp_path)) == 3
+
+
+def test_where_files_are_kept_compiles_nothing_again():
+    sources = {path.name for path in kernel.imported_sources("lockstep.native.kernel")}
+    assert "kernel_files.py" in sources and not {"user_cache.py", "new_files.py"} & sources
 
 
 def test_kernels_of_a_script_depend_on_what_it_imports(tmp_path, monkeypatch):

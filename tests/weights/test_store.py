@@ -4,16 +4,18 @@ import json
 import os
 import threading
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from lockstep import user_cache
 from lockstep.formats import F32
 from lockstep.formats.pack import pack
 from lockstep.models.checkpoint import open_checkpoint
 from lockstep.runtime.backend import Layout
 from lockstep.runtime.program import Weight
-from lockstep.weights import content, packed_cache, packed_file
+from lockstep.weights import content, packed_cache, packed_file, store
 from lockstep.weights.leased_map import LeasedMaps
 from lockstep.weights.packed_file import Damaged
 from lockstep.weights.store import PackedStore
@@ -284,6 +286,63 @@ def test_the_model_used_longest_ago_makes_room(tmp_path, cache, monkeypatch):
     made = PackedStore(checkpoint := open_checkpoint(model(tmp_path / "d", OTHER)))
     made.arrays(weight_of(checkpoint), LAYOUT)
     assert made.num_bytes_not_kept and not list(cache.rglob("*.packed"))
+
+
+def not_kept(folder, caplog):
+    """The bytes of a model's packed weight that were not kept, and what is said of them."""
+    checkpoint = open_checkpoint(folder)
+    made = PackedStore(checkpoint)
+    made.arrays(weight_of(checkpoint), LAYOUT)
+    caplog.clear()
+    made.warn_not_kept()
+    return made.num_bytes_not_kept, [record.message for record in caplog.records]
+
+
+def test_what_finds_no_room_is_named_with_its_folder_its_size_and_what_helps(tmp_path, cache, monkeypatch, caplog):
+    monkeypatch.setenv("LOCKSTEP_CACHE_GB", "1")
+    monkeypatch.setattr(user_cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    size, [said] = not_kept(model(tmp_path / "a"), caplog)
+    where = f"0 of 0 MB of packed weights cannot be kept in {cache}/packed, so the next start packs them again: "
+    assert size and said == where + (
+        "No space left on device, 0.0 MB are free. Free some space there, or set LOCKSTEP_CACHE to a folder elsewhere."
+    )
+    monkeypatch.delenv("LOCKSTEP_CACHE_GB")
+    assert not_kept(tmp_path / "a", caplog)[1] == [], "said before"
+    assert not list(cache.rglob("*.packed"))
+
+
+@pytest.mark.parametrize(
+    "gigabytes, said",
+    [
+        ("", "they may take 0 MB, 20% of the room on this disk, where 0 MB are free."),
+        ("0", "LOCKSTEP_CACHE_GB=0 allows 0 MB."),
+    ],
+)
+def test_the_limit_of_packed_weights_is_named(gigabytes, said, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("LOCKSTEP_CACHE_GB", gigabytes)
+    monkeypatch.setattr(user_cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    size, [text] = not_kept(model(tmp_path / "a"), caplog)
+    assert size and f"{said} Set LOCKSTEP_CACHE_GB to more gigabytes, or LOCKSTEP_CACHE to a folder elsewhere." in text
+
+
+def test_weights_that_were_kept_are_no_matter(tmp_path, caplog):
+    assert not_kept(model(tmp_path / "a"), caplog) == (0, [])
+
+
+def test_nothing_is_packed_into_a_folder_that_does_not_last(tmp_path, cache, monkeypatch, caplog):
+    monkeypatch.setattr(store, "cache_lasts", lambda: False)
+    size, said = not_kept(model(tmp_path / "a"), caplog)
+    assert size and not said and not list(cache.rglob("*.packed"))
+
+
+def test_what_a_killed_process_left_goes_at_the_next_start(tmp_path, cache):
+    packing = Packing()
+    packing.arrays(model(tmp_path / "a"))
+    [kept] = packed_cache.models(cache / "packed")
+    left = kept.folder / ".making-0123456789abcdef"
+    left.write_bytes(bytes(1000))
+    packing.arrays(tmp_path / "a")
+    assert packing.count == 1 and not left.exists()
 
 
 def test_pruning_breaks_no_running_process(tmp_path, cache):

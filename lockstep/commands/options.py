@@ -12,7 +12,8 @@ ModelName = Annotated[
     typer.Argument(
         metavar="[MODEL]",
         show_default=False,
-        help="A Hugging Face folder, a .gguf file or a hub name like org/model. Default: the bundled model.",
+        help="A Hugging Face folder, a .gguf file, a hub name like org/model or org/model:Q8_0, ollama:NAME or "
+        "lmstudio:PUBLISHER/NAME. Default: the bundled model.",
     ),
 ]
 Weights = Annotated[

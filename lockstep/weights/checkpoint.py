@@ -9,6 +9,7 @@ from pathlib import Path
 from lockstep.weights import safetensors
 from lockstep.weights.content import ContentHash, Stamp, check_unchanged, content_hash, stamp
 from lockstep.weights.gguf.architecture import Architectures
+from lockstep.weights.gguf.file import is_gguf
 from lockstep.weights.gguf.model import open_gguf
 from lockstep.weights.mapped import descriptor_of, read_json_object
 from lockstep.weights.tensor import TensorFile, TensorMap, merge
@@ -69,7 +70,7 @@ def open_checkpoint(path: str | Path, architectures: Architectures, *, verify: b
     Raises ValueError that names the file (and the tensor, if a tensor is wrong), what was expected and what was found.
     """
     path = Path(path)
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         return _open_gguf(path, architectures, verify)
     if path.suffix == ".safetensors":
         return _open_safetensors(path, path.parent, [safetensors.open_file(path)], verify)

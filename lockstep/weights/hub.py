@@ -1,26 +1,47 @@
-"""Finding a model: the bundled one, a local folder or file, or a download from the Hugging Face hub."""
+"""Finding a model by its name: the bundled one, a local folder or file, one of Ollama's or LM Studio's, or a download
+from the Hugging Face hub."""
 
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote
 
-# A name such as org/model, org/model:file.gguf or org/model@revision.
+from lockstep.weights.gguf.file import is_gguf
+from lockstep.weights.sources import hub_cache, lm_studio, ollama, quants
+from lockstep.weights.sources.found import files_below
+from lockstep.weights.sources.near import near_names, near_paths
+
+# A name such as org/model, org/model:Q8_0, org/model:file.gguf or org/model@revision.
 HUB_NAME = re.compile(
-    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<file>[\w./-]+\.gguf))?(?:@(?P<revision>[\w./-]+))?"
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
+    r"(?::(?:(?P<file>[\w./+-]+\.gguf)|(?P<quant>[A-Za-z0-9][\w-]*)))?(?:@(?P<revision>[\w./-]+))?"
 )
-SPLIT_FILE = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
-MAX_PARTS = 1000
+HUB_ADDRESS = re.compile(r"(?:https?://)?(?:hf\.co|(?:www\.)?huggingface\.co)/(?P<page>[^?#]*)[?#]?.*", re.IGNORECASE)
+# the address of a repository, of its files at a revision, or of one of them
+HUB_PAGE = re.compile(r"(?P<repo>[^/]+/[^/]+)(?:/(?:tree|blob|resolve)/(?P<revision>[^/]+)(?:/(?P<file>.+\.gguf))?)?/?")
 WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 # Subfolders hold other forms of the same weights, consolidated files a vendor's own form.
 UNWANTED = ("*/*", "consolidated*")
 WANTED_OF_SUBFOLDERS = ("additional_chat_templates/*.jinja", "1_Pooling/config.json")
 
 
-def resolve_model(name: str | None) -> Path:
-    """The folder or .gguf file that `name` means: None is the bundled model, otherwise a path or a hub name.
+class HubName(NamedTuple):
+    """A model on the hub. file, quant: of one GGUF file among several; at most one of the two is given."""
 
-    A hub name (org/model, org/model:file.gguf, org/model@revision) is downloaded, with progress, into the
-    hub's own cache. Raises ValueError that says in one sentence what was tried.
+    repo: str
+    file: str | None = None
+    quant: str | None = None
+    revision: str | None = None
+
+
+def resolve_model(name: str | None) -> Path:
+    """The folder or GGUF file that `name` means: None is the bundled model, otherwise it is a path, a hub name,
+    "ollama:NAME[:TAG]" or "lmstudio:PUBLISHER/REPOSITORY[:QUANT]".
+
+    A hub name (org/model, org/model:QUANT, org/model:file.gguf, org/model@revision, also with hf.co/ or as the address
+    of a page) is downloaded, with progress, into the hub's own cache. Raises ValueError that says in one sentence what
+    was tried.
     """
     if name is None:
         return _bundled_folder()
@@ -28,15 +49,36 @@ def resolve_model(name: str | None) -> Path:
     if name and os.path.isdir(path):
         return path
     if os.path.isfile(path):
-        if path.suffix in (".gguf", ".safetensors"):
+        if path.suffix == ".safetensors" or is_gguf(path):
             return path
         raise ValueError(f"{name}: expected a model folder, a .gguf or a .safetensors file")
+    for source in (ollama, lm_studio):
+        if name.startswith(source.PREFIX):
+            return source.resolve(name)
     if path.is_absolute() or name.startswith(".") or (path.suffix in (".gguf", ".safetensors") and ":" not in name):
-        raise ValueError(f"{name}: no such folder or file")
-    hub_name = HUB_NAME.fullmatch(name)
-    if hub_name is None or ".." in name:
-        raise ValueError(f"{name}: no such folder or file, and not a hub name like org/model or org/model:file.gguf")
-    return _download(name, hub_name["repo"], hub_name["file"], hub_name["revision"])
+        raise ValueError(f"{name}: no such folder or file{_near(near_paths(path))}")
+    hub_name = parse_hub_name(name)
+    if hub_name is None:
+        like = near_paths(path) + near_names(name)
+        raise ValueError(
+            f"{name}: no such folder or file, and not a hub name like org/model or org/model:Q8_0{_near(like)}"
+        )
+    return _download(name, hub_name)
+
+
+def parse_hub_name(name: str) -> HubName | None:
+    """The parts of a hub name, or of the address of a page of the hub; None for another text."""
+    if address := HUB_ADDRESS.fullmatch(name):
+        name = address["page"].strip("/")
+        if page := HUB_PAGE.fullmatch(name):
+            repo, revision, file = (unquote(part) if part else "" for part in page.group("repo", "revision", "file"))
+            name = repo + (f":{file}" if file else "") + (f"@{revision}" if revision else "")
+    found = HUB_NAME.fullmatch(name)
+    return HubName(**found.groupdict()) if found and ".." not in name else None
+
+
+def _near(names: list[str]) -> str:
+    return f"; did you mean {' or '.join(names)}?" if names else ""
 
 
 def _bundled_folder() -> Path:
@@ -46,40 +88,54 @@ def _bundled_folder() -> Path:
     return folder
 
 
-def _download(name: str, repo: str, file: str | None, revision: str | None) -> Path:
+def _download(name: str, wanted: HubName) -> Path:
+    repo, file, quant, revision = wanted
     if file is not None:
-        parts = _parts(file)
-        path = _ask_hub(name, repo, revision, parts, []) / parts[0]
-        if not path.is_file():
-            raise ValueError(f"{name}: the hub repository {repo} has no file {parts[0]}")
-        return path
+        return _gguf_file(name, repo, file, revision)
+    if quant is not None:
+        return _gguf_of_quant(name, wanted)
     folder = _ask_hub(name, repo, revision, list(WANTED), list(UNWANTED))
     if not any(folder.glob("*.safetensors")):
-        raise ValueError(f"{name}: the hub repository has no .safetensors file{_gguf_hint(repo, revision)}")
+        # a repository of one GGUF file, or of several of which one is usually meant
+        return _gguf_of_quant(name, wanted._replace(revision=revision and folder.name))
     # The folder is named after its commit, so that the files of subfolders are taken from the same commit.
     _ask_hub(name, repo, folder.name, list(WANTED_OF_SUBFOLDERS), [])
     return folder
 
 
-def _parts(file: str) -> list[str]:
-    """The names of all parts of a split GGUF file, in order; of another file its own name."""
-    split = SPLIT_FILE.fullmatch(file)
-    if split is None:
-        return [file]
-    num_parts = int(split[2])
-    if not 0 < num_parts <= MAX_PARTS:
-        raise ValueError(f"{file}: expected 1 to {MAX_PARTS} parts")
-    return [f"{split[1]}-{number:05d}-of-{num_parts:05d}.gguf" for number in range(1, num_parts + 1)]
+def _gguf_file(name: str, repo: str, file: str, revision: str | None) -> Path:
+    """A GGUF file of a repository, with all of its parts."""
+    parts = quants.parts_of(file)
+    path = _ask_hub(name, repo, revision, parts, []) / parts[0]
+    if not path.is_file():
+        raise ValueError(f"{name}: the hub repository {repo} has no file {parts[0]}")
+    return path
 
 
-def _gguf_hint(repo: str, revision: str | None) -> str:
+def _gguf_of_quant(name: str, wanted: HubName) -> Path:
+    """The GGUF file of a quant; where the name has none, the only one or the one that is usually meant."""
+    files = _files_of(name, wanted)
+    if not quants.gguf_models(files):
+        has_weights = wanted.quant and any(file.endswith(".safetensors") for file in files)
+        like = f"; {wanted.repo} without :{wanted.quant} has .safetensors, which --weights q8_0 can quantize"
+        like = like if has_weights else ""
+        kinds = "GGUF file" if wanted.quant else ".safetensors and no GGUF file"
+        raise ValueError(f"{name}: the hub repository {wanted.repo} has no {kinds}{like}")
+    file = quants.choose(files, wanted.quant, wanted.repo)
+    return _gguf_file(name, wanted.repo, file, wanted.revision)
+
+
+def _files_of(name: str, wanted: HubName) -> list[str]:
+    """The names of all files of a repository: as the hub says, or where it cannot be asked, those in the cache."""
     from huggingface_hub import list_repo_files
 
     try:
-        files = [file for file in list_repo_files(repo, revision=revision) if file.endswith(".gguf")]
-    except Exception:  # only a hint: the missing files are the error
-        return ""
-    return f"; name one of its GGUF files, like {repo}:{files[0]}" if files else ""
+        return list_repo_files(wanted.repo, revision=wanted.revision)
+    except Exception as error:
+        folder = hub_cache.snapshot(wanted.repo, wanted.revision)
+        if folder is not None and (files := files_below(folder)):
+            return files
+        raise _not_fetched(name, wanted.repo, error) from None
 
 
 def _ask_hub(name: str, repo: str, revision: str | None, wanted: list[str], unwanted: list[str]) -> Path:
@@ -89,10 +145,14 @@ def _ask_hub(name: str, repo: str, revision: str | None, wanted: list[str], unwa
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
     except Exception as error:  # network, authentication and cache errors share no base class
-        raise ValueError(
-            f"{name}: no folder or file of that name here, and fetching {repo} from the Hugging Face hub failed: "
-            f"{_reason(error)}"
-        ) from None
+        raise _not_fetched(name, repo, error) from None
+
+
+def _not_fetched(name: str, repo: str, error: BaseException) -> ValueError:
+    return ValueError(
+        f"{name}: no folder or file of that name here, and fetching {repo} from the Hugging Face hub failed: "
+        f"{_reason(error)}{_near(near_names(name))}"
+    )
 
 
 def _reason(error: BaseException) -> str:

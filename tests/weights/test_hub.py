@@ -18,13 +18,29 @@ def downloads(monkeypatch, tmp_path):
             raise answers[0]
         return str(tmp_path / "cache")
 
+    def list_repo_files(repo, revision=None):
+        if answers:
+            raise answers[0]
+        return FILES.get(repo, ["a.txt"])
+
     answers = []
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    monkeypatch.setattr(
-        "huggingface_hub.list_repo_files", lambda repo, revision=None: ["a.txt", "m-Q4.gguf", "m-Q8.gguf"]
-    )
+    monkeypatch.setattr("huggingface_hub.list_repo_files", list_repo_files)
+    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "OLLAMA_MODELS"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "cache").mkdir()
     return asked, answers
+
+
+FILES = {
+    "org/model": ["m-Q4_0.gguf", "m-Q8_0.gguf"],
+    "org/one": ["README.md", "mmproj-F16.gguf", "one.gguf"],
+    "org/usual": ["m.Q2_K.gguf", "m.Q4_K_M.gguf", "m.Q8_0.gguf"],
+    "org/split": [f"Q8_0/m-Q8_0-0000{n}-of-00003.gguf" for n in (1, 2, 3)] + ["m-Q4_0.gguf"],
+    "org/twins": ["a-Q8_0.gguf", "b-Q8_0.gguf"],
+    "org/safe": ["config.json", "model.safetensors"],
+}
 
 
 def test_local_folders_and_files(tmp_path, monkeypatch):
@@ -69,6 +85,11 @@ def test_the_bundled_model(tmp_path, monkeypatch):
         "a b/c",
         "a/b@",
         "a/b:",
+        "a[b",
+        "https://huggingface.co/a",
+        "https://huggingface.co/a/b/wiki/c/d",
+        "https://example.org/a/b",
+        "hf.co/a/b:../../c.gguf",
         "~nobody/x/y",
         "a\0b",
         "x" * 5000,
@@ -117,9 +138,63 @@ def test_which_files_of_a_repository_are_downloaded(tmp_path, downloads):
     assert found == [set(files[:3]), set(files[3:5])]
 
 
-def test_a_repository_of_other_files(downloads):
-    with pytest.raises(ValueError, match=r"no \.safetensors file; name one .*, like org/model:m-Q4\.gguf"):
-        resolve_model("org/model")
+@pytest.mark.parametrize(("name", "files"), [
+    ("org/model:Q8_0", ["m-Q8_0.gguf"]),
+    ("org/model:q4_0", ["m-Q4_0.gguf"]),
+    ("hf.co/org/model:Q8_0@v1", ["m-Q8_0.gguf"]),
+    ("https://huggingface.co/org/model:Q8_0", ["m-Q8_0.gguf"]),
+    ("https://huggingface.co/org/model/blob/v1/m-Q4_0.gguf?show=all", ["m-Q4_0.gguf"]),
+    ("org/one", ["one.gguf"]),
+    ("https://huggingface.co/org/one/", ["one.gguf"]),
+    ("HF.co/org/one/tree/v1", ["one.gguf"]),
+    ("org/usual", ["m.Q4_K_M.gguf"]),
+    ("org/split:q8_0", [f"Q8_0/m-Q8_0-0000{n}-of-00003.gguf" for n in (1, 2, 3)]),
+])  # fmt: skip
+def test_a_quant_of_a_repository(name, files, tmp_path, downloads):
+    (tmp_path / "cache" / files[0]).parent.mkdir(exist_ok=True)
+    (tmp_path / "cache" / files[0]).write_bytes(b"")
+    assert resolve_model(name) == tmp_path / "cache" / files[0]
+    repo, options = downloads[0][-1]
+    assert repo == name.partition("org/")[1] + name.partition("org/")[2].partition("/")[0].partition(":")[0]
+    assert options["allow_patterns"] == files
+    assert options["revision"] == ({"HF.co/org/one/tree/v1": "cache"}.get(name, "v1") if "v1" in name else None)
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("org/model", "org/model: GGUF files of several quants; expected org/model:Q4_0 or org/model:Q8_0"),
+    ("org/model:Q3", "org/model:Q3: no GGUF file of this quant; expected org/model:Q4_0 or org/model:Q8_0"),
+    ("org/usual:F16", "org/usual:F16: no GGUF file of this quant; expected org/usual:Q2_K, org/usual:Q4_K_M or "
+     "org/usual:Q8_0"),
+    ("org/twins:Q8_0", "org/twins: 2 GGUF files are Q8_0; expected org/twins:a-Q8_0.gguf or org/twins:b-Q8_0.gguf"),
+    ("org/none", "org/none: the hub repository org/none has no .safetensors and no GGUF file"),
+    ("org/safe:Q8_0", "org/safe:Q8_0: the hub repository org/safe has no GGUF file; org/safe without :Q8_0 has "
+     ".safetensors, which --weights q8_0 can quantize"),
+])  # fmt: skip
+def test_a_quant_that_is_not_there(name, said, downloads):
+    with pytest.raises(ValueError) as raised:
+        resolve_model(name)
+    assert str(raised.value) == said
+
+
+def test_a_quant_in_the_cache_needs_no_hub(tmp_path, downloads):
+    folder = tmp_path / "home" / ".cache" / "huggingface" / "hub" / "models--org--usual"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0123")
+    (folder / "snapshots" / "0123").mkdir(parents=True)
+    (folder / "snapshots" / "0123" / "m.Q8_0.gguf").write_bytes(b"")
+    downloads[1].append(OSError("Name or service not known"))
+    with pytest.raises(ValueError, match=r"org/usual:Q4_0: no GGUF file of this quant; expected org/usual:Q8_0$"):
+        resolve_model("org/usual:Q4_0")
+    with pytest.raises(ValueError, match=r"Name or service not known; did you mean org/usual:Q8_0\?$"):
+        resolve_model("org/usuel:Q8_0")
+    with pytest.raises(ValueError, match=r"usual: no such folder or file.*; did you mean org/usual:Q8_0\?$"):
+        resolve_model("usual")
+
+
+def test_near_names_of_paths(tmp_path):
+    (tmp_path / "qwen3-0.6b.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"no such folder or file; did you mean .*/qwen3-0\.6b\.gguf\?$"):
+        resolve_model(str(tmp_path / "qwen-0.6b.gguf"))
 
 
 def test_a_gguf_file_of_a_repository(tmp_path, downloads):

@@ -268,7 +268,7 @@ def find_tokenizer(path: Path, metadata: Mapping[str, object]) -> Tokenizer:
     Raises ValueError if there is none, or it is broken or not supported.
     """
     folder = path if path.is_dir() else path.parent
-    inside = gguf_tokenizer.has_tokenizer(metadata) or (path.suffix == ".gguf" and not _is_in(folder))
+    inside = gguf_tokenizer.has_tokenizer(metadata) or (bool(metadata) and not _is_in(folder))
     return tokenizer_from_gguf(metadata) if inside else load_tokenizer(folder)
 
 

@@ -38,6 +38,14 @@ OTHER_TYPES: Mapping[int, str] = {
 }  # fmt: skip
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a file is meant as GGUF: by its name, or by its first bytes, as in Ollama's store."""
+    if path.suffix == ".gguf" or not path.is_file():
+        return path.suffix == ".gguf"
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
 def open_parts(path: Path) -> list[TensorFile]:
     """Open a .gguf file, or all parts of a split one in order, whichever part is named.
 

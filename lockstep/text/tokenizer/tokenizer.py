@@ -22,6 +22,7 @@ from lockstep.text.tokenizer.folder import (
     special_tokens,
     written,
 )
+from lockstep.weights.gguf.file import is_gguf
 
 PIECE_CHARS = 1 << 16  # a long text is first tokenized in pieces of this length, to count its tokens
 CUT_TOKENS = 64  # a cut between two pieces adds at most this many tokens to the count
@@ -268,7 +269,7 @@ def find_tokenizer(path: Path, metadata: Mapping[str, object]) -> Tokenizer:
     Raises ValueError if there is none, or it is broken or not supported.
     """
     folder = path if path.is_dir() else path.parent
-    inside = gguf_tokenizer.has_tokenizer(metadata) or (bool(metadata) and not _is_in(folder))
+    inside = gguf_tokenizer.has_tokenizer(metadata) or (is_gguf(path) and not _is_in(folder))
     return tokenizer_from_gguf(metadata) if inside else load_tokenizer(folder)
 
 

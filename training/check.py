@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from delta_rule import delta_rule_chunked, delta_rule_recurrent
 from export import verify_folder, write_folder
+from fused import FusedSteps, Steps
 from head_loss import head_loss
 from models import MODELS, make_model
 from tokenizers import Tokenizer
@@ -53,6 +54,48 @@ def check_head_loss(model):
     assert worst_difference(fused, expected) < 1e-5
 
 
+def check_fused():
+    """Every fused step against its definition, values and gradients; what is given in bf16 is rounded."""
+
+    def rounded(*shape):
+        return torch.randn(*shape).bfloat16().float()
+
+    gate, up, weight = rounded(2, 64, 4, 64), rounded(2, 64, 4, 64), torch.randn(64)
+    decay, rate = -0.3 * torch.rand(2, 64, 4), torch.rand(2, 64, 4)
+    cases = {
+        "conv_silu": ([rounded(2, 64, 512), torch.randn(512, 1, 4)], ()),
+        "delta_rule": ([torch.randn(2, 64, 512), decay, rate], (2, 64, 64)),
+        "attention": ([torch.randn(2, 128, 4, 64), torch.randn(2, 128, 2, 64), torch.randn(2, 128, 2, 64)], ()),
+        "add_norm": ([torch.randn(2, 64, 4, 64), up, weight], (1e-6,)),
+        "gated_norm": ([torch.randn(2, 64, 4, 64), gate, weight], (1e-6,)),
+        "silu_mul": ([gate, up], ()),
+    }
+    for name, (inputs, others) in cases.items():
+        results = [step_results(getattr(steps, name), inputs, others) for steps in (FusedSteps(), Steps())]
+        print(f"{name}, fused against torch, values and gradients: {worst_difference(*results):.1e}")
+        # half a unit of bf16, and exact where nothing is rounded
+        assert worst_difference(*results) < (1e-5 if name in ("delta_rule", "attention") else 5e-3)
+
+
+def step_results(step, inputs, others):
+    """What a step returns, and its inputs' gradients, all in float32."""
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    outputs = step(*inputs, *others)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.manual_seed(1)
+    total = sum((x.float() * torch.randn(x.shape).bfloat16()).sum() for x in outputs)
+    return [x.float() for x in (*outputs, *torch.autograd.grad(total, inputs))]
+
+
+def check_fused_loss():
+    logits, weights = 4 * torch.randn(100, 4096).bfloat16(), torch.rand(100)
+    arguments = torch.randint(4096, (100,)), weights
+    results = [steps.cross_entropy(logits.clone(), *arguments) for steps in (FusedSteps(), Steps())]
+    results = [(torch.as_tensor(loss).float(), gradient.float()) for loss, gradient in results]
+    print(f"cross_entropy, fused against torch: {worst_difference(*results):.1e}")
+    assert worst_difference(*results) < 5e-3
+
+
 def check_transformers(model):
     """With random norms and gates too: at their initial values a forgotten +1 or a swapped gate could hide."""
     for p in model.parameters():
@@ -72,6 +115,8 @@ def byte_vocab():
 def main():
     torch.manual_seed(0)
     check_delta_rule()
+    check_fused()
+    check_fused_loss()
     check_head_loss(make_model("llama"))
     for name in MODELS:
         check_transformers(make_model(name))

@@ -46,8 +46,14 @@ class UnitLowerInverse(torch.autograd.Function):
         return transposed @ grad @ transposed
 
 
-def delta_rule_chunked(q, k, v, g, beta, chunk=64):
+def delta_rule_chunked(q, k, v, g, beta, chunk=32):
     """The same function with the tokens of a chunk solved together (WY form); T must be a multiple of the chunk."""
+    # in float32 whatever the rest of the model computes in: the inverse and the state would lose too much
+    with torch.autocast(q.device.type, enabled=False):
+        return chunked_float(*(x.float() for x in (q, k, v, g, beta)), chunk)
+
+
+def chunked_float(q, k, v, g, beta, chunk):
     batch, heads, num_tokens, _ = q.shape
     q, k, v = (x.reshape(batch * heads, num_tokens // chunk, chunk, -1) for x in (q, k, v))
     g, beta = (x.reshape(batch * heads, num_tokens // chunk, chunk) for x in (g, beta))

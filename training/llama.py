@@ -6,7 +6,7 @@ Module names are the checkpoint's tensor names. Shapes: B sequences, T tokens, D
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
-import torch.nn.functional as F
+from fused import Steps
 from model import Mlp, initialise, linear, rotary_tables, rotate
 from torch import nn
 
@@ -50,16 +50,10 @@ class Attention(nn.Module):
         self.v_proj = linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
         self.o_proj = linear(c.num_attention_heads * c.head_dim, c.hidden_size)
 
-    def heads(self, x):
-        """[B, T, C] to [B, heads, T, C per head]."""
-        return x.unflatten(-1, (-1, self.c.head_dim)).transpose(1, 2)
-
-    def forward(self, x, rope):
-        q, k, v = (self.heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, rope), rotate(k, rope)
-        group = self.c.num_attention_heads // self.c.num_key_value_heads
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        return self.o_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+    def forward(self, x, rope, steps):
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (project(x).unflatten(-1, (-1, self.c.head_dim)) for project in projections)
+        return self.o_proj(steps.attention(rotate(q, rope), rotate(k, rope), v).flatten(2))
 
 
 class Layer(nn.Module):
@@ -70,9 +64,9 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = Mlp(c)
 
-    def forward(self, x, rope):
-        x = x + self.self_attn(self.input_layernorm(x), rope)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x, rope, steps):
+        x = x + self.self_attn(self.input_layernorm(x), rope, steps)
+        return x + self.mlp(self.post_attention_layernorm(x), steps)
 
 
 class Trunk(nn.Module):
@@ -83,11 +77,11 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
         self.norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, ids_BT):
+    def forward(self, ids_BT, steps):
         rope = rotary_tables(self.c, ids_BT.shape[1], ids_BT.device)
         x_BTD = self.embed_tokens(ids_BT)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, rope)
+            x_BTD = layer(x_BTD, rope, steps)
         return self.norm(x_BTD)
 
 
@@ -99,6 +93,8 @@ class Llama(nn.Module):
         super().__init__()
         self.c = c
         self.model = Trunk(c)
+        # what computes the steps between the matrix products
+        self.steps = Steps()
         self.apply(initialise)
 
     def logits(self, hidden):
@@ -107,4 +103,4 @@ class Llama(nn.Module):
 
     def forward(self, ids_BT):
         """Hidden states: feed them to logits."""
-        return self.model(ids_BT)
+        return self.model(ids_BT, self.steps)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
-from delta_rule import delta_rule_chunked
+from fused import Steps
 from torch import nn
 
 
@@ -65,8 +65,12 @@ class OffsetNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(size))
         self.eps = eps
 
-    def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, 1 + self.weight, self.eps)
+    def forward(self, x, steps):
+        return self.add(x, None, steps)[1]
+
+    def add(self, x, delta, steps):
+        """x + delta, and its norm."""
+        return steps.add_norm(x, delta, self.weight, self.eps)
 
 
 class GatedNorm(nn.Module):
@@ -77,21 +81,19 @@ class GatedNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x, gate):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps) * F.silu(gate)
+    def forward(self, x, gate, steps):
+        return steps.gated_norm(x, gate, self.weight, self.eps)
 
 
 class CausalConv(nn.Module):
-    """Depthwise causal convolution over time: as sums of shifted rows, which a CPU does faster than conv1d."""
+    """Depthwise causal convolution over time, then silu."""
 
     def __init__(self, channels, kernel):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, kernel).uniform_(-(kernel**-0.5), kernel**-0.5))
 
-    def forward(self, x):
-        num_tokens, kernel = x.shape[1], self.weight.shape[-1]
-        padded = F.pad(x, (0, 0, kernel - 1, 0))
-        return sum(padded[:, j : j + num_tokens] * self.weight[:, 0, j] for j in range(kernel))
+    def forward(self, x, steps):
+        return steps.conv_silu(x, self.weight)
 
 
 def linear(inputs, outputs):
@@ -104,12 +106,11 @@ class GatedDeltaNet(nn.Module):
         self.c = c
         key_size = c.linear_num_key_heads * c.linear_key_head_dim
         value_size = c.linear_num_value_heads * c.linear_value_head_dim
-        self.split = [key_size, key_size, value_size]
-        self.in_proj_qkv = linear(c.hidden_size, sum(self.split))
+        self.in_proj_qkv = linear(c.hidden_size, 2 * key_size + value_size)
         self.in_proj_z = linear(c.hidden_size, value_size)
         self.in_proj_b = linear(c.hidden_size, c.linear_num_value_heads)
         self.in_proj_a = linear(c.hidden_size, c.linear_num_value_heads)
-        self.conv1d = CausalConv(sum(self.split), c.linear_conv_kernel_dim)
+        self.conv1d = CausalConv(2 * key_size + value_size, c.linear_conv_kernel_dim)
         self.A_log = nn.Parameter(torch.empty(c.linear_num_value_heads).uniform_(1, 16).log())
         # softplus(dt_bias) is spread over 0.001 to 0.1: slow and fast forgetting heads
         dt = torch.exp(torch.empty(c.linear_num_value_heads).uniform_(-6.9, -2.3))
@@ -117,22 +118,14 @@ class GatedDeltaNet(nn.Module):
         self.norm = GatedNorm(c.linear_value_head_dim, c.rms_norm_eps)
         self.out_proj = linear(value_size, c.hidden_size)
 
-    def heads(self, x, num_heads):
-        """[B, T, C] to [B, value heads, T, C per head], key heads repeated over their value heads."""
-        x = x.unflatten(-1, (num_heads, -1))
-        return x.repeat_interleave(self.c.linear_num_value_heads // num_heads, dim=2).transpose(1, 2)
-
-    def forward(self, x):
+    def forward(self, x, steps):
         c = self.c
-        q, k, v = F.silu(self.conv1d(self.in_proj_qkv(x))).split(self.split, dim=-1)
-        q, k = self.heads(q, c.linear_num_key_heads), self.heads(k, c.linear_num_key_heads)
-        q = q * torch.rsqrt(q.square().sum(-1, keepdim=True) + 1e-6) * c.linear_key_head_dim**-0.5
-        k = k * torch.rsqrt(k.square().sum(-1, keepdim=True) + 1e-6)
-        g = -self.A_log.exp() * F.softplus(self.in_proj_a(x) + self.dt_bias)
-        beta = self.in_proj_b(x).sigmoid()
-        v = self.heads(v, c.linear_num_value_heads)
-        out = delta_rule_chunked(q, k, v, g.transpose(1, 2), beta.transpose(1, 2)).transpose(1, 2)
-        return self.out_proj(self.norm(out, self.in_proj_z(x).unflatten(-1, out.shape[2:])).flatten(2))
+        y = self.conv1d(self.in_proj_qkv(x), steps)
+        g = -self.A_log.exp() * F.softplus(self.in_proj_a(x).float() + self.dt_bias)
+        beta = self.in_proj_b(x).float().sigmoid()
+        shape = c.linear_num_key_heads, c.linear_key_head_dim, c.linear_value_head_dim
+        out = steps.delta_rule(y, g, beta, *shape)
+        return self.out_proj(self.norm(out, self.in_proj_z(x).unflatten(-1, out.shape[2:]), steps).flatten(2))
 
 
 class GatedAttention(nn.Module):
@@ -147,28 +140,26 @@ class GatedAttention(nn.Module):
         self.q_norm = OffsetNorm(c.head_dim, c.rms_norm_eps)
         self.k_norm = OffsetNorm(c.head_dim, c.rms_norm_eps)
 
-    def forward(self, x, rope):
+    def forward(self, x, rope, steps):
         c = self.c
         # each head's rows hold its query, then its gate
         q, gate = self.q_proj(x).unflatten(-1, (c.num_attention_heads, -1)).chunk(2, dim=-1)
-        k = self.k_norm(self.k_proj(x).unflatten(-1, (c.num_key_value_heads, -1))).transpose(1, 2)
-        v = self.v_proj(x).unflatten(-1, (c.num_key_value_heads, -1)).transpose(1, 2)
-        q, k = rotate(self.q_norm(q).transpose(1, 2), rope), rotate(k, rope)
-        group = c.num_attention_heads // c.num_key_value_heads
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (c.num_key_value_heads, -1)), steps)
+        v = self.v_proj(x).unflatten(-1, (c.num_key_value_heads, -1))
+        out = steps.attention(rotate(self.q_norm(q, steps), rope), rotate(k, rope), v)
         return self.o_proj((out * gate.sigmoid()).flatten(2))
 
 
 def rotary_tables(c, num_tokens, device):
+    """Cosines and sines, [T, 1, channels / 2]."""
     size = int(c.head_dim * c.partial_rotary_factor)
     frequency = c.rope_theta ** (-torch.arange(0, size, 2, device=device).float() / size)
-    angle = torch.arange(num_tokens, device=device).float()[:, None] * frequency
+    angle = torch.arange(num_tokens, device=device).float()[:, None, None] * frequency
     return angle.cos(), angle.sin()
 
 
 def rotate(x, rope):
-    """Rotate channels (i, i + half) of the first 2 half channels; the rest carries no position."""
+    """Rotate channels (i, i + half) of the first 2 half channels of [B, T, H, C]; the rest carries no position."""
     cos, sin = rope
     half = cos.shape[-1]
     a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
@@ -182,8 +173,8 @@ class Mlp(nn.Module):
         self.up_proj = linear(c.hidden_size, c.intermediate_size)
         self.down_proj = linear(c.intermediate_size, c.hidden_size)
 
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x, steps):
+        return self.down_proj(steps.silu_mul(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):
@@ -197,10 +188,12 @@ class Layer(nn.Module):
             self.linear_attn = GatedDeltaNet(c)
         self.mlp = Mlp(c)
 
-    def forward(self, x, rope):
-        h = self.input_layernorm(x)
-        x = x + (self.self_attn(h, rope) if hasattr(self, "self_attn") else self.linear_attn(h))
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x, delta, rope, steps):
+        """The residual stream as its value so far and what is still to be added to it, and so returned."""
+        x, h = self.input_layernorm.add(x, delta, steps)
+        delta = self.self_attn(h, rope, steps) if hasattr(self, "self_attn") else self.linear_attn(h, steps)
+        x, h = self.post_attention_layernorm.add(x, delta, steps)
+        return x, self.mlp(h, steps)
 
 
 class Trunk(nn.Module):
@@ -211,12 +204,12 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(Layer(c, layer_type) for layer_type in c.layer_types)
         self.norm = OffsetNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, ids_BT):
+    def forward(self, ids_BT, steps):
         rope = rotary_tables(self.c, ids_BT.shape[1], ids_BT.device)
-        x_BTD = self.embed_tokens(ids_BT)
+        x_BTD, delta_BTD = self.embed_tokens(ids_BT), None
         for layer in self.layers:
-            x_BTD = layer(x_BTD, rope)
-        return self.norm(x_BTD)
+            x_BTD, delta_BTD = layer(x_BTD, delta_BTD, rope, steps)
+        return self.norm.add(x_BTD, delta_BTD, steps)[1]
 
 
 class MtpHead(nn.Module):
@@ -232,10 +225,10 @@ class MtpHead(nn.Module):
         self.layers = nn.ModuleList([Layer(c, "full_attention")])
         self.norm = OffsetNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, hidden_BTD, next_embedding_BTD):
+    def forward(self, hidden_BTD, next_embedding_BTD, steps):
         rope = rotary_tables(self.c, hidden_BTD.shape[1], hidden_BTD.device)
-        parts = [self.pre_fc_norm_embedding(next_embedding_BTD), self.pre_fc_norm_hidden(hidden_BTD)]
-        return self.norm(self.layers[0](self.fc(torch.cat(parts, dim=-1)), rope))
+        parts = [self.pre_fc_norm_embedding(next_embedding_BTD, steps), self.pre_fc_norm_hidden(hidden_BTD, steps)]
+        return self.norm.add(*self.layers[0](self.fc(torch.cat(parts, dim=-1)), None, rope, steps), steps)[1]
 
 
 class Model(nn.Module):
@@ -244,6 +237,8 @@ class Model(nn.Module):
         self.c = c
         self.model = Trunk(c)
         self.mtp = MtpHead(c)
+        # what computes the steps between the matrix products
+        self.steps = Steps()
         self.apply(initialise)
 
     def logits(self, hidden):
@@ -252,10 +247,10 @@ class Model(nn.Module):
 
     def forward(self, ids_BT):
         """Hidden states of the main model: feed them to logits and to mtp_hidden."""
-        return self.model(ids_BT)
+        return self.model(ids_BT, self.steps)
 
     def mtp_hidden(self, hidden_BTD, next_ids_BT):
-        return self.mtp(hidden_BTD, self.model.embed_tokens(next_ids_BT))
+        return self.mtp(hidden_BTD, self.model.embed_tokens(next_ids_BT), self.steps)
 
 
 def initialise(module):

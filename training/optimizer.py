@@ -27,13 +27,13 @@ def sum_over_processes(tensors):
 
 
 def orthogonalise(matrix, steps=5):
-    """Push all singular values towards one, by Newton-Schulz (coefficients by Keller Jordan)."""
+    """Push all singular values towards one, by Newton-Schulz (coefficients by Keller Jordan); bf16 is enough for it."""
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / (x.norm() + 1e-7)
+    x = (x / (x.norm() + 1e-7)).bfloat16()
     for _ in range(steps):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+    return (x.T if matrix.shape[0] > matrix.shape[1] else x).float()
 
 
 class Optimizer:

@@ -1,7 +1,8 @@
-"""Collect the training text: the standard library's sources and documentation, and pairs made from documented
-functions.
+"""Collect the training text: the standard library's sources and documentation, packages, and pairs made from
+documented functions.
 
-Writes train.jsonl, heldout.jsonl (whole files) and train_pairs.jsonl, heldout_pairs.jsonl (request, answer) into --out.
+Writes train.jsonl, heldout.jsonl (whole files) and train_pairs.jsonl, heldout_pairs.jsonl (request, answer) into --out,
+and packages.jsonl with --packages.
 A file is held out when the hash of its name says so, and its functions with it.
 """
 
@@ -11,6 +12,8 @@ import hashlib
 import json
 import sysconfig
 from pathlib import Path
+
+from package_texts import archives, collect_packages
 
 # Tests, tables of numbers and bundled third-party code: nothing to learn prose or Python from.
 SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test", "encodings", "_bundled", "__pycache__", "msilib"}
@@ -26,9 +29,13 @@ def is_held_out(name):
 
 
 def read_text(path):
-    """The file's text with a final newline and no tabs, or None where it is not UTF-8."""
+    return clean(path.read_bytes())
+
+
+def clean(data):
+    """A file's text with a final newline and no tabs, or None where it is not UTF-8."""
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = data.decode("utf-8")
     except UnicodeDecodeError:
         return None
     return text.replace("\r\n", "\n").expandtabs(8).strip("\n") + "\n"
@@ -45,7 +52,10 @@ def collect_sources(lib):
 
 def collect_docs(docs):
     for folder in DOC_FOLDERS:
-        for path in sorted((docs / folder).rglob("*.rst.txt")):
+        paths = sorted((docs / folder).rglob("*.rst.txt"))
+        if not paths:
+            raise ValueError(f"{docs / folder} has no *.rst.txt files: --docs is the documentation's html/_sources")
+        for path in paths:
             name = path.relative_to(docs).as_posix()
             if name != "whatsnew/changelog.rst.txt":
                 yield "Doc/" + name, "documentation", read_text(path)
@@ -101,12 +111,27 @@ def write_jsonl(path, rows):
     print(f"{path.name}: {len(rows)} rows, {size / 1e6:.2f} MB")
 
 
+def read_jsonl(path):
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def write_packages(folder, out):
+    """packages.jsonl: sources from the wheels of packages.txt, documentation from some source archives."""
+    paths = archives(folder, Path(__file__).with_name("packages.txt"))
+    kept, dropped = collect_packages(paths, clean, read_jsonl(out / "train.jsonl"), read_jsonl(out / "heldout.jsonl"))
+    write_jsonl(out / "packages.jsonl", kept)
+    size = sum(len(row["text"]) for row in dropped) / 1e6
+    print(f"left out for passages of held-out files: {len(dropped)} files, {size:.2f} MB")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--docs", type=Path, required=True, help="folder of the documentation's .rst.txt files (html/_sources)"
     )
     parser.add_argument("--lib", type=Path, default=Path(sysconfig.get_paths()["stdlib"]))
+    parser.add_argument("--packages", type=Path, help="folder of the packages' archives; without it, none")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -120,6 +145,8 @@ def main():
         write_jsonl(
             options.out / f"{part}_pairs.jsonl", [p for row in sources for p in collect_pairs(row["name"], row["text"])]
         )
+    if options.packages:
+        write_packages(options.packages, options.out)
 
 
 if __name__ == "__main__":

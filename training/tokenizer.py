@@ -5,21 +5,17 @@ is one token and a prompt may end after any line.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
+from prepare import read_jsonl
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT, START_OF_TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = [END_OF_TEXT, START_OF_TURN, END_OF_TURN]
+BATCH = 100
 # newlines | indentation | identifier | digit | punctuation | other space
 PIECES = r"\n+| {2,}| ?[\p{L}_]+| ?\p{N}| ?[^\s\p{L}\p{N}_]+|\s"
-
-
-def read_jsonl(path):
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
 
 
 def train_tokenizer(texts, vocab_size):
@@ -46,8 +42,12 @@ def chat_prompt(request):
 
 def encode_documents(tokenizer, documents):
     """Every document followed by the end-of-text token, as one array."""
-    encoded = tokenizer.encode_batch([row["text"] + END_OF_TEXT for row in documents])
-    return np.concatenate([np.asarray(e.ids, dtype=np.uint16) for e in encoded])
+    texts, ids = [row["text"] + END_OF_TEXT for row in documents], []
+    # a few at a time: what the tokenizer returns takes a hundred bytes a token
+    for start in range(0, len(texts), BATCH):
+        encoded = tokenizer.encode_batch_fast(texts[start : start + BATCH])
+        ids += [np.asarray(e.ids, dtype=np.uint16) for e in encoded]
+    return np.concatenate(ids)
 
 
 def encode_pairs(tokenizer, pairs):
@@ -76,11 +76,15 @@ def main():
     else:
         tokenizer = train_tokenizer([row["text"] for row in documents["train"]], options.vocab_size)
     tokenizer.save(str(options.data / "tokenizer.json"))
+    if (options.data / "packages.jsonl").exists():
+        documents["packages"] = read_jsonl(options.data / "packages.jsonl")
     for part, rows in documents.items():
         ids = encode_documents(tokenizer, rows)
         np.save(options.data / f"{part}.npy", ids)
         num_bytes = sum(len(row["text"].encode()) for row in rows)
         print(f"{part}: {len(ids)} tokens, {num_bytes / len(ids):.3f} bytes per token")
+        if part == "packages":
+            continue
         ids, is_answer, starts = encode_pairs(tokenizer, read_jsonl(options.data / f"{part}_pairs.jsonl"))
         np.savez(options.data / f"{part}_pairs.npz", ids=ids, is_answer=is_answer, starts=starts)
         print(f"{part} pairs: {len(starts)} pairs, {len(ids)} tokens, {int(is_answer.sum())} in answers")

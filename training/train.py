@@ -1,14 +1,16 @@
-"""Train the model until a given time of day: first on text, then on text mixed with chat pairs.
+"""Train the model until a given time of day, in stages of warm-up, constant rates and decay.
 
-The rates and the stage follow the fraction of the time that has passed, so the run ends well whatever the machine's
-load was.
-Run it again with the same --out to resume. Data parallel over processes when started by torchrun, best with one
-thread each.
+Without --decay-from a run warms up and goes on at constant rates: started again with the same --out it resumes from its
+last checkpoint, in any session. With --decay-from CHECKPOINT it starts from such a checkpoint and lets the rates fall
+to zero at the given time, on text mixed with chat pairs: that is the model to export, and the constant run can go on.
+Data parallel over processes when started by torchrun, best with one thread each.
 """
 
 import argparse
 import json
 import os
+import signal
+import threading
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -17,18 +19,20 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from export import load_folder
+from fused import FusedSteps
 from head_loss import head_loss
 from models import MODELS, make_model
 from optimizer import Optimizer, num_processes, rank
 
-WARMUP, DECAY_FROM = 0.02, 0.3
+WARMUP_STEPS = 40
 MTP_WEIGHT = 0.3
 AVERAGE_DECAY = 0.98
 SECONDS_BETWEEN_CHECKPOINTS = 300
 
 
 class Windows:
-    """Every token of the text once per epoch, in windows of a shuffled order that start elsewhere in each epoch."""
+    """Every token of a text once per epoch, in windows of a shuffled order that start elsewhere in each epoch."""
 
     def __init__(self, ids, length):
         self.ids, self.length = ids, length
@@ -61,12 +65,27 @@ class Pairs:
         return join[0], join[1]
 
 
-def make_batch(windows, pairs, first, num_rows, in_chat_stage, device):
-    """This process's share of the rows numbered from first: all text, or every second row pairs."""
-    rows = []
-    for i in range(num_rows):
-        index = first + i * num_processes() + rank()
-        rows.append((pairs if in_chat_stage and i % 2 else windows).row(index))
+class Mixture:
+    """Rows of several sources in fixed shares. Checkpoints keep places: how many rows each source has given."""
+
+    def __init__(self, sources, shares, places):
+        self.sources, self.places = sources, places
+        self.shares = {name: share / sum(shares.values()) for name, share in shares.items()}
+
+    def next_rows(self, count):
+        """The next rows of the source that is furthest behind its share, one after the other."""
+        rows, given = [], dict.fromkeys(self.shares, 0.0)
+        for i in range(count):
+            name = max(self.shares, key=lambda n: self.shares[n] * (i + 1) - given[n])
+            given[name] += 1
+            rows.append(self.sources[name].row(self.places.setdefault(name, 0)))
+            self.places[name] += 1
+        return rows
+
+
+def make_batch(mixture, num_rows, device):
+    """This process's share of the next rows: every process draws all of them, so that all know the places."""
+    rows = mixture.next_rows(num_rows * num_processes())[rank() * num_rows :][:num_rows]
     ids = torch.from_numpy(np.stack([row[0] for row in rows]).astype(np.int64))
     return ids.to(device), torch.from_numpy(np.stack([row[1] for row in rows])).to(device)
 
@@ -82,9 +101,9 @@ def losses(model, ids, weights, num_mtp_rows):
     return [main, head_loss(model, ahead, ids[:, 2:], weights[:, 2:])]
 
 
-def rate_scale(fraction):
-    """Warm up, hold, then fall in a line to zero."""
-    return max(0.0, min(1.0, fraction / WARMUP, (1 - fraction) / (1 - DECAY_FROM)))
+def rate_scale(step, fraction_left):
+    """Warm up and hold, or fall in a line to zero."""
+    return min(1.0, (step + 1) / WARMUP_STEPS) if fraction_left is None else fraction_left
 
 
 @torch.no_grad()
@@ -104,22 +123,28 @@ class Run:
         self.path, self.device, self.name = options.out / "checkpoint.pt", device, options.model
         torch.manual_seed(0)
         self.model = make_model(self.name).to(device)
+        if options.weights_from:
+            self.model.load_state_dict(load_folder(options.weights_from).state_dict())
+        # the average is computed exactly, in float32
+        self.model.steps = FusedSteps() if options.fused else self.model.steps
         self.average = make_model(self.name).to(device).requires_grad_(False)
         self.average.load_state_dict(self.model.state_dict())
         self.optimizer = Optimizer(self.model, options.muon_rate, options.adam_rate)
-        self.step, self.tokens, self.started = 0, 0, time.time()
-        if self.path.exists():
-            self.load()
+        self.step, self.tokens, self.places = 0, 0, {}
+        for path in (self.path, options.decay_from):
+            if path and path.exists():
+                self.load(path)
+                break
 
-    def load(self):
-        saved = torch.load(self.path, map_location=self.device, weights_only=False)
+    def load(self, path):
+        saved = torch.load(path, map_location=self.device, weights_only=False)
         self.model.load_state_dict(saved["last"])
         self.average.load_state_dict(saved["averaged"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.step, self.tokens, self.started = saved["step"], saved["tokens"], saved["started"]
+        self.step, self.tokens, self.places = saved["step"], saved["tokens"], saved["places"]
 
     def save(self):
-        state = {name: getattr(self, name) for name in ("step", "tokens", "started")}
+        state = {name: getattr(self, name) for name in ("step", "tokens", "places")}
         state |= {"name": self.name, "config": self.model.c.to_dict(), "optimizer": self.optimizer.state_dict()}
         state |= {"last": self.model.state_dict(), "averaged": self.average.state_dict()}
         # written beside and renamed, so that a kill leaves the old checkpoint
@@ -127,7 +152,9 @@ class Run:
         self.path.with_suffix(".new").replace(self.path)
 
     def train_step(self, batch, num_mtp_rows, scale):
-        main, *ahead = losses(self.model, *batch, num_mtp_rows)
+        # products of matrices in bf16 (twice as fast where the processor has them), everything else in float32
+        with torch.autocast(self.device.type, torch.bfloat16):
+            main, *ahead = losses(self.model, *batch, num_mtp_rows)
         (main + sum(MTP_WEIGHT * loss for loss in ahead)).backward()
         self.optimizer.step(scale)
         for p in self.model.parameters():
@@ -146,39 +173,46 @@ def seconds_until(clock):
     return (end if end > datetime.now() else end + timedelta(days=1)).timestamp()
 
 
-def agreed_fraction(run, end):
-    """The first process's clock, so that all take the same step."""
-    fraction = torch.tensor([(time.time() - run.started) / (end - run.started)], dtype=torch.float64)
+def agreed(value):
+    """The first process's value, so that all take the same step."""
+    value = torch.tensor([value], dtype=torch.float64)
     if num_processes() > 1:
-        dist.broadcast(fraction, 0)
-    return fraction.item()
+        dist.broadcast(value, 0)
+    return value.item()
 
 
-def train(run, options, windows, pairs, heldout):
-    end, checkpoint_at = seconds_until(options.until), time.time() + SECONDS_BETWEEN_CHECKPOINTS
-    log = (options.out / "log.jsonl").open("a")
-    while (fraction := agreed_fraction(run, end)) < 1:
-        # counted in tokens, so that a resumed run may use other batch sizes
-        first = run.tokens // windows.length
-        batch = make_batch(windows, pairs, first, options.rows, fraction >= options.chat_from, run.device)
-        # the MTP head gets a third of the rows, and more once the trunk is good enough to learn from
-        num_mtp_rows = max(1, options.rows // (3 if fraction < 0.6 else 2))
-        cpu, scale = time.process_time(), rate_scale(fraction)
-        entry = dict(zip(("loss", "mtp_loss"), run.train_step(batch, num_mtp_rows, scale), strict=False))
-        entry |= {"step": run.step, "tokens": run.tokens, "fraction": fraction}
-        entry |= {"scale": scale, "cpu_s": time.process_time() - cpu, "time": time.time() - run.started}
+def train(run, options, mixture, heldout):
+    started, end, checkpoint_at = time.time(), seconds_until(options.until), time.time() + SECONDS_BETWEEN_CHECKPOINTS
+    log, asked_to_stop = (options.out / "log.jsonl").open("a"), threading.Event()
+    # a run that is terminated keeps what it has learnt
+    signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.set())
+    while (left := agreed(0 if asked_to_stop.is_set() else (end - time.time()) / (end - started))) > 0:
+        batch = make_batch(mixture, options.rows, run.device)
+        cpu, scale = time.process_time(), rate_scale(run.step, left if options.decay_from else None)
+        entry = dict(zip(("loss", "mtp_loss"), run.train_step(batch, options.mtp_rows, scale), strict=False))
+        entry |= {"step": run.step, "tokens": run.tokens, "scale": scale, "places": run.places}
+        entry |= {"cpu_s": time.process_time() - cpu, "time": time.time()}
         if rank() == 0:
             if time.time() > checkpoint_at:
                 entry["heldout"] = heldout_loss(run.average, heldout)
                 run.save()
                 checkpoint_at = time.time() + SECONDS_BETWEEN_CHECKPOINTS
-            print(
-                json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in entry.items()}),
-                file=log,
-                flush=True,
-            )
+            rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in entry.items()}
+            print(json.dumps(rounded), file=log, flush=True)
     if rank() == 0:
         run.save()
+
+
+def source(name, data, length):
+    """A text of prepare.py and tokenizer.py by the name that --shares gives it."""
+    if name == "pairs":
+        return Pairs(np.load(data / "train_pairs.npz"), length)
+    return Windows(np.load(data / {"library": "train.npy", "packages": "packages.npy"}[name]), length)
+
+
+def shares_of(text):
+    """library=6,packages=4 as a dictionary."""
+    return {name: float(share) for name, share in (part.split("=") for part in text.split(","))}
 
 
 def main():
@@ -187,12 +221,16 @@ def main():
     parser.add_argument("--data", type=Path, required=True, help="the folder of prepare.py and tokenizer.py")
     parser.add_argument("--out", type=Path, required=True, help="where the checkpoint and the log go")
     parser.add_argument("--until", required=True, metavar="HH:MM")
-    parser.add_argument("--rows", type=int, default=6, help="sequences per step and process")
+    parser.add_argument("--decay-from", type=Path, metavar="CHECKPOINT", help="let its rates fall to zero")
+    parser.add_argument("--weights-from", type=Path, metavar="FOLDER", help="an exported model to begin a run with")
+    parser.add_argument("--rows", type=int, default=8, help="sequences per step and process")
+    parser.add_argument("--mtp-rows", type=int, default=3, help="of these, how many the MTP head learns from")
     parser.add_argument("--length", type=int, default=512, help="tokens per sequence, a multiple of 64")
-    parser.add_argument("--chat-from", type=float, default=0.76, help="fraction of the time after which pairs mix in")
+    parser.add_argument("--shares", type=shares_of, default="library=5,packages=5", help="of library, packages, pairs")
+    parser.add_argument("--fused", action="store_true", help="the C++ of fused.py, for one thread a process")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--muon-rate", type=float, default=0.02)
-    parser.add_argument("--adam-rate", type=float, default=0.003)
+    parser.add_argument("--muon-rate", type=float, default=0.012)
+    parser.add_argument("--adam-rate", type=float, default=0.002)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
 
@@ -202,11 +240,13 @@ def main():
     if "RANK" in os.environ:
         dist.init_process_group("gloo", timeout=timedelta(hours=2))
     # two more tokens than positions: the targets of the main model and of the MTP head
-    windows = Windows(np.load(options.data / "train.npy"), options.length + 2)
-    pairs = Pairs(np.load(options.data / "train_pairs.npz"), options.length + 2)
-    held = Windows(np.load(options.data / "heldout.npy"), options.length + 2)
-    heldout = np.stack([held.row(i)[0] for i in range(16)]).astype(np.int64)
-    train(Run(options, device), options, windows, pairs, torch.from_numpy(heldout).to(device))
+    length = options.length + 2
+    held = Windows(np.load(options.data / "heldout.npy"), length)
+    heldout = torch.from_numpy(np.stack([held.row(i)[0] for i in range(16)]).astype(np.int64))
+    run = Run(options, device)
+    sources = {name: source(name, options.data, length) for name in options.shares}
+    mixture = Mixture(sources, options.shares, run.places)
+    train(run, options, mixture, heldout.to(device))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ import pytest
 from lockstep import LLM, SamplingParams
 from lockstep.cli import main
 from lockstep.commands.chat import converse, most_tokens, with_piped
+from lockstep.commands.terminal import answer
 from lockstep.commands.terminal.answer import Timing
 from lockstep.commands.terminal.conversation import Conversation
 from lockstep.commands.terminal.printer import BEGIN, DIM, END, PLAIN, AnswerPrinter
 from lockstep.commands.terminal.totals import Totals
+from lockstep.progress import Progress
 from lockstep.text.reasoning import PlainParser, ThoughtParser, switch_of
 from tests.commands.test_cli import Output
 from tests.serve.chatting import THINKING, saying, with_template
@@ -173,6 +175,23 @@ def test_stats_count_computed_and_cached_tokens_apart(plain, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines] == ["messages", "context", "last answer", "all"]
     assert lines[2].split(maxsplit=2)[2] == said[1:-1] and "2 answers" in lines[3]
+
+
+def test_a_long_prompt_shows_how_far_it_is(plain, monkeypatch):
+    reports = []
+
+    class Recorded(Progress):
+        def step(self, part, where, done, total, ends=False):
+            reports.append((part, where, done, total))
+
+        def __exit__(self, *error):
+            reports.append("closed")
+
+    monkeypatch.setattr(answer, "Progress", Recorded)
+    params = SamplingParams(max_tokens=3, seed=1)
+    answer.answer(plain, [5] * 1200, params, lambda _: reports.append("text"))
+    steps = [("computing the prompt", f"token {n} of 1200", n, 1200) for n in (0, 512, 1024)]
+    assert reports[: len(steps) + 1] == [*steps, "closed"] and set(reports[len(steps) + 1 :]) <= {"text"}
 
 
 def test_totals_leave_cached_tokens_out_of_speeds():

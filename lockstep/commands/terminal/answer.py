@@ -1,9 +1,11 @@
 """One streamed answer in the terminal, and its timing."""
 
+import contextlib
 import time
 from dataclasses import dataclass
 
 from lockstep.commands.terminal.output import counted
+from lockstep.progress import Progress
 
 
 @dataclass
@@ -42,7 +44,8 @@ class Timing:
 
 
 def answer(llm, prompt, params, on_text, stopped=lambda: False):
-    """Generates an answer, and calls on_text with each new piece of text. Returns (Stream, Timing).
+    """Generates an answer, and calls on_text with each new piece of text. Returns (Stream, Timing). While a long prompt
+    is computed, standard error shows how far that is.
 
     stopped: called before every step; where it returns True the request is cancelled, which its finish_reason shows.
     """
@@ -50,11 +53,16 @@ def answer(llm, prompt, params, on_text, stopped=lambda: False):
     request, started = stream.request, time.perf_counter()
     timing = Timing(len(request.prompt_ids))
     try:
-        while request.finish_reason is None and not stopped():
-            if request in llm.engine.step():
-                _advance(llm, stream, timing, started)
-                if stream.new_text:
-                    on_text(stream.new_text)
+        with contextlib.ExitStack() as prefill:
+            report = prefill.enter_context(Progress()).counter("computing the prompt", "token")
+            while request.finish_reason is None and not stopped():
+                if not request.output_ids:
+                    report(request.num_computed, timing.num_prompt)
+                if request in llm.engine.step():
+                    prefill.close()  # before any text: a line that is drawn anew would be drawn over it
+                    _advance(llm, stream, timing, started)
+                    if stream.new_text:
+                        on_text(stream.new_text)
     finally:
         llm.engine.cancel(request)
     return stream, timing

@@ -29,6 +29,8 @@ WARMUP_STEPS = 40
 MTP_WEIGHT = 0.3
 AVERAGE_DECAY = 0.98
 SECONDS_BETWEEN_CHECKPOINTS = 300
+# what a checkpoint holds beside tensors
+KEPT = ("step", "tokens", "places", "decay_started")
 
 
 class Windows:
@@ -130,21 +132,24 @@ class Run:
         self.average = make_model(self.name).to(device).requires_grad_(False)
         self.average.load_state_dict(self.model.state_dict())
         self.optimizer = Optimizer(self.model, options.muon_rate, options.adam_rate)
-        self.step, self.tokens, self.places = 0, 0, {}
-        for path in (self.path, options.decay_from):
-            if path and path.exists():
-                self.load(path)
-                break
+        self.step, self.tokens, self.places, self.decay_started = 0, 0, {}, None
+        if self.path.exists():
+            self.load(self.path)
+        elif options.decay_from:
+            self.load(options.decay_from)
+        if options.decay_from and self.decay_started is None:
+            self.decay_started = time.time()
 
     def load(self, path):
         saved = torch.load(path, map_location=self.device, weights_only=False)
         self.model.load_state_dict(saved["last"])
         self.average.load_state_dict(saved["averaged"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.step, self.tokens, self.places = saved["step"], saved["tokens"], saved["places"]
+        for name in KEPT:
+            setattr(self, name, saved[name])
 
     def save(self):
-        state = {name: getattr(self, name) for name in ("step", "tokens", "places")}
+        state = {name: getattr(self, name) for name in KEPT}
         state |= {"name": self.name, "config": self.model.c.to_dict(), "optimizer": self.optimizer.state_dict()}
         state |= {"last": self.model.state_dict(), "averaged": self.average.state_dict()}
         # written beside and renamed, so that a kill leaves the old checkpoint
@@ -182,7 +187,9 @@ def agreed(value):
 
 
 def train(run, options, mixture, heldout):
-    started, end, checkpoint_at = time.time(), seconds_until(options.until), time.time() + SECONDS_BETWEEN_CHECKPOINTS
+    end, checkpoint_at = seconds_until(options.until), time.time() + SECONDS_BETWEEN_CHECKPOINTS
+    # a decay that was interrupted goes on at the rate that its whole time gives
+    started = run.decay_started or time.time()
     log, asked_to_stop = (options.out / "log.jsonl").open("a"), threading.Event()
     # a run that is terminated keeps what it has learnt
     signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.set())

@@ -123,6 +123,16 @@ def command(
             help="Tokens that a prompt and its answer may have.",
         ),
     ] = None,
+    log_level: Annotated[
+        str,
+        typer.Option(
+            metavar="LEVEL",
+            help="What is logged to standard error: debug, info (a line for each request), warning or error.",
+        ),
+    ] = "info",
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Log a summary every 10 seconds in place of a line for each request.")
+    ] = False,
     generation_config: GenerationConfig = "auto",
     weights: Weights = "auto",
     kv_dtype: KvDtype = None,
@@ -149,6 +159,8 @@ def command(
     """
     from lockstep.serve.app import make_app
     from lockstep.serve.limits import Limits
+    from lockstep.serve.log import log_level as level_of
+    from lockstep.serve.log import start_logging
     from lockstep.serve.request_target import host_name, origin
     from lockstep.serve.service import Service
 
@@ -183,7 +195,8 @@ def command(
     )
     names = model_names(name, model)
     origins, hosts = allowed("--cors-origin", cors_origin, origin), allowed("--allowed-host", allowed_host, host_name)
-    service = Service(names[0], limits, keys(api_key), None if any_model else names, share_prefixes)
+    start_logging(level_of(log_level))
+    service = Service(names[0], limits, keys(api_key), None if any_model else names, share_prefixes, quiet)
     app = make_app(service, origins, [host, socket.gethostname(), *hosts])
     serve(lambda: load(model, **sizes), service, app, host, port)
 

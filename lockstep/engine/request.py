@@ -237,6 +237,7 @@ class Request:
     is_fault: bool = False  # whether the error lies with the model or the machine, and not with the request
     priority: int = 0  # the lowest number goes first; among equals the earlier request
     cache_salt: str = ""  # only requests with the same salt share cached prefixes
+    admitted: float | None = None  # time.monotonic() when it first got a slot
     num_preemptions: int = 0
     acceptance: Acceptance | None = None  # made with the first draft, where the number of drafts follows what pays
     lookup: Lookup | None = None  # made with the first draft

@@ -19,6 +19,7 @@ admitted when such layers have the pages with which it can be computed token by 
 requests have yet to take.
 """
 
+import time
 from bisect import insort
 from collections.abc import Callable, Iterable
 
@@ -158,6 +159,8 @@ class Scheduler:
             return False
         if self.prefix:
             self.prefix.enter(request)
+        if request.admitted is None:
+            request.admitted = time.monotonic()
         return True
 
     def _has_room(self, request: Request, known: KnownPrefix | None) -> bool:

@@ -10,6 +10,7 @@ from lockstep.serve.answers.json_response import to_json
 from lockstep.serve.connections import Connections
 from lockstep.serve.errors import ApiError, openai_shape
 from lockstep.serve.limits import Limits
+from lockstep.serve.request_log import RequestLine, RequestLog
 
 ALIVE = (b"/health", b"/ready")  # the paths that are served where there are too many connections
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -18,20 +19,22 @@ LAST_LOOK_SECONDS = 0.05
 HEADER_COST = 32  # bytes that are added to the size of each header
 
 
-def bounded_protocol(limits):
-    """A subclass of uvicorn's protocol with these limits."""
-    return type("Bounded", (BoundedProtocol,), {"limits": limits, "open_connections": Connections(limits)})
+def bounded_protocol(limits: Limits, request_log: RequestLog) -> type[HttpToolsProtocol]:
+    """A subclass of uvicorn's protocol with these limits, which logs refused connections."""
+    parts = dict(limits=limits, open_connections=Connections(limits), request_log=request_log)
+    return type("Bounded", (BoundedProtocol,), parts)
 
 
 class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's protocol with httptools' parser, with bounds.
 
-    limits and open_connections (those of the whole server) are attributes of the subclass that `bounded_protocol`
-    makes.
+    limits, open_connections (those of the whole server) and request_log are attributes of the subclass that
+    `bounded_protocol` makes.
     """
 
     limits: Limits
     open_connections: Connections
+    request_log: RequestLog
 
     def connection_made(self, transport) -> None:
         """Takes a connection; where there are too many, it may only ask for ALIVE paths."""
@@ -215,8 +218,17 @@ class BoundedProtocol(HttpToolsProtocol):
             if error.retry_after is not None:
                 head += b"retry-after: %d\r\n" % error.retry_after
             self.transport.write(STATUS_LINE[error.status] + head + b"\r\n" + body)
+            self.request_log.refused(self._line(error))
         self.transport.close()
         self.loop.call_later(self.limits.body_seconds, self.transport.abort)  # where the client does not read it
+
+    def _line(self, error: ApiError) -> RequestLine:
+        """The line in the log for a request that was refused before the application saw it."""
+        parser: Any = self.parser
+        method, target = (parser.get_method(), self.url) if self._num_head_bytes else (b"-", b"")
+        path = target.partition(b"?")[0].decode("ascii", "backslashreplace")
+        client = self.client[0] if self.client else ""
+        return RequestLine(method.decode("ascii"), path, error.status, error.code, client)
 
     def _is_unanswered(self):
         if self._is_in_head or self.cycle is None:

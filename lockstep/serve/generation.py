@@ -1,6 +1,7 @@
 """One HTTP request that generates tokens, from its admission to the end of its answer."""
 
 import asyncio
+import itertools
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -14,8 +15,10 @@ from lockstep.engine.request import Request
 from lockstep.serve.answer_size import Prompts, fit_answers, num_logprobs
 from lockstep.serve.errors import ApiError, check_most, not_allowed, not_generated, wrong_field
 from lockstep.serve.fields import body
+from lockstep.serve.request_log import Work
 
 if TYPE_CHECKING:
+    from lockstep.serve.exchange import Exchange
     from lockstep.serve.service import Service
 
 T = TypeVar("T")
@@ -32,8 +35,8 @@ class Generation:
 
     The order of use: `read`, then `start`, then `tokens` (or `finished`) until all sequences have ended. When the
     client disconnects, the time limit passes or the server ends, the sequences are cancelled and the next of these
-    calls raises. model_name: the model's name in the answer, from `read` on. requests: the engine's Requests, one for
-    each sequence.
+    calls raises. exchange: its side of HTTP. model_name: the model's name in the answer, from `read` on. requests: the
+    engine's Requests, one for each sequence.
     """
 
     def __init__(self, service: "Service", scope: Scope, receive: Receive) -> None:
@@ -46,13 +49,11 @@ class Generation:
         self.num_sequences, self.num_queued_tokens, self.num_logprobs = 1, 0, 0
         self._ended_by: Exception | None = None
         self._watcher: asyncio.Task[None] | None = None
-        self._began, self._has_short_body = time.monotonic(), False
-        self._last_tokens: float | None = None
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the request arrived."""
-        return time.monotonic() - self._began
+        self.exchange: Exchange = scope["lockstep.exchange"]
+        self.exchange.generation, self._has_short_body = self, False
+        self._submitted, self._ended = math.inf, math.inf
+        self._first_tokens: float | None = None
+        self._last_tokens, self._num_first = 0.0, 0  # number: of the tokens that came first
 
     # ------------------------------------------------------------ the request
 
@@ -115,7 +116,7 @@ class Generation:
         self.service.admit(
             self, num_sequences, sum(len(ids) * params.n for ids, params in prompts), num_logprobs(prompts)
         )
-        self._prompts, self._narrowing = prompts, narrowing
+        self._prompts, self._narrowing, self._submitted = prompts, narrowing, time.monotonic()
         salt = self.service.salt(self.scope["lockstep.tenant"], cache_salt)
         await self.prepare(self._submit, prompts, dict(cache_salt=salt, prediction=prediction))
         return self.requests
@@ -149,8 +150,9 @@ class Generation:
             self._count_tokens(found)
             yield found
         self.raise_if_ended()
+        self._ended = time.monotonic()
         self._check_errors()
-        self.service.metrics.whole_answer.add(self.seconds)
+        self.service.metrics.whole_answer.add(self.exchange.seconds)
 
     def _frame(self) -> float:
         """Seconds between two events of a stream: longer with many streams, as an event takes the time of several
@@ -168,14 +170,20 @@ class Generation:
         now, metrics = time.monotonic(), self.service.metrics
         num_tokens = sum(len(tokens) for _, tokens, _ in found)
         metrics.generated_tokens += num_tokens
-        if self._last_tokens is None:
-            metrics.first_token.add(now - self._began)
-            metrics.prompt_tokens += sum(len(ids) for ids, _ in self._prompts)
+        if self._first_tokens is None:
+            self._first_tokens, self._num_first = now, num_tokens
+            metrics.first_token.add(now - self.exchange.began)
+            self.count_prompts()
             self.service.num_queued_tokens -= self.num_queued_tokens
             self.num_queued_tokens = 0
         else:
             metrics.between_tokens.add((now - self._last_tokens) * len(found) / num_tokens, num_tokens)
         self._last_tokens = now
+
+    def count_prompts(self) -> None:
+        """Adds the prompts' tokens to the metrics, once they are computed."""
+        self.service.metrics.prompt_tokens += self.num_prompt
+        self.service.metrics.cached_tokens += self.num_cached
 
     def _check_errors(self) -> None:
         failed = [request for request in self.requests if request.finish_reason == "error"]
@@ -186,14 +194,44 @@ class Generation:
         if failed:
             raise not_generated(failed[0], self._narrowing)
 
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of all prompts. A prompt counts once, whatever its number of samples."""
+        return sum(len(ids) for ids, _ in self._prompts)
+
+    @property
+    def num_cached(self) -> int:
+        """Of num_prompt, those that the prefix cache had for the first sample of each prompt."""
+        firsts = itertools.accumulate((params.n for _, params in self._prompts[:-1]), initial=0)
+        return sum(self.requests[first].num_cached for first in firsts)
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens of all answers so far."""
+        return sum(len(request.output_ids) for request in self.requests)
+
+    def work(self) -> Work | None:
+        """What the engine has done so far; None where it was given nothing to do."""
+        if not self.requests:
+            return None
+        now, first = time.monotonic(), self._first_tokens
+        admitted = [request.admitted for request in self.requests if request.admitted is not None]
+        begun, computed = min(admitted, default=now), min(self._ended, first or math.inf)
+        is_prefilled = len(self._prompts) == 1 and computed < math.inf
+        num_generated = self.num_generated
+        return Work(
+            num_prompt=self.num_prompt,
+            num_cached=self.num_cached,
+            num_generated=num_generated,
+            queue_seconds=max(0.0, begun - self._submitted),
+            first_seconds=None if first is None else first - self.exchange.began,
+            prefill=(self.num_prompt - self.num_cached, computed - begun) if is_prefilled else None,
+            decode=None if first is None else (num_generated - self._num_first, self._last_tokens - first),
+        )
+
     def usage(self) -> dict[str, Any]:
-        """OpenAI's usage object. A prompt counts once, whatever its number of samples."""
-        num_prompt = sum(len(ids) for ids, _ in self._prompts)
-        num_output = sum(len(request.output_ids) for request in self.requests)
-        cached, first = 0, 0
-        for _, params in self._prompts:
-            cached += self.requests[first].num_cached
-            first += params.n
+        """OpenAI's usage object."""
+        num_prompt, num_output = self.num_prompt, self.num_generated
         drafted = sum(request.num_drafted for request in self.requests)
         accepted = sum(request.num_accepted for request in self.requests)
         drafts = dict(accepted_prediction_tokens=accepted, rejected_prediction_tokens=drafted - accepted)
@@ -201,15 +239,15 @@ class Generation:
             prompt_tokens=num_prompt,
             completion_tokens=num_output,
             total_tokens=num_prompt + num_output,
-            prompt_tokens_details=dict(cached_tokens=cached),
+            prompt_tokens_details=dict(cached_tokens=self.num_cached),
             **(dict(completion_tokens_details=drafts) if drafted else {}),
         )
 
     # ------------------------------------------------------------ its end
 
     def explain(self, error: BaseException) -> ApiError:
-        """Any exception as the ApiError that the client may see."""
-        return self.service.explain(error)
+        """Any exception as the ApiError that the client may see, as which the request has ended."""
+        return self.exchange.failed(error)
 
     def end(self, reason: Exception) -> None:
         """Cancels all sequences; the handler's next call of a method here raises `reason`."""

@@ -51,12 +51,13 @@ class Histogram:
 class Metrics:
     """Counters and histograms of a server. Only its event loop may change them.
 
-    refused: {reason: requests} that were refused because of the server's state or load. answered: {status: requests}.
+    cached_tokens: of the prompts' tokens, those that the prefix cache had; only the log shows it. refused: {reason:
+    requests} that were refused because of the server's state or load. answered: {status: requests}.
     """
 
     def __init__(self, service) -> None:
         self._service = service
-        self.prompt_tokens = self.generated_tokens = self.cancelled = 0
+        self.prompt_tokens = self.cached_tokens = self.generated_tokens = self.cancelled = 0
         self.refused, self.answered = Counter(), Counter()
         self.first_token, self.between_tokens = Histogram(FIRST_TOKEN), Histogram(BETWEEN_TOKENS)
         self.whole_answer = Histogram(WHOLE_ANSWER)

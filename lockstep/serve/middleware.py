@@ -1,4 +1,4 @@
-"""Middleware: error objects, bounds on bodies, API keys, and checks of Host and Origin."""
+"""Middleware: error objects, API keys, and checks of Host and Origin."""
 
 import hashlib
 import hmac
@@ -8,6 +8,7 @@ from starlette.types import Receive, Scope, Send
 
 from lockstep.serve import request_target
 from lockstep.serve.errors import ApiError, error_response
+from lockstep.serve.exchange import Exchange
 from lockstep.serve.routes.page import FILES
 from lockstep.serve.service import Service
 
@@ -15,8 +16,7 @@ OPEN_PATHS = frozenset(["/health", "/ready", *FILES])  # these need no key; the 
 
 
 class GuardMiddleware:
-    """Turns every exception into an error object, counts answers by status, and bounds the size of bodies: of each one
-    and of all together."""
+    """Makes an Exchange of each request, scope["lockstep.exchange"], and turns every exception into an error object."""
 
     def __init__(self, app, service: Service) -> None:
         self._app, self._service = app, service
@@ -24,63 +24,19 @@ class GuardMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send):
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        exchange = Exchange(self._service, receive, send)
+        exchange = scope["lockstep.exchange"] = Exchange(self._service, scope, receive, send)
         try:
-            exchange.check_length(dict(scope["headers"]).get(b"content-length", b"0"))
+            exchange.check_length()
             await self._app(scope, exchange.receive, exchange.send)
         except ClientDisconnect:
-            self._service.metrics.cancelled += 1
+            exchange.left()
         except Exception as error:
+            problem = exchange.failed(error)
             if exchange.started:
                 raise
-            await error_response(self._service.explain(error), scope["path"])(scope, receive, exchange.send)
+            await error_response(problem, scope["path"])(scope, receive, exchange.send)
         finally:
             exchange.close()
-
-
-class Exchange:
-    """One request and its answer. started: whether the answer has begun."""
-
-    def __init__(self, service: Service, receive: Receive, send: Send) -> None:
-        self._service, self._receive, self._send = service, receive, send
-        self.started, self._num_bytes = False, 0
-
-    def check_length(self, declared) -> None:
-        """ApiError 413 for a Content-Length that is too large."""
-        if not declared.isdigit() or len(declared) > 20 or int(declared) > self._service.limits.max_body_bytes:
-            raise self._too_large()
-
-    async def receive(self):
-        """The next part of the body, or a disconnect. ApiError 413 if the body, 429 if all bodies, become too large."""
-        message = await self._receive()
-        size = len(message.get("body", b""))
-        if size:
-            self._take(size)
-        return message
-
-    def _take(self, size) -> None:
-        limits = self._service.limits
-        self._num_bytes += size
-        self._service.num_bytes += size
-        if self._num_bytes > limits.max_body_bytes:
-            raise self._too_large()
-        if self._service.num_bytes > limits.max_pending_bytes and self._service.num_bytes > self._num_bytes:
-            raise self._service.too_busy("bodies_full", "the bodies of the requests in work take too much memory")
-
-    def _too_large(self):
-        limit = self._service.limits.max_body_bytes
-        return ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
-
-    async def send(self, message) -> None:
-        """The next part of the answer."""
-        if message["type"] == "http.response.start":
-            self.started = True
-            self._service.metrics.answered[message["status"]] += 1
-        await self._send(message)
-
-    def close(self) -> None:
-        """The body no longer counts: its memory is free."""
-        self._service.num_bytes -= self._num_bytes
 
 
 class ApiKeyMiddleware:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import logging
 import resource
 import signal
 import socket
@@ -21,6 +22,7 @@ BACKLOG = 1024
 IDLE_SECONDS = 75  # how long a connection may wait for its next request
 OWN_FILES = 256  # open files besides connections: listening sockets, models, caches, pipes
 LAST_SECONDS = 5  # for the last bytes of interrupted answers to reach their clients
+log = logging.getLogger("lockstep.http")
 
 
 def raise_open_file_limit(limits: Limits) -> None:
@@ -103,7 +105,8 @@ class Server(uvicorn.Server):
     def __init__(self, app, service: Service, loading: Loading | None = None) -> None:
         quiet: dict[str, Any] = dict(log_config=None, log_level="error", access_log=False, server_header=False)
         times: dict[str, Any] = dict(timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=LAST_SECONDS)
-        parts: dict[str, Any] = dict(loop="asyncio", ws="none", lifespan="on", http=bounded_protocol(service.limits))
+        protocol = bounded_protocol(service.limits, service.request_log)
+        parts: dict[str, Any] = dict(loop="asyncio", ws="none", lifespan="on", http=protocol)
         super().__init__(uvicorn.Config(app, backlog=BACKLOG, **parts, **quiet, **times))
         self._service, self._loading, self._drained_by = service, loading, None
 
@@ -125,12 +128,15 @@ class Server(uvicorn.Server):
             self._loading.end_process(sig)
         if self._drained_by is None:
             self._service.drain()
+            seconds, num_open = self._service.limits.drain_seconds, self._service.num_open
+            log.info("%s: %d requests are answered for up to %g s more", signal.Signals(sig).name, num_open, seconds)
             self._drained_by = time.monotonic() + self._service.limits.drain_seconds
         elif sig != signal.SIGHUP:  # some shells send SIGHUP twice
             self._drained_by = 0.0
 
     async def on_tick(self, counter):
         """uvicorn calls this ten times a second; True ends the server."""
+        self._service.request_log.tick(self._service.num_open)
         if self._drained_by is not None and (not self._service.num_open or time.monotonic() > self._drained_by):
             self._service.cut_off()
             await asyncio.sleep(0)

@@ -21,6 +21,7 @@ from lockstep.serve.errors import ApiError, not_allowed
 from lockstep.serve.generation import Generation
 from lockstep.serve.limits import Limits
 from lockstep.serve.metrics import Metrics
+from lockstep.serve.request_log import RequestLog
 from lockstep.text.conversation import ChatModel
 from lockstep.text.job_process import Busy
 from lockstep.text.tokenizer.tokenizer import Tokenizer
@@ -41,8 +42,9 @@ class Service:
 
     model_name: the model's name in answers; names: further names that requests may use, or None for any name.
     share_prefixes: whether requests of one API key may use prefixes that another key's requests computed, whose timing
-    tells that somebody asked the same. state: "loading" until `open`, then "ready", "draining" after `drain`, and
-    "closed". llm, engine (an AsyncEngine), tokenizer and chat (a ChatModel) are None before `open`.
+    tells that somebody asked the same. is_quiet: see RequestLog. state: "loading" until `open`, then "ready",
+    "draining" after `drain`, and "closed". llm, engine (an AsyncEngine), tokenizer and chat (a ChatModel) are None
+    before `open`.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Service:
         api_keys: Iterable[str] = (),
         names: Sequence[str] | None = (),
         share_prefixes: bool = False,
+        is_quiet: bool = False,
     ) -> None:
         self.model_name, self.limits = model_name, limits
         self.names = None if names is None else [model_name, *(name for name in names if name != model_name)]
@@ -67,6 +70,7 @@ class Service:
         self.num_sequences, self.num_queued_tokens, self.num_bytes = 0, 0, 0
         self.num_logprobs = 0  # the most log-probabilities that the running answers may have, together
         self.metrics, self.num_faults, self._has_logged_stop = Metrics(self), 0, False
+        self.request_log = RequestLog(self.metrics, self.counts, is_quiet)
         self._workers = concurrent.futures.ThreadPoolExecutor(WORKERS, "lockstep worker")
         self._num_offloaded, self._seconds_each = 0, 1.0
 
@@ -273,7 +277,7 @@ class Service:
         self.num_queued_tokens -= generation.num_queued_tokens
         self.num_logprobs -= generation.num_logprobs
         if generation.streams:
-            self._seconds_each += 0.1 * (generation.seconds - self._seconds_each)
+            self._seconds_each += 0.1 * (generation.exchange.seconds - self._seconds_each)
 
     def note_end(self, is_fault: bool) -> None:
         """A request's sequences ended. is_fault: the model's logits were not finite for one of them.

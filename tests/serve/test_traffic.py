@@ -106,7 +106,9 @@ def test_the_queue_is_bounded_by_sequences_and_by_tokens():
         assert (full.status_code, full.json()["error"]["code"]) == (429, "queue_full")
         more.append(later(prompt="x"))
         wait_until(lambda: made.service.num_sequences == 6)
-        assert httpx.get(f"{made.url}/ready").json() == dict(status="full")
+        ready = httpx.get(f"{made.url}/ready")
+        assert ready.json() == dict(status="full", reason="6 sequences are being answered or wait")
+        assert (ready.status_code, int(ready.headers["retry-after"]) >= 1) == (503, True)
         assert post(prompt="x").json()["error"]["code"] == "queue_full"
         assert made.service.metrics.refused == {"queue_tokens_full": 1, "queue_full": 2}
         hold.set()

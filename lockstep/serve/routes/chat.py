@@ -1,6 +1,5 @@
 """/v1/chat/completions: the next message of a conversation, as OpenAI's API has it."""
 
-import secrets
 import time
 from typing import Any
 
@@ -63,7 +62,7 @@ class Answer:
         service = generation.service
         self.tokenizer = text_tokenizer(service)
         self._head = dict(
-            id=f"chatcmpl-{secrets.token_hex(12)}",
+            id=f"chatcmpl-{generation.exchange.id}",
             created=int(time.time()),
             model=generation.model_name,
             **service.fingerprint_field,

@@ -1,6 +1,5 @@
 """/v1/completions: continuations of texts, as OpenAI's API has it."""
 
-import secrets
 import time
 from typing import Annotated, Any
 
@@ -110,7 +109,7 @@ class Answer:
         self.generation, self.fields, self._texts = generation, fields, texts
         self.tokenizer, self.is_empty = generation.service.tokenizer, fields.is_empty
         self.head = dict(
-            id=f"cmpl-{secrets.token_hex(12)}",
+            id=f"cmpl-{generation.exchange.id}",
             object="text_completion",
             created=int(time.time()),
             model=generation.model_name,

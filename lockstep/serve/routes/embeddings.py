@@ -41,7 +41,7 @@ def routes(service: Service):
         params = SamplingParams(pooling=fields.pooling or await generation.offload(lambda: service.pooling))
         await generation.start([(ids, params) for ids in inputs], fields.cache_salt or "")
         await generation.finished()
-        service.metrics.prompt_tokens += sum(map(len, inputs))
+        generation.count_prompts()
         size = len(inputs) * service.hidden_size
         return await json_answer(generation, lambda: _answer(generation, fields), size=size)
 

@@ -1,7 +1,5 @@
 """/v1/messages, Anthropic's API for conversations."""
 
-import secrets
-
 from starlette.routing import Route
 
 from lockstep.serve.answers.content_blocks import Blocks, collect
@@ -50,7 +48,7 @@ class Answer:
     def __init__(self, generation: Generation, new_parser) -> None:
         self._generation, self._request, self._new_parser = generation, generation.requests[0], new_parser
         self._head = dict(
-            id=f"msg_{secrets.token_hex(12)}", type="message", role="assistant", model=generation.model_name
+            id=f"msg_{generation.exchange.id}", type="message", role="assistant", model=generation.model_name
         )
 
     def whole(self):

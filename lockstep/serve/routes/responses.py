@@ -56,7 +56,7 @@ class Answer:
         )
         self._number, self._ids = 0, {}
         self._head = dict(
-            id=f"resp_{secrets.token_hex(16)}",
+            id=f"resp_{generation.exchange.id}",
             object="response",
             created_at=int(time.time()),
             model=generation.model_name,

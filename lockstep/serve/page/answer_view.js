@@ -10,7 +10,8 @@ const SHARE = 4; // an update that takes longer than a part of that waits so man
 
 export class AnswerView {
   #timer = 0;
-  #rest = 0;
+  #cost = 0; // milliseconds that the last update took, and the browser then took to paint it
+  #painting = 0;
   #isWhole = false;
 
   /**
@@ -39,10 +40,12 @@ export class AnswerView {
   soon(grow) {
     this.#timer ||= setTimeout(() => {
       const begun = performance.now();
+      const since = () => performance.now() - begun;
       grow(() => this.show());
-      this.#rest = SHARE * (performance.now() - begun);
+      this.#cost = since();
+      requestAnimationFrame(() => setTimeout(() => { this.#painting = since() - this.#cost - FRAME; }));
       this.#timer = 0;
-    }, Math.max(FRAME, this.#rest));
+    }, Math.max(FRAME, SHARE * (this.#cost + Math.max(0, this.#painting))));
   }
 
   /** Shows the answer as far as it came. isWhole: nothing more will come. */

@@ -22,6 +22,7 @@ let views = []; // of the conversation's turns
 let cleared = null; // the conversation before the last "New chat"
 let running = null; // the AbortController of the answer that streams
 let isMarkdown = null; // whether answers are shown so
+let isLeft = false;
 let asked = ""; // a message for which the server's abilities are not known yet
 
 /** What the views of turns and answers need of the page. */
@@ -83,6 +84,7 @@ async function ask(text, number = views.length) {
     conversation.turns.push(turn);
     views.push(new TurnView(turn, conversation, page));
     log.append(views.at(-1).root);
+    choices();
     await answer(views.at(-1), signal);
   });
   if (!isSame) return;
@@ -142,7 +144,6 @@ async function answer(view, signal, seed) {
   turn.chosen = turn.answers.push(made) - 1;
   const drawn = view.draw();
   drawn.show();
-  choices();
   follow.end();
   await made.run(drawn.request, key(), signal, () => drawn.soon(change => follow.grow(change)));
   if (!views.includes(view)) return;
@@ -216,8 +217,11 @@ function open(other) {
   follow.end();
 }
 
+addEventListener("pageshow", () => { isLeft = false; });
+
 /** Stores the conversation; says so where it has no room. */
 function keep() {
+  if (isLeft) return;
   $("unkept").hidden = conversation.store();
 }
 
@@ -239,6 +243,7 @@ $("back").addEventListener("click", () => {
 
 addEventListener("pagehide", () => {
   keep();
+  isLeft = true; // an answer that breaks off now is interrupted, not failed
   store("draft", prompt.value || asked || null);
 });
 

@@ -62,9 +62,8 @@ def fact(page, name):
 
 def play(page, *events):
     """Makes all answers of the page from now on this stream: texts, or events as the server sends them."""
-    chunk = lambda text: dict(choices=[dict(index=0, finish_reason=None, delta=dict(content=text))])
-    end = dict(choices=[dict(index=0, finish_reason="stop", delta={})])
-    all_events = [chunk(event) if isinstance(event, str) else event for event in [*events, end]]
+    all_events = [chunk(dict(content=event)) if isinstance(event, str) else event for event in events]
+    all_events.append(dict(choices=[dict(index=0, finish_reason="stop", delta={})]))
     lines = [f"data: {json.dumps(event)}\n\n" for event in all_events]
     page.run(
         """const [lines] = arguments, send = window.send ??= fetch, encoder = new TextEncoder();
@@ -86,6 +85,11 @@ def play(page, *events):
     )
 
 
+def chunk(delta, logprobs=None):
+    """An event with a piece of an answer, as the server sends it."""
+    return dict(choices=[dict(index=0, finish_reason=None, delta=delta, logprobs=logprobs)])
+
+
 def thought(text):
     """An event with a piece of a thought."""
-    return dict(choices=[dict(index=0, finish_reason=None, delta=dict(reasoning_content=text))])
+    return chunk(dict(reasoning_content=text))

@@ -6,21 +6,28 @@ import { Lexer } from "/page/marked/marked.esm.js";
 const OPTIONS = { gfm: true, breaks: true };
 const PROTOCOLS = ["http:", "https:", "mailto:"];
 const DEEPEST = 24; // what is nested deeper is shown as written
+const FEW = 500; // characters, or a few more, that share a block where a text is shown as written
+const GAP = /\n[ \t]*\n[ \t]*$/;
 const REFERENCE = /&(?:#\d{1,7}|#x[\da-f]{1,6}|[a-z][a-z\d]{1,31});/gi;
 const policy = globalThis.trustedTypes?.createPolicy("entities", { createHTML: text => text.match(REFERENCE)?.[0] ?? "" });
 
-/** The blocks of a Part in Markdown: {node, start}, start: where in the source the block begins. */
+/**
+ * The blocks of a Part in Markdown: {node, start, isApart}. start: where in the source the block begins. isApart: whether
+ * an empty line stands before it.
+ */
 export function blocks(part) {
   const plain = part.renamed(part.text.replaceAll("\r\n", " \n").replaceAll("\r", "\n"));
   try {
     const reader = plain.reader();
+    let before = "";
     return new Lexer(OPTIONS).lex(plain.text).map(token => {
-      const own = reader.take(token.raw);
-      return { node: block(token, own, 0), start: own.place(0) };
+      const own = reader.take(token.raw), isApart = GAP.test(before);
+      before = token.type === "space" ? before + token.raw : token.raw;
+      return { node: block(token, own, 0), start: own.place(0), isApart };
     }).filter(({ node }) => node);
   } catch (error) {
     if (!(error instanceof RangeError)) throw error; // nested too deeply for the lexer
-    return [{ node: asWritten(plain), start: plain.place(0) }];
+    return [{ node: asWritten(plain), start: plain.place(0), isApart: false }];
   }
 }
 
@@ -63,11 +70,21 @@ function code(token, own) {
   const reader = own.reader();
   reader.take(token.raw.slice(0, token.codeBlockStyle === "indented" ? 0 : token.raw.indexOf("\n") + 1)); // the fence
   const copy = make("button", ["Copy"], { type: "button", class: "copy", "aria-label": "Copy the code" });
-  const text = make("code", reader.take(token.text).runs());
+  const text = make("code", lines(reader.take(token.text)));
   return make("figure", [
     make("figcaption", [make("span", [language || "code"]), copy]),
     make("pre", [text], { tabindex: "0" }),
   ]);
+}
+
+/** The nodes of a Part as written. They are several blocks, so that a line more does not lay out all of them again. */
+export function lines(part) {
+  const made = [];
+  for (let from = 0, to; from < part.text.length; from = to) {
+    to = part.text.indexOf("\n", from + FEW) + 1 || part.text.length;
+    made.push(make("span", part.slice(from, to).runs(), { class: "lines" }));
+  }
+  return made;
 }
 
 function list(token, own, depth) {
@@ -134,6 +151,7 @@ function destination(href) {
 function decoded(text) {
   return text.replace(REFERENCE, reference => {
     const markup = policy ? policy.createHTML(reference) : reference;
-    return new DOMParser().parseFromString(markup, "text/html").documentElement.textContent;
+    const found = new DOMParser().parseFromString(markup, "text/html").documentElement.textContent;
+    return found.length > 2 ? reference : found; // &nothing; begins with &not
   });
 }

@@ -1,6 +1,6 @@
 // A Source on the page: as Markdown, or as written.
 
-import { blocks } from "/page/text/markdown.js";
+import { blocks, lines } from "/page/text/markdown.js";
 import { show } from "/page/text/nodes.js";
 import { hideOrphan, reachable, watch } from "/page/text/tokens.js";
 
@@ -25,14 +25,15 @@ export class ShownText {
   }
 
   #written() {
-    const given = this.given ? [{ tag: "span", attributes: { class: "given" }, children: [this.given] }] : [];
-    return [...given, ...this.source.part().runs()];
+    if (!this.given) return lines(this.source.part());
+    return [{ tag: "span", attributes: { class: "given" }, children: [this.given] }, ...this.source.part().runs()];
   }
 
   #markdown(isWhole) {
     if (isWhole) [this.#done, this.#from] = [[], 0]; // a definition at the end can change links before it
     const found = blocks(this.source.part(this.#from));
-    const last = isWhole ? 0 : Math.max(0, found.length - 2); // "2" can become "2." and then belong to the list before
+    // the last two can change: "2" becomes "2.", and then belongs to the list before
+    const last = isWhole ? 0 : Math.max(0, found.findLastIndex(({ isApart }, i) => isApart && i <= found.length - 2));
     this.#done.push(...found.slice(0, last).map(({ node }) => node));
     const rest = found.slice(last);
     if (last) this.#from = rest[0].start;

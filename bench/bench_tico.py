@@ -14,13 +14,13 @@ import argparse
 import json
 import statistics
 import subprocess
-import tempfile
 import time
 from contextlib import closing
 from pathlib import Path
 
 from lockstep.engine.model import load_model
 from lockstep.models.checkpoint import open_checkpoint
+from lockstep.new_files import scratch_folder
 from lockstep.ptq.plan import Plan
 from lockstep.ptq.rewrite import sites_of
 from lockstep.ptq.solved import Solved
@@ -42,7 +42,7 @@ class Tico:
     def __init__(self, python, folder, args):
         sizes = SHAPE | {name: getattr(args, name) for name in ("layers", "vocab", "tokens", "threads", "bits", "act")}
         words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-        command = [python, str(WORKER), "--folder", folder, *words]
+        command = [python, str(WORKER), "--folder", str(folder), *words]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.about = json.loads(self._line())
 
@@ -98,7 +98,7 @@ def main():
     parser.add_argument("--kl", action="store_true", help="ours also compare with the float model, which TICO does not")
     parser.add_argument("--act", choices=("i16", "u8"), default="i16")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, closing(Tico(args.tico, folder, args)) as tico:
+    with scratch_folder() as folder, closing(Tico(args.tico, folder, args)) as tico:
         model = load_model(open_checkpoint(folder), WeightStore(), "f32", "f32", args.tokens)
         with closing(Team(args.threads)) as team:
             rigs, calibration = rigs_of(model, team, args, tico.about["windows"])

@@ -6,6 +6,7 @@ ends. So a new file or a scratch folder that nobody has locked is left over, and
 same place removes it.
 """
 
+import atexit
 import contextlib
 import fcntl
 import os
@@ -61,6 +62,14 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
         if os.getpid() == owner:  # a forked process leaves the folder to its parent
             shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+
+
+def process_folder(parent: Path | None = None) -> Path:
+    """A scratch folder that is removed when this process ends."""
+    context = contextlib.ExitStack()
+    folder = context.enter_context(scratch_folder(parent))
+    atexit.register(context.close)
+    return folder
 
 
 def make_folder(path: Path) -> int:

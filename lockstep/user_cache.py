@@ -5,7 +5,6 @@ run code or change answers. So a cache folder is used only if it belongs to this
 write to it, and nobody else can put another folder in its place.
 """
 
-import atexit
 import contextlib
 import errno
 import functools
@@ -18,7 +17,7 @@ from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from lockstep.new_files import scratch_folder
+from lockstep.new_files import process_folder
 
 VARIABLE = "LOCKSTEP_CACHE"
 PRIVATE = 0o700
@@ -162,8 +161,8 @@ def _named_folder(named: str) -> CacheFolder:
         raise ValueError(f"{VARIABLE}: {error}") from None
     except OSError as error:
         raise ValueError(
-            f"{VARIABLE} {named!r}: cannot be made ({error.strerror or error}); expected a folder that can hold "
-            "compiled kernels and packed weights"
+            f"{VARIABLE} {named!r}: cannot be made ({reason_of(error, Path(expanded))}); expected a folder that can "
+            "hold compiled kernels and packed weights"
         ) from None
 
 
@@ -181,7 +180,7 @@ def usual_folder(xdg: str | None, home: str) -> CacheFolder:
                 return CacheFolder(private)
         except (OSError, NotPrivate) as raised:
             error = raised
-        unfit[folder] = _reason(error)
+        unfit[folder] = reason_of(error, folder)
     return _folder_of_this_process(temporary, unfit)
 
 
@@ -203,10 +202,7 @@ def _folder_of_this_process(temporary: list[Path], unfit: dict[Path, str]) -> Ca
     )
     for folder in temporary:
         with contextlib.suppress(OSError):
-            context = contextlib.ExitStack()
-            path = context.enter_context(scratch_folder(folder))
-            atexit.register(context.close)
-            return CacheFolder(path, lasts=False)
+            return CacheFolder(process_folder(folder), lasts=False)
     return CacheFolder(NOWHERE, lasts=False)
 
 
@@ -234,16 +230,19 @@ def _listed(unfit: dict[Path, str]) -> str:
 # ---------------------------------------------------------------- what cannot be kept
 
 
-def obstacle_of(error: OSError, folder: Path) -> str:
-    """In words: why a folder could not be written, with the bytes that are free on a full disk, and what helps."""
-    if error.errno not in FULL:
-        return f"{_reason(error)}. Set {VARIABLE} to a folder that can be written."
-    room = "" if (free := free_bytes(folder)) is None else f", {free / 1e6:,.1f} MB are free"
-    return f"{_reason(error)}{room}. Free some space there, or set {VARIABLE} to a folder elsewhere."
+def obstacle_of(error: OSError, folder: Path, setting: str = VARIABLE) -> str:
+    """In words: why a folder could not be written, and what helps. setting: what names the folder."""
+    if error.errno in FULL:
+        return f"{reason_of(error, folder)}. Free some space there, or set {setting} to a folder elsewhere."
+    return f"{reason_of(error, folder)}. Set {setting} to a folder that can be written."
 
 
-def _reason(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+def reason_of(error: Exception, path: Path) -> str:
+    """In words: why a file or folder could not be written, with the bytes that are free on a full disk."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    free = free_bytes(path) if error.errno in FULL else None
+    return error.strerror + ("" if free is None else f", {free / 1e6:,.1f} MB are free")
 
 
 def free_bytes(folder: Path) -> int | None:

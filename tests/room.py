@@ -8,9 +8,10 @@ import contextlib
 import fcntl
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
+
+from lockstep.new_files import scratch_folder
 
 MARKER = "alone: no other test runs at the same time in any process of this run"
 
@@ -38,7 +39,7 @@ class RoomForTests:
     """The plugin: the main process makes the folder of the locks, and passes its name to the workers."""
 
     def __init__(self) -> None:
-        self._folder: TemporaryDirectory | None = None
+        self._folder, self._ending = None, contextlib.ExitStack()
         self._room: Room | None = None
 
     def pytest_configure(self, config: pytest.Config) -> None:
@@ -49,8 +50,8 @@ class RoomForTests:
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node) -> None:
         """A worker of pytest-xdist is about to start."""
-        self._folder = self._folder or TemporaryDirectory(prefix="lockstep-tests-")
-        node.workerinput["room"] = self._folder.name
+        self._folder = self._folder or self._ending.enter_context(scratch_folder())
+        node.workerinput["room"] = str(self._folder)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
@@ -59,5 +60,4 @@ class RoomForTests:
             return (yield)
 
     def pytest_unconfigure(self) -> None:
-        if self._folder:
-            self._folder.cleanup()
+        self._ending.close()

@@ -118,6 +118,7 @@ def caused(error, cause):
         (RuntimeError("can't start new thread"), "no thread can be started: there is no memory for it, or"),
         (caused(RuntimeError("no loop"), RuntimeError("can't start new thread")), "no thread can be started"),
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "/no/file"), "/no/file: No space left on device, "),
         (PermissionError(errno.EACCES, "Permission denied", "m.gguf"), "m.gguf: Permission denied\n"),
         (UnfitMachine("self-check failed: op add gives other bits"), "self-check failed: op add gives other bits\n"),
     ],

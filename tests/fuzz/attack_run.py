@@ -4,13 +4,13 @@ played against new servers, which get a SIGTERM."""
 import shutil
 import signal
 import subprocess
-import tempfile
 import threading
 import time
 from collections import Counter
 from pathlib import Path
 
 import lockstep
+from lockstep.new_files import scratch_folder
 from tests.fuzz.attacks import ATTACKS, CHAT, Attack, post, template
 from tests.fuzz.liveness import MOST_GROWTH_MB, Liveness
 from tests.serve.chatting import HELLO
@@ -37,8 +37,8 @@ class Table:
 def play_all() -> int:
     """Plays all attacks; returns 1 if there was a fault."""
     table = Table()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "model")
+    with scratch_folder() as folder:
+        path = folder / "model"
         shutil.copytree(Path(lockstep.__file__).parent / "bundled", path)
         (path / "chat_template.jinja").write_text(template())
         with program(path, *OPTIONS) as made:

@@ -2,10 +2,8 @@
 
 import contextlib
 import itertools
-import os
 import random
 import shutil
-import tempfile
 import threading
 import time
 from collections import Counter, deque
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import lockstep
+from lockstep.new_files import scratch_folder
 from lockstep.text.templates.chat_template import TemplateProcess
 from tests.fuzz.bodies import BODIES, damaged_request
 from tests.fuzz.client import Fault, ask
@@ -87,11 +86,11 @@ class Campaign:
     @contextlib.contextmanager
     def _all(self) -> Iterator[Program]:
         """A context with the server and all kinds of fuzz."""
-        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        with scratch_folder() as folder, contextlib.ExitStack() as stack:
             if "files" in self.kinds:
-                os.mkdir(f"{folder}/files", 0o700)
-                self._made["files"] = Files(Path(folder, "files"))
-            made = stack.enter_context(program(model_folder(Path(folder, "model"), self.seed), *OPTIONS))
+                (folder / "files").mkdir(mode=0o700)
+                self._made["files"] = Files(folder / "files")
+            made = stack.enter_context(program(model_folder(folder / "model", self.seed), *OPTIONS))
             over_http = dict(bodies=Bodies, sockets=Sockets, templates=Templates, grammars=Grammars)
             self._made |= {kind: over_http[kind](made.port) for kind in self.kinds if kind in over_http}
             for each in self._made.values():

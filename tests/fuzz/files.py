@@ -6,10 +6,10 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from lockstep.new_files import scratch_folder
 from lockstep.user_cache import user_cache
 from tests.fuzz.bodies import damaged_bytes, damaged_value
 from tests.fuzz.client import Fault
@@ -125,10 +125,10 @@ class Files:
 
     def _archive(self, path: Path) -> bytes:
         """An archive of the damaged files, to replay the fault."""
-        with tempfile.TemporaryDirectory() as folder:
+        with scratch_folder() as folder:
             command = ["tar", "-cf", f"{folder}/x.tar", "--exclude=kernels", "-C", str(path.parent), path.name]
             subprocess.run(command, check=True)
-            return Path(folder, "x.tar").read_bytes()
+            return (folder / "x.tar").read_bytes()
 
     def close(self) -> None:
         """Ends the process."""

@@ -8,10 +8,10 @@ whose config has not changed stay as they are.
 
 import json
 import pathlib
-import tempfile
 
 import numpy as np
 
+from lockstep.new_files import scratch_folder
 from tests.models.cases import CASES, SEED
 from tests.models.tiny import prompt, tensors, write
 
@@ -32,8 +32,8 @@ def main():
     for name, config in CASES.items():
         if str(arrays.get(f"{name}.config")) == json.dumps(config):
             continue
-        with tempfile.TemporaryDirectory() as folder:
-            arrays[f"{name}.config"], arrays[f"{name}.logits"] = record(pathlib.Path(folder), config)
+        with scratch_folder() as folder:
+            arrays[f"{name}.config"], arrays[f"{name}.logits"] = record(folder, config)
     np.savez_compressed(GOLDEN, **arrays)
     print(f"{GOLDEN}: {len(CASES)} cases, {GOLDEN.stat().st_size} bytes")
 

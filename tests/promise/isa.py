@@ -1,10 +1,8 @@
 """Prints digests of tiny models' logits and caches, to be run once for each target: python -m tests.promise.isa."""
 
-import pathlib
-import tempfile
-
 from lockstep.lab.parity import Path, run_path
 from lockstep.native.kernel import target
+from lockstep.new_files import scratch_folder
 from tests.models import tiny
 from tests.promise.models import Case, load
 
@@ -20,8 +18,8 @@ def digest(case, folder):
 
 def digests():
     """The digest of each case."""
-    with tempfile.TemporaryDirectory() as folder:
-        return [digest(case, pathlib.Path(folder) / str(case)) for case in CASES]
+    with scratch_folder() as folder:
+        return [digest(case, folder / str(case)) for case in CASES]
 
 
 if __name__ == "__main__":

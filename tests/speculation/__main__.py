@@ -3,11 +3,11 @@
 
 import argparse
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
+from lockstep.new_files import scratch_folder
 from lockstep.ops.attention.kv_cache import KV_DTYPES
 from tests.budget import used_seconds
 from tests.promise.models import CONFIGS
@@ -41,12 +41,12 @@ def main() -> int:
     )
     parser.add_argument("--kv-dtype", default="bf16", choices=KV_DTYPES, help="of the KV cache (%(default)s)")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         formats = given.weights, given.kv_dtype
-        made = Path(folder) / "model"
+        made = folder / "model"
         subject = bundled(*formats) if given.model == "bundled" else tiny(given.model, made, *formats)
         try:
-            return campaign(subject, given.seed, given.requests, Path(folder))
+            return campaign(subject, given.seed, given.requests, folder)
         finally:
             subject.close()
 

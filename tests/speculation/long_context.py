@@ -8,7 +8,6 @@ largest width compute the prompt; all other engines find it on disk.
 import argparse
 import hashlib
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 from lockstep.engine.model import load_model
 from lockstep.engine.request import Request, SamplingParams
 from lockstep.models.checkpoint import open_checkpoint
+from lockstep.new_files import scratch_folder
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS
 from lockstep.weights.store import WeightStore
 from tests.models import published, tiny
@@ -114,10 +114,10 @@ def main() -> int:
     parser.add_argument("--weights", default="q8_0", help="their format (%(default)s)")
     parser.add_argument("--source", choices=[*BUILT_IN, *KNOWING], default="mostly right", help="(%(default)s)")
     given, num_different = parser.parse_args(), 0
-    with tempfile.TemporaryDirectory() as folder:
-        subject = random_model(Path(folder) / "model", given.weights, given.prompt + given.tokens)
+    with scratch_folder() as folder:
+        subject = random_model(folder / "model", given.weights, given.prompt + given.tokens)
         prompt_ids = np.random.default_rng(0).integers(0, subject.vocab_size, given.prompt).tolist()
-        kept = Path(folder) / "kept"
+        kept = folder / "kept"
         for answer in answers(subject, prompt_ids, given.tokens, given.source, WIDTHS, kept):
             tell(answer)
             num_different += bool(answer.differing)

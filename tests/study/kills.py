@@ -9,9 +9,10 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
+
+from lockstep.new_files import scratch_folder
 
 TEXTS = Path(__file__).parents[2] / "studies" / "texts"
 RECIPE = f"""
@@ -57,8 +58,7 @@ def main():
     parser.add_argument("--avx2", action="store_true", help="one more run, compiled for AVX2 (Haswell)")
     args = parser.parse_args()
     kills = args.kills
-    with tempfile.TemporaryDirectory() as temporary:
-        root = Path(temporary)
+    with scratch_folder() as root:
         recipe = root / "recipe.toml"
         recipe.write_text(RECIPE.replace("[plan]", f'[plan]\narithmetic = "{args.arithmetic}"'))
         assert started(recipe, root / "warm", 1).wait() == 0  # compiles what is not compiled yet

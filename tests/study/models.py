@@ -1,13 +1,12 @@
 """Small models for studies, and windows of tokens for them."""
 
 import functools
-import pathlib
-import tempfile
 
 import numpy as np
 
 from lockstep.engine.model import load_model
 from lockstep.models.checkpoint import open_checkpoint
+from lockstep.new_files import process_folder
 from lockstep.weights.store import WeightStore
 from tests.models import tiny
 from tests.models.cases import case, hybrid, windowed
@@ -32,13 +31,13 @@ SIXTEEN = {  # heads of 16, so that attention's scale is a power of two
 @functools.cache
 def folder(name):
     """A model's folder, which exists until the process ends."""
-    made, config = pathlib.Path(_root().name) / name, {**CONFIGS, **SIXTEEN, **WINDOWS}[name]
+    made, config = _root() / name, {**CONFIGS, **SIXTEEN, **WINDOWS}[name]
     return tiny.write(made, config, tiny.tensors(config, 5))
 
 
 @functools.cache
 def _root():
-    return tempfile.TemporaryDirectory()
+    return process_folder()
 
 
 @functools.cache

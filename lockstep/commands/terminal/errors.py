@@ -1,6 +1,7 @@
 """Errors by a user's mistake, or by a lack of memory or threads, as one sentence."""
 
 import errno
+from pathlib import Path
 
 from lockstep.native.host import UnfitMachine
 
@@ -18,9 +19,11 @@ def sentence(error: Exception) -> str:
     lack = None if isinstance(error, ValueError) else _lack(error)
     if lack is not None:
         return lack
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
+    if isinstance(error, OSError) and error.filename:
+        from lockstep.user_cache import reason_of  # it takes a while to import
+
+        return f"{error.filename}: {reason_of(error, Path(str(error.filename)))}"
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def _lack(error: BaseException | None) -> str | None:

@@ -23,7 +23,7 @@ from queue import SimpleQueue
 import numpy as np
 
 from lockstep.engine.cache.shared_folder import SharedFolder
-from lockstep.user_cache import NotPrivate, make_private
+from lockstep.user_cache import NotPrivate, make_private, obstacle_of, warn_not_kept
 from lockstep.weights.content import ContentHash
 
 MAGIC, HEADER = b"lockstep cache 1", struct.Struct("<16s8s32sQ16s")
@@ -179,9 +179,13 @@ class DiskStore:
     def _write(self, kind: str, name: bytes) -> None:
         data, entry = self._pending[kind, name], self._entry_when_known(kind, name)
         num_evicted = None
-        with contextlib.suppress(OSError):
+        try:
             if entry is not None:
                 num_evicted = self.shared.put(entry[0], [_header(kind, entry[1], data), data.data])
+        except OSError as error:
+            obstacle = obstacle_of(error, self.folder, "cache_dir")
+            text = f"A computed prompt ({data.nbytes / 1e6:,.1f} MB) cannot be kept in {self.folder}: {obstacle}"
+            warn_not_kept((self.folder, error.errno), text)
         with self._lock:
             del self._pending[kind, name]
             if entry is not None and num_evicted is not None:

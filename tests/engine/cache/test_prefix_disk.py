@@ -217,15 +217,21 @@ def test_what_is_too_much_to_write_is_skipped(store):
     assert slow.counts.skipped == 1
 
 
-def test_a_full_disk_only_means_that_nothing_is_kept(store, monkeypatch):
+def test_a_full_disk_only_means_that_nothing_is_kept_and_this_is_said_once(store, monkeypatch, caplog):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     made = store()
     monkeypatch.setattr(os, "replace", full)
-    save(made, 1)
+    for number in (1, 2):
+        save(made, number)
     made.flush()
-    assert made.counts.skipped == 1 and loaded(made, 1) is None and not entries(made.folder)
+    assert made.counts.skipped == 2 and loaded(made, 1) is None and not entries(made.folder)
+    [record] = caplog.records
+    assert record.message.startswith(
+        f"A computed prompt (0.0 MB) cannot be kept in {made.folder}: No space left on dev"
+    )
+    assert record.message.endswith(" MB are free. Free some space there, or set cache_dir to a folder elsewhere.")
 
 
 def test_leftovers_of_a_killed_writer_are_removed_and_never_read(store):

@@ -14,7 +14,6 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +23,7 @@ import numpy as np
 from lockstep.engine.cache import prefix_disk
 from lockstep.engine.cache.prefix_disk import DiskStore
 from lockstep.engine.cache.shared_folder import ENTRY, LOCK, MAKING, TOTAL
+from lockstep.new_files import scratch_folder
 
 SIZES = dict(page=1000, state=5000)
 CONTENT = SimpleNamespace(known="c" * 64, wait=lambda **_: "c" * 64)
@@ -133,10 +133,10 @@ def main() -> None:
     if args.folder is not None:
         write(args.folder, args.seed)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        most = killed(Path(folder), args.kills)
+    with scratch_folder() as folder:
+        most = killed(folder, args.kills)
         num_left = sum(name.startswith(MAKING) for name in os.listdir(folder))
-        num_there = check(Path(folder), most)
+        num_there = check(folder, most)
         print(
             f"{args.kills} kills: at most {most} of {MAX_BYTES} bytes, {num_left} files left unfinished, "
             f"{num_there} entries there and all of them right"

@@ -5,10 +5,11 @@ import contextlib
 import re
 import shutil
 import subprocess
-import tempfile
 import time
 
 import httpx
+
+from lockstep.new_files import scratch_folder
 
 FLAGS = (
     "--headless",
@@ -45,7 +46,7 @@ def chromium():
     """A Browser."""
     driver = subprocess.Popen([shutil.which("chromedriver"), "--port=0"], stdout=subprocess.PIPE, text=True)
     try:
-        with tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True) as profile:
+        with scratch_folder() as profile:
             browser = Browser(_port(driver), profile)
             try:
                 yield browser

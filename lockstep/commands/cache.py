@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lockstep.commands.terminal.output import shown
-from lockstep.user_cache import user_cache
+from lockstep.user_cache import cache_lasts, user_cache
 from lockstep.weights import packed_cache
 
 OTHER_FOLDERS = ("kernels", "hashes", "selfcheck")  # of the cache, besides packed weights
@@ -26,6 +26,8 @@ def command(
     All of it is made again when it is missing. `lockstep cache prune` removes it.
     """
     found = described(user_cache())
+    if not cache_lasts():  # for which there was a warning
+        found.update(folder=None, allowed_bytes=0)
     if as_json:
         print(json.dumps(found))
     else:
@@ -60,6 +62,9 @@ def show(found) -> None:
     """Prints the tables."""
     console = Console()
     console = console if console.is_terminal else Console(width=WIDTH)
+    if found["folder"] is None:
+        console.print("nothing is kept")
+        return
     title = Text(shown(found["folder"], sys.stdout))
     table = Table("packed weights of", "for", "size", "last used", title=title, title_justify="left")
     for model in found["models"]:

@@ -107,7 +107,7 @@ class ContentLocator(caching._CacheLocator):  # noqa: SLF001 Numba has no other 
         return self._folder
 
     def ensure_cache_path(self):
-        """Does nothing: saving says whether the folder can be written."""
+        """Does nothing: saving makes the folder, and says whether it can be written."""
 
     def get_source_stamp(self):
         return "the folder is named by the content of all sources"

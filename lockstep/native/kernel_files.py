@@ -13,9 +13,9 @@ from pathlib import Path
 from numba.core.caching import IndexDataCacheFile
 
 from lockstep.new_files import new_file
-from lockstep.user_cache import keeping
+from lockstep.user_cache import keeping, make_private
 
-KERNELS = "Compiled kernels (about 20 MB for a model)"
+KERNELS = "Compiled kernels (about 10 MB for a model)"
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -28,7 +28,8 @@ class CheckedFiles(IndexDataCacheFile):
     def save(self, key, data):
         """Saves an entry. If it cannot be kept, there is a warning, and `is_kept` is False."""
         self.is_kept = False
-        with keeping(KERNELS, Path(self._cache_path)):
+        with keeping(KERNELS, folder := Path(self._cache_path)):
+            make_private(folder)
             super().save(key, data)
             self.is_kept = True
 

@@ -94,7 +94,7 @@ def test_a_kernel_that_cannot_be_kept_is_compiled_at_each_start_and_said_once(tm
     code = COMPILED + "print(BACKENDS['cpu']['add'].kernel._mark.exists())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and done.stdout == "False\n", done.stderr[-2000:]
-    assert done.stderr.startswith("Compiled kernels (about 20 MB for a model) cannot be kept in ")
+    assert done.stderr.startswith("Compiled kernels (about 10 MB for a model) cannot be kept in ")
     assert "Not a directory. Set LOCKSTEP_CACHE" in done.stderr and done.stderr.count("\n") == 1
 
 

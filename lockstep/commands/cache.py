@@ -13,6 +13,7 @@ from rich.text import Text
 from lockstep.commands.terminal.output import shown
 from lockstep.user_cache import cache_lasts, user_cache
 from lockstep.weights import packed_cache
+from lockstep.weights.content import hub_cache
 
 OTHER_FOLDERS = ("kernels", "hashes", "selfcheck")  # of the cache, besides packed weights
 WIDTH = 120  # columns where the output is no terminal
@@ -21,9 +22,10 @@ WIDTH = 120  # columns where the output is no terminal
 def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """List what is kept on disk: packed weights by model, compiled kernels, hashes of files.
+    """List what is kept on disk: packed weights by model, compiled kernels, hashes of files, and what the Hugging Face
+    hub's client has downloaded.
 
-    All of it is made again when it is missing. `lockstep cache prune` removes it.
+    All of it is made, or downloaded, again when it is missing. `lockstep cache prune` removes all but downloads.
     """
     found = described(user_cache())
     if not cache_lasts():  # for which there was a warning
@@ -40,6 +42,7 @@ def described(root):
     models = packed_cache.models(packed)
     used = sum(model.num_bytes for model in models)
     others = {name: packed_cache.num_bytes(root / name) for name in OTHER_FOLDERS}
+    hub = hub_cache()
     return dict(
         folder=str(root),
         packed_bytes=used,
@@ -55,6 +58,8 @@ def described(root):
             for model in reversed(models)
         ],
         **{f"{name}_bytes": size for name, size in others.items()},
+        hub_folder=str(hub),
+        hub_bytes=packed_cache.num_bytes(hub),
     )
 
 
@@ -64,7 +69,16 @@ def show(found) -> None:
     console = console if console.is_terminal else Console(width=WIDTH)
     if found["folder"] is None:
         console.print("nothing is kept")
-        return
+    else:
+        _show_kept(console, found)
+    if found["hub_bytes"]:
+        folder = Text(shown(found["hub_folder"], sys.stdout))
+        console.print(
+            Text(f"downloads of the hub's client {size(found['hub_bytes'])} in ").append(folder), soft_wrap=True
+        )
+
+
+def _show_kept(console, found) -> None:
     title = Text(shown(found["folder"], sys.stdout))
     table = Table("packed weights of", "for", "size", "last used", title=title, title_justify="left")
     for model in found["models"]:

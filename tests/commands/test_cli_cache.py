@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from lockstep import user_cache
 from lockstep.cli import main
 from lockstep.new_files import new_file
 from lockstep.weights import packed_cache
@@ -26,6 +27,7 @@ def cache(tmp_path, monkeypatch):
     for kind in ("kernels", "hashes"):
         (folder / kind / "x").mkdir(parents=True)
         (folder / kind / "x" / "y").write_bytes(bytes(5000))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     return folder
 
 
@@ -46,7 +48,20 @@ def test_the_list_says_what_each_model_takes_and_when_it_was_used(cache, capsys)
     assert main(["cache"]) == 0
     shown = capsys.readouterr().out
     assert "/models/new " in shown and "10 days ago" in shown and "just now" in shown and "1.0 MB" in shown
-    assert "LOCKSTEP_CACHE_GB" in shown
+    assert "LOCKSTEP_CACHE_GB" in shown and "hub's client" not in shown
+    (cache.parent / "hub" / "blobs").mkdir(parents=True)
+    (cache.parent / "hub" / "blobs" / "x").write_bytes(bytes(7000))
+    assert main(["cache"]) == 0
+    assert f"downloads of the hub's client 7 kB in {cache.parent / 'hub'}\n" in capsys.readouterr().out
+    assert listed(capsys)["hub_bytes"] == 7000
+
+
+def test_without_a_folder_nothing_is_kept(monkeypatch, capsys):
+    monkeypatch.setattr(user_cache, "_cache_folder", lambda: user_cache.CacheFolder(user_cache.NOWHERE, lasts=False))
+    found = listed(capsys)
+    assert found["folder"] is None and found["packed_bytes"] == found["allowed_bytes"] == 0
+    assert main(["cache"]) == 0 and capsys.readouterr().out.startswith("nothing is kept\n")
+    assert main(["cache", "prune", "--all"]) == 0
 
 
 @pytest.mark.parametrize(

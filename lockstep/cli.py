@@ -49,6 +49,8 @@ def main(args=None):
     args = _joined(sys.argv[1:] if args is None else list(args)) or ["--help"]
     if (old := " ".join(args[:2])) in RENAMED and not os.path.exists(args[1]):
         return _refuse(f"{old}: this command is called lockstep {RENAMED[old]} now")
+    if sys.stderr is None:  # it was closed before the start: nobody reads it
+        sys.stderr = open(os.devnull, "w")
     # a character that the terminal cannot show becomes "?" instead of an exception
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")

@@ -152,6 +152,12 @@ def test_a_cpu_that_is_too_old_is_one_sentence():
     assert done.stderr == "lockstep: Lockstep needs a CPU with AVX2 (any since 2015); 'nehalem' has none\n"
 
 
+def test_where_standard_error_is_closed_only_the_exit_code_says_it():
+    command = ["sh", "-c", f"{sys.executable} -m lockstep generate -p x --weights nothing 2>&-"]
+    done = subprocess.run(command, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, b"", b"")
+
+
 def test_a_hub_name_offline(capsys, monkeypatch):
     def unreachable(*args, **options):
         raise ConnectionError("network is unreachable")

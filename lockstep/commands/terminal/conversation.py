@@ -3,6 +3,7 @@
 import difflib
 import functools
 import json
+import os
 import signal
 import sys
 import textwrap
@@ -183,12 +184,12 @@ class Conversation:
         self._tell_about(self._answer(self._asked, self._num_tries + 1))
 
     def _undo(self, _: str) -> None:
-        before = _asked(self.messages)[:-1]
-        if not _asked(self.messages):
+        asked = _up_to_question(self.messages)
+        if not asked:
             raise ValueError("there is nothing to undo: the conversation has no question yet")
-        undone = self.messages[len(before)]["content"]
-        self._set_messages(before)
-        tell(f"forgotten: {textwrap.shorten(undone, 60)!r} and its answer; {counted(len(before), 'message')} left")
+        self._set_messages(asked[:-1])
+        question, left = textwrap.shorten(asked[-1]["content"], 60), counted(len(asked) - 1, "message")
+        tell(f"forgotten: {question!r} and its answer; {left} left")
 
     def _reset(self, _: str) -> None:
         self._set_messages([message for message in self.messages if message["role"] == "system"])
@@ -199,7 +200,7 @@ class Conversation:
         tell("system message set, conversation forgotten" if text else "system message removed, conversation forgotten")
 
     def _set_messages(self, messages: list[Message]) -> None:
-        self.messages, self._asked, self._num_tries = messages, _asked(messages), 0
+        self.messages, self._asked, self._num_tries = messages, _up_to_question(messages), 0
 
     def _save(self, name: str) -> None:
         with open(_named(name, "/save"), "w", encoding="utf-8") as file:
@@ -233,7 +234,7 @@ class Conversation:
         write(", ".join(shown_settings) + "\n")
 
     def _stats(self, _: str) -> None:
-        asked, used = _asked(self.messages), 0
+        asked, used = _up_to_question(self.messages), 0
         if asked:
             prompt = self._chat.prompt(chat.Conversation(self.messages, variables=self._variables), asks=False)
             used = len(self.llm.tokenizer.encode(prompt, add_special_tokens=False))
@@ -252,7 +253,7 @@ class Conversation:
         self.open = False
 
 
-def _asked(messages: list[Message]) -> list[Message]:
+def _up_to_question(messages: list[Message]) -> list[Message]:
     """The messages up to the last question; none where there is no question."""
     numbers = [number for number, message in enumerate(messages) if message["role"] == "user"]
     return messages[: numbers[-1] + 1] if numbers else []
@@ -269,20 +270,20 @@ def _print_columns(rows: Sequence[tuple[str, str]]) -> None:
     write("".join(f"{name:<{width}}  {text}\n" for name, text in rows))
 
 
-def _number(name, value, kind):
+def _number(name: str, value: str, kind: type) -> Any:
     try:
         return kind(value)
     except ValueError:
         raise ValueError(f"/set {name} {value}: expected a number") from None
 
 
-def _named(name, command):
+def _named(name: str, command: str) -> str:
     if not name:
         raise ValueError(f"{command}: expected a file name")
-    return name
+    return os.path.expanduser(name)
 
 
-def _is_message(value) -> bool:
+def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and value.get("role") in ROLES and isinstance(value.get("content"), str)
 
 
@@ -297,6 +298,6 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def tell(text) -> None:
+def tell(text: str) -> None:
     """Prints a remark for the user to standard error, in parentheses."""
     print(shown(f"({text})", sys.stderr), file=sys.stderr, flush=True)

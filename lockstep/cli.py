@@ -32,6 +32,7 @@ COMMANDS = {
     "ptq run": "Try many quantization plans on one text, and rank them.",
     "ptq confirm": "Run the best plans of a study head by head, as hardware does, and compare the bits.",
     "ptq show": "Show what a study has found.",
+    "list": "List the models on this disk, and which of them can be run.",
     "inspect": "Show a model's config, tensors, program and memory.",
     "cache": "List what is kept on disk: packed weights, compiled kernels.",
     "cache prune": "Remove what is kept on disk.",

@@ -1,16 +1,18 @@
 """Finding a model by its name: the bundled one, a local folder or file, one of Ollama's or LM Studio's, or a download
 from the Hugging Face hub."""
 
+import fnmatch
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
 from lockstep.weights.gguf.file import is_gguf
 from lockstep.weights.sources import hub_cache, lm_studio, ollama, quants
-from lockstep.weights.sources.found import files_below
-from lockstep.weights.sources.near import near_names, near_paths
+from lockstep.weights.sources.found import NotFound, files_below
+from lockstep.weights.sources.on_disk import near_names, near_paths
 
 # A name such as org/model, org/model:Q8_0, org/model:file.gguf or org/model@revision.
 HUB_NAME = re.compile(
@@ -54,7 +56,10 @@ def resolve_model(name: str | None) -> Path:
         raise ValueError(f"{name}: expected a model folder, a .gguf or a .safetensors file")
     for source in (ollama, lm_studio):
         if name.startswith(source.PREFIX):
-            return source.resolve(name)
+            try:
+                return source.resolve(name)
+            except NotFound as error:
+                raise ValueError(f"{error}{_near(near_names(name))}") from None
     if path.is_absolute() or name.startswith(".") or (path.suffix in (".gguf", ".safetensors") and ":" not in name):
         raise ValueError(f"{name}: no such folder or file{_near(near_paths(path))}")
     hub_name = parse_hub_name(name)
@@ -88,64 +93,70 @@ def _bundled_folder() -> Path:
     return folder
 
 
+class Repository(NamedTuple):
+    """What is in a repository. folder: where its files lie in the hub's cache; None if the hub has them."""
+
+    files: list[str]
+    folder: Path | None = None
+
+
 def _download(name: str, wanted: HubName) -> Path:
-    repo, file, quant, revision = wanted
-    if file is not None:
-        return _gguf_file(name, repo, file, revision)
-    if quant is not None:
-        return _gguf_of_quant(name, wanted)
-    folder = _ask_hub(name, repo, revision, list(WANTED), list(UNWANTED))
-    if not any(folder.glob("*.safetensors")):
-        # a repository of one GGUF file, or of several of which one is usually meant
-        return _gguf_of_quant(name, wanted._replace(revision=revision and folder.name))
-    # The folder is named after its commit, so that the files of subfolders are taken from the same commit.
-    _ask_hub(name, repo, folder.name, list(WANTED_OF_SUBFOLDERS), [])
-    return folder
-
-
-def _gguf_file(name: str, repo: str, file: str, revision: str | None) -> Path:
-    """A GGUF file of a repository, with all of its parts."""
+    there = _repository(name, wanted)
+    if wanted.file is None and wanted.quant is None and (files := _of_safetensors(there.files)):
+        return fetched(name, wanted, there, files)
+    file = wanted.file or _gguf_file(name, wanted, there.files)
     parts = quants.parts_of(file)
-    path = _ask_hub(name, repo, revision, parts, []) / parts[0]
-    if not path.is_file():
-        raise ValueError(f"{name}: the hub repository {repo} has no file {parts[0]}")
-    return path
+    if missing := [part for part in parts if part not in there.files]:
+        raise ValueError(f"{name}: the hub repository {wanted.repo} has no file {missing[0]}")
+    return fetched(name, wanted, there, parts) / parts[0]
 
 
-def _gguf_of_quant(name: str, wanted: HubName) -> Path:
+def _of_safetensors(files: list[str]) -> list[str]:
+    """The files of a model in safetensors, without other forms of it; empty where there is none."""
+    wanted = [file for file in files if _is_like(file, WANTED) and not _is_like(file, UNWANTED)]
+    beside = [file for file in files if _is_like(file, WANTED_OF_SUBFOLDERS)]
+    return wanted + beside if any(file.endswith(".safetensors") for file in wanted) else []
+
+
+def _is_like(file: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(file, pattern) for pattern in patterns)
+
+
+def _gguf_file(name: str, wanted: HubName, files: list[str]) -> str:
     """The GGUF file of a quant; where the name has none, the only one or the one that is usually meant."""
-    files = _files_of(name, wanted)
-    if not quants.gguf_models(files):
-        has_weights = wanted.quant and any(file.endswith(".safetensors") for file in files)
-        like = f"; {wanted.repo} without :{wanted.quant} has .safetensors, which --weights q8_0 can quantize"
-        like = like if has_weights else ""
-        kinds = "GGUF file" if wanted.quant else ".safetensors and no GGUF file"
-        raise ValueError(f"{name}: the hub repository {wanted.repo} has no {kinds}{like}")
-    file = quants.choose(files, wanted.quant, wanted.repo)
-    return _gguf_file(name, wanted.repo, file, wanted.revision)
+    if quants.gguf_models(files):
+        return quants.choose(files, wanted.quant, wanted.repo)
+    kinds = "GGUF file" if wanted.quant else ".safetensors and no GGUF file"
+    like = f"; {wanted.repo} without :{wanted.quant} has .safetensors, which --weights q8_0 can quantize"
+    like = like if wanted.quant and _of_safetensors(files) else ""
+    raise ValueError(f"{name}: the hub repository {wanted.repo} has no {kinds}{like}")
 
 
-def _files_of(name: str, wanted: HubName) -> list[str]:
-    """The names of all files of a repository: as the hub says, or where it cannot be asked, those in the cache."""
-    from huggingface_hub import list_repo_files
+def _repository(name: str, wanted: HubName) -> Repository:
+    """What is in a repository: as the hub says, or where it cannot be asked, what is in the cache."""
+    from huggingface_hub import model_info
 
-    try:
-        return list_repo_files(wanted.repo, revision=wanted.revision)
-    except Exception as error:
+    try:  # where there is no network this fails at once; other requests are tried again for half a minute
+        siblings = model_info(wanted.repo, revision=wanted.revision).siblings or ()
+        return Repository([file.rfilename for file in siblings])
+    except Exception as error:  # network, authentication and cache errors share no base class
         folder = hub_cache.snapshot(wanted.repo, wanted.revision)
         if folder is not None and (files := files_below(folder)):
-            return files
+            return Repository(files, folder)
         raise _not_fetched(name, wanted.repo, error) from None
 
 
-def _ask_hub(name: str, repo: str, revision: str | None, wanted: list[str], unwanted: list[str]) -> Path:
-    """The folder in the hub's cache with the wanted files, downloaded as needed."""
+def fetched(name: str, wanted: HubName, there: Repository, files: list[str]) -> Path:
+    """The folder in the hub's cache with the files, downloaded as needed."""
     from huggingface_hub import snapshot_download
 
+    if there.folder is not None:
+        return there.folder
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
-    except Exception as error:  # network, authentication and cache errors share no base class
-        raise _not_fetched(name, repo, error) from None
+        patterns = [re.sub(r"[][*?]", "[\\g<0>]", file) for file in files]  # file names, not patterns
+        return Path(snapshot_download(wanted.repo, revision=wanted.revision, allow_patterns=patterns))
+    except Exception as error:
+        raise _not_fetched(name, wanted.repo, error) from None
 
 
 def _not_fetched(name: str, repo: str, error: BaseException) -> ValueError:

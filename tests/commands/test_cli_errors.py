@@ -9,12 +9,19 @@ import sys
 
 import pytest
 
+from lockstep import LLM
 from lockstep.cli import main
 from lockstep.native.host import UnfitMachine
 
 
 def run(*args):
     return main(["generate", *args])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    """Compiles the bundled model's kernels, where they are not: progress would stand beside the errors."""
+    LLM(max_requests=1).close()
 
 
 @pytest.mark.parametrize(("args", "said"), [
@@ -162,7 +169,7 @@ def test_a_hub_name_offline(capsys, monkeypatch):
     def unreachable(*args, **options):
         raise ConnectionError("network is unreachable")
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    monkeypatch.setattr("huggingface_hub.model_info", unreachable)
     assert run("org/model", "-p", "x") == 2
     assert "fetching org/model from the Hugging Face hub failed: network is unreachable" in capsys.readouterr().err
 

@@ -1,5 +1,7 @@
 """Resolving names of models: bundled, local, or on the hub, which a local folder stands for here."""
 
+from types import SimpleNamespace
+
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
@@ -9,28 +11,29 @@ from lockstep.weights.hub import resolve_model
 
 @pytest.fixture
 def downloads(monkeypatch, tmp_path):
-    """Requests to the hub; it returns tmp_path / "cache", or raises the exception that the test puts there."""
-    asked = []
+    """Downloads from the hub, which has FILES; they go to tmp_path / "cache", or raise the exception that the test puts
+    there."""
+    asked, errors = [], []
 
-    def snapshot_download(repo, **options):
-        asked.append((repo, options))
-        if answers:
-            raise answers[0]
+    def snapshot_download(repo, revision, allow_patterns):
+        files = set(filter_repo_objects(FILES[repo], allow_patterns=allow_patterns))
+        asked.append((repo, revision, files))
+        for file in files:
+            (tmp_path / "cache" / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "cache" / file).write_bytes(b"")
         return str(tmp_path / "cache")
 
-    def list_repo_files(repo, revision=None):
-        if answers:
-            raise answers[0]
-        return FILES.get(repo, ["a.txt"])
+    def model_info(repo, revision=None):
+        if errors:
+            raise errors[0]
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in FILES[repo]])
 
-    answers = []
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    monkeypatch.setattr("huggingface_hub.list_repo_files", list_repo_files)
+    monkeypatch.setattr("huggingface_hub.model_info", model_info)
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "OLLAMA_MODELS"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    (tmp_path / "cache").mkdir()
-    return asked, answers
+    return asked, errors
 
 
 FILES = {
@@ -39,7 +42,23 @@ FILES = {
     "org/usual": ["m.Q2_K.gguf", "m.Q4_K_M.gguf", "m.Q8_0.gguf"],
     "org/split": [f"Q8_0/m-Q8_0-0000{n}-of-00003.gguf" for n in (1, 2, 3)] + ["m-Q4_0.gguf"],
     "org/twins": ["a-Q8_0.gguf", "b-Q8_0.gguf"],
-    "org/safe": ["config.json", "model.safetensors"],
+    "org/none": ["a.txt"],
+    "org/safe": [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "chat_template.jinja",
+        "additional_chat_templates/rag.jinja",
+        "1_Pooling/config.json",
+        "onnx/config.json",
+        "onnx/model.safetensors",
+        "consolidated.safetensors",
+        "a.bin",
+        "additional_chat_templates/notes.txt",
+        "2_Dense/model.safetensors",
+        "m-Q8_0.gguf",
+    ],
+    "org/odd": ["[a]*.gguf", "a.gguf"],
+    "org/quantless": ["model.safetensors"],
 }
 
 
@@ -104,38 +123,17 @@ def test_what_is_no_name(name, tmp_path, monkeypatch, downloads):
     assert not downloads[0]
 
 
-def test_a_repository_of_safetensors(tmp_path, downloads):
-    (tmp_path / "cache" / "model.safetensors").write_bytes(b"")
-    assert resolve_model("org/model") == tmp_path / "cache"
-    assert resolve_model("org/model.v2@refs/pr/1") == tmp_path / "cache"
-    (first, options), (_, of_subfolders), (second, at_revision), _ = downloads[0]
-    assert (first, options["revision"]) == ("org/model", None)
-    assert (second, at_revision["revision"]) == ("org/model.v2", "refs/pr/1")
-    assert "*.safetensors" in options["allow_patterns"] and not any(
-        "bin" in wanted for wanted in options["allow_patterns"]
-    )
-    assert of_subfolders["revision"] == "cache", "the commit that the first files came from"
-
-
 def test_which_files_of_a_repository_are_downloaded(tmp_path, downloads):
-    (tmp_path / "cache" / "model.safetensors").write_bytes(b"")
-    resolve_model("org/model")
-    files = [
-        "config.json",
-        "model-00001-of-00002.safetensors",
-        "chat_template.jinja",
-        "additional_chat_templates/rag.jinja",
-        "1_Pooling/config.json",
-        "onnx/config.json",
-        "onnx/model.safetensors",
-        "consolidated.safetensors",
-        "a.bin",
-        "additional_chat_templates/notes.txt",
-        "2_Dense/model.safetensors",
-    ]
-    patterns = [{name: options[name] for name in ("allow_patterns", "ignore_patterns")} for _, options in downloads[0]]
-    found = [set(filter_repo_objects(files, **each)) for each in patterns]
-    assert found == [set(files[:3]), set(files[3:5])]
+    assert resolve_model("org/safe") == tmp_path / "cache"
+    assert resolve_model("org/safe@refs/pr/1") == tmp_path / "cache"
+    assert downloads[0] == [("org/safe", revision, set(FILES["org/safe"][:5])) for revision in (None, "refs/pr/1")]
+
+
+def test_a_files_name_is_no_pattern(tmp_path, downloads):
+    with pytest.raises(ValueError, match=r"expected org/odd:\[a\]\*\.gguf or org/odd:a\.gguf"):
+        resolve_model("org/odd")
+    hub.fetched("org/odd", hub.HubName("org/odd"), hub.Repository(FILES["org/odd"]), ["[a]*.gguf"])
+    assert downloads[0] == [("org/odd", None, {"[a]*.gguf"})]
 
 
 @pytest.mark.parametrize(("name", "files"), [
@@ -151,13 +149,9 @@ def test_which_files_of_a_repository_are_downloaded(tmp_path, downloads):
     ("org/split:q8_0", [f"Q8_0/m-Q8_0-0000{n}-of-00003.gguf" for n in (1, 2, 3)]),
 ])  # fmt: skip
 def test_a_quant_of_a_repository(name, files, tmp_path, downloads):
-    (tmp_path / "cache" / files[0]).parent.mkdir(exist_ok=True)
-    (tmp_path / "cache" / files[0]).write_bytes(b"")
     assert resolve_model(name) == tmp_path / "cache" / files[0]
-    repo, options = downloads[0][-1]
-    assert repo == name.partition("org/")[1] + name.partition("org/")[2].partition("/")[0].partition(":")[0]
-    assert options["allow_patterns"] == files
-    assert options["revision"] == ({"HF.co/org/one/tree/v1": "cache"}.get(name, "v1") if "v1" in name else None)
+    [(repo, revision, downloaded)] = downloads[0]
+    assert repo in name and downloaded == set(files) and revision == ("v1" if "v1" in name else None)
 
 
 @pytest.mark.parametrize(("name", "said"), [
@@ -167,8 +161,8 @@ def test_a_quant_of_a_repository(name, files, tmp_path, downloads):
      "org/usual:Q8_0"),
     ("org/twins:Q8_0", "org/twins: 2 GGUF files are Q8_0; expected org/twins:a-Q8_0.gguf or org/twins:b-Q8_0.gguf"),
     ("org/none", "org/none: the hub repository org/none has no .safetensors and no GGUF file"),
-    ("org/safe:Q8_0", "org/safe:Q8_0: the hub repository org/safe has no GGUF file; org/safe without :Q8_0 has "
-     ".safetensors, which --weights q8_0 can quantize"),
+    ("org/quantless:Q8_0", "org/quantless:Q8_0: the hub repository org/quantless has no GGUF file; org/quantless "
+     "without :Q8_0 has .safetensors, which --weights q8_0 can quantize"),
 ])  # fmt: skip
 def test_a_quant_that_is_not_there(name, said, downloads):
     with pytest.raises(ValueError) as raised:
@@ -183,6 +177,9 @@ def test_a_quant_in_the_cache_needs_no_hub(tmp_path, downloads):
     (folder / "snapshots" / "0123").mkdir(parents=True)
     (folder / "snapshots" / "0123" / "m.Q8_0.gguf").write_bytes(b"")
     downloads[1].append(OSError("Name or service not known"))
+    assert (
+        resolve_model("org/usual:q8_0") == resolve_model("org/usual") == folder / "snapshots" / "0123" / "m.Q8_0.gguf"
+    )
     with pytest.raises(ValueError, match=r"org/usual:Q4_0: no GGUF file of this quant; expected org/usual:Q8_0$"):
         resolve_model("org/usual:Q4_0")
     with pytest.raises(ValueError, match=r"Name or service not known; did you mean org/usual:Q8_0\?$"):
@@ -198,20 +195,20 @@ def test_near_names_of_paths(tmp_path):
 
 
 def test_a_gguf_file_of_a_repository(tmp_path, downloads):
-    (tmp_path / "cache" / "m.gguf").write_bytes(b"")
-    assert resolve_model("org/model:m.gguf@main") == tmp_path / "cache" / "m.gguf"
-    assert downloads[0][0][1]["allow_patterns"] == ["m.gguf"] and downloads[0][0][1]["revision"] == "main"
+    assert resolve_model("org/model:m-Q4_0.gguf@main") == tmp_path / "cache" / "m-Q4_0.gguf"
+    assert downloads[0] == [("org/model", "main", {"m-Q4_0.gguf"})]
     with pytest.raises(ValueError, match=r"the hub repository org/model has no file other\.gguf"):
         resolve_model("org/model:other.gguf")
 
 
 def test_all_parts_of_a_split_file(tmp_path, downloads):
-    (tmp_path / "cache" / "sub").mkdir()
-    (tmp_path / "cache" / "sub" / "m-00001-of-00002.gguf").write_bytes(b"")
-    assert resolve_model("org/model:sub/m-00002-of-00002.gguf").name == "m-00001-of-00002.gguf"
-    assert downloads[0][0][1]["allow_patterns"] == ["sub/m-00001-of-00002.gguf", "sub/m-00002-of-00002.gguf"]
+    parts = FILES["org/split"][:3]
+    assert resolve_model(f"org/split:{parts[1]}") == tmp_path / "cache" / parts[0]
+    assert downloads[0] == [("org/split", None, set(parts))]
+    with pytest.raises(ValueError, match=r"has no file Q8_0/m-Q8_0-00001-of-00004\.gguf"):
+        resolve_model("org/split:Q8_0/m-Q8_0-00002-of-00004.gguf")
     with pytest.raises(ValueError, match="expected 1 to 1000 parts"):
-        resolve_model("org/model:m-00001-of-99999.gguf")
+        resolve_model("org/split:m-00001-of-99999.gguf")
 
 
 def test_offline_is_one_clear_sentence(downloads):

@@ -59,7 +59,7 @@ def test_names_are_those_that_ollama_shows(home, monkeypatch):
         assert resolve_model(f"ollama:{name}").read_bytes() == WEIGHTS
     with pytest.raises(ValueError, match="ollama:mine: no such model in Ollama's store; there is none of that name"):
         resolve_model("ollama:mine")
-    with pytest.raises(ValueError, match=r"ollama:small: no such model .* there is ollama:small:1b-q8_0$"):
+    with pytest.raises(ValueError, match=r"ollama:small: no such model .* there is ollama:small:1b-q8_0; did you"):
         resolve_model("ollama:small")
     with pytest.raises(ValueError, match=r"smal: no such folder or file.*did you mean ollama:small:1b-q8_0\?"):
         resolve_model("smal")
@@ -76,12 +76,12 @@ def test_what_is_no_name_of_ollama(name):
 @pytest.mark.parametrize(("layers", "blob", "said"), [
     ([layer(digest="sha256:../../../secret")], WEIGHTS, "names no digest, sha256:..., but 'sha256:../../../secret'"),
     ([layer(digest=None)], WEIGHTS, "names no digest"),
-    ([layer()], None, f"sha256-{HEX} are missing: pull the model again"),
-    ([layer()], WEIGHTS[:9], "have 9 bytes, the manifest says 16: pull it again"),
-    ([layer("params")], WEIGHTS, "expected one layer of weights in .*, got none: it runs elsewhere"),
-    ([layer(), layer()], WEIGHTS, "expected one layer of weights in .*, got 2"),
-    ([layer(), layer("adapter")], WEIGHTS, r"has an adapter \(LoRA\), which is not supported"),
-    ([layer("tensor; name=x")], WEIGHTS, "has tensors in files of their own, which is not supported"),
+    ([layer()], None, f"its weights are missing: pull the model again .*/sha256-{HEX}"),
+    ([layer()], WEIGHTS[:9], "its weights have 9 bytes, not 16: pull the model again"),
+    ([layer("params")], WEIGHTS, "it has no weights: it runs elsewhere"),
+    ([layer(), layer()], WEIGHTS, "it has 2 files of weights, not one"),
+    ([layer(), layer("adapter")], WEIGHTS, r"it has an adapter \(LoRA\): only weights in one GGUF file are supported"),
+    ([layer("tensor; name=x")], WEIGHTS, "it has tensors in files of their own: only"),
     (["model"], WEIGHTS, "has no list of layers"),
 ])  # fmt: skip
 def test_a_wrong_manifest_is_one_sentence(layers, blob, said, home):
@@ -101,7 +101,7 @@ def test_a_wrong_manifest_is_one_sentence(layers, blob, said, home):
 def test_a_damaged_manifest_is_named(content, said, home):
     path = put(home / ".ollama" / "models", "registry.host/library/m/latest")
     path.write_text(content)
-    with pytest.raises(ValueError, match=f"ollama:m:latest: {path}.*({said})"):
+    with pytest.raises(ValueError, match=f"ollama:m:latest: its manifest.*({said}).*{path}"):
         resolve_model("ollama:m")
     path.write_bytes(b"{" + b" " * (5 << 20) + b"}")
     with pytest.raises(ValueError, match="at most 4194304 are allowed"):
@@ -117,7 +117,7 @@ def test_what_leads_out_of_the_store_is_refused(home):
         resolve_model("ollama:m")
     path.rename(home / "manifest")
     path.symlink_to(home / "manifest")
-    with pytest.raises(ValueError, match="latest leads out of Ollama's store"):
+    with pytest.raises(ValueError, match=r"it leads out of Ollama's store, to .*/manifest;"):
         resolve_model("ollama:m")
 
 

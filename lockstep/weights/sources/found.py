@@ -8,6 +8,10 @@ from pathlib import Path
 OnError = Callable[[OSError], None]  # gets the error where a folder cannot be read, which then counts as empty
 
 
+class NotFound(ValueError):
+    """There is no model of this name in a source."""
+
+
 @dataclass(frozen=True)
 class FoundModel:
     """A model on this disk. name: what to type for it. path: its folder or file. num_bytes: of its weight files.

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lockstep.weights.sources import quants
-from lockstep.weights.sources.found import FoundModel, OnError, entries, file_bytes, files_below
+from lockstep.weights.sources.found import FoundModel, NotFound, OnError, entries, file_bytes, files_below
 
 PREFIX = "lmstudio:"
 FOLDERS = ("~/.lmstudio/models", "~/.cache/lm-studio/models")
@@ -37,7 +37,7 @@ def resolve(name: str) -> Path:
     if repository is None:
         where = " and ".join(map(str, folders())) or f"no folder {FOLDERS[0]}"
         unreadable = "".join(f"; {error.filename} cannot be read: {error.strerror}" for error in unread)
-        raise ValueError(f"{name}: no such model of LM Studio (there is {where}{unreadable})")
+        raise NotFound(f"{name}: no such model of LM Studio (there is {where}{unreadable})")
     files = files_below(repository)
     if wanted["file"] is None and wanted["tag"] is None and not quants.gguf_models(files):
         return repository

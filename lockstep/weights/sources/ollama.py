@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lockstep.weights.mapped import parse_json_object
-from lockstep.weights.sources.found import FoundModel, OnError, entries, file_bytes
+from lockstep.weights.sources.found import FoundModel, NotFound, OnError, entries, file_bytes
 
 PREFIX = "ollama:"
 VARIABLE = "OLLAMA_MODELS"
@@ -26,6 +26,14 @@ KINDS = {  # other layers that change what a model computes
     "application/vnd.ollama.image.tensor": "tensors in files of their own",
 }
 MAX_MANIFEST_BYTES = 4 << 20
+
+
+class Damaged(ValueError):
+    """Something is wrong with a model in a store. reason: in words, without the model's name and the file."""
+
+    def __init__(self, name: str, reason: str, path: Path) -> None:
+        super().__init__(f"{name}: {reason} ({path})")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -89,65 +97,62 @@ def resolve(name: str) -> Path:
     tags = [PREFIX + each.name for each in known if each.name.lower().startswith(f"{model}:")]
     there = ", ".join(tags) or f"none of that name (folders {' and '.join(map(str, stores()))})"
     unreadable = "".join(f"; {error.filename} cannot be read: {error.strerror}" for error in unread)
-    raise ValueError(f"{name}: no such model in Ollama's store; there is {there}{unreadable}")
+    raise NotFound(f"{name}: no such model in Ollama's store; there is {there}{unreadable}")
 
 
 def blob_of(manifest: Manifest) -> Path:
-    """The GGUF file that a manifest names. ValueError if the manifest is damaged, or the file missing or cut."""
-    where = f"{PREFIX}{manifest.name}"
-    layer = _model_layer(manifest, where)
+    """The GGUF file that a manifest names. Damaged if the manifest is wrong, or the file missing or cut."""
+    name, blobs = f"{PREFIX}{manifest.name}", manifest.store / "blobs"
+    layer = _model_layer(manifest, name)
     digest = DIGEST.fullmatch(str(layer.get("digest")))
     if digest is None:
-        raise ValueError(f"{where}: {manifest.path} names no digest, sha256:..., but {layer.get('digest')!r:.80}")
-    blobs = manifest.store / "blobs"
+        raise Damaged(name, f"its manifest names no digest, sha256:..., but {layer.get('digest')!r:.80}", manifest.path)
     named = [blobs / f"sha256{mark}{digest[1]}" for mark in "-:"]
     blob = next((path for path in named if path.is_file()), None)
     if blob is None:
-        raise ValueError(f"{where}: its weights {named[0]} are missing: pull the model again")
-    _check_inside(blob, blobs, where)
-    _check_size(blob, layer.get("size"), where)
+        raise Damaged(name, "its weights are missing: pull the model again", named[0])
+    _check_inside(blob, blobs, name)
+    num_bytes, expected = blob.stat().st_size, layer.get("size")
+    if isinstance(expected, int) and num_bytes != expected:
+        raise Damaged(name, f"its weights have {num_bytes} bytes, not {expected}: pull the model again", blob)
     return blob
 
 
-def _model_layer(manifest: Manifest, where: str) -> dict:
+def _model_layer(manifest: Manifest, name: str) -> dict:
     """The layer of a manifest that is its weights."""
-    layers = read_manifest(manifest, where).get("layers")
+    layers = read_manifest(manifest, name).get("layers")
     if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):
-        raise ValueError(f"{where}: {manifest.path} has no list of layers")
+        raise Damaged(name, "its manifest has no list of layers", manifest.path)
     kinds = [str(layer.get("mediaType")).partition(";")[0] for layer in layers]
     strange = next((text for kind, text in KINDS.items() if kind in kinds), None)
     if strange is not None:
-        raise ValueError(f"{where}: the model has {strange}, which is not supported, only weights in one GGUF file")
+        raise Damaged(name, f"it has {strange}: only weights in one GGUF file are supported", manifest.path)
     models = [layer for layer, kind in zip(layers, kinds, strict=True) if kind == MODEL]
     if len(models) != 1:
-        there = "none: it runs elsewhere" if not models else str(len(models))
-        raise ValueError(f"{where}: expected one layer of weights in {manifest.path}, got {there}")
+        found = "no weights: it runs elsewhere" if not models else f"{len(models)} files of weights, not one"
+        raise Damaged(name, f"it has {found}", manifest.path)
     return models[0]
 
 
-def read_manifest(manifest: Manifest, where: str) -> dict:
+def read_manifest(manifest: Manifest, name: str) -> dict:
     """The JSON object in a manifest, which has to lie in its store."""
-    _check_inside(manifest.path, manifest.path.parents[3], where)
-    if not manifest.path.is_file():
-        raise ValueError(f"{where}: {manifest.path} is no file")
-    if (size := manifest.path.stat().st_size) > MAX_MANIFEST_BYTES:
-        raise ValueError(f"{where}: {manifest.path} has {size} bytes, at most {MAX_MANIFEST_BYTES} are allowed")
-    return parse_json_object(manifest.path.read_bytes(), f"{where}: {manifest.path}")
+    path = manifest.path
+    _check_inside(path, path.parents[3], name)
+    if not path.is_file():
+        raise Damaged(name, "its manifest is no file", path)
+    if (size := path.stat().st_size) > MAX_MANIFEST_BYTES:
+        raise Damaged(name, f"its manifest has {size} bytes, at most {MAX_MANIFEST_BYTES} are allowed", path)
+    try:
+        return parse_json_object(path.read_bytes(), "its manifest")
+    except ValueError as error:
+        raise Damaged(name, str(error), path) from None
 
 
-def _check_inside(path: Path, folder: Path, where: str) -> None:
-    """ValueError for a file that a link leads out of its folder."""
+def _check_inside(path: Path, folder: Path, name: str) -> None:
+    """Damaged for a file that a link leads out of its folder."""
     real = path.resolve()
     if not real.is_relative_to(folder.resolve()):
-        raise ValueError(f"{where}: {path} leads out of Ollama's store, to {real}; name that file itself to use it")
-
-
-def _check_size(blob: Path, size: object, where: str) -> None:
-    """ValueError for a file whose size is not the manifest's."""
-    if isinstance(size, int) and blob.stat().st_size != size:
-        raise ValueError(
-            f"{where}: its weights {blob} have {blob.stat().st_size} bytes, the manifest says {size}: pull it again"
-        )
+        raise Damaged(name, f"it leads out of Ollama's store, to {real}; name that file itself to use it", path)
 
 
 def found(on_error: OnError) -> Iterator[FoundModel]:
@@ -157,5 +162,7 @@ def found(on_error: OnError) -> Iterator[FoundModel]:
         try:
             blob = blob_of(manifest)
             yield FoundModel(name, blob, file_bytes(blob))
-        except (ValueError, OSError) as error:
-            yield FoundModel(name, manifest.path, problem=str(error).removeprefix(f"{name}: "))
+        except Damaged as error:
+            yield FoundModel(name, manifest.path, problem=error.reason)
+        except OSError as error:
+            yield FoundModel(name, manifest.path, problem=f"{error.filename}: {error.strerror}")

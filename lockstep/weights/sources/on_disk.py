@@ -17,12 +17,12 @@ MOST_NAMES, SIMILAR = 3, 0.6
 
 
 def near_names(name: str) -> list[str]:
-    """Up to MOST_NAMES names of models on this disk that are like `name`, the most similar first."""
+    """Up to MOST_NAMES names of models on this disk that are like `name`, the most similar first; one for each
+    repository of several quants."""
     known = [model.name for found in SOURCES.values() for model in found(lambda error: None)]
-    short = {core: each for each in reversed(known) for core in (each, _core(each))}
-    like = difflib.get_close_matches(_core(name), [*map(str.lower, short)], MOST_NAMES, SIMILAR)
-    by_lower = {core.lower(): each for core, each in short.items()}
-    return list(dict.fromkeys(by_lower[core] for core in like))
+    like = difflib.get_close_matches(_core(name), {_core(each) for each in known}, MOST_NAMES, SIMILAR)
+    near = [each for core in like for each in known if _core(each) == core]
+    return [*{each.rpartition(":")[0] or each: each for each in reversed(near)}.values()][::-1][:MOST_NAMES]
 
 
 def _core(name: str) -> str:

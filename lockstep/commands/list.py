@@ -1,0 +1,177 @@
+"""`lockstep list`: the models on this disk, and which of them can be run."""
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lockstep.commands.cache import size
+from lockstep.commands.terminal.output import counted, made_table, shown
+from lockstep.user_cache import user_cache
+from lockstep.weights import packed_cache
+from lockstep.weights.hub import resolve_model
+from lockstep.weights.sources.found import FoundModel, file_bytes
+from lockstep.weights.sources.on_disk import SOURCES
+
+BUNDLED, RUN_BEFORE = "bundled", "run before"
+NO_NAME = "(without MODEL)"  # stands for the bundled model's name
+WIDTH = 150  # columns where the output is no terminal
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model of the list. name: what to type; None: nothing. format: of most of its weights. runs: whether it can be
+    run; None if it was not opened. reason: why not, or what to know of one that can. packed: whether its packed weights
+    are in Lockstep's cache."""
+
+    name: str | None
+    source: str
+    path: str
+    num_bytes: int
+    format: str | None
+    runs: bool | None
+    reason: str | None
+    packed: bool
+
+
+def command(
+    text: Annotated[
+        str | None, typer.Argument(metavar="[TEXT]", show_default=False, help="List only names with this text.")
+    ] = None,
+    check: Annotated[bool, typer.Option(help="Open each model to see whether it can be run.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
+) -> None:
+    """List the models that are on this disk: in the Hugging Face hub's cache, Ollama's store and LM Studio's folders,
+    those that Lockstep has run before, and the bundled one; what to type for each, and whether it can be run.
+
+    Only their headers are read.
+    """
+    models = [(source, model) for source, model in found_models(say_unread) if _has(model, text)]
+    rows = rows_of(models, check)
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows]))
+    else:
+        show(rows)
+
+
+def _has(model: FoundModel, text: str | None) -> bool:
+    return text is None or text.lower() in (model.name or BUNDLED).lower()
+
+
+def say_unread(error: OSError) -> None:
+    """Says that a folder cannot be read."""
+    print(f"lockstep: {error.filename}: {error.strerror}: what is there is not listed", file=sys.stderr)
+
+
+def found_models(on_error: Callable[[OSError], None]) -> list[tuple[str, FoundModel]]:
+    """(source, model) of all models on this disk, each once. on_error: called for each folder that cannot be read."""
+    bundled = resolve_model(None)
+    models = [(BUNDLED, FoundModel("", bundled, file_bytes(*bundled.glob("*.safetensors"))))]
+    models += [(source, model) for source, found in SOURCES.items() for model in found(on_error)]
+    known = {os.path.realpath(model.path) for _, model in models}
+    for path in map(Path, packed_paths()):
+        if os.path.realpath(path) not in known and (path.is_file() or (path / "config.json").is_file()):
+            weights = [path] if path.is_file() else [*path.glob("*.safetensors")]
+            models.append((RUN_BEFORE, FoundModel(str(path), path, file_bytes(*weights))))
+    return models
+
+
+def packed_paths() -> list[str]:
+    """The paths of the models whose packed weights are in Lockstep's cache, each once, in the order of the names."""
+    packed = packed_cache.models(user_cache() / "packed")
+    return sorted({model.about["model"] for model in packed if isinstance(model.about.get("model"), str)})
+
+
+def rows_of(models: list[tuple[str, FoundModel]], check: bool) -> list[Row]:
+    """The rows of the list, with progress on stderr while the models are opened."""
+    from lockstep.progress import Progress
+
+    packed, rows = set(packed_paths()), []
+    with Progress() as progress:
+        say = progress.counter("looking at models", "model")
+        for source, model in models:
+            say(len(rows) + 1, len(models))
+            format, runs, reason = (None, None, None) if model.problem is None else (None, False, model.problem)
+            if check and model.problem is None:
+                format, runs, reason = checked(model)
+            is_packed = str(model.path) in packed
+            row = Row(model.name or None, source, str(model.path), model.num_bytes, format, runs, reason, is_packed)
+            rows.append(row)
+    return rows
+
+
+def checked(model: FoundModel) -> tuple[str | None, bool, str | None]:
+    """(format of the weights, whether a model can be run, why not or what to know), from its headers."""
+    from lockstep.engine.model import load_model
+    from lockstep.models.checkpoint import open_checkpoint
+    from lockstep.weights.store import WeightStore
+
+    try:
+        checkpoint = open_checkpoint(model.path)
+        loaded = load_model(checkpoint, WeightStore(), "auto", None)
+    except (ValueError, OSError) as error:
+        return None, False, _without(str(error), model.path)
+    formats = ", ".join(loaded.main_formats)
+    if (lack := lacking_memory(model.num_bytes)) is not None:
+        return formats, False, lack
+    if not loaded.can_generate:
+        return formats, True, "embeddings only"
+    return formats, True, text_problem(model.path, checkpoint.metadata)
+
+
+def _without(reason: str, path: Path) -> str:
+    """A reason without the path of the model, which stands beside it."""
+    return reason.removeprefix(f"{path}: ").removeprefix(f"{path}{os.sep}")
+
+
+def lacking_memory(num_bytes: int) -> str | None:
+    """In words: the memory that weights of so many bytes would need and this machine does not have; None if it has."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if num_bytes <= memory:
+        return None
+    return f"its weights take {size(num_bytes)} of memory, this machine has {size(memory)}"
+
+
+def text_problem(path: Path, metadata: Mapping[str, object]) -> str | None:
+    """Why prompts of a model must be token ids; None if they can be texts."""
+    from lockstep.text.tokenizer.gguf import unknown_pre_tokenizer
+    from lockstep.text.tokenizer.tokenizer import has_tokenizer
+
+    if not has_tokenizer(path, metadata):
+        return "it has no tokenizer: prompts must be token ids"
+    return unknown_pre_tokenizer(metadata) if "tokenizer.ggml.model" in metadata else None
+
+
+def show(rows: list[Row]) -> None:
+    """Prints the table."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    console = console if console.is_terminal else Console(width=WIDTH)
+    table = made_table(None, "MODEL to type", ">size", "format", "from", "runs")
+    for row in rows:
+        name, runs = Text(shown(row.name or NO_NAME, sys.stdout)), Text(shown(in_words(row), sys.stdout))
+        table.add_row(name, size(row.num_bytes) if row.num_bytes else "", row.format or "", row.source, runs)
+    console.print(table)
+    total = size(sum(row.num_bytes for row in rows))
+    print(f"{counted(len(rows), 'model')}, {total}; for example: lockstep generate{_example(rows)} -p Hello")
+
+
+def in_words(row: Row) -> str:
+    """Whether a model can be run, and why not."""
+    if row.runs is None:
+        return ""
+    return ("yes" if row.runs else "no") + (f": {row.reason}" if row.reason else "")
+
+
+def _example(rows: Iterable[Row]) -> str:
+    """What follows `lockstep generate` for the first model that can be run, but not the bundled one."""
+    name = next((row.name for row in rows if row.runs and row.name and not row.reason), None)
+    return "" if name is None else f" {shlex.quote(shown(name, sys.stdout))}"

@@ -22,6 +22,7 @@ from lockstep.new_files import process_folder
 VARIABLE = "LOCKSTEP_CACHE"
 PRIVATE = 0o700
 FULL = (errno.ENOSPC, errno.EDQUOT)
+UNWRITABLE = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM)
 ONLY_READ = (*FULL, errno.EROFS)  # what is on such a disk can be used, although nothing is added
 USUAL_TEMPORARY = ("/tmp", "/var/tmp", "/usr/tmp")
 NOWHERE = Path(os.devnull) / "lockstep"  # a folder that nobody can make

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
+from lockstep.user_cache import UNWRITABLE, obstacle_of
+from lockstep.weights.content import hub_cache as hub_cache_folder
 from lockstep.weights.gguf.file import is_gguf
 from lockstep.weights.sources import hub_cache, lm_studio, ollama, quants
 from lockstep.weights.sources.found import NotFound, files_below
@@ -170,5 +172,8 @@ def _reason(error: BaseException) -> str:
     """The innermost cause in one line: the network's own error, without those that wrap it."""
     while cause := error.__cause__ or error.__context__:
         error = cause
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        folder = hub_cache_folder()
+        return f"{folder} cannot be written: {obstacle_of(error, folder, 'HF_HOME')[:-1]}"
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return first_line[:200]

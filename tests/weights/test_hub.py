@@ -1,5 +1,6 @@
 """Resolving names of models: bundled, local, or on the hub, which a local folder stands for here."""
 
+import errno
 from types import SimpleNamespace
 
 import pytest
@@ -199,6 +200,16 @@ def test_a_gguf_file_of_a_repository(tmp_path, downloads):
     assert downloads[0] == [("org/model", "main", {"m-Q4_0.gguf"})]
     with pytest.raises(ValueError, match=r"the hub repository org/model has no file other\.gguf"):
         resolve_model("org/model:other.gguf")
+
+
+def test_a_full_disk_is_named_with_its_folder_and_what_helps(tmp_path, downloads, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    downloads[1].append(OSError(errno.ENOSPC, "No space left on device", "x.incomplete"))
+    said = (
+        rf"failed: {tmp_path} cannot be written: No space left on device, .* MB are free\. Free some space there, or "
+    )
+    with pytest.raises(ValueError, match=said + "set HF_HOME to a folder elsewhere$"):
+        resolve_model("org/model")
 
 
 def test_all_parts_of_a_split_file(tmp_path, downloads):

@@ -22,8 +22,9 @@ let views = []; // of the conversation's turns
 let cleared = null; // the conversation before the last "New chat"
 let running = null; // the AbortController of the answer that streams
 let isMarkdown = null; // whether answers are shown so
-let isLeft = false;
-let asked = ""; // a message for which the server's abilities are not known yet
+let asked = ""; // a message that waits until the server's abilities are known
+let told = null; // the server's fingerprint that answers were compared with
+let isLeft = false; // whether the reader has left the page: an answer that breaks off then is interrupted, not failed
 
 /** What the views of turns and answers need of the page. */
 const page = {
@@ -35,7 +36,9 @@ keepSettings();
 dress();
 try {
   open(Conversation.restored());
-} catch { /* what another version of the page stored is no conversation */ }
+} catch { // what another version of the page stored is no conversation
+  open(new Conversation());
+}
 type(stored("draft") ?? "");
 figures.follow();
 
@@ -49,14 +52,15 @@ function introduce(found) {
   $("prompt-label").textContent = prompt.placeholder = word;
   offer(found);
   dress();
-  views.forEach(({ view }) => view?.tell());
+  if (told !== found.system_fingerprint) views.forEach(({ view }) => view?.tell());
+  told = found.system_fingerprint;
 }
 
 // ---------------------------------------------------------------- asking
 
 $("composer").addEventListener("submit", event => {
   event.preventDefault();
-  if (prompt.value.trim() && !busy() && $("sampling").reportValidity()) ask(prompt.value);
+  if (prompt.value.trim() && !busy() && $("sampling").reportValidity()) send();
 });
 
 prompt.addEventListener("keydown", event => {
@@ -71,11 +75,21 @@ function busy() {
   return running !== null;
 }
 
-/** Sends a message in the place of the turns from a number on, once the server has said what its model can do. */
-async function ask(text, number = views.length) {
-  asked = text;
+/** Sends what the field for messages has; it gets it back where that cannot be sent. */
+async function send() {
+  asked = prompt.value;
   type("");
-  const isSame = await answered(async signal => {
+  if (!await ask(asked)) return;
+  if (!prompt.value) type(asked);
+  asked = "";
+}
+
+/**
+ * Asks in the place of the turns from a number on, once the server has said what its model can do. Resolves to whether
+ * the conversation is still the same.
+ */
+function ask(text, number = views.length) {
+  return answered(async signal => {
     const turn = new Turn(text, !(await figures.abilities(signal)).can_chat);
     asked = "";
     $("welcome").hidden = true;
@@ -87,9 +101,6 @@ async function ask(text, number = views.length) {
     choices();
     await answer(views.at(-1), signal);
   });
-  if (!isSame) return;
-  if (asked && !prompt.value) type(text); // so that it can be sent again
-  asked = "";
 }
 
 function type(text) {
@@ -142,13 +153,14 @@ async function answer(view, signal, seed) {
   const made = new Answer({ ...settings(), ...(seed !== undefined && { seed }) }, $("system").value.trim());
   if (turn.answer?.problem && !turn.answer.text.text) turn.answers.splice(turn.chosen, 1);
   turn.chosen = turn.answers.push(made) - 1;
-  const drawn = view.draw();
-  drawn.show();
+  const shown = view.draw();
+  shown.show();
   follow.end();
-  await made.run(drawn.request, key(), signal, () => drawn.soon(change => follow.grow(change)));
+  keep();
+  await made.run(shown.request, key(), signal, () => shown.soon(change => follow.grow(change)));
   if (!views.includes(view)) return;
   follow.grow(() => {
-    drawn.show(true);
+    shown.show(true);
     choices();
   });
   announce(`The answer ended after ${count(made.numTokens, "token")}.`);
@@ -170,15 +182,17 @@ function show(isAnswering) {
 }
 
 $("stop").addEventListener("click", () => running?.abort());
-prompt.addEventListener("keydown", ({ key }) => key === "Escape" && running?.abort());
+prompt.addEventListener("keydown", ({ key, isComposing }) => key === "Escape" && !isComposing && running?.abort());
 
 // ---------------------------------------------------------------- the conversation
 
 function choose(view, number) {
   if (busy()) return;
   view.turn.chosen = number;
-  view.draw().show(true);
-  choices();
+  follow.grow(() => {
+    view.draw().show(true);
+    choices();
+  });
   keep();
 }
 
@@ -217,8 +231,6 @@ function open(other) {
   follow.end();
 }
 
-addEventListener("pageshow", () => { isLeft = false; });
-
 /** Stores the conversation; says so where it has no room. */
 function keep() {
   if (isLeft) return;
@@ -243,9 +255,10 @@ $("back").addEventListener("click", () => {
 
 addEventListener("pagehide", () => {
   keep();
-  isLeft = true; // an answer that breaks off now is interrupted, not failed
+  isLeft = true;
   store("draft", prompt.value || asked || null);
 });
+addEventListener("pageshow", () => { isLeft = false; });
 
 // ---------------------------------------------------------------- appearance
 
@@ -261,5 +274,5 @@ function dress() {
   log.classList.toggle("shaded", isOn("shade"));
   if (isMarkdown === isOn("markdown")) return;
   isMarkdown = isOn("markdown");
-  views.forEach(({ view }) => view?.dress());
+  follow.grow(() => views.forEach(({ view }) => view?.dress()));
 }

@@ -1,6 +1,7 @@
 // Keeps the end of the conversation in sight while it grows, unless the reader has scrolled away from it.
 
 const NEAR = 4; // pixels from the end that still count as the end: rounding, but no scrolling by hand
+const FAR = 100; // pixels from the end where a button leads back to it
 
 export class Follow {
   #isAtEnd = true;
@@ -15,7 +16,7 @@ export class Follow {
 
   /** Makes a change that lets the conversation grow; where its end was in sight before, it is afterwards. */
   grow(change) {
-    const wasAtEnd = this.#isNear;
+    const wasAtEnd = this.#left < NEAR;
     change();
     if (wasAtEnd) this.end();
     else this.#look();
@@ -26,13 +27,13 @@ export class Follow {
     this.#look();
   }
 
-  get #isNear() {
+  get #left() {
     const { scrollHeight, scrollTop, clientHeight } = this.scroller;
-    return scrollHeight - scrollTop - clientHeight < NEAR;
+    return scrollHeight - scrollTop - clientHeight;
   }
 
   #look() {
-    this.#isAtEnd = this.#isNear;
-    this.toEnd.hidden = this.#isAtEnd;
+    this.#isAtEnd = this.#left < NEAR;
+    this.toEnd.hidden = this.#left < FAR;
   }
 }

@@ -160,7 +160,7 @@ def test_the_figures_are_the_server_s(page, server):
     counts = server.service.counts()
     assert counts["hit_tokens"] > 0
     page.until(lambda: page.texts("#cached") == [f"{100 * counts['hit_tokens'] / counts['query_tokens']:.3g} %"])
-    assert page.text("#memory") == "0 %" and page.text("#waiting") == "0"
+    page.until(lambda: page.text("#memory") == "0 %" and page.text("#waiting") == "0")
     page.until(lambda: any(rate.endswith(" tokens/s") for rate in page.run("return rates")))
     cached = counts["hit_tokens"]
     assert fact(page, "prompt").endswith(f" prompt tokens ({cached} from cache)")
@@ -275,4 +275,8 @@ def test_a_base_model_behind_a_key_continues_text(chromium, tmp_path):
         assert chromium.text(ANSWER) == "def add(a, b):" + answer.json()["choices"][0]["text"]
         chromium.click(AGAIN)
         chromium.until(lambda: chromium.shown(f"{VERDICT}.same"))
+        chromium.click(".actions button:nth-of-type(2)")
+        chromium.run("document.activeElement.value = 'def sub(a, b):'")
+        chromium.press("Enter")
+        chromium.until(lambda: chromium.texts(".given") == ["def sub(a, b):"] and chromium.shown(ENDED) == 1)
         assert chromium.complaints() == []

@@ -142,6 +142,21 @@ def test_an_answer_is_followed_unless_the_reader_scrolls_away(page):
     assert page.run(left) < 4 and not page.shown("#to-end")
 
 
+def test_a_message_waits_until_the_model_is_loaded(page, server, monkeypatch):
+    monkeypatch.setattr(server.service, "state", "loading")
+    page.reload()
+    page.until(lambda: page.text("#model") == "is loading …")
+    send(page, "Hello?")
+    page.until(lambda: page.text("#notice") == "Waiting for the server …")
+    page.press("Escape")
+    assert page.run("return document.getElementById('prompt').value") == "Hello?" and not page.shown("#notice")
+    page.press("Enter")
+    page.until(lambda: page.shown("#stop"))
+    monkeypatch.undo()
+    ended(page)
+    assert said(page) == ["Hello?"] and not page.shown("#notice")
+
+
 def test_the_first_message_waits_for_the_model_s_abilities(chromium):
     """Behind a key, with a model whose thinking can be switched."""
     page = chromium

@@ -13,6 +13,7 @@ def visit(chromium, server, width=1100):
     """Opens the page as one who was never there before."""
     chromium.look(width, 800)
     chromium.open(server.url)
+    chromium.complaints()  # of a page before, whose server is gone
     chromium.run("sessionStorage.clear(); document.getElementById('clear').click()")
     chromium.reload()
 

@@ -16,8 +16,13 @@ export class ShownText {
     watch(this.root);
   }
 
+  #last = ""; // what was shown the last time
+
   /** Shows the text so far. A text that still grows is parsed from its last two blocks on only. */
   show(isMarkdown, isWhole) {
+    const last = `${isMarkdown} ${isWhole} ${this.source.text.length}`;
+    if (last === this.#last) return;
+    this.#last = last;
     this.root.classList.toggle("markdown", isMarkdown);
     show(this.root, isMarkdown ? this.#markdown(isWhole) : this.#written());
     hideOrphan();

@@ -9,8 +9,10 @@ as Python can, but on the same cores: time that it takes is lost to the engine.
 import argparse
 import asyncio
 import json
+import logging
 import math
 import multiprocessing
+import os
 import selectors
 import socket
 import statistics
@@ -20,6 +22,7 @@ import time
 from lockstep import LLM, SamplingParams
 from lockstep.engine.async_engine import batches
 from lockstep.serve.app import make_app
+from lockstep.serve.log import start_logging
 from lockstep.serve.server import Server, bind
 from lockstep.serve.service import Service
 
@@ -44,6 +47,7 @@ def serve(pipe, model, threads, weights):
     llm = LLM(model, weights=weights, threads=threads, max_requests=32, max_context=512)
     service, [listening] = Service("model"), bind("127.0.0.1", 0)
     service.open(llm)
+    start_logging(logging.INFO, open(os.devnull, "w"))  # lines are made and written, as lockstep serve does
     server = Server(make_app(service), service)
     threading.Thread(target=server.run, args=([listening],), daemon=True).start()
     pipe.send((listening.getsockname()[1], llm.model.config.vocab_size))

@@ -22,9 +22,9 @@ def log_level(given: str) -> int:
     return logging.getLevelNamesMapping()[given.upper()]
 
 
-def start_logging(level: int) -> None:
-    """Has everything from a level on written to standard error; of other packages warnings and errors only."""
-    writer = LogWriter()
+def start_logging(level: int, stream: TextIO | None = None) -> None:
+    """Has everything from a level on written, of other packages warnings and errors only. stream: see LogWriter."""
+    writer = LogWriter(stream)
     writer.setFormatter(logging.Formatter(FORMAT, DATE_FORMAT))
     root = logging.getLogger()
     root.addHandler(writer)

@@ -129,7 +129,8 @@ class Server(uvicorn.Server):
         if self._drained_by is None:
             self._service.drain()
             seconds, num_open = self._service.limits.drain_seconds, self._service.num_open
-            log.info("%s: %d requests are answered for up to %g s more", signal.Signals(sig).name, num_open, seconds)
+            still = f"{num_open} requests are answered for up to {seconds:g} s more" if num_open else "the server ends"
+            log.info("%s: %s", signal.Signals(sig).name, still)
             self._drained_by = time.monotonic() + self._service.limits.drain_seconds
         elif sig != signal.SIGHUP:  # some shells send SIGHUP twice
             self._drained_by = 0.0

@@ -1,8 +1,8 @@
-"""Train the model until a given time of day, in stages of warm-up, constant rates and decay.
+"""Train the model until a given time of day, or on so many tokens: warm-up, constant rates, decay.
 
 Without --decay-from a run warms up and goes on at constant rates: started again with the same --out it resumes from its
 last checkpoint, in any session. With --decay-from CHECKPOINT it starts from such a checkpoint and lets the rates fall
-to zero at the given time, on text mixed with chat pairs: that is the model to export, and the constant run can go on.
+to zero at the given end, on text mixed with chat pairs: that is the model to export, and the constant run can go on.
 Data parallel over processes when started by torchrun, best with one thread each.
 """
 
@@ -30,7 +30,7 @@ MTP_WEIGHT = 0.3
 AVERAGE_DECAY = 0.98
 SECONDS_BETWEEN_CHECKPOINTS = 300
 # what a checkpoint holds beside tensors
-KEPT = ("step", "tokens", "places", "decay_started")
+KEPT = ("step", "tokens", "places", "began")
 
 
 class Windows:
@@ -132,13 +132,14 @@ class Run:
         self.average = make_model(self.name).to(device).requires_grad_(False)
         self.average.load_state_dict(self.model.state_dict())
         self.optimizer = Optimizer(self.model, options.muon_rate, options.adam_rate)
-        self.step, self.tokens, self.places, self.decay_started = 0, 0, {}, None
+        self.step, self.tokens, self.places = 0, 0, {}
+        # where the constant rates or the decay began
+        self.began = {"time": time.time(), "tokens": 0}
         if self.path.exists():
             self.load(self.path)
         elif options.decay_from:
             self.load(options.decay_from)
-        if options.decay_from and self.decay_started is None:
-            self.decay_started = time.time()
+            self.began = {"time": time.time(), "tokens": self.tokens}
 
     def load(self, path):
         saved = torch.load(path, map_location=self.device, weights_only=False)
@@ -186,14 +187,20 @@ def agreed(value):
     return value.item()
 
 
+def fraction_left(run, options, end):
+    """Of the run or the decay since it began, also where it was interrupted: 1 at first, 0 or less at its end."""
+    if options.tokens:
+        return 1 - (run.tokens - run.began["tokens"]) / (1e6 * options.tokens)
+    return (end - time.time()) / (end - run.began["time"])
+
+
 def train(run, options, mixture, heldout):
-    end, checkpoint_at = seconds_until(options.until), time.time() + SECONDS_BETWEEN_CHECKPOINTS
-    # a decay that was interrupted goes on at the rate that its whole time gives
-    started = run.decay_started or time.time()
+    end = seconds_until(options.until) if options.until else None
+    checkpoint_at = time.time() + SECONDS_BETWEEN_CHECKPOINTS
     log, asked_to_stop = (options.out / "log.jsonl").open("a"), threading.Event()
     # a run that is terminated keeps what it has learnt
     signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.set())
-    while (left := agreed(0 if asked_to_stop.is_set() else (end - time.time()) / (end - started))) > 0:
+    while (left := agreed(0 if asked_to_stop.is_set() else fraction_left(run, options, end))) > 0:
         batch = make_batch(mixture, options.rows, run.device)
         cpu, scale = time.process_time(), rate_scale(run.step, left if options.decay_from else None)
         entry = dict(zip(("loss", "mtp_loss"), run.train_step(batch, options.mtp_rows, scale), strict=False))
@@ -227,7 +234,9 @@ def main():
     parser.add_argument("--model", choices=MODELS, default="qwen3_5_text")
     parser.add_argument("--data", type=Path, required=True, help="the folder of prepare.py and tokenizer.py")
     parser.add_argument("--out", type=Path, required=True, help="where the checkpoint and the log go")
-    parser.add_argument("--until", required=True, metavar="HH:MM")
+    end = parser.add_mutually_exclusive_group(required=True)
+    end.add_argument("--until", metavar="HH:MM", help="the time of day at which it ends")
+    end.add_argument("--tokens", type=float, metavar="MILLIONS", help="how many tokens it sees in all")
     parser.add_argument("--decay-from", type=Path, metavar="CHECKPOINT", help="let its rates fall to zero")
     parser.add_argument("--weights-from", type=Path, metavar="FOLDER", help="an exported model to begin a run with")
     parser.add_argument("--rows", type=int, default=8, help="sequences per step and process")

@@ -29,6 +29,10 @@ NAMES = ("set", "system")
         ("/* a comment */\nint main;", (None, "/* a comment */\nint main;")),
         ("/system a\nb", ("system", "a\nb")),
         ('say """this"""', (None, 'say """this"""')),
+        ('"""\ndef f():\n    """Doc."""\n"""', (None, 'def f():\n    """Doc."""')),
+        ('"""Doc.\n\nMore.\n"""\nimport os\n', (None, '"""Doc.\n\nMore.\n"""\nimport os')),
+        ('"""Doc."""\ndef f():\n    """Doc."""', (None, '"""Doc."""\ndef f():\n    """Doc."""')),
+        ('""""""', (None, "")),
         ("pasted\n", (None, "pasted")),
     ],
 )
@@ -36,7 +40,9 @@ def test_what_an_entry_says(entry, expected):
     assert parsed(entry, NAMES) == expected and not is_open(entry)
 
 
-@pytest.mark.parametrize("entry", ['"""', '"""a', '"""a\nb', '/system """a', '"""a""" b'])
+@pytest.mark.parametrize(
+    "entry", ['"""', '"""a', '"""a\nb', '/system """a', '"""a""" b', '"""\n"""Doc."""', '"""\n"""Doc\n', '""""']
+)
 def test_open_quotes(entry):
     assert is_open(entry)
 

@@ -12,16 +12,32 @@ BEGINS_QUOTED = re.compile(rf"\s*(/\w+[ \t]+)?{QUOTES}")
 def is_open(text: str) -> bool:
     """Whether an entry begins with triple quotes, perhaps after a /command, and no line has closed them yet."""
     begin = BEGINS_QUOTED.match(text)
-    return begin is not None and not text[begin.end() :].rstrip().endswith(QUOTES)
+    return begin is not None and _end_of_quotes(text, begin) is None
+
+
+def _end_of_quotes(text: str, begin: re.Match[str]) -> int | None:
+    """Where the line ends that closes the quotes which `begin` has opened; None if there is none yet.
+
+    It is the first that ends with triple quotes when an even number of them has come: the quoted text may be code with
+    triple quotes of its own.
+    """
+    end, number = begin.end(), 1
+    for line in text[end:].splitlines(keepends=True):
+        end, number = end + len(line), number + line.count(QUOTES)
+        if number % 2 == 0 and line.rstrip().endswith(QUOTES):
+            return end
+    return None
 
 
 def parsed(entry: str, commands: Collection[str]) -> tuple[str | None, str]:
     """(the name of the /command, or None for a message; the command's argument, or the message).
 
-    Quoted text is taken without its quotes and the line breaks next to them. Text of several lines that begins with
-    "/" is a message unless the word after it is one of `commands`.
+    Quoted text is taken without its quotes and the line breaks next to them, unless other text follows it: then it is
+    code that begins with quotes. Text of several lines that begins with "/" is a message unless the word after it is
+    one of `commands`.
     """
-    if begin := BEGINS_QUOTED.match(entry):
+    begin = BEGINS_QUOTED.match(entry)
+    if begin and _end_of_quotes(entry.rstrip(), begin) == len(entry.rstrip()):
         quoted = entry[begin.end() :].rstrip().removesuffix(QUOTES)
         return (begin[1] or "/").strip()[1:] or None, quoted.strip("\r\n")
     name, *argument = entry[1:].split(None, 1) or [""]

@@ -28,8 +28,6 @@ def command(
     All of it is made, or downloaded, again when it is missing. `lockstep cache prune` removes all but downloads.
     """
     found = described(user_cache())
-    if not cache_lasts():  # for which there was a warning
-        found.update(folder=None, allowed_bytes=0)
     if as_json:
         print(json.dumps(found))
     else:
@@ -37,16 +35,16 @@ def command(
 
 
 def described(root):
-    """The content of a cache folder, as a JSON object."""
+    """The content of a cache folder, as a JSON object. Without a folder that lasts, nothing is kept."""
     packed = root / "packed"
     models = packed_cache.models(packed)
     used = sum(model.num_bytes for model in models)
     others = {name: packed_cache.num_bytes(root / name) for name in OTHER_FOLDERS}
     hub = hub_cache()
     return dict(
-        folder=str(root),
+        folder=str(root) if cache_lasts() else None,
         packed_bytes=used,
-        allowed_bytes=packed_cache.allowed_bytes(root, used),
+        allowed_bytes=packed_cache.allowed_bytes(root, used) if cache_lasts() else 0,
         models=[
             dict(
                 model=model.model,

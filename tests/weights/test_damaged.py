@@ -201,4 +201,6 @@ def test_a_file_that_is_truncated_does_not_end_the_process(when, said, can_keep,
         code = [sys.executable, "-c", TRUNCATED_WHILE_OPEN, str(folder), when]
         done = subprocess.run(code, capture_output=True, text=True, env=environment)
         assert done.returncode == 0 and said in done.stdout, (done.returncode, done.stdout, done.stderr[-2000:])
+        is_told = "of packed weights cannot be kept" in done.stderr and "Set LOCKSTEP_CACHE" in done.stderr
+        assert is_told == (not can_keep and when == "running"), done.stderr
         folder = tiny.write(tmp_path / "m", QWEN3, tiny.tensors(QWEN3, 3))

@@ -110,6 +110,8 @@ def _better(folder: Path, status: os.stat_result) -> str:
     """What to use instead of a folder that others can write to. A shared one, such as /tmp, must stay open."""
     if status.st_mode & stat.S_ISVTX:
         return f"a folder of one's own, such as {folder / f'lockstep-{os.getuid()}'}"
+    if status.st_uid not in (os.getuid(), 0):
+        return "a folder of one's own"
     own = f", such as this one after `chmod go-w {folder}`" if status.st_uid == os.getuid() else ""
     return f"a folder that only its owner can write to{own}"
 

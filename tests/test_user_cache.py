@@ -129,7 +129,7 @@ def test_a_folder_of_another_user_is_refused(tmp_path):
     folder = tmp_path / "cache"
     folder.mkdir(mode=0o700)
     os.chown(folder, 12345, 12345)
-    with pytest.raises(user_cache.NotPrivate, match="owner 12345, mode 700"):
+    with pytest.raises(user_cache.NotPrivate, match=r"owner 12345, mode 700.* a folder of one's own$"):
         user_cache.make_private(folder)
     with pytest.raises(user_cache.NotPrivate, match="owner 12345"):
         user_cache.make_private(folder / "below")

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import sys
 import threading
 import time
@@ -33,7 +34,8 @@ class Token(NamedTuple):
 
 
 class TokenStream:
-    """The tokens of one request, for one reader: `for token in stream` or `async for token in stream`.
+    """The tokens of one request, for one reader: `for token in stream` or `async for token in stream`. Those with which
+    the request began (`Engine.make`, output_ids), and their text, are not among them.
 
     After the last token `finish_reason` says why the stream ended, and `request` has everything else about the answer.
     Reading raises EngineStopped if the engine ends first.
@@ -45,7 +47,8 @@ class TokenStream:
         self._ready, self._for_end, self._ended, self._left = threading.Condition(), False, False, False
         self._waiting: Woken | None = None
         self._error: BaseException | None = None
-        self._num_sent, self._text_sent = 0, 0
+        self._num_sent, self._text_sent = request.num_given, request.num_given_characters
+        self._has_untold_end = False  # whether it ended without a token that could bear the finish_reason
 
     @property
     def finish_reason(self) -> str | None:
@@ -94,11 +97,12 @@ class TokenStream:
 
     def take(self, woken: Woken) -> list[Token] | None:
         """All tokens that have come; None after the last one. If the list is empty, the future `woken` is set when
-        tokens come."""
+        tokens come, or the stream has ended without a token (then `is_read`)."""
         with self._ready:
             if not self._tokens and self._ended:
                 self._check()
-                return None
+                has_untold_end, self._has_untold_end = self._has_untold_end, False
+                return [] if has_untold_end else None
             if not self._tokens:
                 self._waiting, self._for_end = woken, False
             taken = list(self._tokens)
@@ -135,6 +139,7 @@ class TokenStream:
                 new_text = text[self._text_sent :] if i == count - 1 else ""
                 self._tokens.append(Token(i, request.output_ids[i], request.logprobs[i], top, new_text))
                 self._text_sent += len(new_text)
+            self._has_untold_end = count == self._num_sent and request.finish_reason in ("stop", "length")
             self._num_sent, self._ended = count, self._left or request.finish_reason is not None
             return self._woken()
 
@@ -156,7 +161,8 @@ async def batches(
     streams: Iterable[TokenStream], pause: Callable[[], float] = lambda: 0.0
 ) -> AsyncIterator[list[tuple[int, list[Token], str | None]]]:
     """Reads many streams at once until all have ended: yields lists of (number of the stream, its new Tokens, its
-    finish_reason), finish_reason being None but with the last Tokens.
+    finish_reason), finish_reason being None but with the last Tokens. There are none where the tokens with which a
+    request began end its answer.
 
     pause: called each time tokens came; for as many seconds as it returns, only the end of a stream wakes the reader,
     so that the tokens of this time come in one list.
@@ -169,7 +175,7 @@ async def batches(
         batch = [
             (number, tokens, stream.request.finish_reason if stream.is_read else None)
             for number, stream, tokens in taken
-            if tokens
+            if tokens or (tokens is not None and stream.is_read)
         ]
         if batch:
             until = loop.time() + pause()
@@ -225,18 +231,37 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._run, name="lockstep engine", daemon=True)
         self._thread.start()
 
-    def submit(self, prompt_ids: Iterable[SupportsIndex], params: SamplingParams, **options: Any) -> TokenStream:
-        """Queues one request; returns its TokenStream. options: see `Engine.make`. ValueError if it cannot run."""
+    def submit(
+        self,
+        prompt_ids: Iterable[SupportsIndex],
+        params: SamplingParams,
+        output_ids: Iterable[Any] = (),
+        **options: Any,
+    ) -> TokenStream:
+        """Queues one request; returns its TokenStream. output_ids, options: see `Engine.make`. ValueError if it cannot
+        run."""
         check_single(params)
-        return self.submit_all([(prompt_ids, params)], **options)[0]
+        return self.submit_all([(prompt_ids, params)], [output_ids], **options)[0]
 
     def submit_all(
-        self, prompts: Iterable[tuple[Iterable[SupportsIndex], SamplingParams]], **options: Any
+        self,
+        prompts: Iterable[tuple[Iterable[SupportsIndex], SamplingParams]],
+        output_ids: Sequence[Iterable[Any]] | None = None,
+        **options: Any,
     ) -> list[TokenStream]:
-        """Queues every sample of all (prompt ids, SamplingParams), in order, or none if one of them cannot run."""
-        requests_of = [self.engine.make(prompt_ids, params, **options) for prompt_ids, params in prompts]
+        """Queues every sample of all (prompt ids, SamplingParams), in order, or none if one of them cannot run.
+
+        output_ids: of each prompt, see `Engine.make`, as are the other options; None: every answer begins anew.
+        """
+        requests_of = [
+            self.engine.make(prompt_ids, params, output_ids=given, **options)
+            for (prompt_ids, params), given in zip(prompts, output_ids or itertools.repeat(()), strict=False)
+        ]
         streams = [TokenStream(self, request) for requests in requests_of for request in requests]
-        self.send("submit", *streams)
+        self.send("submit", *[stream for stream in streams if stream.request.finish_reason is None])
+        for stream in streams:
+            if stream.request.finish_reason is not None:
+                stream.advance()
         return streams
 
     def send(self, action: str, *streams: TokenStream) -> None:

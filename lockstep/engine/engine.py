@@ -15,8 +15,9 @@ from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 
-from lockstep.engine.admission import check
-from lockstep.engine.answer_text import AnswerText, Detokenizer
+from lockstep.engine.admission import check, check_given
+from lockstep.engine.answer_text import Detokenizer
+from lockstep.engine.answer_tokens import append_token, given_lists, resume
 from lockstep.engine.cache.memory import Memory
 from lockstep.engine.cache.pages import PagePool
 from lockstep.engine.cache.prefix import PrefixCache, model_identity, page_kind
@@ -28,7 +29,15 @@ from lockstep.engine.model import Model
 from lockstep.engine.options import DEFAULTS, EngineOptions
 from lockstep.engine.request import Request, SamplingParams, check_single, samples, token_list
 from lockstep.engine.runner import Limits, Runner, Span
-from lockstep.engine.sampling import NothingAllowed, Refused, is_finite, sampled_rows, take_prompt_rows, within_rows
+from lockstep.engine.sampling import (
+    NothingAllowed,
+    Refused,
+    are_given_finite,
+    is_finite,
+    sampled_rows,
+    take_given_rows,
+    within_rows,
+)
 from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.selfcheck import check as selfcheck
 from lockstep.engine.speculation.drafts import DraftCounts, Drafter, Drafts
@@ -131,7 +140,8 @@ class Engine:
         """Queues the `params.n` samples of a prompt, which share its pages; returns their Requests."""
         requests = self.make(prompt_ids, params, **options)
         for request in requests:
-            self.scheduler.add(request)
+            if request.finish_reason is None:
+                self.scheduler.add(request)
         return requests
 
     def make(
@@ -141,11 +151,19 @@ class Engine:
         priority: int = 0,
         cache_salt: str = "",
         prediction: Iterable[SupportsIndex] = (),
+        output_ids: Iterable[Any] = (),
+        recompute_logprobs: bool = True,
     ) -> list[Request]:
         """The Requests of a prompt's samples, not queued yet. Any thread may call this. ValueError if they cannot run.
 
         priority: the lowest number goes first. cache_salt: only requests with the same salt share cached prefixes and
         draft from one another's answers. prediction: token ids of a text that the answers may resemble, for drafts.
+
+        output_ids: the first tokens of the answer, from which it goes on as after a preemption, and as the answer that
+        began with them would have gone on; for n samples a list for each. They count for max_tokens. A request whose
+        answer they end has ended, or ends when their log-probabilities are computed; NotItsAnswer (a ValueError) for
+        tokens that cannot be the beginning of its answer. A logits_mask is called for each of them here.
+        recompute_logprobs: whether their log-probabilities are computed anew; else they are NaN, and need no rows.
         """
         prompt_ids, predicted = token_list(prompt_ids), token_list(prediction, "prediction")
         check(self.model, self.new_detokenizer is not None, prompt_ids, params, priority, cache_salt, predicted)
@@ -154,6 +172,11 @@ class Engine:
             Request(next(self._ids), list(prompt_ids), p, priority=priority, cache_salt=cache_salt, prediction=shared)
             for p in samples(params)
         ]
+        for request, token_ids in zip(requests, given_lists(output_ids, params.n), strict=True):
+            if token_ids:
+                check_given(self.model, params, token_ids)
+                vocab_size = self.model.config.vocab_size
+                resume(request, token_ids, self.eos_ids, self.new_detokenizer, vocab_size, recompute_logprobs)
         if params.pooling is not None:
             requests[0].pool = Pool(params.pooling, len(prompt_ids))
         self.scheduler.check(requests[0])
@@ -184,7 +207,7 @@ class Engine:
             request = planned.request
             request.num_pending = 0
             self.scheduler.computed(request, planned.num_tokens)
-            if request.num_left == 0:
+            if request.num_left == 0 or request.ends_as is not None:
                 changed.append(request)
             if request.pool is None:
                 row = self._take_sampled(planned, row, tokens, logprobs)
@@ -240,13 +263,22 @@ class Engine:
     def _take_sampled(self, planned: Planned, row: int, tokens: np.ndarray, logprobs: np.ndarray) -> int:
         """Takes in the sampled rows of a span, from row `row` of the step on; returns the row after them."""
         request = planned.request
-        row = take_prompt_rows(request, planned.span, row, self.runner, logprobs)
+        row = take_given_rows(request, planned.span, row, self.runner, logprobs)
         if request.num_left:
+            if request.ends_as is not None and request.is_reported:
+                self._end_as_given(request, request.ends_as)
             return row
         self._take_token(request, int(tokens[row]), float(logprobs[row]), row)
         if self.drafter and planned.drafts:
             self._take_drafts(request, self.drafter, planned.drafts, row, tokens, logprobs)
         return row + 1 + len(planned.drafts)
+
+    def _end_as_given(self, request: Request, reason: str) -> None:
+        """Ends a request whose given tokens end its answer, now that their log-probabilities are computed."""
+        if are_given_finite(request):
+            self._end(request, reason)
+        else:
+            self._fail_not_finite(request, "logits")
 
     def _take_drafts(
         self,
@@ -293,25 +325,12 @@ class Engine:
             self.fail(request, NothingAllowed())
             return
         self.num_generated += 1
-        request.output_ids.append(token)
         request.logprobs.append(logprob)
         if p.logprobs:
             request.top_logprobs.append(top)
-        is_end = token in p.stop_token_ids or (token in self.eos_ids and not p.ignore_eos)
-        stop_string = self._read(request, token, is_end)
-        if is_end or stop_string is not None:
-            request.stop_reason = token if stop_string is None else stop_string
-            self.finish(request, "stop")
-        elif len(request.output_ids) >= p.max_tokens:
-            self.finish(request, "length")
-
-    def _read(self, request: Request, token: int, is_end: bool) -> str | None:
-        """Adds a token to the request's text; returns the stop string that it completes, if any."""
-        if self.new_detokenizer is None:
-            return None
-        if request.answer is None:
-            request.answer = AnswerText(self.new_detokenizer(request), request.params)
-        return request.answer.push(token, is_end)
+        reason = append_token(request, token, self.eos_ids, self.new_detokenizer)
+        if reason is not None:
+            self.finish(request, reason)
 
     def fail(self, request: Request, error: Refused | str) -> Request:
         """Ends a running request that cannot go on; other requests of the step do not notice. Returns the request.

@@ -220,7 +220,11 @@ class Request:
     prompt_ids: list[int]
     params: SamplingParams
     output_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)  # of each output token
+    num_given: int = 0  # of output_ids, those that were known when it was made
+    num_given_characters: int = 0  # of its text, those that were certain with them
+    computes_given: bool = False  # whether log-probabilities of the given tokens are computed, else they are NaN
+    ends_as: str | None = None  # the finish_reason that the given tokens imply, until that is done
+    logprobs: list[float] = field(default_factory=list)  # of each output token; fewer while given ones are computed
     top_logprobs: list[dict[int, float]] = field(default_factory=list)  # of each output token, if asked for
     prompt_logprobs: list[float] = field(default_factory=list)  # of each prompt token but the first, if asked for
     prompt_top_logprobs: list[dict[int, float]] = field(default_factory=list)
@@ -249,6 +253,10 @@ class Request:
     num_accepted: int = 0  # of num_drafted, those that were right
     num_cached: int = 0  # tokens of the prompt that the prefix cache had when it was first admitted
     prefix: PrefixState = field(default_factory=PrefixState)
+    has_given_rows: bool = False  # whether steps may have rows that report log-probabilities of its known tokens
+
+    def __post_init__(self) -> None:
+        self.has_given_rows = self.params.prompt_logprobs is not None
 
     @property
     def running_slot(self) -> int:
@@ -257,11 +265,22 @@ class Request:
         return self.slot
 
     @property
-    def reuses_prefix(self) -> bool:
-        """Whether cached blocks may stand in for computed ones: not while rows of the prompt have yet to be
-        reported."""
+    def num_reusable(self) -> int:
+        """Of its first known tokens, those that cached blocks may stand in for: all but the last, and none whose row
+        has yet to be reported."""
         if self.pool is not None:
-            return self.pool.needs_only_last
+            return self.num_tokens - 1 if self.pool.needs_only_last else 0
+        if not self.has_given_rows:
+            return self.num_tokens - 1
+        return len(self.prompt_ids) - 1 + len(self.logprobs) if self._is_prompt_reported else 0
+
+    @property
+    def is_reported(self) -> bool:
+        """Whether all log-probabilities of known tokens that it asks for are computed."""
+        return self._is_prompt_reported and len(self.logprobs) == len(self.output_ids)
+
+    @property
+    def _is_prompt_reported(self) -> bool:
         return self.params.prompt_logprobs is None or len(self.prompt_logprobs) == len(self.prompt_ids) - 1
 
     @property

@@ -1,7 +1,8 @@
 """Which rows of a step sample a request's tokens, and what each row's SAMPLING_RECORD says: temperature, seed,
 penalties, masks.
 
-Log-probabilities of a prompt come from sampled rows, too: the row of token i says how likely token i + 1 was.
+Log-probabilities of known tokens, of a prompt or of an answer that goes on, come from sampled rows, too: the row of
+token i says how likely token i + 1 was.
 """
 
 import math
@@ -74,11 +75,26 @@ class Adjustment:
             for i, mask in enumerate(masks, first)
         ]
 
-    def _fields(self, num_output: int, num_seen: int, mask: np.ndarray | None) -> dict[str, int]:
-        """The fields of the row that chooses the token after num_output tokens of output."""
+    def forbidden_by(self, output_ids: list[int], token: int) -> str | None:
+        """The name of the parameter that forbids a token after the output; None if it is allowed. Refused for a bad
+        mask."""
+        [mask] = self._masks(output_ids, (), 0)
+        if mask is not None and not int(mask[token // 32]) >> token % 32 & 1:
+            return "logits_mask"
+        if token in self._params.suppress_tokens:
+            return "suppress_tokens"
+        return "min_tokens" if token in self._banned[: self._num_banned(len(output_ids), mask)] else None
+
+    def _num_banned(self, num_output: int, mask: np.ndarray | None) -> int:
+        """How many end tokens are banned as the token after num_output tokens of output: all or none."""
         num_banned = len(self._banned) if num_output < self._params.min_tokens else 0
         if mask is not None and num_banned and not self._may_go_on(mask):
-            num_banned = 0  # the mask allows end tokens only, as where a grammar is complete
+            return 0  # the mask allows end tokens only, as where a grammar is complete
+        return num_banned
+
+    def _fields(self, num_output: int, num_seen: int, mask: np.ndarray | None) -> dict[str, int]:
+        """The fields of the row that chooses the token after num_output tokens of output."""
+        num_banned = self._num_banned(num_output, mask)
         if not (num_seen or num_banned or mask is not None or len(self._bias)):
             return {}
         address = 0 if mask is None else mask.ctypes.data
@@ -150,18 +166,36 @@ def sampled_rows(
 ) -> dict[int, dict[str, Any]]:
     """{row: fields of a SAMPLING_RECORD} for tokens start .. end of a request and drafts after them, rows counted from
     start. There are fewer rows where the request's mask ends before the last draft. Refused for a bad mask."""
-    p, prompt = request.params, request.prompt_ids
-    rows: dict[int, dict[str, Any]] = {}
-    if p.prompt_logprobs is not None:
-        num_reported = len(request.prompt_logprobs)
-        # else a row was skipped
-        assert start <= num_reported or num_reported == len(prompt) - 1, (start, num_reported)
-        for at in range(max(start, num_reported), min(end, len(prompt) - 1)):
-            rows[at - start] = dict(given=1 + prompt[at + 1], num_logprobs=p.prompt_logprobs)
+    p = request.params
+    rows = given_rows(request, start, end) if request.has_given_rows else {}
     if end == request.num_tokens and request.pool is None:
         for i, fields in enumerate(choices(request, eos_ids, vocab_size, drafts)):
             rows[end - 1 - start + i] = fields | dict(num_logprobs=p.logprobs or 0)
     return rows
+
+
+def given_rows(request: "Request", start: int, end: int) -> dict[int, dict[str, Any]]:
+    """The rows that report known tokens which have no log-probability yet: of the prompt, if it asks for them, and of
+    the answer."""
+    p, prompt, rows = request.params, request.prompt_ids, {}
+    last, num_reported = len(prompt) - 1, len(request.prompt_logprobs)
+    if p.prompt_logprobs is not None:
+        assert start <= num_reported or num_reported == last, (start, num_reported)  # else a row was skipped
+        for at in range(max(start, num_reported), min(end, last)):
+            rows[at - start] = dict(given=1 + prompt[at + 1], num_logprobs=p.prompt_logprobs)
+    num_reported = len(request.logprobs)
+    if num_reported < len(request.output_ids):
+        assert start <= last + num_reported, (start, last, num_reported)
+        for at in range(max(start, last + num_reported), min(end, last + len(request.output_ids))):
+            rows[at - start] = dict(given=1 + request.output_ids[at - last], num_logprobs=p.logprobs or 0)
+    return rows
+
+
+def adjustment_of(request: "Request", eos_ids: frozenset[int], vocab_size: int) -> Adjustment | None:
+    """A request's Adjustment, made when it is first asked for; None if its logits never change."""
+    if request.adjustment is None and adjusts(request.params):
+        request.adjustment = Adjustment(request.prompt_ids, request.params, eos_ids, vocab_size)
+    return request.adjustment
 
 
 def choices(
@@ -170,10 +204,9 @@ def choices(
     """Fields of the SAMPLING_RECORDs that choose the token after a request's known tokens and the token after each
     draft; the first `first` of them are left out. Fewer where the request's mask ends. Refused for a bad mask."""
     p, adjusted = request.params, [{}] * (len(drafts) + 1 - first)
-    if request.adjustment is None and adjusts(p):
-        request.adjustment = Adjustment(request.prompt_ids, p, eos_ids, vocab_size)
-    if request.adjustment is not None:
-        adjusted = request.adjustment.rows(request.output_ids, drafts, first)
+    adjustment = adjustment_of(request, eos_ids, vocab_size)
+    if adjustment is not None:
+        adjusted = adjustment.rows(request.output_ids, drafts, first)
     shared = dict(temperature=p.temperature, top_p=p.top_p, min_p=p.min_p, top_k=p.top_k, seed=p.seed)
     return [dict(position=request.num_tokens + i, **shared, **fields) for i, fields in enumerate(adjusted, first)]
 
@@ -188,38 +221,52 @@ def guessed(request: "Request", eos_ids: frozenset[int], vocab_size: int, drafts
     return fields[0] if fields else dict(position=request.num_tokens + len(drafts))
 
 
-def take_prompt_rows(request: "Request", span: "Span", row: int, runner: "Runner", logprobs: np.ndarray) -> int:
-    """Adds the log-probabilities of the prompt that a span's rows from `row` on give; returns the row after them."""
-    if request.params.prompt_logprobs is None:
+def take_given_rows(request: "Request", span: "Span", row: int, runner: "Runner", logprobs: np.ndarray) -> int:
+    """Adds the log-probabilities of known tokens, of the prompt and then of the answer, that a span's rows from `row`
+    on give; returns the row after them."""
+    if not request.has_given_rows:
         return row
-    end, num_top = row + sum("given" in fields for fields in span.sampled.values()), request.params.prompt_logprobs
-    request.prompt_logprobs += logprobs[row:end].tolist()
-    if num_top:
-        request.prompt_top_logprobs += [runner.alternatives(r, num_top) for r in range(row, end)]
+    p, end = request.params, row + sum("given" in fields for fields in span.sampled.values())
+    if p.prompt_logprobs is not None:
+        of_prompt = range(row, min(end, row + len(request.prompt_ids) - 1 - len(request.prompt_logprobs)))
+        request.prompt_logprobs += logprobs[row : of_prompt.stop].tolist()
+        if p.prompt_logprobs:
+            request.prompt_top_logprobs += [runner.alternatives(r, p.prompt_logprobs) for r in of_prompt]
+        row = of_prompt.stop
+    request.logprobs += logprobs[row:end].tolist()
+    if p.logprobs:
+        request.top_logprobs += [runner.alternatives(r, p.logprobs) for r in range(row, end)]
     return end
 
 
 def is_finite(request: "Request", logprob: float, alternatives: dict[int, float]) -> bool:
-    """Whether all log-probabilities of a token are finite; with the first token, those of the prompt, too."""
-    if request.output_ids and not alternatives:
+    """Whether all log-probabilities of a token are finite; with the first token that is chosen, those of the known
+    tokens, too."""
+    is_first = len(request.output_ids) == request.num_given
+    if not (is_first or alternatives):
         return math.isfinite(logprob)
-    logprobs = [logprob, *alternatives.values()]
-    if not request.output_ids:
-        logprobs += request.prompt_logprobs
-        for alternatives_of_prompt in request.prompt_top_logprobs:
-            logprobs += alternatives_of_prompt.values()
-    return all(map(math.isfinite, logprobs))
+    return all(map(math.isfinite, [logprob, *alternatives.values()])) and (not is_first or are_given_finite(request))
+
+
+def are_given_finite(request: "Request") -> bool:
+    """Whether all log-probabilities of a request's known tokens that were computed are finite."""
+    computed = [*request.prompt_logprobs, *(request.logprobs[: request.num_given] if request.computes_given else ())]
+    for alternatives in [*request.prompt_top_logprobs, *request.top_logprobs[: request.num_given]]:
+        computed += alternatives.values()
+    return all(map(math.isfinite, computed))
 
 
 def within_rows(plan: list[tuple["Request", int]], max_sampled: int) -> list[tuple["Request", int]]:
-    """The plan [(request, number of tokens), ...] with prompts that want log-probabilities cut so that all sampled rows
-    of the step fit.
+    """The plan [(request, number of tokens), ...] with requests that want log-probabilities of known tokens cut so that
+    all sampled rows of the step fit.
 
     There are at least as many rows as requests; the tokens that are cut off run in a later step.
     """
-    left, fitting = max_sampled - sum(r.params.prompt_logprobs is None for r, _ in plan), []
+    left, fitting = max_sampled - sum(not r.has_given_rows for r, _ in plan), []
     for request, num_tokens in plan:
-        if request.params.prompt_logprobs is not None:
+        if request.has_given_rows:
+            if request.ends_as is not None:  # no token follows its last, which therefore is not computed
+                num_tokens = min(num_tokens, request.num_left - 1)
             num_tokens = largest_within(request, num_tokens, left)
             left -= num_rows(request, num_tokens)
         if num_tokens:
@@ -229,9 +276,13 @@ def within_rows(plan: list[tuple["Request", int]], max_sampled: int) -> list[tup
 
 def num_rows(request: "Request", num_tokens: int) -> int:
     """How many sampled rows the next `num_tokens` tokens of a request need."""
-    start, end = request.num_computed, request.num_computed + num_tokens
-    of_prompt = max(0, min(end, len(request.prompt_ids) - 1) - max(start, len(request.prompt_logprobs)))
-    return of_prompt + (end == request.num_tokens and num_tokens > 0)
+    start, end, last = request.num_computed, request.num_computed + num_tokens, len(request.prompt_ids) - 1
+    of_prompt = of_answer = 0
+    if request.params.prompt_logprobs is not None:
+        of_prompt = max(0, min(end, last) - max(start, len(request.prompt_logprobs)))
+    if request.has_given_rows:
+        of_answer = max(0, min(end, last + len(request.output_ids)) - max(start, last + len(request.logprobs)))
+    return of_prompt + of_answer + (end == request.num_tokens and num_tokens > 0)
 
 
 def largest_within(request: "Request", num_tokens: int, max_rows: int) -> int:

@@ -206,7 +206,7 @@ def differences(off: Request, on: Request, off_seen: Seen, on_seen: Seen) -> Ite
         yield f"the end: {ends[0]} without speculation, {ends[1]} with it"
     if on.finish_reason == "embedded" and not np.array_equal(embedding(off), embedding(on)):
         yield "the embedding"
-    if off_seen.logits[:count] != on_seen.logits:
+    if off_seen.logits[on.num_given : count] != on_seen.logits:
         yield "logits"
     yield from unlike_memory(off, off_seen, on_seen)
 

@@ -30,10 +30,10 @@ class Wish:
     new_mask: Callable[[], Callable[[list[int]], Any]] | None = None
     prediction: list[int] = field(default_factory=list)
 
-    def ask(self, engine: Engine) -> list[Request]:
-        """Queues its samples; returns their Requests."""
+    def ask(self, engine: Engine, **options: Any) -> list[Request]:
+        """Queues its samples; returns their Requests. options: further ones of `Engine.make`."""
         params = replace(self.params, logits_mask=self.new_mask()) if self.new_mask else self.params
-        options = dict(priority=self.priority, cache_salt=self.cache_salt, prediction=self.prediction)
+        options |= dict(priority=self.priority, cache_salt=self.cache_salt, prediction=self.prediction)
         return engine.add_samples(self.prompt_ids, params, **options)
 
 

@@ -73,7 +73,7 @@ class KnownPrefix:
 
 @dataclass
 class Counts:
-    """Prompt tokens looked up and found, at the first admission of each request; states kept."""
+    """Known tokens looked up and found, at the first admission of each request; states kept."""
 
     query_tokens: int = 0
     hit_tokens: int = 0
@@ -140,8 +140,8 @@ class PrefixCache:
         return names[:num_names]
 
     def _usable(self, request: Request) -> list[bytes]:
-        """Names of the blocks that a request may take from the cache: all whole blocks before its last token."""
-        return self.names(request, (request.num_tokens - 1) // PAGE_TOKENS if request.reuses_prefix else 0)
+        """Names of the blocks that a request may take from the cache: the whole blocks before its last token."""
+        return self.names(request, request.num_reusable // PAGE_TOKENS)
 
     # ------------------------------------------------------------ finding
 
@@ -213,7 +213,7 @@ class PrefixCache:
         if request.num_preemptions:
             self.counts.recovered_tokens += request.num_computed
         else:
-            request.num_cached = request.num_computed
+            request.num_cached = min(request.num_computed, len(request.prompt_ids))
             self.counts.query_tokens += request.num_tokens
             self.counts.hit_tokens += request.num_computed
 

@@ -41,13 +41,6 @@ def check(
     _check_ids("prediction", prediction, vocab)
 
 
-def check_given(model: Model, params: SamplingParams, token_ids: Sequence[int]) -> None:
-    """ValueError for known tokens of an answer that are none of the vocabulary, or of a request that has no answer."""
-    if params.pooling is not None:
-        raise ValueError("output_ids: expected none with pooling, an embedding has no answer")
-    _check_ids("output_ids", token_ids, model.config.vocab_size)
-
-
 def _check_ids(name: str, token_ids: Sequence[int], vocab_size: int) -> None:
     if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocab_size):
         got = f"{min(token_ids)} to {max(token_ids)}"

@@ -7,7 +7,7 @@ prompt instead, all of this would begin anew, and the answer would go on differe
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from lockstep.engine.answer_text import AnswerText, Detokenizer
@@ -57,6 +57,16 @@ def given_lists(output_ids: Iterable[Any], num_samples: int) -> list[list[int]]:
     return [token_list(each, "output_ids") for each in lists]
 
 
+def resume_all(requests: Sequence[Request], output_ids: Iterable[Any], *rest: Any) -> None:
+    """`resume` for the samples of a prompt whose tokens are known. output_ids: see `given_lists`."""
+    for number, (request, token_ids) in enumerate(zip(requests, given_lists(output_ids, len(requests)), strict=True)):
+        try:
+            if token_ids:
+                resume(request, token_ids, *rest)
+        except NotItsAnswer as error:
+            raise NotItsAnswer(f"sample {number}: {error.reason}") if len(requests) > 1 else error from None
+
+
 def resume(
     request: Request,
     token_ids: list[int],
@@ -71,6 +81,11 @@ def resume(
     recompute_logprobs: whether the log-probabilities of these tokens are computed anew; else they are NaN.
     """
     p = request.params
+    if p.pooling is not None:
+        raise NotItsAnswer("expected none with pooling, an embedding has no answer")
+    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+        got = f"{min(token_ids)} to {max(token_ids)}"
+        raise NotItsAnswer(f"token ids must be 0 to {vocab_size - 1}, got {got}")
     if len(token_ids) > p.max_tokens:
         raise NotItsAnswer(f"expected at most max_tokens, {p.max_tokens}, got {len(token_ids)} tokens")
     reason = None

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 
-from lockstep.engine.admission import check, check_given
+from lockstep.engine.admission import check
 from lockstep.engine.answer_text import Detokenizer
-from lockstep.engine.answer_tokens import append_token, given_lists, resume
+from lockstep.engine.answer_tokens import append_token, resume_all
 from lockstep.engine.cache.memory import Memory
 from lockstep.engine.cache.pages import PagePool
 from lockstep.engine.cache.prefix import PrefixCache, model_identity, page_kind
@@ -172,11 +172,8 @@ class Engine:
             Request(next(self._ids), list(prompt_ids), p, priority=priority, cache_salt=cache_salt, prediction=shared)
             for p in samples(params)
         ]
-        for request, token_ids in zip(requests, given_lists(output_ids, params.n), strict=True):
-            if token_ids:
-                check_given(self.model, params, token_ids)
-                vocab_size = self.model.config.vocab_size
-                resume(request, token_ids, self.eos_ids, self.new_detokenizer, vocab_size, recompute_logprobs)
+        vocab_size = self.model.config.vocab_size
+        resume_all(requests, output_ids, self.eos_ids, self.new_detokenizer, vocab_size, recompute_logprobs)
         if params.pooling is not None:
             requests[0].pool = Pool(params.pooling, len(prompt_ids))
         self.scheduler.check(requests[0])

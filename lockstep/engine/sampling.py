@@ -275,10 +275,11 @@ def within_rows(plan: list[tuple["Request", int]], max_sampled: int) -> list[tup
 
 
 def num_rows(request: "Request", num_tokens: int) -> int:
-    """How many sampled rows the next `num_tokens` tokens of a request need."""
+    """How many sampled rows the next `num_tokens` tokens of a request need, at most: a prompt that reports nothing
+    counts as if it did, which leaves few drafts to the others of a step with a long prompt."""
     start, end, last = request.num_computed, request.num_computed + num_tokens, len(request.prompt_ids) - 1
     of_prompt = of_answer = 0
-    if request.params.prompt_logprobs is not None:
+    if request.params.prompt_logprobs is not None or not request.has_given_rows:
         of_prompt = max(0, min(end, last) - max(start, len(request.prompt_logprobs)))
     if request.has_given_rows:
         of_answer = max(0, min(end, last + len(request.output_ids)) - max(start, last + len(request.logprobs)))

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from lockstep.engine.async_engine import Token, TokenStream, batches
 from lockstep.engine.request import Request
 from lockstep.serve.answer_size import Prompts, fit_answers, num_logprobs
+from lockstep.serve.continuation import ANEW, Continuation, refusing
 from lockstep.serve.errors import ApiError, check_most, not_allowed, not_generated, wrong_field
 from lockstep.serve.fields import body
 from lockstep.serve.request_log import Work
@@ -100,11 +101,13 @@ class Generation:
         cache_salt: str = "",
         narrowing: Sequence[str] = (),
         prediction: Sequence[int] = (),
+        continuation: Continuation = ANEW,
     ) -> list[Request]:
         """Queues all samples of [(token ids, SamplingParams), ...] in order; returns the engine's Requests.
 
         narrowing: names of the request's fields that may leave no allowed token, for error messages (see
-        `token_masks.narrowing_fields`). prediction: token ids that each answer is expected to resemble.
+        `token_masks.narrowing_fields`). prediction: token ids that each answer is expected to resemble. continuation:
+        how the answers begin.
         ApiError 400 for prompts that can never run, 429 where too many sequences or tokens wait already.
         """
         num_sequences = sum(params.n for _, params in prompts)
@@ -113,12 +116,15 @@ class Generation:
         for ids, params in prompts:
             self._check_context(len(ids), params.max_tokens)
         prompts = fit_answers(prompts, self.service.limits.max_answer_values, self.service.max_context)
-        self.service.admit(
-            self, num_sequences, sum(len(ids) * params.n for ids, params in prompts), num_logprobs(prompts)
-        )
+        num_tokens = sum(len(ids) * params.n for ids, params in prompts) + continuation.num_tokens
+        self.service.admit(self, num_sequences, num_tokens, num_logprobs(prompts))
         self._prompts, self._narrowing, self._submitted = prompts, narrowing, time.monotonic()
         salt = self.service.salt(self.scope["lockstep.tenant"], cache_salt)
-        await self.prepare(self._submit, prompts, dict(cache_salt=salt, prediction=prediction))
+        options: dict[str, Any] = dict(cache_salt=salt, prediction=prediction)
+        if continuation.output_ids:  # grammars and stop sequences read all of these tokens
+            await self.offload(refusing, narrowing, self._submit, prompts, options | continuation._asdict())
+        else:
+            await self.prepare(self._submit, prompts, options)
         return self.requests
 
     def _submit(self, prompts: Prompts, options: dict[str, Any]) -> None:
@@ -169,6 +175,8 @@ class Generation:
         """Adds a step's tokens to the metrics; from the first tokens on the prompts no longer count as queued."""
         now, metrics = time.monotonic(), self.service.metrics
         num_tokens = sum(len(tokens) for _, tokens, _ in found)
+        if not num_tokens:  # the tokens with which an answer begins end it
+            return
         metrics.generated_tokens += num_tokens
         if self._first_tokens is None:
             self._first_tokens, self._num_first = now, num_tokens

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lockstep.engine import answer_tokens, engine, sampling
+from lockstep.engine import answer_tokens, sampling
 from lockstep.engine.answer_text import AnswerText
 from lockstep.engine.request import Request
 from lockstep.engine.sampling import Adjustment
@@ -24,20 +24,21 @@ def after_resuming(patch: pytest.MonkeyPatch, change: Callable[[Request, Any], N
         resume(request, token_ids, eos_ids, new_detokenizer, *rest)
         change(request, new_detokenizer)
 
-    patch.setattr(engine, "resume", changed)
     patch.setattr(answer_tokens, "resume", changed)
 
 
 def one_token_fewer(patch: pytest.MonkeyPatch) -> None:
     """The answer goes on after the second token instead of the first, and so on."""
     resume = answer_tokens.resume
-    patch.setattr(engine, "resume", lambda request, token_ids, *rest: resume(request, token_ids[1:], *rest))
+    patch.setattr(
+        answer_tokens, "resume", lambda request, token_ids, *rest: resume(request, token_ids[1:] or token_ids, *rest)
+    )
 
 
 def one_token_too_many(patch: pytest.MonkeyPatch) -> None:
     """The last token is taken in twice."""
     resume = answer_tokens.resume
-    patch.setattr(engine, "resume", lambda r, token_ids, *rest: resume(r, [*token_ids, token_ids[-1]], *rest))
+    patch.setattr(answer_tokens, "resume", lambda r, token_ids, *rest: resume(r, [*token_ids, token_ids[-1]], *rest))
 
 
 def mask_not_replayed(patch: pytest.MonkeyPatch) -> None:

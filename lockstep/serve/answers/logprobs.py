@@ -37,6 +37,13 @@ class LegacyLogprobs:
         """The columns for output tokens start .. end, and with start 0 for the prompt's tokens before them."""
         return self._columns(*self._token_values(start, end))
 
+    def skip(self, num_output: int) -> None:
+        """Leaves out the first output tokens, if any, and the prompt's before them."""
+        if num_output:
+            before = self._request.prompt_ids if self._with_prompt else []
+            for token_id in [*before, *self._request.output_ids[:num_output]]:
+                self._advance(token_id)
+
     def whole(self, num_output: int) -> dict[str, Parts]:
         """The columns for the first `num_output` output tokens of a finished request, as Parts.
 

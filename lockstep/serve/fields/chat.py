@@ -7,6 +7,7 @@ from pydantic import Field
 
 from lockstep.serve.errors import bad_request, wrong_field
 from lockstep.serve.fields.body import Fields, Items, SimpleOr, TypedFields, Whole, bounded_loads, or_default, shown
+from lockstep.serve.fields.continuation import ContinueFields
 from lockstep.serve.fields.response_format import ResponseFormatFields, format_field, grammar_of
 from lockstep.serve.fields.sampling import MostTokens, SamplingFields
 from lockstep.serve.fields.stream import StreamFields
@@ -90,7 +91,7 @@ class ToolChoice(Fields):
     allowed_tools: AllowedTools | None = None
 
 
-class ChatFields(SamplingFields, ResponseFormatFields, StreamFields):
+class ChatFields(SamplingFields, ContinueFields, ResponseFormatFields, StreamFields):
     """The body of a request."""
 
     model: str | None = None

@@ -89,6 +89,7 @@ PROMPT = {
     **_all("add_special_tokens continue_final_message", _only(False)),
     **_all("chat_template_kwargs compaction media_io_kwargs mm_processor_kwargs", _only({})),
     **_all("conversation previous_response previous_response_id thread", _only(instead=STATE)),
+    "continue_from": _only([], instead="use /v1/completions or /v1/chat/completions"),
     **_all("image_data input_extra mcp_servers messages previous_input_messages prompt_embeds tools", _only([])),
     **_all("input prompt", _only("", [])),
     **_all("input_prefix input_suffix", _only("", instead=MIDDLE)),

@@ -145,12 +145,17 @@ class Chunks:
         head = to_text(answer.head("chat.completion.chunk"))[:-1]
         self._before = f'data: {head},"choices":[{{"index":{number},"delta":'
         self._end = ChunkEnd(answer.fields, self._request)
-        self._num_sent, self._num_calls, self._begun = 0, 0, False
+        # the client has the tokens with which the answer began, and what the parser made of them
+        self._num_sent, self._begun = self._request.num_given, False
+        known = self._parser.push(self._request.text[: self._request.num_given_characters])
+        self._num_calls = conversation_routes.count_calls(known)
 
     def chunks(self, tokens, reason):
         """The chunks for new tokens; empty where the parser still holds their text back."""
         text = "".join([token.text for token in tokens])
         deltas = self._plain(text) if self._is_plain else self._parsed(text, reason)
+        if not tokens:  # those with which the answer began end it
+            deltas = []
         made = [] if self._begun else [self._chunk('{"role":"assistant","content":""}')]
         self._begun = True
         details = self._details(tokens)

@@ -11,6 +11,7 @@ from lockstep.serve.answers.logprobs import LegacyLogprobs, check_prompt_logprob
 from lockstep.serve.answers.sse import EventStream, data_event, json_answer
 from lockstep.serve.errors import check_most
 from lockstep.serve.fields.body import Whole
+from lockstep.serve.fields.continuation import ContinueFields, continuation
 from lockstep.serve.fields.prediction import predicted_ids
 from lockstep.serve.fields.prompts import read_prompts
 from lockstep.serve.fields.response_format import ResponseFormatFields, masks
@@ -24,7 +25,7 @@ DEFAULT_TOKENS = 16
 MostTokensOrNone = Annotated[Whole, Field(ge=UNTIL_FULL)]
 
 
-class CompletionFields(SamplingFields, ResponseFormatFields, StreamFields):
+class CompletionFields(SamplingFields, ContinueFields, ResponseFormatFields, StreamFields):
     """The body of a request."""
 
     model: str | None = None
@@ -63,11 +64,13 @@ def routes(service: Service):
         each_mask = await generation.prepare(combined_masks, service, fields, each_mask, each_mask[0] is not None)
         predicted = await generation.prepare(predicted_ids, service, fields.prediction)
         answer = Answer(generation, fields, texts)
+        prompts = [(each, _params(fields, service, len(each), mask)) for each, mask in zip(ids, each_mask, strict=True)]
         await generation.start(
-            [(each, _params(fields, service, len(each), mask)) for each, mask in zip(ids, each_mask, strict=True)],
+            prompts,
             fields.cache_salt or "",
             narrowing_fields(fields),
             predicted,
+            await generation.prepare(continuation, service, fields, prompts),
         )
         if fields.stream:
             return EventStream(generation, answer.events())
@@ -165,10 +168,12 @@ class Chunks:
         self._answer, self._request = answer, answer.generation.requests[number]
         self._before = f'data: {to_text(answer.head)[:-1]},"choices":[{{"index":{number},"text":'
         self._end = ChunkEnd(answer.fields, self._request)
-        self._echo, self._num_sent = answer.echoed(number), 0
+        self._num_sent = self._request.num_given  # the client has these tokens, and before them the prompt
+        self._echo = "" if self._num_sent else answer.echoed(number)
         self._logprobs = None
         if answer.fields.logprobs is not None:
             self._logprobs = LegacyLogprobs(answer.tokenizer, self._request, bool(answer.fields.echo))
+            self._logprobs.skip(self._num_sent)
 
     def chunk(self, tokens, reason):
         """The chunk for new tokens; empty where they have no text yet and nothing else is reported."""

@@ -3,6 +3,7 @@
 from lockstep.engine.request import Request
 from lockstep.serve.errors import bad_request
 from lockstep.serve.fields.body import read_fields
+from lockstep.serve.fields.continuation import continuation
 from lockstep.serve.fields.prediction import predicted_ids
 from lockstep.serve.fields.prompts import text_tokenizer
 from lockstep.serve.fields.sampling import most_tokens, sampling_params
@@ -40,7 +41,9 @@ async def start(generation: Generation, fields, conversation, **reports):
         fields.skip_special_tokens = False
     most, defaults = most_tokens(fields, room), service.sampling_defaults
     params = sampling_params(fields, service.limits, most, defaults, logits_mask=mask, **reports)
-    await generation.start([(prepared.ids, params)], fields.cache_salt or "", narrowing_fields(fields), predicted)
+    prompts = [(prepared.ids, params)]
+    begun = await generation.prepare(continuation, service, fields, prompts)
+    await generation.start(prompts, fields.cache_salt or "", narrowing_fields(fields), predicted, begun)
     return prepared.new_parser
 
 

@@ -226,15 +226,15 @@ class Generation:
         admitted = [request.admitted for request in self.requests if request.admitted is not None]
         begun, computed = min(admitted, default=now), min(self._ended, first or math.inf)
         is_prefilled = len(self._prompts) == 1 and computed < math.inf
-        num_generated = self.num_generated
+        num_generated, num_given = self.num_generated, sum(request.num_given for request in self.requests)
         return Work(
             num_prompt=self.num_prompt,
             num_cached=self.num_cached,
             num_generated=num_generated,
             queue_seconds=max(0.0, begun - self._submitted),
             first_seconds=None if first is None else first - self.exchange.began,
-            prefill=(self.num_prompt - self.num_cached, computed - begun) if is_prefilled else None,
-            decode=None if first is None else (num_generated - self._num_first, self._last_tokens - first),
+            prefill=(self.num_prompt - self.num_cached + num_given, computed - begun) if is_prefilled else None,
+            decode=None if first is None else (num_generated - num_given - self._num_first, self._last_tokens - first),
         )
 
     def usage(self) -> dict[str, Any]:

@@ -46,6 +46,8 @@ def new_file(path: Path, mode: int = PRIVATE_FILE) -> Iterator[BufferedWriter]:
         finally:
             os.close(lock)
     except OSError as error:
+        if error.errno is None:  # of a library: it has nothing but a text
+            raise
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 

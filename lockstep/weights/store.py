@@ -12,6 +12,7 @@ import numpy as np
 
 from lockstep import formats
 from lockstep.native.targets import name as target_name
+from lockstep.new_files import MAKING
 from lockstep.progress import OnProgress
 from lockstep.runtime.backend import Layout
 from lockstep.runtime.executor import ALIGNMENT, aligned
@@ -191,7 +192,8 @@ class PackedStore(WeightStore):
             if provisional.is_dir():
                 make_private(final)
                 for entry in os.scandir(provisional):
-                    os.replace(entry.path, final / entry.name)
+                    if not entry.name.startswith(MAKING):  # another process is at work on it
+                        os.replace(entry.path, final / entry.name)
                 packed_cache.remove(provisional)
             if final.is_dir():
                 packed_cache.write_about(final, self._about())  # which also marks it as used now

@@ -5,6 +5,7 @@ const FAR = 100; // pixels from the end where a button leads back to it
 
 export class Follow {
   #isAtEnd = true;
+  #height = 0; // of what is seen of the conversation, when that was found out
 
   /** scroller: the element that scrolls. toEnd: the button that leads to its end, shown where that is out of sight. */
   constructor(scroller, toEnd) {
@@ -16,7 +17,8 @@ export class Follow {
 
   /** Makes a change that lets the conversation grow; where its end was in sight before, it is afterwards. */
   grow(change) {
-    const wasAtEnd = this.#left < NEAR;
+    const hasChanged = this.scroller.clientHeight !== this.#height; // as the field for messages has grown, say
+    const wasAtEnd = this.#left < NEAR || hasChanged && this.#isAtEnd;
     change();
     if (wasAtEnd) this.end();
     else this.#look();
@@ -34,6 +36,7 @@ export class Follow {
 
   #look() {
     this.#isAtEnd = this.#left < NEAR;
+    this.#height = this.scroller.clientHeight;
     this.toEnd.hidden = this.#left < FAR;
   }
 }

@@ -7,7 +7,7 @@ import pytest
 from lockstep import LLM
 from tests.serve.chatting import THINKING, with_template
 from tests.serve.page import browser as driver
-from tests.serve.page.visitor import ANSWER, LAST, SET, VERDICT, ask, ended, fact, play, send, setting, visit
+from tests.serve.page.visitor import ANSWER, LAST, SET, VERDICT, ask, ended, fact, held_at, play, send, setting, visit
 from tests.serve.server import SIZES, running
 
 pytestmark = [
@@ -127,17 +127,19 @@ def test_a_conversation_without_room_keeps_what_fits(page):
 def test_an_answer_is_followed_unless_the_reader_scrolls_away(page):
     log = "const log = document.getElementById('log');"
     left = f"{log} return log.scrollHeight - log.scrollTop - log.clientHeight"
-    play(page, *["word " * 100 + "\n\n"] * 40)  # each of them higher than what may be missing to the end
-    page.run("window.pause = 40")
+    seen = f"{log} return log.scrollHeight"
+    play(page, *["word " * 400 + "\n\n"] * 9)  # each of them higher than the page
+    held_at(page, 3)
     send(page, "Go.")
-    page.until(lambda: page.run(left + " < 4 && log.scrollTop > 300"))
-    page.until(
-        lambda: page.run("const log = document.getElementById('log'); log.scrollTop -= 10; return log.scrollTop > 400")
-    )
-    page.until(lambda: page.shown("#to-end"))
-    top = page.run("return document.getElementById('log').scrollTop")
+    page.until(lambda: page.run(seen) > 1500 and page.run(left) < 4)
+    setting(page, "prompt", "\n" * 5)  # the field grows, and less of the conversation is seen
+    before = page.run(seen)
+    held_at(page, 6)
+    page.until(lambda: page.run(seen) > before + 1000 and page.run(left) < 4)
+    top = page.run(f"{log} return log.scrollTop -= 10")
+    held_at(page, 0)
     ended(page)
-    assert page.run("return document.getElementById('log').scrollTop") == top and page.run(left) > 300
+    assert page.run(f"{log} return log.scrollTop") == top and page.run(left) > 1000
     page.click("#to-end")
     assert page.run(left) < 4 and not page.shown("#to-end")
 

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.serve.page import browser as driver
-from tests.serve.page.visitor import ANSWER, LAST, TOKENS, ask, chunk, ended, play, send, setting, thought
+from tests.serve.page.visitor import ANSWER, LAST, TOKENS, ask, chunk, ended, held_at, play, send, setting, thought
 
 pytestmark = [
     pytest.mark.alone,
@@ -154,10 +154,11 @@ def test_code_and_answers_can_be_copied(page):
 
 def test_a_thought_is_folded_when_the_answer_begins(page):
     play(page, thought("Hm."), "Yes")
-    page.run("window.pause = 200")
+    held_at(page, 1)
     send(page, "Well?")
     page.until(lambda: page.shown(f"{LAST}.thought .text") == 1)
     assert page.text(f"{LAST}summary") == "Thinking …"
+    held_at(page, 0)
     ended(page)
     assert not page.run("return document.querySelector('.thought').open")
     assert page.text(f"{LAST}summary").startswith("Thought") and page.text(ANSWER) == "Yes"

@@ -15,6 +15,7 @@ def visit(chromium, server, width=1100):
     chromium.open(server.url)
     chromium.complaints()  # of a page before, whose server is gone
     chromium.run("sessionStorage.clear(); document.getElementById('clear').click()")
+    chromium.run("document.getElementById('prompt').value = ''")
     chromium.reload()
 
 
@@ -73,9 +74,9 @@ def play(page, *events):
           window.sent = JSON.parse(options.body);
           const body = new ReadableStream({
             async start(stream) {
-              for (const line of [...lines, "data: [DONE]\\n\\n"]) {
+              for (const [number, line] of [...lines, "data: [DONE]\\n\\n"].entries()) {
+                while (window.held && number >= window.held) await new Promise(resolve => setTimeout(resolve, 10));
                 stream.enqueue(encoder.encode(line));
-                if (window.pause) await new Promise(resolve => setTimeout(resolve, window.pause));
               }
               stream.close();
             },
@@ -84,6 +85,11 @@ def play(page, *events):
         };""",
         lines,
     )
+
+
+def held_at(page, number):
+    """Holds what `play` plays after so many events; 0 lets it go on."""
+    page.run("window.held = arguments[0]", number)
 
 
 def chunk(delta, logprobs=None):

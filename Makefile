@@ -19,7 +19,7 @@ LOCKSTEP := $(BIN)/lockstep
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo          install into $(VENV) and generate with the bundled model"
+	@echo "make demo          install into $(VENV), generate with the bundled model, show parity and the speed-up"
 	@echo "make test          run the tests (without torch)"
 	@echo "make test-targets  compare with kernels for other CPUs, those with this CPU's own instructions included"
 	@echo "make test-formats  layers in groups and scores in every weight format, not in some"
@@ -45,8 +45,14 @@ export PROMPT
 
 demo: $(VENV)/.installed
 	@$(LOCKSTEP) generate --echo -p "$$PROMPT" -n 110 --temperature 0.6 --top-p 0.95 --repetition-penalty 1.1 --seed 5
-	@if [ -f lockstep/commands/parity.py ]; then echo; $(LOCKSTEP) parity; fi
-	@if [ -f lockstep/commands/bench.py ]; then echo; $(LOCKSTEP) bench --quick; fi
+	@echo
+	@$(LOCKSTEP) parity
+	@echo
+	@$(LOCKSTEP) bench --quick
+	@echo
+	@echo "Next, talk with a model of your own: a folder, a .gguf file, or a name on the Hugging Face hub, as in"
+	@echo "    $(LOCKSTEP) chat Qwen/Qwen3-0.6B        (downloads 1.5 GB)"
+	@echo "$(LOCKSTEP) list shows the models that are on this disk already."
 
 # A process for each core. In the order of their names, files that take long come early: no process ends long after others.
 BUDGET ?= 960

@@ -47,11 +47,13 @@ def main(args=None):
     """Runs a command line; returns the exit code. args: None: the arguments of this process."""
     if args is None:
         heed_interrupts()
-    args = _joined(sys.argv[1:] if args is None else list(args)) or ["--help"]
+    args = _joined(_helped(sys.argv[1:] if args is None else list(args))) or ["--help"]
     if (old := " ".join(args[:2])) in RENAMED and not os.path.exists(args[1]):
         return _refuse(f"{old}: this command is called lockstep {RENAMED[old]} now")
     if sys.stderr is None:  # it was closed before the start: nobody reads it
         sys.stderr = open(os.devnull, "w")
+    if like := _misspelt(args):
+        return _refuse(f"{' '.join(args[:2])}: no such command or model; did you mean {' or '.join(like)}?")
     # a character that the terminal cannot show becomes "?" instead of an exception
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
@@ -75,6 +77,22 @@ def heed_interrupts() -> None:
     starts its background processes so."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _helped(args):
+    """The arguments, with "help COMMAND" as "COMMAND --help"."""
+    return [*args[1:], "--help"] if args and args[0] == "help" else args
+
+
+def _misspelt(args) -> list[str]:
+    """The commands of two words that two words are like, where they are no command and no model."""
+    is_first = bool(args[1:]) and any(name.startswith(f"{args[0]} ") for name in COMMANDS)
+    if not is_first or not args[1].isalpha() or os.path.exists(args[1]):
+        return []
+    import difflib
+
+    seconds = {name.partition(" ")[2]: name for name in COMMANDS if name.startswith(f"{args[0]} ")}
+    return [f"lockstep {seconds[word]}" for word in difflib.get_close_matches(args[1], seconds)]
 
 
 def _joined(args):

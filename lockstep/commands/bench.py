@@ -4,21 +4,25 @@ import importlib.util
 import itertools
 import json
 import pathlib
+import shlex
 import statistics
+import sys
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from lockstep.commands.options import KvDtype, ModelName, Threads, Weights, load
+from lockstep.commands.options import KvDtype, ModelName, Threads, Weights, load, say_unused
 from lockstep.commands.terminal.output import made_table, pyplot
 from lockstep.lab import ceiling as machine
 from lockstep.lab import model_speed as measure
 
+MATPLOTLIB = "matplotlib>=3.9"  # the extra `plot` of pyproject.toml
 PICTURES = (".png", ".svg", ".pdf")
 
 
 def command(
+    invoked: typer.Context,
     *,
     model: ModelName = None,
     weights: Weights = "auto",
@@ -38,6 +42,8 @@ def command(
     longest = max(*lengths, *(d + 17 for d in depths), 64)
     if plot:
         check_plot(plot)
+    if quick:
+        say_unused(invoked, ["contexts", "repeat"], "with --quick, which compares prompts once")
     llm = load(model, weights=weights, kv_dtype=kv_dtype, threads=threads, needed_context=longest)
     if longest > llm.max_context:
         raise ValueError(f"--prompts and --contexts: the model's context is {llm.max_context} tokens, got {longest}")
@@ -142,7 +148,7 @@ def profile_table(name, rows, ceiling):
 def check_plot(path) -> None:
     """ValueError, before anything is measured, where the picture could not be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: pip install lockstep-llm[plot]")
+        raise ValueError(f"--plot needs matplotlib: {shlex.quote(sys.executable)} -m pip install '{MATPLOTLIB}'")
     if not pathlib.Path(path).parent.is_dir() or pathlib.Path(path).suffix not in PICTURES:
         raise ValueError(f"--plot {path}: expected a file name ending in {', '.join(PICTURES)} in a folder that exists")
 

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from lockstep.commands.bench import check_plot
-from lockstep.commands.options import KvDtype, ModelName, Threads, Weights, load
+from lockstep.commands.options import KvDtype, ModelName, Threads, Weights, load, say_unused
 from lockstep.commands.terminal.output import counted, made_table, pyplot, write
 from lockstep.lab import load as measure
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS
@@ -18,6 +18,7 @@ COLOURS = dict(running="#3b6fb6", waiting="#b6693b", first="#3b6fb6", between="#
 
 
 def command(
+    invoked: typer.Context,
     *,
     model: ModelName = None,
     weights: Weights = "auto",
@@ -60,6 +61,10 @@ def command(
     )
     if plot:
         check_plot(plot)
+    if not rate:
+        say_unused(invoked, ["burst"], "with --rate 0, where all requests arrive together")
+    if not check:
+        say_unused(invoked, ["check_sample"], "without --check")
     llm = load(
         model,
         weights=weights,
@@ -161,7 +166,8 @@ def _between(limits):
 def _throughput(found):
     table = made_table(None, "throughput", ">total", ">per second")
     for name, total in found["totals"].items():
-        table.add_row(name.replace("_", " "), f"{total:,}", f"{found['rates'][name]:,.1f}")
+        rate = f"{found['rates'][name]:,.1f}" if name in found["rates"] else ""
+        table.add_row(name.replace("_", " "), f"{total:,}", rate)
     return table
 
 

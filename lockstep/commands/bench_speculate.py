@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from lockstep.commands.options import KvDtype, ModelName, Threads, Weights, load
+from lockstep.commands.options import KvDtype, ModelName, Threads, Weights, load, say_unused
 from lockstep.commands.terminal.output import made_table, write
 from lockstep.engine.engine import EngineOptions
 from lockstep.engine.speculation.drafts import MAX_DRAFTS
@@ -18,6 +18,7 @@ PARTS = ("steps", "answers", "grouped")
 
 
 def command(
+    invoked: typer.Context,
     *,
     model: ModelName = None,
     weights: Weights = "auto",
@@ -47,6 +48,10 @@ def command(
         tokens,
         rounds,
     )
+    if "steps" not in chosen_parts:
+        say_unused(invoked, ["contexts"], "without --parts steps")
+    if "answers" not in chosen_parts:
+        say_unused(invoked, ["acceptance", "requests", "prompt", "tokens", "replay"], "without --parts answers")
     sizes: dict[str, Any] = dict(max_requests=max(plan.requests), prefix_cache=False, kv_tokens=plan.kv_tokens)
     llm = load(model, weights=weights, kv_dtype=kv_dtype, threads=threads, needed_context=plan.longest, **sizes)
     if plan.longest > llm.max_context:

@@ -1,13 +1,12 @@
 """`lockstep chat`: a conversation in the terminal, or the answer to one question."""
 
 import contextlib
-import select
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lockstep.commands.generate import read_text
+from lockstep.commands.generate import read_piped
 from lockstep.commands.options import (
     AT_ZERO,
     DRAWN,
@@ -145,19 +144,11 @@ def say_what_is_unused(invoked: typer.Context, is_greedy: bool, speculate: str) 
 def with_piped(question: str) -> str:
     """The question, and below it, after an empty line, what is piped to standard input. ValueError if both are
     empty."""
-    piped = "" if sys.stdin is None or sys.stdin.isatty() else _piped()
+    piped = "" if sys.stdin is None or sys.stdin.isatty() else read_piped()
     text = "\n\n".join(filter(str.strip, [question, piped.rstrip("\r\n")]))
     if not text:
         raise ValueError("-p: expected a question, got an empty text")
     return text
-
-
-def _piped() -> str:
-    """All of standard input. Where nothing comes for a second, a line says that it is waited for."""
-    with contextlib.suppress(OSError, ValueError):  # it may be no file that can be waited for
-        if not select.select([sys.stdin], [], [], 1.0)[0]:
-            print("lockstep: reading standard input to its end (none: < /dev/null)", file=sys.stderr, flush=True)
-    return read_text("-")
 
 
 def answer_once(conversation: "Conversation", question: str) -> None:

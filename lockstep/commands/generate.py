@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import select
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -273,7 +274,7 @@ def read_prompt(prompt, file, source):
     is_piped = num_given == 0 and sys.stdin is not None and not sys.stdin.isatty()
     if num_given > 1 or (num_given == 0 and not is_piped):
         raise ValueError("expected one prompt: -p TEXT, -f FILE or standard input, as a pipe or as - in its place")
-    text = prompt if prompt is not None else read_text("-" if source or is_piped else file)
+    text = prompt if prompt is not None else read_piped() if is_piped else read_text(source or file)
     if not text:
         where = "standard input is empty: expected a prompt there, or as -p TEXT or -f FILE"
         raise ValueError(where if is_piped else "the prompt is empty")
@@ -290,6 +291,14 @@ def read_text(name):
     except UnicodeDecodeError as error:
         where = "standard input" if name == "-" else name
         raise ValueError(f"{where}: not UTF-8 text, byte {error.start} is 0x{raw[error.start]:02x}") from None
+
+
+def read_piped() -> str:
+    """All of standard input. Where nothing comes for a second, a line says that it is waited for."""
+    with contextlib.suppress(OSError, ValueError):  # it may be no file that can be waited for
+        if not select.select([sys.stdin], [], [], 1.0)[0]:
+            print("lockstep: reading standard input to its end (none: < /dev/null)", file=sys.stderr, flush=True)
+    return read_text("-")
 
 
 def parse_bias(pairs):

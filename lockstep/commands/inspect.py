@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
-from lockstep.commands.options import KvDtype, ModelName, Weights
+from lockstep.commands.options import KvDtype, ModelName, Weights, say_unused
 from lockstep.commands.terminal.output import made_table, shown
 
 WIDTH = 150  # columns where the output is no terminal
 
 
 def command(
+    invoked: typer.Context,
     model: ModelName = None,
     weights: Weights = "auto",
     kv_dtype: KvDtype = None,
@@ -34,6 +35,7 @@ def command(
     checkpoint = open_checkpoint(path) if has_weights else open_config(path)
     loaded = load_model(checkpoint, WeightStore(), weights, kv_dtype)
     if as_json:
+        say_unused(invoked, ["tensors", "everything"], "with --json, which has all of it")
         print(json.dumps(described(checkpoint, loaded, context)))
     else:
         show(checkpoint, loaded, context, tensors, everything)

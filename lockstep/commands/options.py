@@ -117,10 +117,11 @@ AT_ZERO = "at temperature 0, which always takes the most probable token"  # why 
 def say_unused(invoked: typer.Context, names: Iterable[str], why: str) -> None:
     """Says that those of the named parameters which the command line gives have no effect. why: such as "without
     --json"."""
+    options = {parameter.name: parameter.opts[-1] for parameter in invoked.command.params}
     for name in names:
         source = invoked.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            print(f"lockstep: --{name.replace('_', '-')} has no effect {why}", file=sys.stderr)
+            print(f"lockstep: {options[name]} has no effect {why}", file=sys.stderr)
 
 
 def load(

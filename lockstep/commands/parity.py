@@ -7,7 +7,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from lockstep.commands.options import ModelName, OpSwaps, Threads, Weights, load, parse_swaps
+from lockstep.commands.options import ModelName, OpSwaps, Threads, Weights, load, parse_swaps, say_unused
 from lockstep.commands.terminal.output import made_table
 from lockstep.lab import parity as paths
 from lockstep.ops import BACKENDS
@@ -33,10 +33,15 @@ def heappop(heap):
 '''
 
 
+def encodes(llm) -> bool:
+    """Whether a model has a tokenizer that encodes."""
+    return llm.has_tokenizer and llm.tokenizer.only_decodes is None
+
+
 def prompt_ids(llm, prompt, length):
     """Token ids of the prompt, repeated or cut to `length` if it is given; random ids for a model without a tokenizer
     that encodes."""
-    if not llm.has_tokenizer or llm.tokenizer.only_decodes is not None:
+    if not encodes(llm):
         return np.random.default_rng(0).integers(0, llm.vocab_size, length or 200).tolist()
     ids = llm.encode(prompt)
     if not ids:
@@ -45,6 +50,7 @@ def prompt_ids(llm, prompt, length):
 
 
 def command(
+    invoked: typer.Context,
     *,
     model: ModelName = None,
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="The prompt to run.")] = PROMPT,
@@ -83,6 +89,8 @@ def command(
     tokens = tokens or ANSWER_TOKENS
     needed = (length or 0) + (tokens + PAGE_TOKENS if speculate else 0)
     llm = load(model, weights=weights, threads=threads, needed_context=max(4096, needed))
+    if not encodes(llm):
+        say_unused(invoked, ["prompt"], "with a model whose tokenizer does not encode: token ids are random")
     ids = prompt_ids(llm, prompt, length)
     if not 2 <= len(ids) <= llm.max_context:
         raise ValueError(f"prompt: expected 2 to {llm.max_context} tokens, got {len(ids)}")

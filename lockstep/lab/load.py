@@ -293,19 +293,22 @@ def spread(seconds):
 
 
 def summary(measured):
-    """The figures of a run, as plain data; rates are per second of the whole run, shares are of the steps' time."""
+    """The figures of a run, as plain data; rates are per second of the whole run, shares are of the steps' time. Prompt
+    tokens that the prefix cache had are counted beside those that were computed, and have no rate."""
     visits, steps, counts = measured.visits, measured.steps, measured.counts
     seconds = steps[-1].ended
+    num_cached = sum(v.request.num_cached for v in visits)
     totals = dict(
         requests=len(visits),
-        prompt_tokens=sum(len(v.request.prompt_ids) for v in visits),
+        computed_prompt_tokens=sum(len(v.request.prompt_ids) for v in visits) - num_cached,
+        cached_prompt_tokens=num_cached,
         output_tokens=sum(len(v.request.output_ids) for v in visits),
     )
     queried = counts.get("query_tokens")
     return dict(
         seconds=seconds,
         totals=totals,
-        rates={name: total / seconds for name, total in totals.items()},
+        rates={name: total / seconds for name, total in totals.items() if name != "cached_prompt_tokens"},
         first_token_ms=spread([v.first_token for v in visits]),
         between_tokens_ms=spread([gap for v in visits for gap in v.between_tokens]),
         whole_answer_ms=spread([v.whole_answer for v in visits]),

@@ -43,8 +43,11 @@ def test_version_and_help(capsys):
     assert capsys.readouterr().out == f"lockstep {__version__}\n"
     assert main(["--help"]) == 0
     assert "generate" in (said := capsys.readouterr().out)
-    assert main(["-h"]) == 0
-    assert capsys.readouterr().out == said
+    for args in (["-h"], ["help"]):
+        assert main(args) == 0
+        assert capsys.readouterr().out == said
+    assert main(["help", "cache", "prune"]) == 0
+    assert "Usage: lockstep cache prune" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -158,6 +161,23 @@ def test_options_that_have_no_effect_say_so(expected, capsys):
     used = ("--seed", "3", "--temperature", "1", "--logprobs", "2", "--json", "--max-context", "512")
     assert run("-p", PROMPT, "-n", "2", *used) == 0
     assert "effect" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("args", "said"), [
+    (["inspect", "--json", "--all", "--tensors"], ["--tensors has no effect with --json, which has all of it",
+                                                   "--all has no effect with --json, which has all of it"]),
+    (["bench", "load", "--rate", "0", "--burst", "2", "--check-sample", "3", "--requests", "1", "--output", "1"],
+     ["--burst has no effect with --rate 0, where all requests arrive together",
+      "--check-sample has no effect without --check"]),
+    (["bench", "speculate", "--parts", "grouped", "--contexts", "8", "--acceptance", "50", "--kv-dtype", "x"],
+     ["--contexts has no effect without --parts steps", "--acceptance has no effect without --parts answers"]),
+    (["bench", "--quick", "--repeat", "2", "--kv-dtype", "x"],
+     ["--repeat has no effect with --quick, which compares prompts once"]),
+])  # fmt: skip
+def test_other_commands_name_what_has_no_effect_too(args, said, capsys):
+    main(args)
+    remarks = [line.removeprefix("lockstep: ") for line in capsys.readouterr().err.splitlines() if "effect" in line]
+    assert remarks == said
 
 
 def test_a_seed_is_a_sample(capsys):

@@ -1,17 +1,23 @@
 """Errors on the command line: a sentence for a user's mistake, a traceback for a fault of the program."""
 
 import errno
+import importlib.util
 import io
 import os
+import pathlib
 import platform
+import shlex
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
 from lockstep import LLM
 from lockstep.cli import main
 from lockstep.native.host import UnfitMachine
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def run(*args):
@@ -174,9 +180,26 @@ def test_a_hub_name_offline(capsys, monkeypatch):
     assert "fetching org/model from the Hugging Face hub failed: network is unreachable" in capsys.readouterr().err
 
 
-def test_unknown_commands(capsys):
-    assert main(["compose"]) == 2
-    assert "compose" in capsys.readouterr().err
+@pytest.mark.parametrize(("args", "said"), [
+    (["compose"], "No such command 'compose'"),
+    (["generat", "-p", "x"], "Did you mean 'generate'?"),
+    (["bench", "lod"], "bench lod: no such command or model; did you mean lockstep bench load?"),
+    (["ptq", "evla", "--text", "x"], "ptq evla: no such command or model; did you mean lockstep ptq eval?"),
+    (["generate", "--tempersture", "1"], "--temperature"),
+])  # fmt: skip
+def test_unknown_commands(args, said, capsys):
+    assert main(args) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_plot_names_a_command_that_installs_what_it_needs(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, find=importlib.util.find_spec: (
+        None if name == "matplotlib" else find(name)
+    ))  # fmt: skip
+    assert main(["bench", "--plot", "x.png"]) == 2
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    command = f"{shlex.quote(sys.executable)} -m pip install '{extras['plot'][0]}'"
+    assert capsys.readouterr().err == f"lockstep: --plot needs matplotlib: {command}\n"
 
 
 @pytest.mark.parametrize(("args", "said"), [

@@ -167,8 +167,12 @@ def test_a_request_beyond_the_concurrency_arrives_when_a_place_is_free():
 def test_figures_of_a_run_made_by_hand():
     visits = [visit(0, 0.0, 2), visit(1, 0.0, 2), visit(2, 0.0, 1)]
     _, steps, _ = drive(visits, concurrency=2)
+    visits[2].request.num_cached = 1
     found = plain(Workload(), Measured(visits, steps, dict(preempted=4, query_tokens=8, hit_tokens=2)))
-    assert found["seconds"] == 3 and found["rates"] == dict(requests=1, prompt_tokens=2, output_tokens=5 / 3)
+    assert found["seconds"] == 3 and found["rates"] == dict(
+        requests=1, computed_prompt_tokens=5 / 3, output_tokens=5 / 3
+    )
+    assert found["totals"]["cached_prompt_tokens"] == 1
     assert found["hit_rate"] == 0.25 and found["counts"]["preempted"] == 4 and found["num_held_back"] == 1
     assert found["steps"]["shares"] == dict(scheduling=0.125, building=0.25, native=0.5, taking=0.125)
     assert found["steps"]["host_share"] == 0.5 and found["steps"]["busy"] == 1 and found["held_back_ms"]["max"] == 2000

@@ -185,6 +185,8 @@ def test_a_quant_in_the_cache_needs_no_hub(tmp_path, downloads):
         resolve_model("org/usual:Q4_0")
     with pytest.raises(ValueError, match=r"Name or service not known; did you mean org/usual:Q8_0\?$"):
         resolve_model("org/usuel:Q8_0")
+    with pytest.raises(ValueError, match=r"Name or service not known; did you mean org/usual:Q8_0\?$"):
+        resolve_model("org/suual")
     with pytest.raises(ValueError, match=r"usual: no such folder or file.*; did you mean org/usual:Q8_0\?$"):
         resolve_model("usual")
 

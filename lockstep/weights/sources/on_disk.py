@@ -20,12 +20,21 @@ def near_names(name: str) -> list[str]:
     """Up to MOST_NAMES names of models on this disk that are like `name`, the most similar first; one for each
     repository of several quants."""
     known = [model.name for found in SOURCES.values() for model in found(lambda error: None)]
-    like = difflib.get_close_matches(_core(name), {_core(each) for each in known}, MOST_NAMES, SIMILAR)
-    near = [each for core in like for each in known if _core(each) == core]
-    return [*{each.rpartition(":")[0] or each: each for each in reversed(near)}.values()][::-1][:MOST_NAMES]
+    likeness = {each: _likeness(name, each) for each in known}
+    near = sorted((each for each in known if max(likeness[each]) >= SIMILAR), key=likeness.__getitem__, reverse=True)
+    of_repository: dict[str, str] = {}
+    for each in near:
+        of_repository.setdefault(each.rpartition(":")[0] or each, each)
+    return [*of_repository.values()][:MOST_NAMES]
 
 
-def _core(name: str) -> str:
+def _likeness(one: str, other: str) -> tuple[float, float]:
+    """How alike the last parts of two names are, and the whole names; from 0 to 1."""
+    ratio = lambda first, second: difflib.SequenceMatcher(None, first, second).ratio()
+    return ratio(_last_part(one), _last_part(other)), ratio(one.lower(), other.lower())
+
+
+def _last_part(name: str) -> str:
     """A name without its source, its organization and its tag, as it would be mistyped or misplaced."""
     without_source = name.removeprefix(ollama.PREFIX).removeprefix(lm_studio.PREFIX)
     return without_source.rpartition("/")[2].partition(":")[0].lower()

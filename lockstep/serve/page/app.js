@@ -29,7 +29,7 @@ let isLeft = false; // whether the reader has left the page: an answer that brea
 /** What the views of turns and answers need of the page. */
 const page = {
   key, markdown: () => isOn("markdown"), fingerprint: () => figures.known?.system_fingerprint,
-  again, choose, change: (view, text) => busy() || ask(text, views.indexOf(view)),
+  again, choose, change: (view, text) => isReady() && ask(text, views.indexOf(view)),
 };
 
 keepSettings();
@@ -60,7 +60,7 @@ function introduce(found) {
 
 $("composer").addEventListener("submit", event => {
   event.preventDefault();
-  if (prompt.value.trim() && !busy() && $("sampling").reportValidity()) send();
+  if (prompt.value.trim() && isReady()) send();
 });
 
 prompt.addEventListener("keydown", event => {
@@ -73,6 +73,14 @@ prompt.addEventListener("input", () => grow(prompt));
 
 function busy() {
   return running !== null;
+}
+
+/** Whether something can be asked now. Shows the settings where one of them is wrong. */
+function isReady() {
+  if (busy()) return false;
+  if ($("sampling").checkValidity()) return true;
+  showSettings(true);
+  return $("sampling").reportValidity();
 }
 
 /** Sends what the field for messages has; it gets it back where that cannot be sent. */
@@ -110,7 +118,7 @@ function type(text) {
 
 /** Answers a turn once more, with another seed; a failed answer is replaced, and what followed is forgotten. */
 function again(view) {
-  if (busy() || !$("sampling").reportValidity()) return;
+  if (!isReady()) return;
   if (isCertain(view.turn.answer)) {
     notice("At temperature 0 every seed gives the same answer. Settings has the temperature.");
     return;
@@ -262,10 +270,13 @@ addEventListener("pageshow", () => { isLeft = false; });
 
 // ---------------------------------------------------------------- appearance
 
-$("toggle-settings").addEventListener("click", event => {
-  const open = document.body.classList.toggle("settings-open");
-  event.currentTarget.setAttribute("aria-expanded", open);
-});
+$("toggle-settings").addEventListener("click", () => showSettings(!document.body.classList.contains("settings-open")));
+
+/** Shows or hides the settings where there is no room for them beside the conversation. */
+function showSettings(yes) {
+  document.body.classList.toggle("settings-open", yes);
+  $("toggle-settings").setAttribute("aria-expanded", yes);
+}
 
 log.addEventListener("scroll", hide);
 $("sampling").addEventListener("input", ({ target }) => target.type === "checkbox" && dress());

@@ -22,6 +22,7 @@ export class Turn {
 
 export class Conversation {
   turns = [];
+  #lean = 0; // how many of them, the oldest ones, were stored without what the model considered
 
   /** The request whose answer this is, an answer of one of the turns. */
   request(turn, answer) {
@@ -40,17 +41,18 @@ export class Conversation {
    */
   store() {
     if (!this.turns.length) return store(NAME, null);
-    for (let from = 0; ; from += Math.max(1, Math.ceil((this.turns.length - from) / 4))) {
-      if (store(NAME, this.#packed(from))) return true;
-      if (from >= this.turns.length) break;
+    this.#lean = Math.min(this.#lean, this.turns.length - 1);
+    for (let lean = this.#lean; lean <= this.turns.length; lean += Math.ceil((this.turns.length - lean + 1) / 4)) {
+      this.#lean = lean;
+      if (store(NAME, this.#packed(lean))) return true;
     }
     store(NAME, null); // rather nothing than what the conversation was some time ago
     return false;
   }
 
-  #packed(from) {
+  #packed(lean) {
     const turns = this.turns.map(({ said, continues, answers, chosen }, i) =>
-      ({ said, continues, chosen, answers: answers.map(answer => answer.packed(i >= from)) }));
+      ({ said, continues, chosen, answers: answers.map(answer => answer.packed(i >= lean)) }));
     return { version: VERSION, turns };
   }
 

@@ -248,6 +248,11 @@ def test_nothing_is_cut_off_at_any_width(chromium, server, width):
         assert not page.shown("#settings")
         page.click("#toggle-settings")
         assert page.shown("#settings") and page.run(over) <= 0
+        page.click("#toggle-settings")
+        setting(page, "seed", "seven")
+        send(page, "Again.")
+        assert page.shown("#settings") and page.shown(ENDED) == 0  # the settings show what is wrong with one of them
+        assert page.run("return document.activeElement.id") == "seed"
     assert page.shown("#temperature") and page.complaints() == []
 
 

@@ -144,6 +144,23 @@ def test_an_answer_is_followed_unless_the_reader_scrolls_away(page):
     assert page.run(left) < 4 and not page.shown("#to-end")
 
 
+def test_less_room_and_more_text_at_once_leave_the_end_in_sight(page):
+    script = """return (async () => {
+        const {Follow} = await import("/page/follow.js");
+        const [box, text] = ["div", "div"].map(tag => document.createElement(tag));
+        document.body.append(box);
+        box.append(text);
+        Object.assign(box.style, {height: "100px", overflowY: "auto"});
+        text.style.height = "300px";
+        const follow = new Follow(box, document.createElement("button"));
+        follow.end();
+        box.style.height = "50px";
+        follow.grow(() => { text.style.height = "400px"; });
+        return box.scrollTop;
+    })();"""
+    assert page.run(script) == 350
+
+
 def test_a_message_waits_until_the_model_is_loaded(page, server, monkeypatch):
     monkeypatch.setattr(server.service, "state", "loading")
     page.reload()

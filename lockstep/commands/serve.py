@@ -238,7 +238,7 @@ def ready_lines(service: "Service", host: str, port: int) -> list[str]:
         "sampling": defaults
         and f"{defaults}: as the model's makers ask (--generation-config none: as OpenAI's API has it)",
         "answers": no_chat_words(service.tokenizer),
-        "API key": counted(len(service.api_keys), "key") + " allowed" if service.api_keys else "none needed",
+        "API key": "needed: Authorization: Bearer KEY" if service.api_keys else "none needed",
     }
     shown = [f"  {name:9} {words}" for name, words in lines.items() if words]
     return [f"lockstep: {service.model_name} is ready at {url(host, port)}/v1", *shown]

@@ -51,8 +51,10 @@ class Loading:
         """Ends this process as a signal does that nobody handles.
 
         Before that the thread gets a KeyboardInterrupt and UNWIND_SECONDS: it may be deep in a compiler, in a download
-        or in the disk, and nothing that it makes is found by others before it is complete.
+        or in the disk, and nothing that it makes is found by others before it is complete. Code that is called from
+        native code, such as the compiler's callbacks, swallows the interrupt and has Python print it.
         """
+        sys.unraisablehook = lambda _: None
         interrupt = ctypes.py_object(KeyboardInterrupt)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread.ident or 0), interrupt)
         self._thread.join(UNWIND_SECONDS)

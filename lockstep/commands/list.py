@@ -156,6 +156,7 @@ def show(rows: list[Row]) -> None:
     console = Console()
     console = console if console.is_terminal else Console(width=WIDTH)
     table = made_table(None, "MODEL to type", ">size", "format", "from", "runs")
+    table.columns[0].no_wrap = True  # so that it can be copied
     for row in rows:
         name, runs = Text(shown(row.name or NO_NAME, sys.stdout)), Text(shown(in_words(row), sys.stdout))
         table.add_row(name, size(row.num_bytes) if row.num_bytes else "", row.format or "", row.source, runs)
@@ -172,6 +173,6 @@ def in_words(row: Row) -> str:
 
 
 def _example(rows: Iterable[Row]) -> str:
-    """What follows `lockstep generate` for the first model that can be run, but not the bundled one."""
-    name = next((row.name for row in rows if row.runs and row.name and not row.reason), None)
+    """What follows `lockstep generate` for the first model that can be run with a text, but not the bundled one."""
+    name = next((row.name for row in rows if row.runs is not False and row.name and not row.reason), None)
     return "" if name is None else f" {shlex.quote(shown(name, sys.stdout))}"

@@ -96,14 +96,26 @@ def _bundled_folder() -> Path:
 
 
 class Repository(NamedTuple):
-    """What is in a repository. folder: where its files lie in the hub's cache; None if the hub has them."""
+    """What is in a repository. folder: where these files lie in the hub's cache, if the hub could not be asked, and
+    reason: why not."""
 
     files: list[str]
     folder: Path | None = None
+    reason: str | None = None
 
 
 def _download(name: str, wanted: HubName) -> Path:
     there = _repository(name, wanted)
+    try:
+        return _chosen(name, wanted, there)
+    except ValueError as error:
+        if there.folder is None:
+            raise
+        raise ValueError(f"{error}; this is what its cache has, the hub cannot be asked: {there.reason}") from None
+
+
+def _chosen(name: str, wanted: HubName, there: Repository) -> Path:
+    """The folder or GGUF file of a name, downloaded as needed. ValueError if the repository does not have it."""
     if wanted.file is None and wanted.quant is None and (files := _of_safetensors(there.files)):
         return fetched(name, wanted, there, files)
     file = wanted.file or _gguf_file(name, wanted, there.files)
@@ -144,7 +156,7 @@ def _repository(name: str, wanted: HubName) -> Repository:
     except Exception as error:  # network, authentication and cache errors share no base class
         folder = hub_cache.snapshot(wanted.repo, wanted.revision)
         if folder is not None and (files := files_below(folder)):
-            return Repository(files, folder)
+            return Repository(files, folder, _reason(error))
         raise _not_fetched(name, wanted.repo, error) from None
 
 

@@ -181,8 +181,12 @@ def test_a_quant_in_the_cache_needs_no_hub(tmp_path, downloads):
     assert (
         resolve_model("org/usual:q8_0") == resolve_model("org/usual") == folder / "snapshots" / "0123" / "m.Q8_0.gguf"
     )
-    with pytest.raises(ValueError, match=r"org/usual:Q4_0: no GGUF file of this quant; expected org/usual:Q8_0$"):
+    with pytest.raises(
+        ValueError, match=r"no GGUF file of this quant; expected org/usual:Q8_0; this is what its cache "
+    ):
         resolve_model("org/usual:Q4_0")
+    with pytest.raises(ValueError, match=r"has no file x\.gguf; .*the hub cannot be asked: Name or service not known$"):
+        resolve_model("org/usual:x.gguf")
     with pytest.raises(ValueError, match=r"Name or service not known; did you mean org/usual:Q8_0\?$"):
         resolve_model("org/usuel:Q8_0")
     with pytest.raises(ValueError, match=r"Name or service not known; did you mean org/usual:Q8_0\?$"):

@@ -111,11 +111,10 @@ def resume(
 
 def _check_allowed(request: Request, number: int, token: int, eos_ids: Ends, vocab_size: int) -> None:
     """NotItsAnswer if the request could not have chosen a token after its answer so far."""
-    adjustment = adjustment_of(request, eos_ids, vocab_size)
-    if adjustment is None:
+    if not request.is_adjusted:
         return
     try:
-        forbidden_by = adjustment.forbidden_by(request.output_ids, token)
+        forbidden_by = adjustment_of(request, eos_ids, vocab_size).forbidden_by(request.output_ids, token)
     except Refused as error:
         raise NotItsAnswer(f"before token {number}, {token}: {error}") from None
     if forbidden_by is not None:

@@ -10,7 +10,7 @@ from typing import Any, SupportsIndex
 from lockstep.engine.answer_text import AnswerText
 from lockstep.engine.cache.pages import Held
 from lockstep.engine.embedding import POOLINGS, Pool
-from lockstep.engine.sampling import Adjustment
+from lockstep.engine.sampling import Adjustment, adjusts
 from lockstep.engine.speculation.acceptance import Acceptance
 from lockstep.engine.speculation.lookup import Lookup, Prediction
 from lockstep.ops.sampling.sample import MAX_LOGPROBS
@@ -254,9 +254,11 @@ class Request:
     num_cached: int = 0  # tokens of the prompt that the prefix cache had when it was first admitted
     prefix: PrefixState = field(default_factory=PrefixState)
     has_given_rows: bool = False  # whether steps may have rows that report log-probabilities of its known tokens
+    is_adjusted: bool = False  # whether its logits may change before a token is chosen
 
     def __post_init__(self) -> None:
         self.has_given_rows = self.params.prompt_logprobs is not None
+        self.is_adjusted = adjusts(self.params)
 
     @property
     def running_slot(self) -> int:

@@ -191,9 +191,9 @@ def given_rows(request: "Request", start: int, end: int) -> dict[int, dict[str, 
     return rows
 
 
-def adjustment_of(request: "Request", eos_ids: frozenset[int], vocab_size: int) -> Adjustment | None:
-    """A request's Adjustment, made when it is first asked for; None if its logits never change."""
-    if request.adjustment is None and adjusts(request.params):
+def adjustment_of(request: "Request", eos_ids: frozenset[int], vocab_size: int) -> Adjustment:
+    """The Adjustment of a request that `is_adjusted`, made when it is first asked for."""
+    if request.adjustment is None:
         request.adjustment = Adjustment(request.prompt_ids, request.params, eos_ids, vocab_size)
     return request.adjustment
 
@@ -204,9 +204,8 @@ def choices(
     """Fields of the SAMPLING_RECORDs that choose the token after a request's known tokens and the token after each
     draft; the first `first` of them are left out. Fewer where the request's mask ends. Refused for a bad mask."""
     p, adjusted = request.params, [{}] * (len(drafts) + 1 - first)
-    adjustment = adjustment_of(request, eos_ids, vocab_size)
-    if adjustment is not None:
-        adjusted = adjustment.rows(request.output_ids, drafts, first)
+    if request.is_adjusted:
+        adjusted = adjustment_of(request, eos_ids, vocab_size).rows(request.output_ids, drafts, first)
     shared = dict(temperature=p.temperature, top_p=p.top_p, min_p=p.min_p, top_k=p.top_k, seed=p.seed)
     return [dict(position=request.num_tokens + i, **shared, **fields) for i, fields in enumerate(adjusted, first)]
 

@@ -43,7 +43,7 @@ def whole():
 
 def test_answers_go_on_as_if_nothing_had_happened(whole, tmp_path):
     events = Counter()
-    for lot in lots(whole, 2, 3, NUM_WISHES):
+    for lot in lots(whole, 3, 3, NUM_WISHES):
         report = run_lot(whole, lot, tmp_path)
         assert not report.differences
         events += report.events

@@ -67,14 +67,14 @@ def output_penalized_as_prompt(patch: pytest.MonkeyPatch) -> None:
         def _log(self, output_ids: list[int], drafts: Sequence[int]) -> int:
             return super()._log(output_ids[self.num_given :], drafts)
 
-    def adjustment_of(request: Request, eos_ids: frozenset[int], vocab_size: int) -> Adjustment | None:
-        if request.adjustment is None and sampling.adjusts(request.params):
+    def adjustment_of(request: Request, eos_ids: frozenset[int], vocab_size: int) -> Adjustment:
+        if request.adjustment is None:
             given = request.output_ids[: request.num_given]
             request.adjustment = Mistaken([*request.prompt_ids, *given], request.params, eos_ids, vocab_size)
             request.adjustment.num_given = request.num_given
         return request.adjustment
 
-    patch.setattr(answer_tokens, "adjustment_of", lambda request, eos_ids, vocab_size: None)
+    patch.setattr(answer_tokens, "_check_allowed", lambda *_: None)
     patch.setattr(sampling, "adjustment_of", adjustment_of)
 
 

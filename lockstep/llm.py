@@ -20,7 +20,6 @@ from lockstep.engine.request import SamplingParams, check_params, check_single, 
 from lockstep.engine.speculation.drafts import MODEL, SOURCES
 from lockstep.models.checkpoint import end_of_sequence_ids, open_checkpoint
 from lockstep.models.pooling import default_pooling
-from lockstep.native.kernel import OnCompile
 from lockstep.progress import OnProgress
 from lockstep.ptq.solved import Solved
 from lockstep.text.tokenizer.tokenizer import (
@@ -69,8 +68,8 @@ class LLM:
     of the same vocabulary, which then drafts; weights, kv_dtype and max_context hold for both models.
 
     Debugging and progress. ops: {op kind: implementation} that replace entries of the backend, such as {"linear":
-    "reference"}. progress: called with (what, done, total) while weights are hashed and packed. on_compile: called with
-    the name of each kernel whose compilation starts, by any thread.
+    "reference"}. progress: called with (what, done, total) while weights are hashed and packed and
+    kernels are compiled.
 
     ValueError, in one sentence, for a model that cannot be loaded or an option that is not allowed.
     """
@@ -97,7 +96,6 @@ class LLM:
         needs_chat: bool = False,
         generation_config: str = "auto",
         verify_weights: bool = False,
-        on_compile: OnCompile | None = None,
     ) -> None:
         self.path = resolve_model(model)
         self._checkpoint = checkpoint = open_checkpoint(self.path, verify=verify_weights)
@@ -135,7 +133,7 @@ class LLM:
         self.makers_sampling()  # refuses a source that cannot be read
         new_detokenizer = functools.partial(answer_detokenizer, self.tokenizer) if self.has_tokenizer else None
         eos_ids = end_of_sequence_ids(checkpoint, self.tokenizer.eos_ids if self.has_tokenizer else ())
-        self.engine = Engine(self.model, options, ops, eos_ids, new_detokenizer, on_compile, self._draft)
+        self.engine = Engine(self.model, options, ops, eos_ids, new_detokenizer, progress, self._draft)
         try:
             for read in (checkpoint, self._draft.checkpoint) if self._draft else (checkpoint,):
                 read.check_unchanged()  # all weights have been read

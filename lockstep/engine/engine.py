@@ -8,6 +8,7 @@ stop string or max_tokens ends the request. Clean up (`_settle_drafts`): pages t
 back, and hidden states go to the MTP head. `async_engine` runs all this in a thread of its own.
 """
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -27,6 +28,7 @@ from lockstep.engine.cache.states import StateStore
 from lockstep.engine.embedding import Pool
 from lockstep.engine.model import Model
 from lockstep.engine.options import DEFAULTS, EngineOptions
+from lockstep.engine.preparation import prepare
 from lockstep.engine.request import Request, SamplingParams, check_single, samples, token_list
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.sampling import (
@@ -44,8 +46,8 @@ from lockstep.engine.speculation.drafts import DraftCounts, Drafter, Drafts
 from lockstep.engine.speculation.heads import made_drafter
 from lockstep.engine.speculation.lookup import Prediction
 from lockstep.native.host import num_cores
-from lockstep.native.kernel import OnCompile
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS
+from lockstep.progress import OnProgress
 from lockstep.runtime.threads import Team
 
 PROMPT_ROWS = 64  # rows of a step that may report log-probabilities of prompts; their memory is touched when used
@@ -66,8 +68,8 @@ class Engine:
 
     swaps: ops that another backend computes, see `Model.backend`. eos_ids: the tokens that end an answer; None: those
     of the model's config. new_detokenizer: given a Request, makes the Detokenizer of its answer; None: answers have no
-    text. on_compile: called with the name of each kernel that has to be compiled first. draft_model: a smaller model of
-    the same vocabulary, which drafts where options.speculate is "model". Raises UnfitMachine if a kernel does not give
+    text. progress: called with ("compiling", kernels that are compiled, kernels that have to be) before the engine starts.
+    draft_model: a smaller model of the same vocabulary, which drafts where options.speculate is "model". Raises UnfitMachine if a kernel does not give
     the recorded bits on this CPU.
     """
 
@@ -78,7 +80,7 @@ class Engine:
         swaps: Mapping[str, str] | None = None,
         eos_ids: frozenset[int] | None = None,
         new_detokenizer: Callable[[Request], Detokenizer] | None = None,
-        on_compile: OnCompile | None = None,
+        progress: OnProgress | None = None,
         draft_model: Model | None = None,
     ) -> None:
         if (draft_model is None) == (options.speculate == "model"):
@@ -94,13 +96,16 @@ class Engine:
         limits = Limits(options.max_step_tokens, options.max_requests, pages, num_sampled, groups)
         self.model, self.limits, self.team = model, limits, Team(options.threads or num_cores())
         try:
-            self.runner = Runner(model, self.team, limits, swaps, num_drafts=num_drafts, on_compile=on_compile)
+            ready = functools.partial(
+                prepare, model=model, draft=draft_model, speculate=options.speculate, progress=progress
+            )
+            self.runner = Runner(model, self.team, limits, swaps, num_drafts=num_drafts, prepare=ready)
             if options.kv_tokens is not None:
                 for array in self.runner.caches.values():
                     array.fill(0)  # the system gives memory at the first touch: better now than within a request
-            selfcheck.check(self.runner.program, self.runner.executor.backend, on_compile)
+            selfcheck.check(self.runner.program, self.runner.executor.backend)
             self.scheduler = Scheduler(limits, self._prefix_cache(options))
-            drafter = made_drafter(options, self.runner, self.scheduler, model, self.eos_ids, draft_model, on_compile)
+            drafter = made_drafter(options, self.runner, self.scheduler, model, self.eos_ids, draft_model)
         except MemoryError as error:
             sizes = "max_step_tokens, max_requests, max_context" + (", draft" if num_drafts else "")
             raise ValueError(f"{sizes} or kv_tokens: not enough memory ({error})") from None

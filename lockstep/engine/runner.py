@@ -1,6 +1,6 @@
 """Runs steps of a model: cache memory, the step block, and the executor. Knows nothing of requests or schedules."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -8,7 +8,6 @@ import numpy as np
 
 from lockstep.engine.cache.pages import Held, PageGroup
 from lockstep.engine.step_arrays import StepArrays, write
-from lockstep.native.kernel import OnCompile
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS
 from lockstep.ops.rewrite import verifying
 from lockstep.ops.sampling.sample import Sample
@@ -79,7 +78,8 @@ class Runner:
     """A model bound to memory and threads. Everything is allocated here; `step` allocates nothing native.
 
     swaps, base: see `Model.backend`. keep, elsewhere: see `Executor`. num_drafts: the most drafts of a request in a
-    step. sample: the Sample op of the program; tests read its operands after a step.
+    step. prepare: called with the program and its op table before kernels are compiled and weights packed. sample: the
+    Sample op of the program; tests read its operands after a step.
     """
 
     def __init__(
@@ -94,12 +94,14 @@ class Runner:
         fused: bool = True,
         num_drafts: int = 0,
         elsewhere: dict[Tensor, int] | None = None,
-        on_compile: OnCompile | None = None,
+        prepare: Callable[[Program, OpTable], None] | None = None,
     ) -> None:
         self.model, self.limits, self.team = model, limits, team
         backend = model.backend(swaps, base)
         program = model.rewritten(backend, fused)
         self.program = verifying(program, num_drafts) if num_drafts else program
+        if prepare is not None:
+            prepare(self.program, backend)
         self.caches = {c.name: aligned(c.bytes_each * self._count(c)) for c in self.program.caches}
         T = limits.max_step_tokens
         rows = {"T": T, "O": T, "R": limits.max_sampled, "E": T, "S": limits.max_requests}
@@ -114,7 +116,6 @@ class Runner:
             addresses,
             keep_all=keep,
             elsewhere=elsewhere,
-            on_compile=on_compile,
         )
         self._step = StepArrays(rows, -(-model.max_context // PAGE_TOKENS), max(1, len(self.program.windows())))
         [self.sample] = [op for op in self.program.ops if isinstance(op, Sample)]

@@ -6,6 +6,8 @@ import functools
 import hashlib
 import os
 import threading
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,9 @@ class WeightStore:
             self._arrays[key] = self.make(weight, layout)
         return self._arrays[key]
 
+    def expect(self, wanted: Iterable[tuple[Weight, Layout]]) -> None:
+        """Says which weights will be asked for, some several times, and in which layouts."""
+
     @property
     def num_bytes(self) -> int:
         """Bytes of all arrays that were made."""
@@ -73,15 +78,19 @@ def _line_aligned(array):
 class PackedStore(WeightStore):
     """The packed weights of a checkpoint, kept in the user's cache folder.
 
-    progress: called with ("packing", bytes done, None) as weights are packed, and with ("reading", bytes done, bytes in
-    all) while the store waits for the content hash. Until the hash is known, weights are kept under the checkpoint's
+    progress: called with ("packing", bytes done, bytes in all) as weights are packed, with ("loading", ...) as packed
+    ones are read, and with ("reading", ...) while the store waits for the content hash. The bytes are the checkpoint's;
+    in all there are those that `expect` was told of, or None if it was told of none. Until the hash is known, weights are kept under the checkpoint's
     provisional name. If the folder cannot be written or the disk is full, weights are packed again by the next process:
     num_bytes_not_kept counts their bytes, and `warn_not_kept` says so.
     """
 
     def __init__(self, checkpoint: Checkpoint, progress: OnProgress | None = None):
         super().__init__()
-        self.checkpoint, self._progress, self._done = checkpoint, progress, 0
+        self.checkpoint, self._progress = checkpoint, progress
+        self._done: Counter[str] = Counter()
+        self._total: Counter[str] = Counter()
+        self._expected: set[tuple[str, str]] = set()  # (weight, layout)
         self._root, self._lock, self._maps = _packed_folder(), threading.Lock(), LeasedMaps()
         self._suffix, self.num_bytes_not_kept, self._obstacle = f"{packing_version()}-{target_name()}", 0, ""
         self._used: int | None = None  # bytes of all packed models; None until they are counted
@@ -107,14 +116,26 @@ class PackedStore(WeightStore):
         if not name.endswith(KEPT):
             return super().make(weight, layout)
         what = described(weight, name)
-        arrays = self._load(what)
+        arrays, work = self._load(what), "loading"
         if arrays is None:
-            arrays = super().make(weight, layout)
+            arrays, work = super().make(weight, layout), "packing"
             self._keep(what, arrays)
-            self._done += sum(a.nbytes for a in arrays)
-            if self._progress:
-                self._progress("packing", self._done, None)
+        self._report(work, weight)
         return arrays
+
+    def expect(self, wanted: Iterable[tuple[Weight, Layout]]) -> None:
+        """Counts the bytes of the weights that are to be packed, and of those that are packed already."""
+        for weight, layout in wanted:
+            key = weight.name, layout.name
+            if layout.name.endswith(KEPT) and key not in self._arrays and key not in self._expected:
+                self._expected.add(key)
+                is_packed = (self.folder / file_name(described(weight, layout.name))).exists()
+                self._total["loading" if is_packed else "packing"] += stored_bytes(weight)
+
+    def _report(self, work: str, weight: Weight) -> None:
+        self._done[work] += stored_bytes(weight)
+        if self._progress is not None:
+            self._progress(work, self._done[work], self._total[work] or None)
 
     def _load(self, what: str) -> tuple[np.ndarray, ...] | None:
         """The arrays of a packed weight; None if its file is missing or damaged."""
@@ -204,6 +225,11 @@ def _packed_folder() -> Path:
     with contextlib.suppress(OSError):
         return cache_subfolder("packed")
     return user_cache() / "packed"
+
+
+def stored_bytes(weight: Weight) -> int:
+    """Bytes of a weight in its checkpoint."""
+    return sum(part.data.nbytes for part in weight.parts)
 
 
 def described(weight: Weight, layout: str) -> str:

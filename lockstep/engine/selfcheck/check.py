@@ -125,10 +125,10 @@ def probe_model(probe, table, fused):
 # ---------------------------------------------------------------- digests
 
 
-def digests(probe, table, fused=True, on_compile=None):
+def digests(probe, table, fused=True):
     """[(op, tensor name, digest)] of what each op of a probe's program writes, in order."""
     with contextlib.closing(Team(1)) as team:
-        runner = Runner(probe_model(probe, table, fused), team, Limits(64, 2, 4, 3), keep=True, on_compile=on_compile)
+        runner = Runner(probe_model(probe, table, fused), team, Limits(64, 2, 4, 3), keep=True)
         hashes, at = {}, [0, 0]
         for counts in STEPS:
             runner.step([span(i, start, n) for i, (start, n) in enumerate(zip(at, counts, strict=True))])
@@ -169,30 +169,51 @@ def visible(program):
 # ---------------------------------------------------------------- the check
 
 
-def check(program, backend, on_compile=None):
+def check(program, backend):
     """Runs the probes of a program on an op table. UnfitMachine at the first op whose bits differ from the recorded
     ones; ValueError at the first op without a recorded digest.
 
     A check that passed is remembered in the user's cache folder, until sources, versions or the CPU change.
     """
-    wanted, others, kinds = probes(program), selfcheck_ops.probes(program), {op.kind for op in program.ops}
-    marks = user_cache() / "selfcheck"
-    with contextlib.suppress(OSError):  # where nothing can be written, each start checks
-        marks = cache_subfolder("selfcheck")
-    mark = marks / identity([*wanted, *others], [backend[kind].kernel for kind in kinds])
+    wanted, others, mark = *probes_of(program), mark_of(program, backend)
     if os.path.exists(mark):
         with contextlib.suppress(OSError):
             mark.touch()  # it is used: `lockstep cache prune --older-than` leaves it
         return
     golden = json.loads(GOLDEN.read_text())
     for probe in wanted:
-        compare(probe, golden.get(str(probe), {}), digests(probe, backend, on_compile=on_compile))
+        compare(probe, golden.get(str(probe), {}), digests(probe, backend))
     for other in others:
-        compare(other, golden.get(str(other), {}), selfcheck_ops.digests(other, backend, on_compile=on_compile))
-    sampling = selfcheck_sampling.digests(backend, on_compile)
+        compare(other, golden.get(str(other), {}), selfcheck_ops.digests(other, backend))
+    sampling = selfcheck_sampling.digests(backend)
     compare(selfcheck_sampling.NAME, golden.get(selfcheck_sampling.NAME, {}), sampling)
-    with keeping("The outcome of the self-check (some bytes)", marks):
+    with keeping("The outcome of the self-check (some bytes)", mark.parent):
         (cache_subfolder("selfcheck") / mark.name).touch()
+
+
+def probes_of(program):
+    """(Probes, OpProbes) that together run every kind of op of a program."""
+    return probes(program), selfcheck_ops.probes(program)
+
+
+def mark_of(program, backend):
+    """The file that is there once the check of a program on an op table has passed."""
+    wanted, others = probes_of(program)
+    kernels = [backend[kind].kernel for kind in {op.kind for op in program.ops}]
+    marks = user_cache() / "selfcheck"
+    with contextlib.suppress(OSError):  # where nothing can be written, each start checks
+        marks = cache_subfolder("selfcheck")
+    return marks / identity([*wanted, *others], kernels)
+
+
+def programs(program, backend):
+    """The programs that `check` will run; none if the check has passed before."""
+    if os.path.exists(mark_of(program, backend)):
+        return []
+    wanted, others = probes_of(program)
+    models = [probe_model(probe, backend, True) for probe in wanted]
+    models += [selfcheck_ops.probe_model(probe, backend, True) for probe in others]
+    return [model.program for model in (*models, selfcheck_sampling.probe_model(backend))]
 
 
 def compare(probe, golden, digests):

@@ -21,7 +21,6 @@ from lockstep.engine.selfcheck.rounded import KINDS as ROUNDED_KINDS
 from lockstep.engine.selfcheck.rounded import rounded_rows
 from lockstep.engine.selfcheck.sampling import ProbeModel
 from lockstep.engine.selfcheck.weights import constant, rows_of, stored
-from lockstep.native.kernel import OnCompile
 from lockstep.ops.elementwise.add import Add
 from lockstep.ops.elementwise.concat import Concat
 from lockstep.ops.elementwise.select_rows import SelectRows, selected_rows
@@ -232,13 +231,11 @@ def probe_model(probe: OpProbe, table: OpTable, fused: bool) -> ProbeModel:
     return ProbeModel(table, fuse(lowered, table) if fused else lowered, 2 * ROWS)
 
 
-def digests(
-    probe: OpProbe, table: OpTable, fused: bool = True, on_compile: OnCompile | None = None
-) -> list[tuple[Operands, str, str]]:
+def digests(probe: OpProbe, table: OpTable, fused: bool = True) -> list[tuple[Operands, str, str]]:
     """[(op, tensor or cache name, digest)] of all outputs of a probe's ops over all its steps, in order."""
     with contextlib.closing(Team(1)) as team:
         limits = Limits(ROWS, 2, 4, 2)
-        runner = Runner(probe_model(probe, table, fused), team, limits, keep=True, on_compile=on_compile)
+        runner = Runner(probe_model(probe, table, fused), team, limits, keep=True)
         ops = [op for op in runner.program.ops if isinstance(op, probe.kinds)]
         hashes = {(op, value.name): hashlib.sha256() for op in ops for value in (*op.shared, *op.caches)}
         at = [0, 0]

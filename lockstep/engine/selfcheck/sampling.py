@@ -17,7 +17,6 @@ from lockstep.engine.request import SamplingParams
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.sampling import Adjustment
 from lockstep.engine.selfcheck.weights import rows_of
-from lockstep.native.kernel import OnCompile
 from lockstep.ops.elementwise.select_rows import SelectRows, selected_rows
 from lockstep.ops.sampling.adjust_logits import AdjustLogits
 from lockstep.ops.sampling.sample import MAX_LOGPROBS, Sample
@@ -63,10 +62,10 @@ class ProbeModel:
         return self.program
 
 
-def digests(table: OpTable, on_compile: OnCompile | None = None) -> list[tuple[Operands, str, str]]:
+def digests(table: OpTable) -> list[tuple[Operands, str, str]]:
     """[(op, tensor name, digest)] of all outputs of the ops after the logits, on an op table."""
     with contextlib.closing(Team(1)) as team:
-        runner = Runner(probe_model(table), team, Limits(ROWS, 1, 1, ROWS), keep=True, on_compile=on_compile)
+        runner = Runner(probe_model(table), team, Limits(ROWS, 1, 1, ROWS), keep=True)
         wishes = [SamplingParams(**w) for w in WISHES]
         adjustments = [Adjustment(SEEN, w, frozenset({0, 9}), VOCABULARY) for w in wishes]
         sampled = {r: record(r, w, a) for r, (w, a) in enumerate(zip(wishes, adjustments, strict=True))}

@@ -25,7 +25,6 @@ from lockstep.engine.sampling import guessed
 from lockstep.engine.speculation.draft_memory import DraftMemory, DraftSequence
 from lockstep.engine.speculation.drafts import MODEL
 from lockstep.engine.speculation.step_costs import GUESS_GAIN, StepCosts
-from lockstep.native.kernel import OnCompile
 from lockstep.runtime.threads import Team
 
 SLOTS = 2  # of a request, for recurrent layers: one that known tokens change, and one that guesses change
@@ -80,7 +79,6 @@ class DraftModel:
         limits: Limits,
         groups: tuple[PageGroup, ...],
         eos_ids: frozenset[int],
-        on_compile: OnCompile | None = None,
     ) -> None:
         check_vocabulary(target, model)
         self.model = replace(model, max_context=min(model.max_context, target.max_context))
@@ -90,7 +88,7 @@ class DraftModel:
         num_tokens = max(limits.max_step_tokens, limits.max_requests)
         own = Limits(num_tokens, num_slots, limits.num_pages, limits.max_requests, groups)
         with named(model.checkpoint.path):
-            self.runner = Runner(self.model, team, own, on_compile=on_compile)
+            self.runner = Runner(self.model, team, own)
         self.memory = DraftMemory(groups, limits.max_requests, bool(states))
         self._states = [self.runner.caches[c.name].reshape(-1, c.bytes_each) for c in states]
         self._first_copy = limits.max_requests

@@ -11,7 +11,6 @@ from lockstep.engine.speculation.draft_model import DraftModel
 from lockstep.engine.speculation.drafts import SOURCES, Drafter
 from lockstep.engine.speculation.mtp import MtpDrafts
 from lockstep.engine.speculation.mtp_runner import MtpRunner
-from lockstep.native.kernel import OnCompile
 from lockstep.ops.rewrite import fuse, lower
 
 
@@ -22,7 +21,6 @@ def made_drafter(
     model: Model,
     eos_ids: frozenset[int],
     draft_model: Model | None,
-    on_compile: OnCompile | None,
 ) -> Drafter | None:
     """The Drafter that options ask for, on the threads and with the op table of the model's Runner; None without
     speculative decoding.
@@ -35,14 +33,14 @@ def made_drafter(
     head: Head | None = None
     if draft_model is not None:
         groups = page_groups(draft_model.recorded, runner.limits.num_pages, options)
-        head = DraftModel(draft_model, model, runner.team, runner.limits, groups, eos_ids, on_compile)
-        selfcheck.check(head.runner.program, head.runner.executor.backend, on_compile)
+        head = DraftModel(draft_model, model, runner.team, runner.limits, groups, eos_ids)
+        selfcheck.check(head.runner.program, head.runner.executor.backend)
         caches = head.runner.caches
     elif model.drafts_by_mtp(options.speculate):
         backend = runner.executor.backend
         program = fuse(lower(model.recorded_mtp), backend)
-        selfcheck.check(program, backend, on_compile)
-        mtp = MtpRunner(model, program, backend, runner.team, runner.limits, options.num_drafts, on_compile)
+        selfcheck.check(program, backend)
+        mtp = MtpRunner(model, program, backend, runner.team, runner.limits, options.num_drafts)
         group = _whole_group(scheduler)
         head, caches = MtpDrafts(mtp, group, scheduler.prefix, eos_ids, model.config.vocab_size), mtp.caches
     else:

@@ -11,7 +11,6 @@ from lockstep.engine.cache.pages import Held, pages_for
 from lockstep.engine.model import Model
 from lockstep.engine.runner import Limits
 from lockstep.engine.step_arrays import StepArrays, records_view, write_record
-from lockstep.native.kernel import OnCompile
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS
 from lockstep.ops.sampling.sample import SAMPLING_RECORD, Sample
 from lockstep.runtime.backend import OpTable
@@ -55,7 +54,6 @@ class MtpRunner:
         team: Team,
         limits: Limits,
         num_drafts: int,
-        on_compile: OnCompile | None = None,
     ) -> None:
         self.program, S, K = program, limits.max_requests, num_drafts
         self.max_rows = limits.max_step_tokens + S * (PAGE_TOKENS + 1 + KEPT_PAIRS)
@@ -86,11 +84,7 @@ class MtpRunner:
                 sample.token: self._tokens[depth].ctypes.data,
                 sample.logprob: self._logprobs[depth].ctypes.data,
             }
-            executors.append(
-                Executor(
-                    self.program, backend, team, model.store, rows, caches, elsewhere=elsewhere, on_compile=on_compile
-                )
-            )
+            executors.append(Executor(self.program, backend, team, model.store, rows, caches, elsewhere=elsewhere))
             self._steps.append(StepArrays(rows, pages, given=self._given_to(depth, rows["S"])))
         self._layout: list[tuple[int, int]] = []  # of the last call: the number of pairs and drafts of each request
         self._chain = Chain(executors, [step.block for step in self._steps])

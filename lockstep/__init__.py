@@ -14,17 +14,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lockstep.completion import Completion
+    from lockstep.completion import Completion, CompletionChunk, CompletionStream
     from lockstep.engine.async_engine import AsyncEngine
     from lockstep.engine.request import SamplingParams
     from lockstep.llm import LLM
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "AsyncEngine", "Completion", "SamplingParams"]
+__all__ = ["LLM", "AsyncEngine", "Completion", "CompletionChunk", "CompletionStream", "SamplingParams"]
 _HOMES = {
     "LLM": "lockstep.llm",
     "AsyncEngine": "lockstep.engine.async_engine",
     "Completion": "lockstep.completion",
+    "CompletionChunk": "lockstep.completion",
+    "CompletionStream": "lockstep.completion",
     "SamplingParams": "lockstep.engine.request",
 }
 

@@ -2,16 +2,15 @@
 answer's text to its thoughts, content and calls."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from lockstep.completion import Completion, ToolCall
+from lockstep.completion import ToolCall
 from lockstep.engine.request import SamplingParams, check_params
 from lockstep.text.conversation import Conversation
 from lockstep.text.grammars import structured
 from lockstep.text.templates.chat_template import check_messages
-from lockstep.text.tool_calls.events import Arguments, CallStart, Content, Event, Parser, Reasoning
 from lockstep.text.tool_calls.tools import NO_PARAMETERS, Tool, ToolUse
 
 MODES = ("auto", "required", "none")
@@ -154,37 +153,3 @@ def _tool(index: int, given: Mapping[str, Any]) -> Tool:
         raise ValueError(f"tools[{index}]: expected {wanted}, got {given!r:.120}")
     parameters = function.get("parameters") or NO_PARAMETERS
     return Tool(function["name"], function.get("description") or "", parameters, bool(function.get("strict")))
-
-
-def parse_answer(answer: Completion, new_parser: Callable[[], Parser]) -> Completion:
-    """The answer, and the other samples, with the thoughts, content and tool calls that a parser finds in each text."""
-    parser = new_parser()
-    events = parser.push(answer.text) + parser.finish(answer.finish_reason == "length")
-    return replace(
-        answer,
-        others=[parse_answer(other, new_parser) for other in answer.others],
-        content="".join(event.text for event in events if isinstance(event, Content)),
-        reasoning="".join(event.text for event in events if isinstance(event, Reasoning)),
-        tool_calls=_complete_calls(events),
-    )
-
-
-def _complete_calls(events: Sequence[Event]) -> list[ToolCall]:
-    """The calls among events, without one in whose arguments the answer ended: it asks for nothing yet."""
-    calls: dict[int, ToolCall] = {}
-    for event in events:
-        if isinstance(event, CallStart):
-            calls[event.index] = ToolCall(event.id, event.name, "")
-        elif isinstance(event, Arguments):
-            call = calls[event.index]
-            calls[event.index] = replace(call, arguments=call.arguments + event.text)
-    cut = {event.index for event in events if isinstance(event, Arguments) and event.is_cut}
-    return [call for index, call in calls.items() if index not in cut and _is_json(call.arguments)]
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True

@@ -1,43 +1,30 @@
 """`LLM`: offline generation from Python."""
 
 import functools
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lockstep.completion import Completion, Prompt, Stream, completion, prompt_list, run_all
-from lockstep.draft_model import LoadOptions, load_draft
-from lockstep.engine.cache.size import context_size
-from lockstep.engine.engine import Engine, EngineOptions
-from lockstep.engine.generation_config import sampling_defaults
-from lockstep.engine.model import load_model
-from lockstep.engine.planned import planned
-from lockstep.engine.request import SamplingParams, check_params, check_single, token_list
-from lockstep.engine.speculation.drafts import MODEL, SOURCES
-from lockstep.models.checkpoint import end_of_sequence_ids, open_checkpoint
-from lockstep.models.pooling import default_pooling
-from lockstep.progress import OnProgress
-from lockstep.ptq.solved import Solved
-from lockstep.text.tokenizer.tokenizer import (
-    Tokenizer,
-    answer_detokenizer,
-    check_can_chat,
-    find_tokenizer,
-    has_tokenizer,
+from lockstep.completion import (
+    Completion,
+    CompletionStream,
+    Prompt,
+    Stream,
+    completion,
+    parse_answer,
+    prompt_list,
+    run_all,
 )
-from lockstep.weights.content import ContentHash
-from lockstep.weights.hub import resolve_model
-from lockstep.weights.store import PackedStore
+from lockstep.engine.request import SamplingParams, check_params, check_single
+from lockstep.loading import LoadedModel
+from lockstep.progress import OnProgress
 
 if TYPE_CHECKING:
-    from lockstep.text.conversation import ChatModel
+    from lockstep.text.conversation import ChatModel, Prepared
 
 
-class LLM:
+class LLM(LoadedModel):
     """A model for offline inference: loads weights, tokenizer and engine, and generates text on this machine's CPU.
 
         from lockstep import LLM, SamplingParams
@@ -68,163 +55,28 @@ class LLM:
     of the same vocabulary, which then drafts; weights, kv_dtype and max_context hold for both models.
 
     Debugging and progress. ops: {op kind: implementation} that replace entries of the backend, such as {"linear":
-    "reference"}. progress: called with (what, done, total) while weights are hashed and packed and
-    kernels are compiled.
+    "reference"}. progress: True: work that takes over a second (reading, packing and loading weights, compiling
+    kernels, and `generate` and `embed` of several prompts) shows bars on standard error, or, where that is no terminal,
+    a line every 10 seconds. False: nothing is shown. A function, for loading alone: called as progress(kind, done,
+    total), from any thread, with kind "compiling" (then done and total are kernels), "reading", "packing" or "loading"
+    (bytes of weights; total may be None).
 
-    ValueError, in one sentence, for a model that cannot be loaded or an option that is not allowed.
+    ValueError, in one sentence, for a model that cannot be loaded or an option that is not allowed. One thread at a
+    time may use an LLM; `AsyncEngine` is for many.
     """
 
-    def __init__(
-        self,
-        model: str | None = None,
-        *,
-        weights: str = "auto",
-        kv_dtype: str | None = None,
-        max_context: int | None = None,
-        max_step_tokens: int = 512,
-        max_requests: int = 16,
-        kv_tokens: int | None = None,
-        threads: int | None = None,
-        ops: Mapping[str, str] | None = None,
-        progress: OnProgress | None = None,
-        prefix_cache: bool = True,
-        cache_dir: str | os.PathLike[str] | None = None,
-        cache_dir_bytes: int = 8 << 30,
-        speculate: str = "off",
-        draft: int | None = None,
-        plan: str | os.PathLike[str] | None = None,
-        needs_chat: bool = False,
-        generation_config: str = "auto",
-        verify_weights: bool = False,
-    ) -> None:
-        self.path = resolve_model(model)
-        self._checkpoint = checkpoint = open_checkpoint(self.path, verify=verify_weights)
-        if needs_chat:
-            check_can_chat(self.tokenizer if self.has_tokenizer else None, model or "the bundled model")
-        self._store = PackedStore(checkpoint, progress)
-        weights = "f32" if plan is not None and weights == "auto" else weights
-        loaded = load_model(checkpoint, self._store, weights, kv_dtype, max_context)
-        if plan is not None:
-            loaded = planned(loaded, Solved.load(Path(plan)), checkpoint.content.wait(progress))
-        self._draft = None
-        if not isinstance(speculate, str):
-            sources = ", ".join(SOURCES)
-            raise ValueError(f"speculate: expected {sources} or the name of a smaller model, got {speculate!r:.80}")
-        if speculate not in SOURCES:
-            tokenizer = self.tokenizer if self.has_tokenizer else None
-            load_options = LoadOptions(weights, kv_dtype, max_context, progress, verify_weights)
-            self._draft, speculate = load_draft(speculate, tuple(SOURCES), loaded, tokenizer, load_options), MODEL
-        options = EngineOptions(
-            max_step_tokens=max_step_tokens,
-            max_requests=max_requests,
-            kv_tokens=kv_tokens,
-            threads=threads,
-            prefix_cache=prefix_cache,
-            cache_dir=cache_dir,
-            cache_dir_bytes=cache_dir_bytes,
-            speculate=speculate,
-            draft=draft,
-        )
-        self.context = context_size(loaded, options, max_context, self._draft)
-        self.model = replace(loaded, max_context=self.context.num_tokens)
-        self._makers_sampling = functools.partial(
-            sampling_defaults, generation_config, checkpoint.generation_config, checkpoint.metadata, self.vocab_size
-        )
-        self.makers_sampling()  # refuses a source that cannot be read
-        new_detokenizer = functools.partial(answer_detokenizer, self.tokenizer) if self.has_tokenizer else None
-        eos_ids = end_of_sequence_ids(checkpoint, self.tokenizer.eos_ids if self.has_tokenizer else ())
-        self.engine = Engine(self.model, options, ops, eos_ids, new_detokenizer, progress, self._draft)
-        try:
-            for read in (checkpoint, self._draft.checkpoint) if self._draft else (checkpoint,):
-                read.check_unchanged()  # all weights have been read
-        except ValueError:
-            self.engine.close()
-            raise
-        for store in (self._store, self._draft.store) if self._draft else (self._store,):
-            store.warn_not_kept()
-
-    @functools.cached_property
-    def sampling_defaults(self) -> dict[str, Any]:
-        """{field of SamplingParams: value} that the model's makers recommend, from its generation_config.json or GGUF
-        metadata. `chat` and `default_params` start from them, `generate` does not. The first access logs a warning for
-        each recommended setting that is not supported."""
-        return self._makers_sampling()
-
-    def makers_sampling(self) -> dict[str, Any]:
-        """As `sampling_defaults`, but without warnings, for callers that do not sample with them."""
-        return self._makers_sampling(warn=lambda *_: None)
-
-    @property
-    def content(self) -> ContentHash:
-        """The SHA-256 of the model's weight files and config, by which packed weights and cached prefixes are named."""
-        return self._checkpoint.content
-
-    @property
-    def num_bytes_not_kept(self) -> int:
-        """Bytes of packed weights that could not be written to the cache folder: the next start packs them again."""
-        return self._store.num_bytes_not_kept
-
-    @property
-    def max_context(self) -> int:
-        """The most tokens that a prompt and its answer may have together."""
-        return self.model.max_context
-
-    @property
-    def max_requests(self) -> int:
-        """The most sequences that are computed in one step; further requests wait in the queue."""
-        return self.engine.limits.max_requests
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the model's embedding table, which may be more than the tokenizer has tokens."""
-        return self.model.config.vocab_size
-
-    @property
-    def hidden_size(self) -> int:
-        """D, the length of an embedding from `embed`."""
-        return self.model.config.hidden_size
-
-    @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The checkpoint's tokenizer. ValueError if the checkpoint has none: prompts must then be token ids."""
-        return find_tokenizer(self.path, self._checkpoint.metadata)
-
-    @property
-    def has_tokenizer(self) -> bool:
-        """Whether the checkpoint has a tokenizer; without one, prompts are token ids and answers have no text."""
-        return has_tokenizer(self.path, self._checkpoint.metadata)
-
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt: a string is tokenized, with BOS where the model expects it; token ids are returned as
-        they are."""
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else token_list(prompt)
-
     def chat_prompt(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None, **options: Any
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None, **variables: Any
     ) -> list[int]:
-        """Token ids of a conversation, rendered with the checkpoint's chat template.
+        """Token ids of the prompt that `chat` makes of a conversation and tools, with the checkpoint's chat template.
 
-        messages: a list of {"role", "content"}. tools: JSON schemas of functions as in OpenAI's API. options: variables
-        of the template, such as enable_thinking. Without tools, messages that the template cannot show are rewritten
-        (text/templates/fallbacks.py); with tools, the template gets all messages unchanged. ValueError if there is no
-        chat template, or it refuses the conversation.
+        messages, tools, variables: see `chat`. Messages that the template cannot show are rewritten
+        (text/templates/fallbacks.py). ValueError if there is no chat template, or it refuses the conversation.
         """
-        if tools is not None:
-            return self.tokenizer.encode_chat(messages, tools, **options)
-        return self.tokenizer.encode(self._without_tools(messages, **options), add_special_tokens=False)
+        from lockstep import constrained  # grammars take a while to import
 
-    @functools.cached_property
-    def _without_tools(self) -> Callable[..., str]:
-        from lockstep.text.templates.beside_calls import prompts_without_tools  # grammars take a while to import
-
-        return prompts_without_tools(self.tokenizer)
-
-    def default_params(self, **fields: Any) -> SamplingParams:
-        """SamplingParams with the values that the model's makers recommend, except for the given fields.
-
-        Where neither sets a temperature it is 1, as in OpenAI's API.
-        """
-        return SamplingParams(**{"temperature": 1.0, **self.sampling_defaults, **fields})
+        asked = constrained.conversation(messages, tools, "auto", None, variables)
+        return self.tokenizer.encode(self._chat_model.prompt(asked), add_special_tokens=False)
 
     def chat(
         self,
@@ -243,28 +95,62 @@ class LLM:
 
         params: None: `default_params` with as many tokens as the context has room for. prediction: see `generate`.
         tools: functions that the model may call, as in OpenAI's API. With tool_choice "required" or a name, calls are
-        constrained to their schemas; with "auto" they are where the model marks a call by one token of its own. Schemas
-        that cannot be enforced are refused only for tools that are "strict".
+        constrained to their schemas; with "auto" they are where the model marks a call by one token of its own. A
+        schema that cannot be enforced is refused if its tool is "strict"; else a warning is logged, and the tool's
+        arguments may be any JSON object.
         tool_choice: "auto", "required", "none" or a tool's name. schema, regex, grammar: see `generate`. variables: of
         the chat template, such as enable_thinking. The Completion's `content`, `reasoning` and `tool_calls` are what
-        its `text` consists of. ValueError if the model has no chat template or the template refuses, and for tools or
-        a form that cannot be enforced.
+        its `text` consists of; with calls, an answer that stops by itself has the finish_reason "tool_calls".
+        ValueError if the model has no chat template or the template refuses, and for tools or a form that cannot be
+        enforced; Busy, which is a RuntimeError, if the processes for templates and grammars get no processor time.
         """
+        form = dict(schema=schema, regex=regex, grammar=grammar)
+        prepared, params = self._asked(messages, params, tools, tool_choice, form, variables)
+        [answer] = self.generate([prepared.ids], params, [prediction])
+        return parse_answer(answer, prepared.new_parser)
+
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        prediction: Prompt | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str = "auto",
+        schema: Mapping[str, Any] | str | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        **variables: Any,
+    ) -> CompletionStream:
+        """As `chat`, but a CompletionStream: its chunks have `content` and `reasoning`, its `completion` tool calls."""
+        form = dict(schema=schema, regex=regex, grammar=grammar)
+        prepared, params = self._asked(messages, params, tools, tool_choice, form, variables)
+        request = self.start(prepared.ids, params, prediction).request
+        return CompletionStream(self.engine, request, prepared.new_parser)
+
+    def _asked(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None,
+        tools: Sequence[Mapping[str, Any]] | None,
+        tool_choice: str,
+        form: Mapping[str, Any],
+        variables: Mapping[str, Any],
+    ) -> "tuple[Prepared, SamplingParams]":
+        """A conversation that is ready to run, and its params."""
         from lockstep import constrained  # grammars take a while to import
 
-        form, num_samples = constrained.grammar_of(schema, regex, grammar), 1
+        grammar, num_samples = constrained.grammar_of(**form), 1
         if params is not None:
             check_params(params)
             num_samples = params.n
-            if tools or form:
-                constrained.check_no_mask(params, form[0] if form else "tools")
-        asked = constrained.conversation(messages, tools, tool_choice, form, variables)
+            if tools or grammar:
+                constrained.check_no_mask(params, grammar[0] if grammar else "tools")
+        asked = constrained.conversation(messages, tools, tool_choice, grammar, variables)
         prepared = self._chat_model.prepare(asked, num_samples)
         if params is None:
             params = self.default_params(max_tokens=max(1, self.max_context - len(prepared.ids)))
-        params = constrained.with_options(params, prepared.options)
-        [answer] = self.generate([prepared.ids], params, [prediction])
-        return constrained.parse_answer(answer, prepared.new_parser)
+        return prepared, constrained.with_options(params, prepared.options)
 
     @functools.cached_property
     def _chat_model(self) -> "ChatModel":
@@ -298,25 +184,32 @@ class LLM:
             raise ValueError(f"prediction: {error}") from None
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams = SamplingParams(), prediction: Prompt | None = None
-    ) -> Iterator[Stream]:
-        """Yields the Stream of one prompt after every token: print its `new_text` each time.
+        self,
+        prompt: Prompt,
+        params: SamplingParams = SamplingParams(),
+        prediction: Prompt | None = None,
+        *,
+        schema: Mapping[str, Any] | str | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+    ) -> CompletionStream:
+        """The answer to one prompt as a CompletionStream: an iterator of chunks, whose `text` is what is new.
 
-        Several tokens may come at once, where drafts were accepted or another call has run the engine's steps.
-        prediction: see `generate`. Closing the generator cancels the request.
+        prediction, schema, regex, grammar: see `generate`. Leaving the loop over the stream cancels the request.
+        ValueError for a prompt that cannot run, or params with n > 1.
         """
-        stream, seen = self.start(prompt, params, prediction), (0, None)
-        try:
-            while seen[1] is None:
-                state = len(stream.request.output_ids), stream.request.finish_reason
-                if state == seen:
-                    self.engine.step()
-                    continue
-                seen = state
-                stream.advance()
-                yield stream
-        finally:
-            self.engine.cancel(stream.request)
+        check_single(params)
+        [params] = self._held_to([params], schema=schema, regex=regex, grammar=grammar)
+        return CompletionStream(self.engine, self.start(prompt, params, prediction).request)
+
+    def _held_to(self, params: list[SamplingParams], **form: Any) -> list[SamplingParams]:
+        """The params of several prompts with masks that hold the answers to a schema, regex or grammar."""
+        if all(value is None for value in form.values()):
+            return params
+        from lockstep import constrained  # grammars take a while to import
+
+        grammar = constrained.grammar_of(**form)
+        return [constrained.with_grammar(each, grammar, self._chat_model.grammars) for each in params]
 
     def generate(
         self,
@@ -327,6 +220,7 @@ class LLM:
         schema: Mapping[str, Any] | str | None = None,
         regex: str | None = None,
         grammar: str | None = None,
+        progress: bool | OnProgress | None = None,
     ) -> list[Completion]:
         """Completes all prompts (strings or lists of token ids) in one batch; returns a Completion for each, in order.
 
@@ -335,8 +229,10 @@ class LLM:
         first sample's, and its `samples` are all n. prediction: a text that the answers are likely to repeat in large
         part, or a list with one (text, token ids or None) for each prompt: with speculate "auto" or "lookup" the tokens
         that match are decoded faster. schema (a JSON schema or its text), regex (Rust's syntax, the whole answer) or
-        grammar (Lark or GBNF) constrain every answer; a schema's keyword that cannot be enforced is refused. ValueError
-        for a prompt that cannot run; then none of them runs.
+        grammar (Lark or GBNF) constrain every answer; a schema's keyword that cannot be enforced is refused. progress:
+        True or False, as in LLM, which is the default where it was True or False; or a function, called with
+        ("generating", answers that have ended, all answers). ValueError for a prompt that cannot run; then none of them
+        runs.
         """
         prompts = prompt_list(prompts)
         each: list[Any] = list(params) if isinstance(params, (list, tuple)) else [params] * len(prompts)
@@ -345,18 +241,9 @@ class LLM:
         predictions = list(prediction) if isinstance(prediction, (list, tuple)) else [prediction] * len(prompts)
         if len(predictions) != len(prompts):
             raise ValueError(f"prediction: expected one text or a list of {len(prompts)}, got {len(predictions)}")
-        if (schema, regex, grammar) != (None, None, None):
-            from lockstep import constrained  # grammars take a while to import
-
-            form = constrained.grammar_of(schema, regex, grammar)
-            each = [constrained.with_grammar(one, form, self._chat_model.grammars) for one in each]
-        ended = run_all(self, prompts, each, predictions)
+        each = self._held_to(each, schema=schema, regex=regex, grammar=grammar)
+        ended = run_all(self, prompts, each, predictions, self._shows_progress if progress is None else progress)
         return [completion(*[stream.request for stream in streams]) for streams in ended]
-
-    @functools.cached_property
-    def pooling(self) -> str:
-        """The pooling of embeddings that the model's makers recommend: "mean" or "last", which is the default."""
-        return default_pooling(self.path, self._checkpoint.config)
 
     def embed(
         self, prompts: Prompt | Iterable[Prompt], pooling: str | None = None, normalize: bool = True
@@ -369,7 +256,8 @@ class LLM:
         that are not finite.
         """
         prompts, params = prompt_list(prompts), SamplingParams(pooling=self.pooling if pooling is None else pooling)
-        ended = run_all(self, prompts, [params] * len(prompts), [None] * len(prompts))
+        each, shown = [params] * len(prompts), self._shows_progress
+        ended = run_all(self, prompts, each, [None] * len(prompts), shown, "embedding")
         error = next((stream.request.error for streams in ended for stream in streams if stream.request.error), None)
         if error is not None:
             raise ValueError(error)
@@ -377,23 +265,8 @@ class LLM:
         return np.stack(rows) if rows else np.zeros((0, self.hidden_size), np.float32)
 
     def close(self) -> None:
-        """Stops the engine's threads. The model cannot be used after that. The end of `with LLM() as llm:` does it."""
-        try:
-            self.engine.close()
-        finally:
-            if "_chat_model" in self.__dict__:
-                self._chat_model.grammars.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        """Name, family, formats of weights and KV cache, size of the packed weights, context."""
-        formats = ", ".join(self.model.main_formats)
-        return (
-            f"LLM({self.path.name!r}, {self.model.config.model_type}, weights {formats}, KV cache "
-            f"{self.model.kv_dtype}, {self._store.num_bytes / 1e6:.0f} MB, context {self.max_context})"
-        )
+        """Ends the engine's threads and the worker processes. The model cannot be used after that. The end of `with
+        LLM() as llm:` does it."""
+        if "_chat_model" in self.__dict__:
+            self._chat_model.grammars.close()
+        super().close()

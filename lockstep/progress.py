@@ -3,10 +3,11 @@ seconds. A thread keeps the clock going while nothing is reported."""
 
 import contextlib
 import importlib.util
+import math
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol, Self, TextIO
 
@@ -66,8 +67,12 @@ class Work:
 class Display(Protocol):
     """Shows works."""
 
-    def show(self, works: list[Work], now: float, at_once: bool) -> None:
-        """Shows how far the works are at a time. at_once: even if nothing would be due yet."""
+    def is_due(self, now: float) -> bool:
+        """Whether it is time to show something."""
+        ...
+
+    def show(self, works: list[Work], now: float) -> None:
+        """Shows how far the works are at a time."""
         ...
 
     def close(self) -> None:
@@ -120,6 +125,10 @@ class Progress:
         of = f" of {max(done, total) // known.lot:,}" if total is not None else ""
         self._report(known.words, f"{done // known.lot:,}{of} {known.unit}", done, total)
 
+    def has(self, *kinds: str) -> bool:
+        """Whether work of one of these kinds was reported."""
+        return any(KINDS[kind].words in self._works for kind in kinds)
+
     def step(self, part: str, where: str, done: int, total: int, ends: bool = False) -> None:
         """Reports that `done` of `total` steps of a part of the work are done. where: the place in the part, in words.
         ends: whether this step ends a round, of which there is a line where there are no bars."""
@@ -166,9 +175,28 @@ class Progress:
                 return
             if self._display is None:
                 self._display = Bars(self._stream) if shows_bars(self._stream) else Lines(self._stream)
-            if self._detail is not None:
-                works[-1].where += f", {self._detail()}"
-            self._display.show(works, now, at_once)
+            if at_once or self._display.is_due(now):
+                works[-1].where += f", {self._detail()}" if self._detail is not None else ""
+                self._display.show(works, now)
+
+
+@contextlib.contextmanager
+def reporting(
+    progress: bool | OnProgress | None, detail: Callable[[], str] | None = None
+) -> Iterator[OnProgress | None]:
+    """A context with the function to which its work is reported: for True a Progress on standard error; for False or
+    None, none; or the given function. ValueError for anything else."""
+    if callable(progress):
+        yield progress
+    elif progress is True:
+        with Progress(detail=detail) as shown:
+            yield shown
+    elif progress is False or progress is None:
+        yield None
+    else:
+        raise ValueError(
+            f"progress: expected True, False or a function (kind of work, done, in all), got {progress!r:.80}"
+        )
 
 
 def shows_bars(stream: TextIO) -> bool:
@@ -181,13 +209,16 @@ class Lines:
     """A line about the last work, every LINE_SECONDS."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream, self._last = stream, -LINE_SECONDS
+        self._stream, self._last = stream, -math.inf
 
-    def show(self, works: list[Work], now: float, at_once: bool) -> None:
-        """Prints a line, if one is due."""
-        if at_once or now - self._last >= LINE_SECONDS:
-            self._last = now
-            print(f"{works[-1].words}: {works[-1].where}, {works[-1].clock(now)}", file=self._stream, flush=True)
+    def is_due(self, now: float) -> bool:
+        """Whether the last line was printed LINE_SECONDS ago."""
+        return now - self._last >= LINE_SECONDS
+
+    def show(self, works: list[Work], now: float) -> None:
+        """Prints a line."""
+        self._last = now
+        print(f"{works[-1].words}: {works[-1].where}, {works[-1].clock(now)}", file=self._stream, flush=True)
 
     def close(self) -> None:
         """Does nothing."""
@@ -203,7 +234,11 @@ class Bars:
         self._live = Live(console=Console(file=stream), auto_refresh=False, transient=True, redirect_stdout=False)
         self._live.start()
 
-    def show(self, works: list[Work], now: float, at_once: bool) -> None:
+    def is_due(self, now: float) -> bool:
+        """True: bars are drawn as often as the clock ticks."""
+        return True
+
+    def show(self, works: list[Work], now: float) -> None:
         """Draws the bars anew."""
         from rich.progress_bar import ProgressBar
         from rich.table import Table

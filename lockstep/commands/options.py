@@ -1,6 +1,5 @@
 """Options that several commands share, and `load`, which loads a model with them."""
 
-import itertools
 import sys
 from collections.abc import Iterable
 from typing import Annotated
@@ -142,18 +141,14 @@ def load(
     from lockstep.llm import LLM
     from lockstep.native.host import num_cores
     from lockstep.progress import Progress
-    from lockstep.user_cache import is_all_kept
 
     if (options.get("threads") or 0) > num_cores():
         print(f"lockstep: {options['threads']} threads on {num_cores()} cores only take turns", file=sys.stderr)
-    compiled = itertools.count(1)
     options |= dict(max_context=max_context or needed_context, max_requests=max_requests)
-    with Progress(ending="") as progress:
-        reports = dict(progress=progress, on_compile=lambda _: progress("compiling", next(compiled)))
-        llm = LLM(model, ops=parse_swaps(ops), **reports, **options)
+    llm = LLM(model, ops=parse_swaps(ops), **options)
+    with Progress() as progress:
         if wait_for_content:
             llm.content.wait(progress)
-        progress.ending = "; later starts use what was made now" if is_all_kept() else ""
     if (max_context or 0) > (positions := llm.model.config.max_positions):
         print(
             f"lockstep: --max-context {max_context} has the effect of {positions}: the model has no more positions",

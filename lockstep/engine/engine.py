@@ -68,9 +68,9 @@ class Engine:
 
     swaps: ops that another backend computes, see `Model.backend`. eos_ids: the tokens that end an answer; None: those
     of the model's config. new_detokenizer: given a Request, makes the Detokenizer of its answer; None: answers have no
-    text. progress: called with ("compiling", kernels that are compiled, kernels that have to be) before the engine starts.
-    draft_model: a smaller model of the same vocabulary, which drafts where options.speculate is "model". Raises UnfitMachine if a kernel does not give
-    the recorded bits on this CPU.
+    text. progress: called with ("compiling", kernels that are compiled, kernels that have to be) before the engine
+    starts. draft_model: a smaller model of the same vocabulary, which drafts where options.speculate is "model". Raises
+    UnfitMachine if a kernel does not give the recorded bits on this CPU.
     """
 
     def __init__(

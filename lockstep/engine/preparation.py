@@ -41,8 +41,8 @@ def prepare(
     """Compiles the kernels of a model's program, of what drafts for it and of their self-checks, all at once, and tells
     the stores which weights they are to pack.
 
-    draft: the draft model; speculate: see EngineOptions. progress: called with ("compiling", number of kernels that are done,
-    number of all that have to be compiled).
+    draft: the draft model; speculate: see EngineOptions. progress: called with ("compiling", number of kernels that are
+    done, number of all that have to be compiled).
     """
     runnables = [Runnable(program, table, model.store)]
     if draft is not None:

@@ -103,13 +103,10 @@ class Executor:
 
     max_rows: the largest T, O, R, E and S of a step, by letter. caches: address of each CacheArray, by name. keep_all:
     give every tensor memory of its own, so that all can be read after a step. elsewhere: {tensor: address} of tensors
-    that have memory already, with one cache line after it; those given to the program must be among them. on_compile:
-    see compile_kernels.
+    that have memory already, with one cache line after it; those given to the program must be among them.
     """
 
-    def __init__(
-        self, program, backend, team, weights, max_rows, caches, *, keep_all=False, elsewhere=None, on_compile=None
-    ):
+    def __init__(self, program, backend, team, weights, max_rows, caches, *, keep_all=False, elsewhere=None):
         self.program, self.backend, self.team, self.max_rows = program, backend, team, max_rows
         self._weights, self._caches, self._elsewhere = weights, caches, elsewhere or {}
         self._read_arrays = {}  # {index of an op: the arrays of its weights}: held as long as the op reads them
@@ -122,7 +119,7 @@ class Executor:
         self._counters = np.zeros(max(1, len(program.ops)), np.int64)
         self._table = aligned(8 * ROW_WORDS * max(1, len(program.ops))).view(np.int64).reshape(-1, ROW_WORDS)
         implementations = [_implementation(op, backend) for op in program.ops]
-        compile_kernels([i.kernel for i in implementations], on_compile)
+        compile_kernels([i.kernel for i in implementations])
         for i, (op, implementation) in enumerate(zip(program.ops, implementations, strict=True)):
             self._encode(i, op, implementation)
         self._row_limits = [(letter, ROW_COUNTS[letter], limit) for letter, limit in max_rows.items()]

@@ -80,9 +80,9 @@ class PackedStore(WeightStore):
 
     progress: called with ("packing", bytes done, bytes in all) as weights are packed, with ("loading", ...) as packed
     ones are read, and with ("reading", ...) while the store waits for the content hash. The bytes are the checkpoint's;
-    in all there are those that `expect` was told of, or None if it was told of none. Until the hash is known, weights are kept under the checkpoint's
-    provisional name. If the folder cannot be written or the disk is full, weights are packed again by the next process:
-    num_bytes_not_kept counts their bytes, and `warn_not_kept` says so.
+    in all there are those that `expect` was told of, or None if it was told of none. Until the hash is known, weights
+    are kept under the checkpoint's provisional name. If the folder cannot be written or the disk is full, weights are
+    packed again by the next process: num_bytes_not_kept counts their bytes, and `warn_not_kept` says so.
     """
 
     def __init__(self, checkpoint: Checkpoint, progress: OnProgress | None = None):

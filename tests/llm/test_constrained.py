@@ -5,8 +5,8 @@ import json
 import pytest
 
 from lockstep import LLM, SamplingParams
-from lockstep.completion import Completion, ToolCall
-from lockstep.constrained import conversation, grammar_of, parse_answer
+from lockstep.completion import Completion, ToolCall, parse_answer
+from lockstep.constrained import conversation, grammar_of
 from lockstep.text.tool_calls.events import Arguments, CallStart, Content, Reasoning
 
 WEATHER = dict(
@@ -178,12 +178,12 @@ def test_an_answer_is_taken_apart():
     parts = [Reasoning("well"), Content("I "), CallStart(0, "id", "f"), Arguments(0, '{"a"'), Arguments(0, ":1}")]
     made = parse_answer(answer, lambda: Events(*parts, Content("ask")))
     assert (made.text, made.reasoning, made.content) == ("text", "well", "I ask")
-    assert made.tool_calls == [ToolCall("id", "f", '{"a":1}')]
+    assert made.tool_calls == [ToolCall("id", "f", '{"a":1}')] and made.finish_reason == "tool_calls"
     assert made.as_message()["tool_calls"][0]["function"] == dict(name="f", arguments='{"a":1}')
     unfinished = parse_answer(answer, lambda: Events(*parts, CallStart(1, "other", "f"), Arguments(1, '{"a')))
     assert unfinished.tool_calls == made.tool_calls
     cut = parse_answer(answer, lambda: Events(CallStart(0, "id", "f"), Arguments(0, "{", True)))
-    assert cut.tool_calls == [] and cut.content == ""
+    assert cut.tool_calls == [] and cut.content == "" and cut.finish_reason == "stop"
 
 
 def test_nothing_is_asked_for():

@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 
 from lockstep import LLM, SamplingParams
 from lockstep.cli import main
-from lockstep.draft_model import check_tokens
+from lockstep.loading import check_tokens
 from lockstep.text.grammars import structured
 from lockstep.text.grammars.structured import Grammars
 from lockstep.text.tokenizer.tokenizer import load_tokenizer

@@ -30,11 +30,10 @@ def free(llm):
 
 
 def stream(llm, **options):
-    """(Stream, [new_text of each step])"""
-    pieces = []
-    for made in llm.stream(PROMPT, SamplingParams(max_tokens=60, ignore_eos=True, **options)):
-        pieces.append(made.new_text)
-    return made, pieces
+    """(the Completion, [text of each chunk])"""
+    made = llm.stream(PROMPT, SamplingParams(max_tokens=60, ignore_eos=True, **options))
+    pieces = [chunk.text for chunk in made]
+    return made.completion, pieces
 
 
 def token_ends(llm, ids):
@@ -49,10 +48,9 @@ def test_every_stretch_of_an_answer_stops_it_at_its_first_end(llm, free):
         string = text[start : start + size]
         at = text.index(string)
         made, pieces = stream(llm, stop=(string, "\0never"))
-        r = made.request
-        assert (made.text, r.finish_reason, r.stop_reason) == (text[:at], "stop", string)
+        assert (made.text, made.finish_reason, made.stop_reason) == (text[:at], "stop", string)
         assert "".join(pieces) == made.text  # nothing shown was taken back
-        assert len(r.output_ids) == next(n for n, end in enumerate(ends, 1) if end >= at + size)
+        assert len(made.token_ids) == next(n for n, end in enumerate(ends, 1) if end >= at + size)
         inside_tokens += not {at, at + size} & set(ends)
         kept, pieces = stream(llm, stop=string, include_stop_str_in_output=True)
         assert kept.text == "".join(pieces) == text[: at + size]
@@ -62,7 +60,7 @@ def test_every_stretch_of_an_answer_stops_it_at_its_first_end(llm, free):
 def test_text_is_held_back_only_while_it_could_be_cut(llm, free):
     string = free.text[10:30] + "\0never"
     made, pieces = stream(llm, stop=string)
-    assert made.text == "".join(pieces) == free.text and made.request.finish_reason == "length"
+    assert made.text == "".join(pieces) == free.text and made.finish_reason == "length"
     shown = np.cumsum([len(p) for p in pieces])
     ends = np.array(token_ends(llm, free.token_ids))
     assert (shown <= ends).all() and (shown < ends).any() and shown[-1] == len(free.text)
@@ -73,14 +71,14 @@ def test_a_stop_string_does_not_count_in_the_first_min_tokens(llm, free):
     string = next(c for c in text[: ends[5]] if c in text[ends[29] :])
     made, pieces = stream(llm, stop=string, min_tokens=30)
     at = text.index(string, ends[29])
-    assert made.text == "".join(pieces) == text[:at] and len(made.request.output_ids) > 30
+    assert made.text == "".join(pieces) == text[:at] and len(made.token_ids) > 30
 
 
 def test_a_stop_token_is_not_part_of_the_text_unless_asked_for(llm, free):
     n = next(n for n, t in enumerate(free.token_ids) if n > 10 and t not in free.token_ids[:n])
     token, before = free.token_ids[n], llm.tokenizer.decode(free.token_ids[:n])
     made, _ = stream(llm, stop_token_ids=(token,))
-    assert (made.text, made.request.stop_reason, made.request.output_ids[-1]) == (before, token, token)
+    assert (made.text, made.stop_reason, made.token_ids[-1]) == (before, token, token)
     made, _ = stream(llm, stop_token_ids=(token,), include_stop_str_in_output=True)
     assert made.text == llm.tokenizer.decode(free.token_ids[: n + 1]) != before
 
@@ -204,13 +202,13 @@ def test_an_open_stream_and_other_calls_do_not_disturb_each_other(llm):
     opened = llm.stream(PROMPT, LONG)
     next(opened)
     assert llm.generate(["x"], SHORT)[0].token_ids == expected[1] and llm.engine.has_work
-    *_, last = opened
-    assert last.request.output_ids == expected[0] and last.text == last.request.text
+    rest = list(opened)
+    assert opened.completion.token_ids == expected[0] and rest[-1].finish_reason == "length"
     opened = llm.stream("x", SHORT)
-    next(opened)
+    [first] = next(opened).token_ids
     llm.generate([PROMPT], LONG)
-    *_, last = opened  # its last tokens came with the other call's steps
-    assert last.request.output_ids == expected[1] and last.text == last.request.text
+    [rest] = opened  # its last tokens came with the other call's steps
+    assert [first, *rest.token_ids] == opened.completion.token_ids == expected[1]
 
 
 def test_an_interrupted_call_leaves_nothing_behind(llm):
@@ -269,8 +267,8 @@ def test_predictions_are_of_their_prompts(llm):
         assert guessing.engine.num_accepted > 50
         for given in (list(reversed(plain)), "def f(): pass", [None, "class A:"]):
             assert [answer.token_ids for answer in guessing.generate(prompts, params, given)] == plain
-        streamed = list(guessing.stream(prompts[0], params, plain[0]))[-1].request
-        assert streamed.output_ids == plain[0] and streamed.num_accepted > 25
+        chunks = list(guessing.stream(prompts[0], params, plain[0]))
+        assert [token for chunk in chunks for token in chunk.token_ids] == plain[0] and len(chunks) < 15
 
 
 def test_a_closed_llm_says_so():

@@ -10,6 +10,7 @@ from lockstep.serve.fields.sampling import most_tokens, sampling_params
 from lockstep.serve.generation import Generation
 from lockstep.serve.service import Service
 from lockstep.serve.token_masks import combined_masks, narrowing_fields
+from lockstep.text.tool_calls import events as call_events
 from lockstep.text.tool_calls.events import Arguments, CallStart
 
 
@@ -78,7 +79,7 @@ def read_all(new_parser, request):
 def finish_reason(request: Request, num_calls: int) -> str:
     """OpenAI's finish_reason of a request that has ended: "stop", "length" or "tool_calls"."""
     assert request.finish_reason is not None, "it has ended"
-    return "tool_calls" if num_calls and request.finish_reason == "stop" else request.finish_reason
+    return call_events.finish_reason(request.finish_reason, num_calls)
 
 
 def count_calls(events, before: int = 0):

@@ -54,6 +54,11 @@ class Parser(Protocol):
         ...
 
 
+def finish_reason(reason: str, num_calls: int) -> str:
+    """Why an answer ended, as OpenAI's API says it: "tool_calls" where it stopped by itself after tool calls."""
+    return "tool_calls" if num_calls and reason == "stop" else reason
+
+
 class CallEnd(Exception):
     """Raised in, or by, a reader whose call ends before it is complete.
 

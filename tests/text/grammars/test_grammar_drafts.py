@@ -107,10 +107,10 @@ def test_forced_tokens_save_steps(guessing, asked, expected, grammars):
     engine, steps = guessing.engine, 0
     engine.drafter = Drafter(engine.scheduler, source_of(lambda request, most: []), 15, engine.eos_ids)
     stream = guessing.stream(PROMPTS[0], asked()[0])
-    for made in stream:
-        steps += bool(made.request.output_ids)
-    assert made.request.output_ids == expected[0][0] and made.request.num_accepted > 5
-    assert steps <= len(expected[0][0]) - made.request.num_accepted + 1
+    for chunk in stream:
+        steps += bool(chunk.token_ids)
+    assert stream.completion.token_ids == expected[0][0] and stream.request.num_accepted > 5
+    assert steps <= len(expected[0][0]) - stream.request.num_accepted + 1
 
 
 def test_samples_under_one_mask_and_preempted_ones(guessing, plain, grammars):

@@ -88,8 +88,8 @@ def test_sentencepiece_answers_keep_their_first_space(load):
     assert answer([1], "▁cat").text == "cat cat", "there is no text before it"
     assert answer("the", "▁cat", stop=[" cat"]).text == "" and answer("the", "▁cat", stop=["t c"]).text == " ca"
     pieces = [
-        made.new_text
-        for made in llm.stream(
+        chunk.text
+        for chunk in llm.stream(
             "the", SamplingParams(max_tokens=2, logit_bias={llm.tokenizer.backend.token_to_id("▁cat"): 100})
         )
     ]

@@ -11,6 +11,7 @@ from typing import Any, Protocol, Self
 
 from lockstep.engine.engine import Engine
 from lockstep.engine.request import Request, SamplingParams
+from lockstep.interrupts import held_interrupts
 from lockstep.progress import OnProgress, reporting
 from lockstep.text.tool_calls.events import (
     Arguments,
@@ -173,8 +174,10 @@ class CompletionStream:
         """The next chunk: of one token, or of several, where drafts were right or another call has run the engine's
         steps. None after the last."""
         request = self.request
-        while len(request.output_ids) == self._num_tokens and request.finish_reason is None:
-            self._engine.step()
+        with held_interrupts() as interrupt:
+            while len(request.output_ids) == self._num_tokens and request.finish_reason is None:
+                self._engine.step()
+                interrupt()
         if self._has_ended or request.finish_reason == "cancelled":
             return None
         self._has_ended = request.finish_reason is not None
@@ -296,24 +299,26 @@ def run_all(
     progress: see LLM; of a single answer there is none. kind: of work, for progress.
     """
     started: list[list[Stream]] = []
-    try:
-        for arguments in zip(prompts, params, predictions, strict=True):
-            started.append(llm.start_samples(*arguments))
-        streams = [stream for samples in started for stream in samples]
-        run = Run(llm.engine, streams)
-        with reporting(progress if len(streams) > 1 else None, run.speed) as report:
-            run.all(kind, report)
-    finally:
-        for stream in itertools.chain(*started):
-            llm.engine.cancel(stream.request)
+    with held_interrupts() as interrupt:
+        try:
+            for arguments in zip(prompts, params, predictions, strict=True):
+                started.append(llm.start_samples(*arguments))
+                interrupt()
+            streams = [stream for samples in started for stream in samples]
+            run = Run(llm.engine, streams, interrupt)
+            with reporting(progress if len(streams) > 1 else None, run.speed) as report:
+                run.all(kind, report)
+        finally:
+            for stream in itertools.chain(*started):
+                llm.engine.cancel(stream.request)
     return started
 
 
 class Run:
-    """Requests that run together, and how many of them have ended."""
+    """Requests that run together, and how many of them have ended. interrupt: called after each step."""
 
-    def __init__(self, engine: Engine, streams: Sequence[Stream]) -> None:
-        self._engine, self._streams = engine, streams
+    def __init__(self, engine: Engine, streams: Sequence[Stream], interrupt: Callable[[], None]) -> None:
+        self._engine, self._streams, self._interrupt = engine, streams, interrupt
         self._left = {stream.request.id for stream in streams}
         self._began, self._generated = time.perf_counter(), engine.num_generated
         self._num_prompt = 0  # tokens of prompts that were computed for requests that have ended
@@ -325,6 +330,7 @@ class Run:
         for stream in self._streams:
             while stream.request.finish_reason is None:
                 self._note(self._engine.step(), kind, report)
+                self._interrupt()
             self._note([stream.request], kind, report)  # another call's steps may have ended it
             stream.advance()
 

@@ -10,6 +10,7 @@ from lockstep.completion import ToolCall
 from lockstep.engine.request import SamplingParams, check_params
 from lockstep.text.conversation import Conversation
 from lockstep.text.grammars import structured
+from lockstep.text.grammars.mask import MAX_SAMPLES
 from lockstep.text.templates.chat_template import check_messages
 from lockstep.text.tool_calls.tools import NO_PARAMETERS, Tool, ToolUse
 
@@ -49,16 +50,23 @@ _MAKERS = dict(schema=_of_schema, regex=structured.regex, grammar=structured.lar
 
 
 def with_grammar(
-    params: SamplingParams, grammar: tuple[str, str] | None, grammars: structured.Grammars
-) -> SamplingParams:
-    """The params with a mask of their own that holds every sample to a grammar of `grammar_of`."""
-    check_params(params)
-    if grammar is None:
-        return params
+    params: Sequence[SamplingParams], grammar: tuple[str, str], grammars: structured.Grammars, max_requests: int
+) -> list[SamplingParams]:
+    """The params of several prompts with masks that hold every sample to a grammar of `grammar_of`.
+
+    Samples that run together need a compiled grammar each, since reading tokens changes it. It is compiled here once,
+    which finds its errors, and again as each sample begins, so that a long list of prompts takes no more memory than
+    max_requests of them.
+    """
     name, text = grammar
-    check_no_mask(params, name)
+    for each in params:
+        check_params(each)
+        check_no_mask(each, name)
     with structured.errors_about(name):
-        return replace(params, logits_mask=grammars.mask(text, params.n))
+        masks = [
+            grammars.mask(text) for _ in range(-(-len(params) // MAX_SAMPLES) if max_requests > MAX_SAMPLES else 1)
+        ]
+    return [replace(each, logits_mask=masks[i // MAX_SAMPLES % len(masks)]) for i, each in enumerate(params)]
 
 
 def check_no_mask(params: SamplingParams, name: str) -> None:

@@ -1,6 +1,7 @@
 """`LLM`: offline generation from Python."""
 
 import functools
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,9 @@ from lockstep.progress import OnProgress
 
 if TYPE_CHECKING:
     from lockstep.text.conversation import ChatModel, Prepared
+
+
+log = logging.getLogger("lockstep.llm")
 
 
 class LLM(LoadedModel):
@@ -76,7 +80,7 @@ class LLM(LoadedModel):
         from lockstep import constrained  # grammars take a while to import
 
         asked = constrained.conversation(messages, tools, "auto", None, variables)
-        return self.tokenizer.encode(self._chat_model.prompt(asked), add_special_tokens=False)
+        return self.tokenizer.encode(self.chat_model.prompt(asked), add_special_tokens=False)
 
     def chat(
         self,
@@ -147,16 +151,18 @@ class LLM(LoadedModel):
             if tools or grammar:
                 constrained.check_no_mask(params, grammar[0] if grammar else "tools")
         asked = constrained.conversation(messages, tools, tool_choice, grammar, variables)
-        prepared = self._chat_model.prepare(asked, num_samples)
+        prepared = self.chat_model.prepare(asked, num_samples)
         if params is None:
             params = self.default_params(max_tokens=max(1, self.max_context - len(prepared.ids)))
         return prepared, constrained.with_options(params, prepared.options)
 
     @functools.cached_property
-    def _chat_model(self) -> "ChatModel":
+    def chat_model(self) -> "ChatModel":
+        """What makes prompts and masks of conversations, and grammars into masks."""
         from lockstep.text.conversation import ChatModel  # grammars take a while to import
 
-        return ChatModel(self.tokenizer, self.engine.eos_ids, self.vocab_size, self.max_context)
+        warn = functools.cache(log.warning)  # of each schema once
+        return ChatModel(self.tokenizer, self.engine.eos_ids, self.vocab_size, self.max_context, warn)
 
     def start(
         self, prompt: Prompt, params: SamplingParams = SamplingParams(), prediction: Prompt | None = None
@@ -209,7 +215,7 @@ class LLM(LoadedModel):
         from lockstep import constrained  # grammars take a while to import
 
         grammar = constrained.grammar_of(**form)
-        return [constrained.with_grammar(each, grammar, self._chat_model.grammars) for each in params]
+        return constrained.with_grammar(params, grammar, self.chat_model.grammars, self.max_requests)
 
     def generate(
         self,
@@ -267,6 +273,6 @@ class LLM(LoadedModel):
     def close(self) -> None:
         """Ends the engine's threads and the worker processes. The model cannot be used after that. The end of `with
         LLM() as llm:` does it."""
-        if "_chat_model" in self.__dict__:
-            self._chat_model.grammars.close()
+        if "chat_model" in self.__dict__:
+            self.chat_model.grammars.close()
         super().close()

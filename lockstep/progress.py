@@ -159,8 +159,9 @@ class Progress:
             work.reported, work.done, work.total, work.where = now, done, total, where
             work.ended = total is not None and done >= total
             if self._ticker is None:
-                self._ticker = threading.Thread(target=self._tick_on, name="lockstep progress", daemon=True)
-                self._ticker.start()
+                ticker = threading.Thread(target=self._tick_on, name="lockstep progress", daemon=True)
+                ticker.start()
+                self._ticker = ticker  # afterwards: Ctrl-C may have come while it started
 
     def _tick_on(self) -> None:
         with contextlib.suppress(*CLOSED):
@@ -171,7 +172,8 @@ class Progress:
         """Shows how far the work is, if that is due. at_once: a line is due, where there are no bars."""
         with self._lock:
             now, works = self._clock(), self.works
-            if not works or (now - works[0].began < QUIET_SECONDS and not at_once):
+            is_brief = not works or now - works[0].began < QUIET_SECONDS
+            if self._closed.is_set() or (is_brief and not at_once):
                 return
             if self._display is None:
                 self._display = Bars(self._stream) if shows_bars(self._stream) else Lines(self._stream)

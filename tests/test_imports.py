@@ -33,6 +33,7 @@ ORDER = (
     "formats",
     "runtime",
     "native",
+    "interrupts",
     "progress",
     "user_cache",
     "new_files",

@@ -7,8 +7,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Self, SupportsIndex
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, SupportsIndex
 
 from lockstep.engine.engine import Engine
 from lockstep.engine.request import Request, SamplingParams, check_single
@@ -34,8 +34,9 @@ class Token(NamedTuple):
 
 
 class TokenStream:
-    """The tokens of one request, for one reader: `for token in stream` or `async for token in stream`. Those with which
-    the request began (`Engine.make`, output_ids), and their text, are not among them.
+    """The tokens of one request, for one reader: `for token in stream` or `async for token in stream`. Leaving such a
+    loop early cancels the request. Tokens with which the request began (`Engine.make`, output_ids), and their text, are
+    not among them.
 
     After the last token `finish_reason` says why the stream ended, and `request` has everything else about the answer.
     Reading raises EngineStopped if the engine ends first.
@@ -49,6 +50,10 @@ class TokenStream:
         self._error: BaseException | None = None
         self._num_sent, self._text_sent = request.num_given, request.num_given_characters
         self._has_untold_end = False  # whether it ended without a token that could bear the finish_reason
+
+    def __repr__(self) -> str:
+        """How far the answer is."""
+        return f"TokenStream({self.finish_reason or 'running'}, {len(self.request.output_ids)} tokens)"
 
     @property
     def finish_reason(self) -> str | None:
@@ -75,16 +80,36 @@ class TokenStream:
 
     # ------------------------------------------------------------ the reader's side
 
-    def __iter__(self) -> Self:
-        return self
+    def __iter__(self) -> Iterator[Token]:
+        try:
+            while True:
+                try:
+                    token = self.__next__()
+                except StopIteration:
+                    return
+                yield token
+        finally:
+            self._cancel_unless_ended()
 
     def __next__(self) -> Token:
         with self._ready:
             self._ready.wait_for(lambda: self._tokens or self._ended)
             return self._next(StopIteration)
 
-    def __aiter__(self) -> Self:
-        return self
+    async def __aiter__(self) -> AsyncIterator[Token]:
+        try:
+            while True:
+                try:
+                    token = await self.__anext__()
+                except StopAsyncIteration:
+                    return
+                yield token
+        finally:
+            self._cancel_unless_ended()
+
+    def _cancel_unless_ended(self) -> None:
+        if not self._ended:
+            self.cancel()
 
     async def __anext__(self) -> Token:
         while True:
@@ -218,6 +243,11 @@ class AsyncEngine:
     Any thread may call `submit`, `submit_all` and a stream's `cancel`. An error in a step ends the engine: every
     open stream, and every later `submit`, raises EngineStopped with that error as its cause. Also lowers the
     interpreter's switch interval.
+
+        running = AsyncEngine(llm.engine)
+        async for token in running.submit(llm.encode("def f("), SamplingParams(max_tokens=32)):
+            print(token.text, end="")
+        running.close()
     """
 
     def __init__(self, engine: Engine) -> None:

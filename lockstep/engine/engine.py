@@ -108,7 +108,11 @@ class Engine:
             drafter = made_drafter(options, self.runner, self.scheduler, model, self.eos_ids, draft_model)
         except MemoryError as error:
             sizes = "max_step_tokens, max_requests, max_context" + (", draft" if num_drafts else "")
+            self.team.close()
             raise ValueError(f"{sizes} or kv_tokens: not enough memory ({error})") from None
+        except BaseException:
+            self.team.close()
+            raise
         self.drafter = drafter
         self._ids, self.num_generated, self.num_not_finite = itertools.count(), 0, 0
         self.num_drafted = self.num_accepted = 0

@@ -21,8 +21,9 @@ KEPT_VARIABLES = """PATH LANG LC_ALL LC_CTYPE TZ TZDIR PYTHONHOME LD_LIBRARY_PAT
     DYLD_FALLBACK_LIBRARY_PATH""".split()
 
 
-class Busy(Exception):
-    """The machine is too busy; the same request may succeed later. code: the cause, for programs: "grammars_busy"."""
+class Busy(RuntimeError):
+    """The machine is too busy; the same request may succeed later, so this is no ValueError. code: the cause, for
+    programs: "grammars_busy"."""
 
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message)

@@ -122,6 +122,20 @@ def test_a_cancelled_stream_ends_and_its_memory_is_free(running):
     assert [t.id for t in running.submit(PROMPTS[0], SamplingParams(max_tokens=1))] == [first.id], "it goes on"
 
 
+def test_a_loop_that_is_left_cancels_its_stream(running):
+    async def read_one(stream):
+        async for _ in stream:
+            break
+
+    streams = [running.submit(PROMPTS[0], LONG) for _ in range(2)]
+    for _ in streams[0]:
+        break
+    asyncio.run(read_one(streams[1]))
+    for stream in streams:
+        wait_until(lambda stream=stream: stream.finish_reason)
+        assert stream.finish_reason == "cancelled" and repr(stream).startswith("TokenStream(cancelled, ")
+
+
 def test_a_cancel_may_overtake_the_start(running):
     go = hold_after(running, 3)
     streams = [running.submit(PROMPTS[0], LONG) for _ in range(9)]

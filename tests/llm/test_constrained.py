@@ -1,12 +1,15 @@
 """Constrained decoding and tool calls by `LLM`: the same masks and the same reading of the answer as the server's."""
 
 import json
+import pathlib
+from dataclasses import replace
 
 import pytest
 
 from lockstep import LLM, SamplingParams
 from lockstep.completion import Completion, ToolCall, parse_answer
 from lockstep.constrained import conversation, grammar_of
+from lockstep.text.grammars import structured
 from lockstep.text.tool_calls.events import Arguments, CallStart, Content, Reasoning
 
 WEATHER = dict(
@@ -190,3 +193,47 @@ def test_nothing_is_asked_for():
     assert grammar_of() is None
     made = conversation(ASKED, None, "auto", None, {})
     assert made.grammar is None and not made.tools.tools and made.messages == ASKED
+
+
+def test_a_grammar_is_compiled_once_for_a_batch_and_again_as_each_answer_begins(llm, monkeypatch):
+    compiled, begun, new_matcher, start = [], [], structured.new_matcher, llm.start_samples
+    monkeypatch.setattr(structured, "new_matcher", lambda *given: compiled.append(given) or new_matcher(*given))
+    monkeypatch.setattr(llm, "start_samples", lambda *given: begun.append(len(compiled)) or start(*given))
+    params = [replace(SHORT, seed=i, temperature=1.0, n=1 + i % 2) for i in range(6)]
+    answers = llm.generate(["x = "] * 6, params, regex="[0-9]{2}")
+    assert begun == [1] * 6 and len(compiled) == sum(each.n for each in params)
+    assert all(len(sample.text) == 2 for answer in answers for sample in answer.samples)
+    assert [llm.generate("x = ", each, regex="[0-9]{2}")[0] for each in params] == answers
+
+
+def test_a_schema_that_cannot_be_enforced_is_warned_about_once_or_refused(llm, caplog):
+    given = dict(WEATHER, name="odd", parameters=dict(type="object", dependentSchemas=dict(a=dict(type="object"))))
+    for _ in range(2):
+        answer = llm.chat(ASKED, SHORT, tools=[WEATHER, given], tool_choice="odd")
+        assert answer.tool_calls[0].name == "odd" or answer.finish_reason == "length"
+    assert [record.message for record in caplog.records] == [
+        "tools: the parameters of odd cannot be enforced: any JSON object is allowed"
+    ]
+    with pytest.raises(ValueError, match="tools: parameters of odd: "):
+        llm.chat(ASKED, SHORT, tools=[dict(given, strict=True)], tool_choice="odd")
+
+
+def test_the_prompt_of_a_conversation_is_that_of_its_answer(llm):
+    talk = [*ASKED, dict(role="assistant", content="I ask.", tool_calls=[ToolCall("abcdefghi", "weather", "{}")])]
+    talk += [dict(role="tool", tool_call_id="abcdefghi", content="21 degrees")]
+    for options in (dict(), dict(tools=[WEATHER])):
+        assert llm.chat_prompt(talk, **options) == llm.chat(talk, SHORT, **options).prompt_token_ids
+
+
+def test_the_processes_end_with_the_llm():
+    before = children()
+    with LLM(threads=1, max_context=256) as llm:
+        llm.chat(ASKED, SamplingParams(max_tokens=4), regex="a")
+        assert len(children() - before) == 2  # one for templates, one for grammars
+    assert children() <= before
+
+
+def children():
+    """The ids of this process's child processes."""
+    tasks = pathlib.Path("/proc/self/task").glob("*/children")
+    return {process_id for task in tasks for process_id in task.read_text().split()}

@@ -1,6 +1,8 @@
 """`LLM` on the bundled model: text, stop strings across token boundaries, and the same results in any batch."""
 
 import contextlib
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -219,6 +221,32 @@ def test_an_interrupted_call_leaves_nothing_behind(llm):
         llm.generate([PROMPT, "x"], [LONG, replace(SHORT, logits_mask=interrupts)])
     assert not llm.engine.has_work
     llm.generate(["x"], SHORT)
+
+
+@pytest.mark.parametrize("call", ["generate", "stream"])
+def test_ctrl_c_ends_a_call_after_its_step(llm, call):
+    expected, pages = llm.generate(["x"], SHORT)[0].token_ids, llm.engine.counts()["pages"]
+
+    def press(output_ids):
+        if len(output_ids) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    params = replace(LONG, logits_mask=press)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([PROMPT, "x"], [LONG, params]) if call == "generate" else list(llm.stream("x", params))
+    counts = llm.engine.counts()
+    assert not llm.engine.has_work and counts["pages_free"] + counts["pages_idle"] == pages
+    assert llm.generate(["x"], SHORT)[0].token_ids == expected
+
+
+def test_progress_counts_the_answers(llm):
+    told, params = [], [replace(SHORT, n=2, temperature=1.0), SHORT, SHORT]
+    llm.generate([PROMPT, "x", "y"], params, progress=lambda *report: told.append(report))
+    assert told[0] == ("generating", 0, 4) and told[-1] == ("generating", 4, 4)
+    assert [done for _, done, _ in told] == sorted({done for _, done, _ in told})
+    with pytest.raises(ValueError, match="progress: expected True, False or a function"):
+        llm.generate(["x", "y"], SHORT, progress="yes")
+    assert not llm.engine.has_work
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import numpy as np
 from lockstep.text.grammars.matchers import check
 from lockstep.text.speculative_mask import SpeculativeMask
 
-MAX_SAMPLES = 128  # samples of one request whose matchers are kept: the most that n allows
+MAX_SAMPLES = 128  # samples whose matchers are kept, those last used: the most that n allows
 
 
 def fill(matcher: llguidance.LLMatcher, words: np.ndarray) -> np.ndarray:
@@ -42,7 +42,7 @@ class Sample:
 
 
 class GrammarMask(SpeculativeMask):
-    """A logits mask for SamplingParams.logits_mask that holds the samples of a request to a grammar.
+    """A logits mask for SamplingParams.logits_mask that holds samples, of one request or of several, to a grammar.
 
     Each sample has a matcher that advances with its output: one of `matchers`, or a new one from new_matcher. The
     returned array is overwritten by the next call. num_words: uint32 words of a mask. trigger, after, once: see
@@ -112,6 +112,7 @@ class GrammarMask(SpeculativeMask):
             self._samples[id(output_ids)] = sample
             if len(self._samples) > MAX_SAMPLES:
                 self._samples.popitem(last=False)
+        self._samples.move_to_end(id(output_ids))  # the first are those that were not used for the longest time
         return sample
 
     def _mask(self, sample: Sample) -> np.ndarray | None:

@@ -7,7 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, Self
+from typing import Any, NoReturn, Protocol, Self
 
 from lockstep.engine.engine import Engine
 from lockstep.engine.request import Request, SamplingParams
@@ -221,6 +221,9 @@ class CompletionStream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a CompletionStream cannot be copied or pickled; its chunks and its completion can")
 
     def __repr__(self) -> str:
         """How far the answer is."""

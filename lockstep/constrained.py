@@ -50,23 +50,23 @@ _MAKERS = dict(schema=_of_schema, regex=structured.regex, grammar=structured.lar
 
 
 def with_grammar(
-    params: Sequence[SamplingParams], grammar: tuple[str, str], grammars: structured.Grammars, max_requests: int
+    params: Sequence[SamplingParams], grammar: tuple[str, str] | None, grammars: structured.Grammars, max_requests: int
 ) -> list[SamplingParams]:
     """The params of several prompts with masks that hold every sample to a grammar of `grammar_of`.
 
     Samples that run together need a compiled grammar each, since reading tokens changes it. It is compiled here once,
-    which finds its errors, and again as each sample begins, so that a long list of prompts takes no more memory than
-    max_requests of them.
+    which finds its errors, and again as each sample begins; a mask keeps the compiled grammars of its MAX_SAMPLES last
+    samples. Where more requests than that run together, each prompt has a mask of its own.
     """
+    if grammar is None:
+        return list(params)
     name, text = grammar
     for each in params:
         check_params(each)
         check_no_mask(each, name)
     with structured.errors_about(name):
-        masks = [
-            grammars.mask(text) for _ in range(-(-len(params) // MAX_SAMPLES) if max_requests > MAX_SAMPLES else 1)
-        ]
-    return [replace(each, logits_mask=masks[i // MAX_SAMPLES % len(masks)]) for i, each in enumerate(params)]
+        masks = [grammars.mask(text) for _ in (params if max_requests > MAX_SAMPLES else params[:1])]
+    return [replace(each, logits_mask=masks[i % len(masks)]) for i, each in enumerate(params)]
 
 
 def check_no_mask(params: SamplingParams, name: str) -> None:

@@ -65,8 +65,8 @@ class LLM(LoadedModel):
     total), from any thread, with kind "compiling" (then done and total are kernels), "reading", "packing" or "loading"
     (bytes of weights; total may be None).
 
-    ValueError, in one sentence, for a model that cannot be loaded or an option that is not allowed. One thread at a
-    time may use an LLM; `AsyncEngine` is for many.
+    ValueError, in one sentence, for a model that cannot be loaded or an option that is not allowed. Threads may share
+    an LLM: their requests run in the same steps. A forked child process may not use it.
     """
 
     def chat_prompt(

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, NoReturn, Self
 
 from lockstep.completion import Prompt
 from lockstep.engine.cache.size import context_size
@@ -310,6 +310,9 @@ class LoadedModel:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{type(self).__name__} has threads and memory: it cannot be copied or pickled; load another")
 
     def __repr__(self) -> str:
         """Name, family, formats of weights and KV cache, size of the packed weights, context."""

@@ -10,6 +10,7 @@ back, and hidden states go to the MTP head. `async_engine` runs all this in a th
 
 import functools
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, SupportsIndex
@@ -64,7 +65,7 @@ class Planned(NamedTuple):
 
 
 class Engine:
-    """Runs requests of one model. Not thread-safe: one thread calls `add`, `cancel` and `step`.
+    """Runs requests of one model. Any thread may call `add`, `cancel` and `step`: a step waits for the one before.
 
     swaps: ops that another backend computes, see `Model.backend`. eos_ids: the tokens that end an answer; None: those
     of the model's config. new_detokenizer: given a Request, makes the Detokenizer of its answer; None: answers have no
@@ -95,6 +96,7 @@ class Engine:
         groups = page_groups(model.recorded, pages, options)
         limits = Limits(options.max_step_tokens, options.max_requests, pages, num_sampled, groups)
         self.model, self.limits, self.team = model, limits, Team(options.threads or num_cores())
+        self._lock = threading.RLock()  # a step may cancel requests: a logits_mask is a caller's function
         try:
             ready = functools.partial(
                 prepare, model=model, draft=draft_model, speculate=options.speculate, progress=progress
@@ -148,9 +150,10 @@ class Engine:
     def add_samples(self, prompt_ids: Iterable[SupportsIndex], params: SamplingParams, **options: Any) -> list[Request]:
         """Queues the `params.n` samples of a prompt, which share its pages; returns their Requests."""
         requests = self.make(prompt_ids, params, **options)
-        for request in requests:
-            if request.finish_reason is None:
-                self.scheduler.add(request)
+        with self._lock:
+            for request in requests:
+                if request.finish_reason is None:
+                    self.scheduler.add(request)
         return requests
 
     def make(
@@ -194,8 +197,9 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """Ends a request at once, unless it has ended; its memory is free for the next step."""
-        if request.finish_reason is None:
-            self._end(request, "cancelled")
+        with self._lock:
+            if request.finish_reason is None:
+                self._end(request, "cancelled")
 
     @property
     def has_work(self) -> bool:
@@ -203,6 +207,10 @@ class Engine:
 
     def step(self) -> list[Request]:
         """Runs one step; returns the requests that got tokens or their embedding, or failed."""
+        with self._lock:
+            return self._step()
+
+    def _step(self) -> list[Request]:
         began = time.perf_counter()
         plan, changed = self._prepare()
         if not plan:

@@ -62,6 +62,7 @@ def test_the_kernels_of_the_program_and_of_its_self_check_are_those_that_run(loa
     own = {runnable.table[op.kind].kernel for op in runnable.program.ops}
     assert set(needed_kernels(runnable)) == own, "its self-check has passed"
     monkeypatch.setattr(selfcheck, "mark_of", lambda *_: tmp_path / "absent")
+    monkeypatch.setattr(selfcheck, "cache_subfolder", lambda _: tmp_path)
     used = set()
     monkeypatch.setattr(preparation.selfcheck, "compare", lambda *_: None)
     monkeypatch.setattr("lockstep.runtime.executor.compile_kernels", used.update)

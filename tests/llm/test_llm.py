@@ -1,8 +1,11 @@
 """`LLM` on the bundled model: text, stop strings across token boundaries, and the same results in any batch."""
 
 import contextlib
+import copy
 import os
+import pickle
 import signal
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -221,6 +224,30 @@ def test_an_interrupted_call_leaves_nothing_behind(llm):
         llm.generate([PROMPT, "x"], [LONG, replace(SHORT, logits_mask=interrupts)])
     assert not llm.engine.has_work
     llm.generate(["x"], SHORT)
+
+
+def test_threads_share_an_llm(llm):
+    expected, found = llm.generate(PROMPTS[:2], [LONG, SHORT]), []
+
+    def ask():
+        found.append(llm.generate(PROMPTS[:2], [LONG, SHORT]))
+        stream = llm.stream(PROMPT, LONG)
+        found.append([token for chunk in stream for token in chunk.token_ids])
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found.count(expected) == found.count(expected[0].token_ids) == 4 and not llm.engine.has_work
+
+
+@pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_an_llm_is_not_copied(llm, make):
+    with pytest.raises(TypeError, match="LLM has threads and memory"):
+        make(llm)
+    with pytest.raises(TypeError, match="a CompletionStream cannot be copied"):
+        make(llm.stream("x"))
 
 
 @pytest.mark.parametrize("call", ["generate", "stream"])

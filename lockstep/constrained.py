@@ -2,7 +2,8 @@
 answer's text to its thoughts, content and calls."""
 
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import fields, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from lockstep.text.grammars.mask import MAX_SAMPLES
 from lockstep.text.templates.chat_template import check_messages
 from lockstep.text.tool_calls.tools import NO_PARAMETERS, Tool, ToolUse
 
+log = logging.getLogger("lockstep.llm")
 MODES = ("auto", "required", "none")
 # what `render` passes itself, and arguments that belong elsewhere
 NOT_VARIABLES = {"messages", "tool", "add_generation_prompt", *(f.name for f in fields(SamplingParams))}
@@ -73,6 +75,19 @@ def check_no_mask(params: SamplingParams, name: str) -> None:
     """ValueError for params with a mask beside the argument `name`, which needs one of its own."""
     if params.logits_mask is not None:
         raise ValueError(f"{name}: the params have a logits_mask already; expected one of the two")
+
+
+def check_schema(tool: Tool, grammars: structured.Grammars, checked: Set[str]) -> set[str]:
+    """Logs a warning if a tool is not strict and a part of its schema cannot be enforced. checked: schemas, as JSON
+    text, that were checked before; returns this one."""
+    schema = json.dumps(tool.arguments, sort_keys=True)
+    if not tool.strict and schema not in checked:
+        try:
+            with structured.errors_about(f"tools: the parameters of {tool.name} are not enforced in full"):
+                grammars.check(structured.json_schema(tool.arguments))
+        except ValueError as error:
+            log.warning(str(error))
+    return {schema}
 
 
 def with_options(params: SamplingParams, options: Mapping[str, Any]) -> SamplingParams:

@@ -1,7 +1,6 @@
 """`LLM`: offline generation from Python."""
 
 import functools
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +22,6 @@ from lockstep.progress import OnProgress
 
 if TYPE_CHECKING:
     from lockstep.text.conversation import ChatModel, Prepared
-
-
-log = logging.getLogger("lockstep.llm")
 
 
 class LLM(LoadedModel):
@@ -100,8 +96,8 @@ class LLM(LoadedModel):
         params: None: `default_params` with as many tokens as the context has room for. prediction: see `generate`.
         tools: functions that the model may call, as in OpenAI's API. With tool_choice "required" or a name, calls are
         constrained to their schemas; with "auto" they are where the model marks a call by one token of its own. A
-        schema that cannot be enforced is refused if its tool is "strict"; else a warning is logged, and the tool's
-        arguments may be any JSON object.
+        schema that cannot be enforced is refused if its tool is "strict"; else what can be of it is enforced, and a
+        warning is logged.
         tool_choice: "auto", "required", "none" or a tool's name. schema, regex, grammar: see `generate`. variables: of
         the chat template, such as enable_thinking. The Completion's `content`, `reasoning` and `tool_calls` are what
         its `text` consists of; with calls, an answer that stops by itself has the finish_reason "tool_calls".
@@ -151,18 +147,24 @@ class LLM(LoadedModel):
             if tools or grammar:
                 constrained.check_no_mask(params, grammar[0] if grammar else "tools")
         asked = constrained.conversation(messages, tools, tool_choice, grammar, variables)
+        for tool in asked.tools.callable:
+            self._checked_tools |= constrained.check_schema(tool, self.chat_model.grammars, self._checked_tools)
         prepared = self.chat_model.prepare(asked, num_samples)
         if params is None:
             params = self.default_params(max_tokens=max(1, self.max_context - len(prepared.ids)))
         return prepared, constrained.with_options(params, prepared.options)
 
     @functools.cached_property
+    def _checked_tools(self) -> set[str]:
+        """The schemas of tools, as JSON text, about which nothing more is to be said."""
+        return set()
+
+    @functools.cached_property
     def chat_model(self) -> "ChatModel":
         """What makes prompts and masks of conversations, and grammars into masks."""
         from lockstep.text.conversation import ChatModel  # grammars take a while to import
 
-        warn = functools.cache(log.warning)  # of each schema once
-        return ChatModel(self.tokenizer, self.engine.eos_ids, self.vocab_size, self.max_context, warn)
+        return ChatModel(self.tokenizer, self.engine.eos_ids, self.vocab_size, self.max_context)
 
     def start(
         self, prompt: Prompt, params: SamplingParams = SamplingParams(), prediction: Prompt | None = None

@@ -63,20 +63,14 @@ class Prepared:
 class ChatModel:
     """Prepares Conversations for one model, by its tokenizer and chat template. Any thread may use it.
 
-    max_context: a prompt with far more tokens is refused before all of it is tokenized. warn: called with a sentence
-    about schemas of tools that cannot be enforced, where that is no error. thinking: the ThinkingSwitch of the model's
-    template, or None.
+    max_context: a prompt with far more tokens is refused before all of it is tokenized. thinking: the ThinkingSwitch of
+    the model's template, or None.
     """
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        eos_ids: Iterable[int],
-        vocab_size: int,
-        max_context: int | None = None,
-        warn: Callable[[str], object] = lambda _: None,
+        self, tokenizer: Tokenizer, eos_ids: Iterable[int], vocab_size: int, max_context: int | None = None
     ) -> None:
-        self._tokenizer, self._max_context, self._warn = tokenizer, max_context, warn
+        self._tokenizer, self._max_context = tokenizer, max_context
         self.grammars = Grammars(tokenizer, eos_ids, vocab_size)
         template = "\n".join(tokenizer.chat_templates.values())
         self._abilities, self._without_tools = abilities_of(tokenizer), abilities_of(tokenizer, with_tools=False)
@@ -168,10 +162,9 @@ class ChatModel:
                     self._calls_grammar(tools, parallel, "call"), num_samples, trigger, after, not use.parallel
                 ),
             )
-        except ValueError as error:
+        except ValueError:
             if any(tool.strict for tool in use.tools):
                 raise
-            self._warn(f"tools: calls are not constrained: {error}")
             return None
 
     def _calls_grammar(self, tools: list[Tool], parallel: bool, start: str) -> str:
@@ -202,9 +195,6 @@ class ChatModel:
         for tool in [tool for tool in tools if tool.strict][:MAX_TRIES]:
             with structured.errors_about(f"tools: parameters of {tool.name}"):
                 self.grammars.check(self._calls_grammar([tool], False, "calls"))
-        for tool, changed in zip(tools, loose, strict=True):
-            if changed is not tool:
-                self._warn(f"tools: the parameters of {tool.name} cannot be enforced: any JSON object is allowed")
         with structured.errors_about(form):
             return make(loose)
 

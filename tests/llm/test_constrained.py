@@ -210,9 +210,9 @@ def test_a_schema_that_cannot_be_enforced_is_warned_about_once_or_refused(llm, c
     given = dict(WEATHER, name="odd", parameters=dict(type="object", dependentSchemas=dict(a=dict(type="object"))))
     for _ in range(2):
         answer = llm.chat(ASKED, SHORT, tools=[WEATHER, given], tool_choice="odd")
-        assert '"name": "odd", "arguments": {' in answer.text
+        assert '"odd"' in answer.text
     assert [record.message for record in caplog.records] == [
-        "tools: the parameters of odd cannot be enforced: any JSON object is allowed"
+        'tools: the parameters of odd are not enforced in full: Unimplemented keys: ["dependentSchemas"]'
     ]
     with pytest.raises(ValueError, match="tools: parameters of odd: "):
         llm.chat(ASKED, SHORT, tools=[dict(given, strict=True)], tool_choice="odd")

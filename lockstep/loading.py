@@ -270,7 +270,7 @@ class LoadedModel:
         """D, the length of an embedding from `embed`."""
         return self.model.config.hidden_size
 
-    @property
+    @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer. ValueError if the checkpoint has none: prompts must then be token ids."""
         return self._files.tokenizer

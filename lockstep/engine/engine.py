@@ -20,12 +20,8 @@ import numpy as np
 from lockstep.engine.admission import check
 from lockstep.engine.answer_text import Detokenizer
 from lockstep.engine.answer_tokens import append_token, resume_all
-from lockstep.engine.cache.memory import Memory
-from lockstep.engine.cache.pages import PagePool
-from lockstep.engine.cache.prefix import PrefixCache, model_identity, page_kind
-from lockstep.engine.cache.prefix_disk import DiskStore
+from lockstep.engine.cache.prefix_options import prefix_cache_maker
 from lockstep.engine.cache.size import num_pages, page_groups
-from lockstep.engine.cache.states import StateStore
 from lockstep.engine.embedding import Pool
 from lockstep.engine.model import Model
 from lockstep.engine.options import DEFAULTS, EngineOptions
@@ -52,7 +48,6 @@ from lockstep.progress import OnProgress
 from lockstep.runtime.threads import Team
 
 PROMPT_ROWS = 64  # rows of a step that may report log-probabilities of prompts; their memory is touched when used
-LONG_PROMPT = 2048  # tokens of a prompt beside which one more step, to keep a state, costs little
 
 
 class Planned(NamedTuple):
@@ -106,7 +101,7 @@ class Engine:
                 for array in self.runner.caches.values():
                     array.fill(0)  # the system gives memory at the first touch: better now than within a request
             selfcheck.check(self.runner.program, self.runner.executor.backend)
-            self.scheduler = Scheduler(limits, self._prefix_cache(options))
+            self.scheduler = Scheduler(limits, prefix_cache_maker(self.runner, model, options))
             drafter = made_drafter(options, self.runner, self.scheduler, model, self.eos_ids, draft_model)
         except MemoryError as error:
             sizes = "max_step_tokens, max_requests, max_context" + (", draft" if num_drafts else "")
@@ -118,29 +113,6 @@ class Engine:
         self.drafter = drafter
         self._ids, self.num_generated, self.num_not_finite = itertools.count(), 0, 0
         self.num_drafted = self.num_accepted = 0
-
-    def _prefix_cache(self, options: EngineOptions) -> Callable[[PagePool], PrefixCache] | None:
-        """A function that makes the PrefixCache of a PagePool; None where options switch it off, or where the model has
-        recurrent state and state_bytes hold not one."""
-        memory = Memory(self.runner.program, self.runner.caches)
-        states = StateStore(options.state_bytes, memory.state_bytes) if memory.state_bytes else None
-        if not options.prefix_cache or (states is not None and not states.max_states):
-            if options.cache_dir is not None:
-                raise ValueError(
-                    "cache_dir: expected none without a prefix cache (prefix_cache is off, or state_bytes "
-                    f"{options.state_bytes} is less than one state of {memory.state_bytes})"
-                )
-            return None
-        identity = model_identity(self.model, selfcheck.NUMERICS)
-        sizes = {page_kind(group): num_bytes for group, num_bytes in enumerate(memory.page_bytes)}
-        sizes["state"] = memory.state_bytes
-        disk = None
-        if options.cache_dir is not None:
-            disk = DiskStore(options.cache_dir, options.cache_dir_bytes, sizes, self.model.checkpoint.content)
-        long_from = options.prompt_state_from
-        if long_from is None:
-            long_from = LONG_PROMPT if disk is None else 0
-        return lambda pages: PrefixCache(pages, memory, identity, states, disk, options.state_every, long_from)
 
     def add(self, prompt_ids: Iterable[SupportsIndex], params: SamplingParams, **options: Any) -> Request:
         """Queues a prompt; returns its Request. options: see `make`. ValueError if it cannot fit."""

@@ -2,6 +2,7 @@
 model of the same vocabulary."""
 
 import functools
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from lockstep.text.tokenizer.tokenizer import (
     Tokenizer,
     answer_detokenizer,
     check_can_chat,
+    check_can_encode,
     find_tokenizer,
     has_tokenizer,
 )
@@ -33,6 +35,8 @@ from lockstep.weights.checkpoint import Checkpoint
 from lockstep.weights.content import ContentHash
 from lockstep.weights.hub import resolve_model
 from lockstep.weights.store import PackedStore
+
+log = logging.getLogger("lockstep.model")
 
 
 class LoadOptions(NamedTuple):
@@ -76,6 +80,17 @@ class Files:
 def open_files(path: Path, options: LoadOptions) -> Files:
     """The files at a path. ValueError for those that are no model."""
     return Files(path, open_checkpoint(path, verify=options.verify))
+
+
+def check_text(files: Files, name: str, needs_text: bool, needs_chat: bool) -> None:
+    """ValueError if a model, called `name` in the message, cannot read texts or chat although this is needed; a warning
+    if it has no tokenizer and needs none."""
+    if needs_chat:
+        check_can_chat(files.tokenizer, name)
+    elif needs_text:
+        check_can_encode(files.tokenizer, name)
+    elif not files.has_tokenizer:
+        log.warning("%s has no tokenizer that can be used: prompts must be token ids, and answers have no text", name)
 
 
 def load(files: Files, options: LoadOptions, plan: str | os.PathLike[str] | None = None) -> tuple[Model, PackedStore]:
@@ -165,6 +180,7 @@ class LoadedModel:
         speculate: str = "off",
         draft: int | None = None,
         plan: str | os.PathLike[str] | None = None,
+        needs_text: bool = False,
         needs_chat: bool = False,
         generation_config: str = "auto",
         verify_weights: bool = False,
@@ -189,8 +205,7 @@ class LoadedModel:
         with reporting(progress) as report:
             asked = LoadOptions(weights, kv_dtype, max_context, verify_weights, report)
             self._files = open_files(resolve_model(model), asked)
-            if needs_chat:
-                check_can_chat(self._files.tokenizer_if_any, model or "the bundled model")
+            check_text(self._files, model or "the bundled model", needs_text, needs_chat)
             loaded, self._store = load(self._files, asked, plan)
             self._draft = None
             if speculate not in SOURCES:

@@ -142,6 +142,7 @@ def command(
         threads=threads,
         max_context=max_context,
         needed_context=needed,
+        needs_text=True,
         ops=op,
         prefix_cache=cache_dir is not None,
         cache_dir=cache_dir,

@@ -242,11 +242,16 @@ def answer_detokenizer(tokenizer: Tokenizer, request: Answering) -> Detokenizer:
     return Detokenizer(tokenizer, params.skip_special_tokens, not has_text and params.logits_mask is None)
 
 
-def check_can_chat(tokenizer: Tokenizer | None, name: str) -> None:
-    """Raise ValueError unless the model, called `name` in the message, has a usable chat template."""
-    if tokenizer is not None and tokenizer.only_decodes is not None:
+def check_can_encode(tokenizer: Tokenizer, name: str) -> None:
+    """Raise ValueError unless the tokenizer of the model, called `name` in the message, turns texts into tokens."""
+    if tokenizer.only_decodes is not None:
         raise ValueError(f"{name}: {tokenizer.only_decodes}")
-    if tokenizer is None or not tokenizer.chat_templates:
+
+
+def check_can_chat(tokenizer: Tokenizer, name: str) -> None:
+    """Raise ValueError unless the model, called `name` in the message, has a usable chat template."""
+    check_can_encode(tokenizer, name)
+    if not tokenizer.chat_templates:
         raise ValueError(
             f"{name}: has no chat template, so it can only continue text (lockstep generate); pass a chat "
             f"model, such as Qwen/Qwen3-0.6B"

@@ -10,10 +10,7 @@ from tests.serve.page import browser as driver
 from tests.serve.page.visitor import ANSWER, LAST, SET, VERDICT, ask, ended, fact, held_at, play, send, setting, visit
 from tests.serve.server import SIZES, running
 
-pytestmark = [
-    pytest.mark.alone,
-    pytest.mark.skipif(driver.missing() is not None, reason=f"{driver.missing()}: the page is not tested"),
-]
+pytestmark = pytest.mark.skipif(driver.missing() is not None, reason=f"{driver.missing()}: the page is not tested")
 RUN_AGAIN = f"{LAST}.actions button:nth-last-of-type(2)"
 SEEN = """const send = fetch;
     window.fetch = (path, options) => {

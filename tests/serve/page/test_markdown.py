@@ -5,10 +5,7 @@ import pytest
 from tests.serve.page import browser as driver
 from tests.serve.page.visitor import ANSWER, LAST, TOKENS, ask, chunk, ended, held_at, play, send, setting, thought
 
-pytestmark = [
-    pytest.mark.alone,
-    pytest.mark.skipif(driver.missing() is not None, reason=f"{driver.missing()}: the page is not tested"),
-]
+pytestmark = pytest.mark.skipif(driver.missing() is not None, reason=f"{driver.missing()}: the page is not tested")
 SHOWN = """const [texts] = arguments;
     return (async () => {
       const {ShownText} = await import("/page/text/shown_text.js");

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from lockstep.commands.cache import size
+from lockstep.commands.terminal.errors import is_told, sentence
 from lockstep.commands.terminal.output import counted, made_table, shown
 from lockstep.user_cache import user_cache
 from lockstep.weights import packed_cache
@@ -115,8 +116,8 @@ def checked(model: FoundModel) -> tuple[str | None, bool, str | None]:
     try:
         checkpoint = open_checkpoint(model.path)
         loaded = load_model(checkpoint, WeightStore(), "auto", None)
-    except (ValueError, OSError) as error:
-        return None, False, _without(str(error), model.path)
+    except Exception as error:  # whatever is wrong with a model, the others are listed
+        return None, False, reason_of(error, model.path)
     formats = ", ".join(loaded.main_formats)
     if (lack := lacking_memory(model.num_bytes)) is not None:
         return formats, False, lack
@@ -125,9 +126,10 @@ def checked(model: FoundModel) -> tuple[str | None, bool, str | None]:
     return formats, True, text_problem(model.path, checkpoint.metadata)
 
 
-def _without(reason: str, path: Path) -> str:
-    """A reason without the path of the model, which stands beside it."""
-    return reason.removeprefix(f"{path}: ").removeprefix(f"{path}{os.sep}")
+def reason_of(error: Exception, path: Path) -> str:
+    """Why a model cannot be opened, in one line, without its path, which stands beside it."""
+    reason = sentence(error) if is_told(error) else f"{type(error).__name__}: {error}"
+    return " ".join(reason.split()).removeprefix(f"{path}: ").removeprefix(f"{path}{os.sep}")
 
 
 def lacking_memory(num_bytes: int) -> str | None:

@@ -19,7 +19,7 @@ from lockstep.weights.sources.on_disk import near_names, near_paths
 # A name such as org/model, org/model:Q8_0, org/model:file.gguf or org/model@revision.
 HUB_NAME = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
-    r"(?::(?:(?P<file>[\w./+-]+\.gguf)|(?P<quant>[A-Za-z0-9][\w-]*)))?(?:@(?P<revision>[\w./-]+))?"
+    rf"(?::(?:(?P<file>{quants.GGUF_FILE})|(?P<quant>[A-Za-z0-9][\w-]*)))?(?:@(?P<revision>[\w./-]+))?"
 )
 HUB_ADDRESS = re.compile(r"(?:https?://)?(?:hf\.co|(?:www\.)?huggingface\.co)/(?P<page>[^?#]*)[?#]?.*", re.IGNORECASE)
 # the address of a repository, of its files at a revision, or of one of them

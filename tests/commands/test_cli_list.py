@@ -103,6 +103,19 @@ def test_a_folder_that_cannot_be_read_is_named(home, capsys):
     assert "models/loop: Too many levels of symbolic links: what is there is not listed" in capsys.readouterr().err
 
 
+def test_whatever_is_wrong_with_a_model_the_others_are_listed(home, capsys, monkeypatch):
+    from lockstep.models import checkpoint
+
+    def fail(path):
+        raise (
+            KeyError("two\nlines") if "snapshots" in str(path) else PermissionError(13, "Permission denied", str(path))
+        )
+
+    monkeypatch.setattr(checkpoint, "open_checkpoint", fail)
+    rows = listed(capsys)
+    assert rows["org/model"]["reason"] == r"KeyError: 'two\nlines'" and rows[None]["reason"] == "Permission denied"
+
+
 def test_a_model_that_memory_cannot_hold_cannot_be_run():
     assert listing.lacking_memory(10**6) is None
     assert listing.lacking_memory(10**15).startswith("its weights take 1000000.0 GB of memory, this machine has ")

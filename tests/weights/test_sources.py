@@ -185,6 +185,25 @@ def test_models_in_the_cache_of_the_hub(home):
     assert hub_cache.snapshot("org/model", None) is None
 
 
+def test_a_strange_cache_is_listed_too(home):
+    hub = home / ".cache" / "huggingface" / "hub"
+    folder = hub / "models--gpt2" / "snapshots" / "4"
+    folder.mkdir(parents=True)
+    for name in ("a b.gguf", "c-Q8_0-00002-of-00003.gguf", "d-00001-of-99999.gguf"):
+        (folder / name).write_bytes(WEIGHTS)
+    (folder / "model.safetensors").symlink_to("../../blobs/gone")
+    (hub / "models--gpt2" / "refs").mkdir()
+    (hub / "models--gpt2" / "refs" / "main").write_bytes(b"\xff\0")
+    (hub / "models--gpt2" / "refs" / "loop").symlink_to("loop")
+    (hub / "models--file").write_bytes(b"")
+    (hub / "datasets--org--data").mkdir()
+    found = {model.name: model.num_bytes for model in hub_cache.found(pytest.fail)}
+    names = ["", "/a b.gguf", "/c-Q8_0-00002-of-00003.gguf", "/d-00001-of-99999.gguf"]
+    assert found == dict(zip((f"{folder}{name}" for name in names), (0, 16, 16, 16), strict=True))
+    with pytest.raises(ValueError, match="hpt2: no such folder or file"):
+        resolve_model("hpt2")
+
+
 # ------------------------------------------------------------ quants
 
 

@@ -1,5 +1,6 @@
 """A model that was found on this disk."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,5 +48,9 @@ def files_below(folder: Path, max_depth: int = 3) -> list[str]:
 
 
 def file_bytes(*paths: Path) -> int:
-    """Bytes of files, links followed; those that are not there count nothing."""
-    return sum(path.stat().st_size for path in paths if path.is_file())
+    """Bytes of files, links followed; those that cannot be read count nothing."""
+    num_bytes = 0
+    for path in paths:
+        with contextlib.suppress(OSError):
+            num_bytes += path.stat().st_size
+    return num_bytes

@@ -1,5 +1,7 @@
 """The cache of the Hugging Face hub's client: models--org--name/ with refs, snapshots of commits, and blobs."""
 
+import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -9,11 +11,12 @@ from lockstep.weights.sources.found import FoundModel, OnError, entries, file_by
 
 FOLDER = "models--"
 MAIN = "main"
+MAX_COMMIT_CHARS = 100
 
 
 def repositories(on_error: OnError) -> dict[str, Path]:
     """{repository such as org/model: its folder in the cache}."""
-    folders = [path for path in entries(hub_cache(), on_error) if path.name.startswith(FOLDER) and path.is_dir()]
+    folders = [path for path in entries(hub_cache(), on_error) if path.name.startswith(FOLDER) and os.path.isdir(path)]
     return {path.name.removeprefix(FOLDER).replace("--", "/"): path for path in folders}
 
 
@@ -28,9 +31,12 @@ def snapshot(repo: str, revision: str | None) -> Path | None:
 
 
 def _refs(folder: Path) -> Mapping[str, str]:
-    """{branch, tag or other ref: its commit}, the main branch first."""
-    refs = {file: (folder / "refs" / file).read_text().strip() for file in files_below(folder / "refs", max_depth=4)}
-    return dict(sorted(refs.items(), key=lambda item: item[0] != MAIN))
+    """{branch, tag or other ref: its commit}, the main branch first, without those that cannot be read."""
+    refs: dict[str, str] = {}
+    for file in sorted(files_below(folder / "refs", max_depth=4), key=lambda file: file != MAIN):
+        with contextlib.suppress(OSError, UnicodeDecodeError), open(folder / "refs" / file, encoding="ascii") as ref:
+            refs[file] = ref.read(MAX_COMMIT_CHARS).strip()
+    return refs
 
 
 def found(on_error: OnError) -> Iterator[FoundModel]:
@@ -43,11 +49,12 @@ def found(on_error: OnError) -> Iterator[FoundModel]:
 
 def _in_snapshot(repo: str, revision: str, folder: Path) -> Iterator[FoundModel]:
     at, files = "" if revision == MAIN else f"@{revision}", files_below(folder)
+    name = repo + at if "/" in repo else str(folder)  # models of the hub's first days have no organization
     if weights := [folder / file for file in files if file.endswith(".safetensors") and "/" not in file]:
-        yield FoundModel(repo + at, folder, file_bytes(*weights))
+        yield FoundModel(name, folder, file_bytes(*weights))
     tags = quants.names(quants.gguf_models(files))
     for file, tag in tags.items():
-        size = file_bytes(*(folder / part for part in quants.parts_of(file)))
-        yield FoundModel(f"{repo}:{tag}{at}", folder / file, size)
-    if not weights and not tags and (folder / "config.json").is_file():
-        yield FoundModel(repo + at, folder, problem="no .safetensors and no .gguf file is here")
+        size = file_bytes(*(folder / part for part in quants.present_parts(file, files)))
+        yield FoundModel(quants.full_name(folder, file, repo, tag, at), folder / file, size)
+    if not weights and not tags and "config.json" in files:
+        yield FoundModel(name, folder, problem="no .safetensors and no .gguf file is here")

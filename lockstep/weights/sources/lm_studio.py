@@ -1,5 +1,6 @@
 """LM Studio's folders: <folder>/<publisher>/<repository>/ with GGUF files, or with safetensors for MLX."""
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,14 +15,14 @@ NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<tag>[\w-]+)|[:/](?P<file>[^
 
 def folders() -> list[Path]:
     """The folders of LM Studio that are here."""
-    return [path for path in (Path(folder).expanduser() for folder in FOLDERS) if path.is_dir()]
+    return [path for path in (Path(folder).expanduser() for folder in FOLDERS) if os.path.isdir(path)]
 
 
 def repositories(on_error: OnError) -> Iterator[Path]:
     """The folder of every repository."""
     for folder in folders():
         for publisher in entries(folder, on_error):
-            yield from (repository for repository in entries(publisher, on_error) if repository.is_dir())
+            yield from (repository for repository in entries(publisher, on_error) if os.path.isdir(repository))
 
 
 def resolve(name: str) -> Path:
@@ -57,8 +58,9 @@ def found(on_error: OnError) -> Iterator[FoundModel]:
         name, files = f"{PREFIX}{_repo(repository)}", files_below(repository)
         tags = quants.names(quants.gguf_models(files))
         for file, tag in tags.items():
-            size = file_bytes(*(repository / part for part in quants.parts_of(file)))
-            yield FoundModel(name if len(tags) == 1 else f"{name}:{tag}", repository / file, size)
+            size = file_bytes(*(repository / part for part in quants.present_parts(file, files)))
+            full_name = name if len(tags) == 1 else quants.full_name(repository, file, name, tag)
+            yield FoundModel(full_name, repository / file, size)
         weights = [repository / file for file in files if file.endswith(".safetensors")]
         if weights and not tags:
             yield FoundModel(name, repository, file_bytes(*weights))

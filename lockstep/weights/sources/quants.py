@@ -1,8 +1,11 @@
 """Choosing one GGUF file of several by the tag of its quantization, such as Q4_K_M."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
+GGUF_FILE = r"[\w./+-]+\.gguf"  # a name that can stand behind a colon
 SPLIT_FILE = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 MAX_PARTS = 1000
 DEFAULT_QUANT = "q4_k_m"  # as llama.cpp and Ollama choose
@@ -24,6 +27,15 @@ def parts_of(file: str) -> list[str]:
     if not 0 < num_parts <= MAX_PARTS:
         raise ValueError(f"{file}: expected 1 to {MAX_PARTS} parts")
     return [f"{split[1]}-{number:05d}-of-{num_parts:05d}.gguf" for number in range(1, num_parts + 1)]
+
+
+def present_parts(file: str, files: Iterable[str]) -> list[str]:
+    """Those of the files that are parts of a GGUF file."""
+    split = SPLIT_FILE.fullmatch(file)
+    if split is None:
+        return [file]
+    others = {other: SPLIT_FILE.fullmatch(other) for other in files}
+    return [name for name, other in others.items() if other and (other[1], other[3]) == (split[1], split[3])]
 
 
 def gguf_models(files: Iterable[str]) -> dict[str, str | None]:
@@ -84,8 +96,15 @@ def _matching(models: Mapping[str, str | None], tag: str) -> list[str]:
 
 def names(models: Mapping[str, str | None]) -> dict[str, str]:
     """{file: what names it among the models}: its quant, or where that is no name for it alone, the file itself."""
-    quants = [quant.lower() for quant in models.values() if quant]
-    return {file: quant if quant and quants.count(quant.lower()) == 1 else file for file, quant in models.items()}
+    counts = Counter(quant.lower() for quant in models.values() if quant)
+    return {file: quant if quant and counts[quant.lower()] == 1 else file for file, quant in models.items()}
+
+
+def full_name(folder: Path, file: str, repository: str, tag: str, revision: str = "") -> str:
+    """What to type for a GGUF file of a repository that lies in a folder: its path, where its own name cannot be typed
+    behind a colon."""
+    can_be_typed = "/" in repository and (not tag.endswith(".gguf") or re.fullmatch(GGUF_FILE, tag))
+    return f"{repository}:{tag}{revision}" if can_be_typed else str(folder / file)
 
 
 def listed(tags: Sequence[str], name: str, most: int = 40) -> str:

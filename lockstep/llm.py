@@ -60,7 +60,8 @@ class LLM(LoadedModel):
     kernels, and `generate` and `embed` of several prompts) shows bars on standard error, or, where that is no terminal,
     a line every 10 seconds. False: nothing is shown. A function, for loading alone: called as progress(kind, done,
     total), from any thread, with kind "compiling" (then done and total are kernels), "reading", "packing" or "loading"
-    (bytes of weights; total may be None).
+    (bytes of weights; total may be None). on_tokenizer: called with the tokenizer, if there is one, before weights
+    are packed.
 
     ValueError, in one sentence, for a model that cannot be loaded or an option that is not allowed. Threads may share
     an LLM: their requests run in the same steps. A forked child process may not use it.

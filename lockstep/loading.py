@@ -4,7 +4,7 @@ model of the same vocabulary."""
 import functools
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Self
@@ -184,6 +184,7 @@ class LoadedModel:
         needs_chat: bool = False,
         generation_config: str = "auto",
         verify_weights: bool = False,
+        on_tokenizer: Callable[[Tokenizer], object] | None = None,
     ) -> None:
         if not isinstance(speculate, str):
             raise ValueError(
@@ -206,10 +207,13 @@ class LoadedModel:
             asked = LoadOptions(weights, kv_dtype, max_context, verify_weights, report)
             self._files = open_files(resolve_model(model), asked)
             check_text(self._files, model or "the bundled model", needs_text, needs_chat)
+            tokenizer = self._files.tokenizer_if_any  # a damaged one is refused before long work begins
+            if tokenizer is not None and on_tokenizer is not None:
+                on_tokenizer(tokenizer)
             loaded, self._store = load(self._files, asked, plan)
             self._draft = None
             if speculate not in SOURCES:
-                self._draft = load_draft(speculate, list(SOURCES), loaded, self._files.tokenizer_if_any, asked)
+                self._draft = load_draft(speculate, list(SOURCES), loaded, tokenizer, asked)
             self.context = context_size(loaded, options, max_context, self._draft)
             self.model = replace(loaded, max_context=self.context.num_tokens)
             self.makers_sampling()  # refuses a source that cannot be read

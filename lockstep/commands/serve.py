@@ -1,6 +1,7 @@
 """`lockstep serve`: answer requests over HTTP."""
 
 import contextlib
+import logging
 import os
 import socket
 from collections.abc import Callable
@@ -192,6 +193,7 @@ def command(
         generation_config=generation_config,
         wait_for_content=not early,
         verify_weights=verify_weights,
+        on_tokenizer=tell_no_chat,
     )
     names = model_names(name, model)
     origins, hosts = allowed("--cors-origin", cors_origin, origin), allowed("--allowed-host", allowed_host, host_name)
@@ -250,10 +252,19 @@ def url(host: str, port: int) -> str:
 
 
 def no_chat_words(tokenizer: "Tokenizer | None") -> str | None:
-    """What a model without a chat template, or tokenizer (None), cannot answer; None for one that can chat."""
+    """What a model without a chat template, or tokenizer (None), can answer; None for one that can chat."""
     if tokenizer is None:
-        return "only to prompts of token ids, and with token ids (return_token_ids): the model has no tokenizer"
-    return None if tokenizer.has_chat_template else "no conversations, only texts: the model has no chat template"
+        return "only prompts of token ids (with return_token_ids in token ids): the model has no tokenizer"
+    if tokenizer.only_decodes is not None:
+        return f"only prompts of token ids: {tokenizer.only_decodes}"
+    return None if tokenizer.has_chat_template else "only texts to be continued: the model has no chat template"
+
+
+def tell_no_chat(tokenizer: "Tokenizer") -> None:
+    """Logs what a model with a tokenizer cannot answer, long before it is ready; LLM does so for one without."""
+    words = no_chat_words(tokenizer)
+    if words is not None:
+        logging.getLogger("lockstep.http").warning("this model answers %s", words)
 
 
 def keys(given):

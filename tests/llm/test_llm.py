@@ -4,6 +4,7 @@ import contextlib
 import copy
 import os
 import pickle
+import shutil
 import signal
 import threading
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 from lockstep import LLM, SamplingParams
 from lockstep.engine.cache.size import ContextSize
 from lockstep.engine.request import samples
+from lockstep.weights.hub import resolve_model
 from tests.models import tiny
 from tests.models.cases import CASES
 
@@ -341,3 +343,14 @@ def test_a_conversation_ends_with_the_kv_cache_where_that_is_smaller_than_the_co
     with pytest.raises(ValueError, match="is more than the context of 128 tokens"):
         made.generate([[5] * 100], SamplingParams(max_tokens=29))
     made.close()
+
+
+@pytest.mark.parametrize("is_damaged", [False, True], ids=["whole", "damaged"])
+def test_the_tokenizer_is_read_before_weights_are_packed(is_damaged, tmp_path, monkeypatch):
+    folder, found = shutil.copytree(resolve_model(None), tmp_path / "model"), []
+    if is_damaged:
+        (folder / "tokenizer.json").write_text("{")
+    monkeypatch.setattr("lockstep.weights.store.PackedStore.__init__", lambda *_: pytest.fail("packs"))
+    with pytest.raises((pytest.fail.Exception, ValueError), match="tokenizer.json" if is_damaged else "packs"):
+        LLM(str(folder), on_tokenizer=found.append)
+    assert len(found) == 0 if is_damaged else found[0].encode("x")

@@ -11,7 +11,16 @@ import httpx
 import pytest
 
 from lockstep import LLM
-from lockstep.commands.serve import allowed, keys, model_name, model_names, no_chat_words, ready_lines, serve
+from lockstep.commands.serve import (
+    allowed,
+    keys,
+    model_name,
+    model_names,
+    no_chat_words,
+    ready_lines,
+    serve,
+    tell_no_chat,
+)
 from lockstep.serve.app import make_app
 from lockstep.serve.request_target import host_name, origin
 from lockstep.serve.server import bind
@@ -213,9 +222,24 @@ def test_the_lines_at_the_start_say_where_and_what(server):
     ]
 
 
-def test_a_model_that_cannot_chat_says_so():
-    assert "no tokenizer" in no_chat_words(None) and no_chat_words(SimpleNamespace(has_chat_template=True)) is None
-    assert "no chat template" in no_chat_words(SimpleNamespace(has_chat_template=False))
+@pytest.mark.parametrize(
+    "tokenizer, words",
+    [
+        (None, "only prompts of token ids (with return_token_ids in token ids): the model has no tokenizer"),
+        (SimpleNamespace(only_decodes="why", has_chat_template=False), "only prompts of token ids: why"),
+        (
+            SimpleNamespace(only_decodes=None, has_chat_template=False),
+            "only texts to be continued: the model has no chat template",
+        ),
+        (SimpleNamespace(only_decodes=None, has_chat_template=True), None),
+    ],
+    ids=["no tokenizer", "decodes only", "no template", "chats"],
+)
+def test_what_a_model_cannot_answer_is_told_before_it_is_packed(tokenizer, words, caplog):
+    assert no_chat_words(tokenizer) == words
+    if tokenizer is not None:
+        tell_no_chat(tokenizer)
+        assert caplog.messages == ([] if words is None else [f"this model answers {words}"])
 
 
 def test_a_grammar_process_that_cannot_be_started_ends_the_server(monkeypatch):

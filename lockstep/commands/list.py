@@ -71,14 +71,15 @@ def say_unread(error: OSError) -> None:
 
 
 def found_models(on_error: Callable[[OSError], None]) -> list[tuple[str, FoundModel]]:
-    """(source, model) of all models on this disk, each once. on_error: called for each folder that cannot be read."""
+    """(source, model) of all models on this disk. on_error: called for each folder that cannot be read."""
     bundled = resolve_model(None)
     models = [(BUNDLED, FoundModel("", bundled, file_bytes(*bundled.glob("*.safetensors"))))]
     models += [(source, model) for source, found in SOURCES.items() for model in found(on_error)]
     known = {os.path.realpath(model.path) for _, model in models}
     for path in map(Path, packed_paths()):
-        if os.path.realpath(path) not in known and (path.is_file() or (path / "config.json").is_file()):
-            weights = [path] if path.is_file() else [*path.glob("*.safetensors")]
+        is_file = os.path.isfile(path)
+        if os.path.realpath(path) not in known and (is_file or os.path.isfile(path / "config.json")):
+            weights = [path] if is_file else [*path.glob("*.safetensors")]
             models.append((RUN_BEFORE, FoundModel(str(path), path, file_bytes(*weights))))
     return models
 

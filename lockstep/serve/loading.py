@@ -54,17 +54,25 @@ class Loading:
         or in the disk, and nothing that it makes is found by others before it is complete. Code that is called from
         native code, such as the compiler's callbacks, swallows the interrupt and has Python print it.
         """
+        signal.signal(number, signal.SIG_DFL)  # if the terminal is stopped, a second signal ends what waits for it
         sys.unraisablehook = lambda _: None
         interrupt = ctypes.py_object(KeyboardInterrupt)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread.ident or 0), interrupt)
         self._thread.join(UNWIND_SECONDS)
         log.info("ended by %s before the model was loaded", signal.Signals(number).name)
-        if sys.stderr.isatty():
-            from rich.console import Console
-
-            Console(stderr=True).show_cursor()  # which bars of progress hide
         for handler in logging.getLogger().handlers:
             handler.flush()
-        signal.signal(number, signal.SIG_DFL)
+        if self._thread.is_alive():
+            restore_terminal()
         os.kill(os.getpid(), number)
         os._exit(128 + number)  # the first process of a container ignores signals that it does not handle
+
+
+def restore_terminal() -> None:
+    """Shows the cursor, which bars of progress hide, and begins a line below them."""
+    terminal = sys.__stderr__
+    if terminal is not None and terminal.isatty():
+        from rich.console import Console
+
+        Console(file=terminal).show_cursor()
+        print(file=terminal, flush=True)

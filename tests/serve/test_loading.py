@@ -1,5 +1,6 @@
 """What the server answers and does while a model is loaded."""
 
+import io
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from lockstep import __version__
 from lockstep.engine.selfcheck.check import NUMERICS
+from lockstep.serve.loading import restore_terminal
 from tests.serve.server import ROOT, unloaded
 
 # a server whose model takes for ever; it tells on standard output how far it is
@@ -63,3 +65,12 @@ def test_until_the_model_is_loaded_requests_are_told_why_and_when_to_come_back()
             assert answer.json()["error"]["message"] == "the model is still loading"
         assert http.get("/version").json() == dict(version=__version__, numerics=NUMERICS)
         assert [http.get(path).status_code for path in ("/health", "/metrics", "/")] == [200, 200, 200]
+
+
+def test_bars_that_are_cut_off_leave_the_cursor_on_a_line_of_its_own(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "__stderr__", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    restore_terminal()
+    assert terminal.getvalue() == "\x1b[?25h\n"

@@ -142,7 +142,8 @@ class Stream:
 
 
 class CompletionStream:
-    """The answer to one prompt while it is generated: an iterator of CompletionChunks.
+    """The answer to one prompt while it is generated: an iterator of CompletionChunks. Tokens from which the answer
+    goes on (output_ids) are in none of them.
 
     `completion` is all of the answer once it has ended. Leaving a `for` loop over the stream, `close`, the end of a
     `with` block and the end of the stream's last reference cancel the request, if it has not ended. request: the
@@ -152,7 +153,10 @@ class CompletionStream:
     def __init__(self, engine: Engine, request: Request, new_parser: Callable[[], Parser] | None = None) -> None:
         self._engine, self.request, self._new_parser = engine, request, new_parser
         self._parser = new_parser() if new_parser is not None else None
-        self._num_tokens, self._num_chars, self._has_ended = 0, 0, False
+        # what the caller knows already, where the answer goes on from tokens
+        self._num_tokens, self._num_chars, self._has_ended = request.num_given, request.num_given_characters, False
+        if self._parser is not None:
+            self._parser.push(request.text[: self._num_chars])
         self._cancel = weakref.finalize(self, engine.cancel, request)
         self._cancel.atexit = False  # then the engine ends, too
 
@@ -182,8 +186,9 @@ class CompletionStream:
             return None
         self._has_ended = request.finish_reason is not None
         text, first = request.text[self._num_chars :], self._num_tokens
+        is_known = first == request.num_given == len(request.output_ids) > 0 and request.error is None
         self._num_chars, self._num_tokens = self._num_chars + len(text), len(request.output_ids)
-        content, reasoning = self._parts(text)
+        content, reasoning = ("", "") if is_known else self._parts(text)
         return CompletionChunk(
             text,
             tuple(request.output_ids[first:]),
@@ -283,7 +288,9 @@ class Starts(Protocol):
 
     engine: Engine
 
-    def start_samples(self, prompt: Prompt, params: SamplingParams, prediction: Prompt | None = None) -> list[Stream]:
+    def start_samples(
+        self, prompt: Prompt, params: SamplingParams, prediction: Prompt | None = None, output_ids: Any = None
+    ) -> list[Stream]:
         """Queues the samples of a prompt."""
         ...
 
@@ -293,6 +300,7 @@ def run_all(
     prompts: Sequence[Prompt],
     params: Sequence[SamplingParams],
     predictions: Sequence[Any],
+    output_ids: Sequence[Any],
     progress: bool | OnProgress | None = None,
     kind: str = "generating",
 ) -> list[list[Stream]]:
@@ -304,7 +312,7 @@ def run_all(
     started: list[list[Stream]] = []
     with held_interrupts() as interrupt:
         try:
-            for arguments in zip(prompts, params, predictions, strict=True):
+            for arguments in zip(prompts, params, predictions, output_ids, strict=True):
                 started.append(llm.start_samples(*arguments))
                 interrupt()
             streams = [stream for samples in started for stream in samples]
@@ -348,6 +356,23 @@ class Run:
         """Computed tokens per second so far, in words. Tokens that were in the prefix cache are not computed."""
         num_tokens = self._num_prompt + self._engine.num_generated - self._generated
         return f"{num_tokens / max(1e-9, time.perf_counter() - self._began):,.0f} tokens/s computed"
+
+
+def known_lists(output_ids: Any, num_prompts: int) -> list[Any]:
+    """For each prompt the tokens from which its answer goes on; None for those that begin anew. output_ids: None, or a
+    list with one for each prompt; for a single prompt, its token ids alone. ValueError for anything else."""
+    if output_ids is None:
+        return [None] * num_prompts
+    try:
+        listed = list(output_ids)
+    except TypeError:
+        raise ValueError(f"output_ids: expected a list of lists of token ids, got {output_ids!r:.80}") from None
+    if num_prompts == 1 and not any(each is None or isinstance(each, Iterable) for each in listed):
+        return [listed]
+    if len(listed) != num_prompts:
+        expected = f"expected a list of token ids or None for each of {num_prompts} prompts"
+        raise ValueError(f"output_ids: {expected}, got {len(listed)}")
+    return listed
 
 
 def prompt_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:

@@ -12,6 +12,7 @@ from lockstep.completion import (
     Prompt,
     Stream,
     completion,
+    known_lists,
     parse_answer,
     prompt_list,
     run_all,
@@ -91,6 +92,7 @@ class LLM(LoadedModel):
         schema: Mapping[str, Any] | str | None = None,
         regex: str | None = None,
         grammar: str | None = None,
+        output_ids: Sequence[Any] | None = None,
         **variables: Any,
     ) -> Completion:
         """The model's answer to a conversation: a list of {"role", "content"}, as OpenAI's API has them.
@@ -103,12 +105,13 @@ class LLM(LoadedModel):
         tool_choice: "auto", "required", "none" or a tool's name. schema, regex, grammar: see `generate`. variables: of
         the chat template, such as enable_thinking. The Completion's `content`, `reasoning` and `tool_calls` are what
         its `text` consists of; with calls, an answer that stops by itself has the finish_reason "tool_calls".
+        output_ids: the token ids of the answer so far, from which it goes on; see `generate`.
         ValueError if the model has no chat template or the template refuses, and for tools or a form that cannot be
         enforced; Busy, which is a RuntimeError, if the processes for templates and grammars get no processor time.
         """
         form = dict(schema=schema, regex=regex, grammar=grammar)
         prepared, params = self._asked(messages, params, tools, tool_choice, form, variables)
-        [answer] = self.generate([prepared.ids], params, [prediction])
+        [answer] = self.generate([prepared.ids], params, [prediction], output_ids=[output_ids])
         return parse_answer(answer, prepared.new_parser)
 
     def stream_chat(
@@ -122,12 +125,13 @@ class LLM(LoadedModel):
         schema: Mapping[str, Any] | str | None = None,
         regex: str | None = None,
         grammar: str | None = None,
+        output_ids: Sequence[Any] | None = None,
         **variables: Any,
     ) -> CompletionStream:
         """As `chat`, but a CompletionStream: its chunks have `content` and `reasoning`, its `completion` tool calls."""
         form = dict(schema=schema, regex=regex, grammar=grammar)
         prepared, params = self._asked(messages, params, tools, tool_choice, form, variables)
-        request = self.start(prepared.ids, params, prediction).request
+        request = self.start(prepared.ids, params, prediction, output_ids).request
         return CompletionStream(self.engine, request, prepared.new_parser)
 
     def _asked(
@@ -169,19 +173,30 @@ class LLM(LoadedModel):
         return ChatModel(self.tokenizer, self.engine.eos_ids, self.vocab_size, self.max_context)
 
     def start(
-        self, prompt: Prompt, params: SamplingParams = SamplingParams(), prediction: Prompt | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams = SamplingParams(),
+        prediction: Prompt | None = None,
+        output_ids: Sequence[Any] | None = None,
     ) -> Stream:
         """Queues one prompt without running it; returns its Stream, which advances with `engine.step()`.
 
-        prediction: see `generate`. ValueError for a prompt that cannot run, or params with n > 1.
+        prediction, output_ids: see `generate`. ValueError for a prompt that cannot run, or params with n > 1.
         """
         check_single(params)
-        return self.start_samples(prompt, params, prediction)[0]
+        return self.start_samples(prompt, params, prediction, output_ids)[0]
 
-    def start_samples(self, prompt: Prompt, params: SamplingParams, prediction: Prompt | None = None) -> list[Stream]:
-        """Queues the `params.n` samples of a prompt; returns a Stream for each. prediction: see `generate`."""
-        ids = self.encode(prompt)
-        requests = self.engine.add_samples(ids, params, prediction=self._prediction_ids(prediction))
+    def start_samples(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        prediction: Prompt | None = None,
+        output_ids: Sequence[Any] | None = None,
+    ) -> list[Stream]:
+        """Queues the `params.n` samples of a prompt; returns a Stream for each. prediction, output_ids: see
+        `generate`."""
+        known = dict(prediction=self._prediction_ids(prediction), output_ids=() if output_ids is None else output_ids)
+        requests = self.engine.add_samples(self.encode(prompt), params, **known)
         return [Stream(request) for request in requests]
 
     def _prediction_ids(self, prediction: Prompt | None) -> Sequence[int]:
@@ -202,15 +217,17 @@ class LLM(LoadedModel):
         schema: Mapping[str, Any] | str | None = None,
         regex: str | None = None,
         grammar: str | None = None,
+        output_ids: Sequence[Any] | None = None,
     ) -> CompletionStream:
         """The answer to one prompt as a CompletionStream: an iterator of chunks, whose `text` is what is new.
 
-        prediction, schema, regex, grammar: see `generate`. Leaving the loop over the stream cancels the request.
+        prediction, schema, regex, grammar, output_ids: see `generate`; tokens of output_ids are in no chunk. Leaving
+        the loop over the stream cancels the request.
         ValueError for a prompt that cannot run, or params with n > 1.
         """
         check_single(params)
         [params] = self._held_to([params], schema=schema, regex=regex, grammar=grammar)
-        return CompletionStream(self.engine, self.start(prompt, params, prediction).request)
+        return CompletionStream(self.engine, self.start(prompt, params, prediction, output_ids).request)
 
     def _held_to(self, params: list[SamplingParams], **form: Any) -> list[SamplingParams]:
         """The params of several prompts with masks that hold the answers to a schema, regex or grammar."""
@@ -230,6 +247,7 @@ class LLM(LoadedModel):
         schema: Mapping[str, Any] | str | None = None,
         regex: str | None = None,
         grammar: str | None = None,
+        output_ids: Sequence[Any] | None = None,
         progress: bool | OnProgress | None = None,
     ) -> list[Completion]:
         """Completes all prompts (strings or lists of token ids) in one batch; returns a Completion for each, in order.
@@ -239,10 +257,13 @@ class LLM(LoadedModel):
         first sample's, and its `samples` are all n. prediction: a text that the answers are likely to repeat in large
         part, or a list with one (text, token ids or None) for each prompt: with speculate "auto" or "lookup" the tokens
         that match are decoded faster. schema (a JSON schema or its text), regex (Rust's syntax, the whole answer) or
-        grammar (Lark or GBNF) constrain every answer; a schema's keyword that cannot be enforced is refused. progress:
-        True or False, as in LLM, which is the default where it was True or False; or a function, called with
-        ("generating", answers that have ended, all answers). ValueError for a prompt that cannot run; then none of them
-        runs.
+        grammar (Lark or GBNF) constrain every answer; a schema's keyword that cannot be enforced is refused.
+        output_ids: tokens of the answers that are known, for each prompt a list of token ids (for n samples a list of
+        such lists) or None; of a single prompt, its token ids alone. The answers go on from them as if nothing had come
+        between, and have them in their Completions, with the log-probabilities computed anew; they count for
+        max_tokens. Tokens that cannot be the beginning of an answer are a ValueError. progress: True or False, as in
+        LLM, which is the default where it was True or False; or a function, called with ("generating", answers that
+        have ended, all answers). ValueError for a prompt that cannot run; then none of them runs.
         """
         prompts = prompt_list(prompts)
         each: list[Any] = list(params) if isinstance(params, (list, tuple)) else [params] * len(prompts)
@@ -251,8 +272,10 @@ class LLM(LoadedModel):
         predictions = list(prediction) if isinstance(prediction, (list, tuple)) else [prediction] * len(prompts)
         if len(predictions) != len(prompts):
             raise ValueError(f"prediction: expected one text or a list of {len(prompts)}, got {len(predictions)}")
+        known = known_lists(output_ids, len(prompts))
         each = self._held_to(each, schema=schema, regex=regex, grammar=grammar)
-        ended = run_all(self, prompts, each, predictions, self._shows_progress if progress is None else progress)
+        shown = self._shows_progress if progress is None else progress
+        ended = run_all(self, prompts, each, predictions, known, shown)
         return [completion(*[stream.request for stream in streams]) for streams in ended]
 
     def embed(
@@ -266,8 +289,8 @@ class LLM(LoadedModel):
         that are not finite.
         """
         prompts, params = prompt_list(prompts), SamplingParams(pooling=self.pooling if pooling is None else pooling)
-        each, shown = [params] * len(prompts), self._shows_progress
-        ended = run_all(self, prompts, each, [None] * len(prompts), shown, "embedding")
+        each, none, shown = [params] * len(prompts), [None] * len(prompts), self._shows_progress
+        ended = run_all(self, prompts, each, none, none, shown, "embedding")
         error = next((stream.request.error for streams in ended for stream in streams if stream.request.error), None)
         if error is not None:
             raise ValueError(error)

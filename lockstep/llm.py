@@ -57,12 +57,12 @@ class LLM(LoadedModel):
     of the same vocabulary, which then drafts; weights, kv_dtype and max_context hold for both models.
 
     Debugging and progress. ops: {op kind: implementation} that replace entries of the backend, such as {"linear":
-    "reference"}. progress: True: work that takes over a second (reading, packing and loading weights, compiling
-    kernels, and `generate` and `embed` of several prompts) shows bars on standard error, or, where that is no terminal,
-    a line every 10 seconds. False: nothing is shown. A function, for loading alone: called as progress(kind, done,
-    total), from any thread, with kind "compiling" (then done and total are kernels), "reading", "packing" or "loading"
-    (bytes of weights; total may be None). on_tokenizer: called with the tokenizer, if there is one, before weights
-    are packed.
+    "reference"}. progress: True: work that takes over a second (downloading, reading, packing and loading weights,
+    compiling kernels, and `generate` and `embed` of several prompts) shows bars on standard error, or, where that is no
+    terminal, a line every 10 seconds. False: nothing is shown. A function, for loading alone: called as progress(kind,
+    done, total), from any thread, with kind "compiling" (then done and total are kernels), "downloading", "reading",
+    "packing" or "loading" (bytes of weights; total may be None). on_tokenizer: called with the tokenizer, if there is
+    one, before weights are packed.
 
     ValueError, in one sentence, for a model that cannot be loaded or an option that is not allowed. Threads may share
     an LLM: their requests run in the same steps. A forked child process may not use it.

@@ -48,6 +48,11 @@ class LoadOptions(NamedTuple):
     verify: bool
     progress: OnProgress | None
 
+    def report(self, kind: str, done: int, total: int | None) -> None:
+        """Reports progress to whom it is of interest."""
+        if self.progress is not None:
+            self.progress(kind, done, total)
+
 
 @dataclass(frozen=True)
 class Files:
@@ -112,7 +117,7 @@ def load_draft(
     sources: the values of LLM's `speculate` that name no model, for the error message. tokenizer: the target's, or None
     if it has none.
     """
-    path, own = _resolve(name, sources), None
+    path, own = _resolve(name, sources, options.report), None
     with named(path):
         files = open_files(path, options)
         model, _ = load(files, options)
@@ -124,9 +129,9 @@ def load_draft(
     return model
 
 
-def _resolve(name: str, sources: Sequence[str]) -> Path:
+def _resolve(name: str, sources: Sequence[str], progress: OnProgress) -> Path:
     try:
-        return resolve_model(name)
+        return resolve_model(name, progress)
     except ValueError as error:
         raise ValueError(f"speculate: expected {', '.join(sources)} or a smaller model; {error}") from None
 
@@ -205,7 +210,7 @@ class LoadedModel:
         self._generation_config, self._shows_progress = generation_config, progress is True
         with reporting(progress) as report:
             asked = LoadOptions(weights, kv_dtype, max_context, verify_weights, report)
-            self._files = open_files(resolve_model(model), asked)
+            self._files = open_files(resolve_model(model, asked.report), asked)
             check_text(self._files, model or "the bundled model", needs_text, needs_chat)
             tokenizer = self._files.tokenizer_if_any  # a damaged one is refused before long work begins
             if tokenizer is not None and on_tokenizer is not None:

@@ -6,13 +6,15 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
+from lockstep.progress import OnProgress
 from lockstep.user_cache import UNWRITABLE, obstacle_of
 from lockstep.weights.content import hub_cache as hub_cache_folder
 from lockstep.weights.gguf.file import is_gguf
 from lockstep.weights.sources import hub_cache, lm_studio, ollama, quants
+from lockstep.weights.sources.download_bar import bar_class
 from lockstep.weights.sources.found import NotFound, files_below
 from lockstep.weights.sources.on_disk import near_names, near_paths
 
@@ -39,13 +41,13 @@ class HubName(NamedTuple):
     revision: str | None = None
 
 
-def resolve_model(name: str | None) -> Path:
+def resolve_model(name: str | None, progress: OnProgress | None = None) -> Path:
     """The folder or GGUF file that `name` means: None is the bundled model, otherwise it is a path, a hub name,
     "ollama:NAME[:TAG]" or "lmstudio:PUBLISHER/REPOSITORY[:QUANT]".
 
     A hub name (org/model, org/model:QUANT, org/model:file.gguf, org/model@revision, also with hf.co/ or as the address
-    of a page) is downloaded, with progress, into the hub's own cache. Raises ValueError that says in one sentence what
-    was tried.
+    of a page) is downloaded into the hub's own cache; its progress is reported as ("downloading", bytes done, bytes in
+    all), or without `progress` shown by the hub's client. Raises ValueError that says in one sentence what was tried.
     """
     if name is None:
         return _bundled_folder()
@@ -70,7 +72,7 @@ def resolve_model(name: str | None) -> Path:
         raise ValueError(
             f"{name}: no such folder or file, and not a hub name like org/model or org/model:Q8_0{_near(like)}"
         )
-    return _download(name, hub_name)
+    return _download(name, hub_name, progress)
 
 
 def parse_hub_name(name: str) -> HubName | None:
@@ -104,25 +106,25 @@ class Repository(NamedTuple):
     reason: str | None = None
 
 
-def _download(name: str, wanted: HubName) -> Path:
+def _download(name: str, wanted: HubName, progress: OnProgress | None) -> Path:
     there = _repository(name, wanted)
     try:
-        return _chosen(name, wanted, there)
+        return _chosen(name, wanted, there, progress)
     except ValueError as error:
         if there.folder is None:
             raise
         raise ValueError(f"{error}; this is what its cache has, the hub cannot be asked: {there.reason}") from None
 
 
-def _chosen(name: str, wanted: HubName, there: Repository) -> Path:
+def _chosen(name: str, wanted: HubName, there: Repository, progress: OnProgress | None) -> Path:
     """The folder or GGUF file of a name, downloaded as needed. ValueError if the repository does not have it."""
     if wanted.file is None and wanted.quant is None and (files := _of_safetensors(there.files)):
-        return fetched(name, wanted, there, files)
+        return fetched(name, wanted, there, files, progress)
     file = wanted.file or _gguf_file(name, wanted, there.files)
     parts = quants.parts_of(file)
     if missing := [part for part in parts if part not in there.files]:
         raise ValueError(f"{name}: the hub repository {wanted.repo} has no file {missing[0]}")
-    return fetched(name, wanted, there, parts) / parts[0]
+    return fetched(name, wanted, there, parts, progress) / parts[0]
 
 
 def _of_safetensors(files: list[str]) -> list[str]:
@@ -160,7 +162,9 @@ def _repository(name: str, wanted: HubName) -> Repository:
         raise _not_fetched(name, wanted.repo, error) from None
 
 
-def fetched(name: str, wanted: HubName, there: Repository, files: list[str]) -> Path:
+def fetched(
+    name: str, wanted: HubName, there: Repository, files: list[str], progress: OnProgress | None = None
+) -> Path:
     """The folder in the hub's cache with the files, downloaded as needed."""
     from huggingface_hub import snapshot_download
 
@@ -168,7 +172,8 @@ def fetched(name: str, wanted: HubName, there: Repository, files: list[str]) -> 
         return there.folder
     try:
         patterns = [re.sub(r"[][*?]", "[\\g<0>]", file) for file in files]  # file names, not patterns
-        return Path(snapshot_download(wanted.repo, revision=wanted.revision, allow_patterns=patterns))
+        shown: Any = dict(tqdm_class=bar_class(progress)) if progress is not None else {}
+        return Path(snapshot_download(wanted.repo, revision=wanted.revision, allow_patterns=patterns, **shown))
     except Exception as error:
         raise _not_fetched(name, wanted.repo, error) from None
 

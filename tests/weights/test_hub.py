@@ -242,3 +242,24 @@ def test_offline_is_one_clear_sentence(downloads):
     downloads[1][0] = KeyError()
     with pytest.raises(ValueError, match=r"failed: KeyError$"):
         resolve_model("org/model")
+
+
+def test_a_download_is_reported_as_other_work_is(tmp_path, monkeypatch):
+    """Bars as the hub's client makes them: of bytes that are received, of bytes that are written, of files."""
+
+    def snapshot_download(repo, revision, allow_patterns, tqdm_class):
+        received, written = (tqdm_class(total=0, unit="B", unit_scale=True, name=name) for name in ("a", "b"))
+        for bar in (received, written):
+            bar.total = 90
+            bar.refresh()
+        with tqdm_class(total=3, desc="Fetching 3 files") as files:
+            for num_bytes in (30, 60):
+                received.update(num_bytes)
+                written.update(num_bytes)
+                files.update()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    there, told = hub.Repository(["m.gguf"]), []
+    hub.fetched("org/m", hub.HubName("org/m"), there, ["m.gguf"], lambda *report: told.append(report))
+    assert told == [("downloading", done, 90) for done in (30, 30, 90, 90)]

@@ -47,7 +47,7 @@ def load_subject(
 
     ValueError for a model that cannot be loaded, and for windows that are longer than its context.
     """
-    path = resolve_model(None if name == BUNDLED else name)
+    path = resolve_model(None if name == BUNDLED else name, progress)
     checkpoint = open_checkpoint(path)
     model = load_model(checkpoint, PackedStore(checkpoint, progress), weights, kv_dtype, length)
     if model.max_context < length:

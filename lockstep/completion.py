@@ -355,7 +355,7 @@ class Run:
     def speed(self) -> str:
         """Computed tokens per second so far, in words. Tokens that were in the prefix cache are not computed."""
         num_tokens = self._num_prompt + self._engine.num_generated - self._generated
-        return f"{num_tokens / max(1e-9, time.perf_counter() - self._began):,.0f} tokens/s computed"
+        return f"{num_tokens / max(1e-9, time.perf_counter() - self._began):,.0f} tokens/s"
 
 
 def known_lists(output_ids: Any, num_prompts: int) -> list[Any]:

@@ -61,7 +61,7 @@ class Work:
         done, left = self.done - self.first, (self.total or 0) - self.done
         if self.ended or done <= 0 or left <= 0 or seconds < QUIET_SECONDS:
             return f"{seconds:.0f} s"
-        return f"{seconds:.0f} s, about {seconds / done * left:.0f} s left"
+        return f"{seconds:.0f} s, {seconds / done * left:.0f} s left"
 
 
 class Display(Protocol):
@@ -248,9 +248,11 @@ class Bars:
         table = Table.grid(padding=(0, 1))
         for _ in range(4):
             table.add_column(no_wrap=True)
-        for work in works[-MAX_BARS:]:
-            bar = ProgressBar(work.total, work.done, width=BAR_WIDTH)
-            table.add_row(work.words, bar, work.where, work.clock(now))
+        shown = [(work, work.words, work.where, work.clock(now)) for work in works[-MAX_BARS:]]
+        beside = sum(max(map(len, column)) + 1 for column in list(zip(*shown, strict=True))[1:])
+        width = max(1, min(BAR_WIDTH, self._live.console.width - beside))
+        for work, words, where, clock in shown:
+            table.add_row(words, ProgressBar(work.total, work.done, width=width), where, clock)
         self._live.update(table, refresh=True)
 
     def close(self) -> None:

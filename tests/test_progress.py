@@ -50,8 +50,8 @@ def test_without_a_terminal_there_is_a_line_every_ten_seconds_whether_work_is_re
         progress.tick()
     assert stream.getvalue().splitlines() == [
         "compiling kernels for this CPU: 0 of 43 kernels, 1 s",
-        "compiling kernels for this CPU: 4 of 43 kernels, 11 s, about 107 s left",
-        "compiling kernels for this CPU: 4 of 43 kernels, 21 s, about 205 s left",
+        "compiling kernels for this CPU: 4 of 43 kernels, 11 s, 107 s left",
+        "compiling kernels for this CPU: 4 of 43 kernels, 21 s, 205 s left",
         "ready after 30.0 s, for good",
     ]
 
@@ -112,8 +112,8 @@ def test_seconds_left_are_those_of_a_part_from_its_first_step_on(clock):
             said += [(work.where, work.clock(seconds)) for work in progress.works]
     assert said == [
         ("plan 1 of 3", "0 s"),
-        ("plan 2 of 3", "10 s, about 40 s left"),
-        ("plan 3 of 3", "30 s, about 45 s left"),
+        ("plan 2 of 3", "10 s, 40 s left"),
+        ("plan 3 of 3", "30 s, 45 s left"),
         ("plan 3 of 3", "30 s"),
         ("window 1 of 9", "0 s"),
     ]

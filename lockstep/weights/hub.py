@@ -186,7 +186,16 @@ def _not_fetched(name: str, repo: str, error: BaseException) -> ValueError:
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause in one line: the network's own error, without those that wrap it."""
+    """What is wrong with a name on the hub, or else the innermost cause in one line: the network's own error, without
+    those that wrap it."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "its makers ask for consent on its page, and then for a login: hf auth login, or HF_TOKEN"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "there is no such repository, or it is private and needs a login: hf auth login, or HF_TOKEN"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "it has no such revision"
     while cause := error.__cause__ or error.__context__:
         error = cause
     if isinstance(error, OSError) and error.errno in UNWRITABLE:

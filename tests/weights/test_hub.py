@@ -4,6 +4,7 @@ import errno
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 
 from lockstep.weights import hub
@@ -239,6 +240,14 @@ def test_offline_is_one_clear_sentence(downloads):
         "Name or service not known"
     )
     assert raised.value.__suppress_context__
+    for error, said in (
+        (errors.RepositoryNotFoundError, "there is no such repository, or it is private and needs a login: "),
+        (errors.GatedRepoError, "its makers ask for consent on its page, and then for a login: "),
+        (errors.RevisionNotFoundError, "it has no such revision"),
+    ):
+        downloads[1][0] = error("404", response=SimpleNamespace(headers={}, request=None))
+        with pytest.raises(ValueError, match=f"the Hugging Face hub failed: {said}"):
+            resolve_model("org/model")
     downloads[1][0] = KeyError()
     with pytest.raises(ValueError, match=r"failed: KeyError$"):
         resolve_model("org/model")

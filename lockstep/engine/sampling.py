@@ -42,7 +42,7 @@ class Adjustment:
     def __init__(
         self, prompt_ids: Sequence[int], params: "SamplingParams", eos_ids: frozenset[int], vocab_size: int
     ) -> None:
-        self._params, self._num_logged = params, 0
+        self._params, self._num_logged, self._suppressed = params, 0, frozenset(params.suppress_tokens)
         self._drafts: list[int] = []  # the drafts at the end of the log
         self._counts: Counter[int] = Counter()  # how often each token is in the log
         repeats = params.repetition_penalty != 1
@@ -81,7 +81,7 @@ class Adjustment:
         [mask] = self._masks(output_ids, (), 0)
         if mask is not None and not int(mask[token // 32]) >> token % 32 & 1:
             return "logits_mask"
-        if token in self._params.suppress_tokens:
+        if token in self._suppressed:
             return "suppress_tokens"
         return "min_tokens" if token in self._banned[: self._num_banned(len(output_ids), mask)] else None
 

@@ -34,5 +34,5 @@ def refusing(narrowing: Sequence[str], submit: Callable[..., T], *args: Any, **o
     try:
         return submit(*args, **options)
     except NotItsAnswer as error:
-        masking = [name for name in narrowing if name not in ("suppress_tokens", "min_tokens")]
+        masking = [name for name in narrowing if name not in ("suppress_tokens", "min_tokens")] or ["its form"]
         raise wrong_field(FIELD, error.reason.replace("logits_mask", " and ".join(masking))) from None

@@ -39,6 +39,7 @@ BODIES = {
         stream=True,
         stream_options=dict(include_usage=True),
         seed=1,
+        continue_from=[[5], []],
     ),
     "/v1/chat/completions": dict(
         messages=MESSAGES,

@@ -39,5 +39,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The names of the module, the public ones included that are not imported yet."""
-    return sorted({*globals(), *__all__})
+    """The names of the module, the public ones included that are not imported yet; not what it uses itself."""
+    return sorted({*globals(), *__all__} - {"Any", "TYPE_CHECKING", "importlib", "_HOMES"})

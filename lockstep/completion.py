@@ -24,6 +24,7 @@ from lockstep.text.tool_calls.events import (
 )
 
 Prompt = str | Sequence[int]  # text, or token ids
+CUT = ("length", "cancelled")  # reasons why an answer ended that may be in the middle of a tool call
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ class CompletionStream:
             return text, ""
         events = self._parser.push(text)
         if self._has_ended:
-            events += self._parser.finish(self.request.finish_reason == "length")
+            events += self._parser.finish(self.request.finish_reason in CUT)
         return joined(events, Content), joined(events, Reasoning)
 
     @functools.cached_property
@@ -242,7 +243,7 @@ class CompletionStream:
 def parse_answer(answer: Completion, new_parser: Callable[[], Parser]) -> Completion:
     """The answer, and the other samples, with the thoughts, content and tool calls that a parser finds in each text."""
     parser = new_parser()
-    events = parser.push(answer.text) + parser.finish(answer.finish_reason == "length")
+    events = parser.push(answer.text) + parser.finish(answer.finish_reason in CUT)
     calls = _complete_calls(events)
     return replace(
         answer,
@@ -346,8 +347,9 @@ class Run:
             stream.advance()
 
     def _note(self, changed: Sequence[Request], kind: str, report: OnProgress | None) -> None:
-        ended = [each for each in changed if each.finish_reason is not None and each.id in self._left]
-        if ended and report is not None:
+        if report is None:
+            return
+        if ended := [each for each in changed if each.finish_reason is not None and each.id in self._left]:
             self._left.difference_update(request.id for request in ended)
             self._num_prompt += sum(len(request.prompt_ids) - request.num_cached for request in ended)
             report(kind, len(self._streams) - len(self._left), len(self._streams))

@@ -68,7 +68,8 @@ def test_answers_from_python_have_the_reason(folder):
     try:
         found = llm.generate("x", SamplingParams(max_tokens=4, n=2, temperature=1.0))[0]
         assert [(each.finish_reason, each.error, each.text) for each in found.samples] == [("error", SAID, "")] * 2
-        assert [stream.request.error for stream in llm.stream("x")][-1] == SAID
+        stream = llm.stream("x")
+        assert [chunk.finish_reason for chunk in stream] == ["error"] and stream.completion.error == SAID
         with pytest.raises(ValueError, match="hidden states are not finite"):
             llm.embed(["x"])
         prompt = llm.generate("def f", SamplingParams(max_tokens=1, prompt_logprobs=1))[0]

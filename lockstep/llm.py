@@ -51,7 +51,8 @@ class LLM(LoadedModel):
     tokens of KV cache over all requests. threads: None: one for each core.
 
     Prefix caching. prefix_cache: whether a request reuses the KV cache of earlier requests with the same first tokens.
-    cache_dir: a folder of at most cache_dir_bytes bytes that keeps cached prefixes across restarts.
+    cache_dir: a folder of at most cache_dir_bytes bytes that keeps cached prefixes across restarts, and which several
+    processes may share.
 
     Speculative decoding. speculate, draft: see EngineOptions; speculate may also name (as `model` does) a smaller model
     of the same vocabulary, which then drafts; weights, kv_dtype and max_context hold for both models.

@@ -36,7 +36,7 @@ class EngineOptions:
     memory for kept recurrent states, for models that have such states. state_every: tokens from one kept state to the
     next, a multiple of 64. prompt_state_from: the length from which a state is also kept near the end of a prompt;
     None: 2048, or 0 with a cache_dir. Keeping it takes a step of its own, which costs a shorter prompt more than 3 %.
-    cache_dir: a folder that keeps prefixes across restarts, of at most cache_dir_bytes.
+    cache_dir: a folder that keeps prefixes across restarts, of at most cache_dir_bytes; processes may share it.
 
     Speculative decoding: drafts are guesses of the next tokens, computed in one step and kept where they are what the
     model chooses, so that no answer changes. speculate: where drafts come from. "lookup": what followed the same few

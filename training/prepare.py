@@ -2,7 +2,7 @@
 documented functions.
 
 Writes train.jsonl, heldout.jsonl (whole files) and train_pairs.jsonl, heldout_pairs.jsonl (request, answer) into --out,
-and packages.jsonl with --packages.
+and packages.jsonl, documents.jsonl with --packages.
 A file is held out when the hash of its name says so, and its functions with it.
 """
 
@@ -21,6 +21,8 @@ SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test", "encodings", "
 SKIPPED_FILES = {"pydoc_data/topics.py"}
 DOC_FOLDERS = ("library", "reference", "tutorial", "howto", "faq", "using", "whatsnew")
 HELD_OUT_PER_MILLE = 40
+# what is taken of packages
+PACKAGE_FILES = {"packages": "source", "documents": "documentation"}
 MAX_ANSWER_BYTES = 2000
 
 
@@ -117,10 +119,11 @@ def read_jsonl(path):
 
 
 def write_packages(folder, out):
-    """packages.jsonl: sources from the wheels of packages.txt, documentation from some source archives."""
+    """packages.jsonl: sources from the wheels of packages.txt; documents.jsonl: documentation from source archives."""
     paths = archives(folder, Path(__file__).with_name("packages.txt"))
     kept, dropped = collect_packages(paths, clean, read_jsonl(out / "train.jsonl"), read_jsonl(out / "heldout.jsonl"))
-    write_jsonl(out / "packages.jsonl", kept)
+    for name, kind in PACKAGE_FILES.items():
+        write_jsonl(out / f"{name}.jsonl", [row for row in kept if row["kind"] == kind])
     size = sum(len(row["text"]) for row in dropped) / 1e6
     print(f"left out for passages of held-out files: {len(dropped)} files, {size:.2f} MB")
 

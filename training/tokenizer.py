@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from prepare import read_jsonl
+from prepare import PACKAGE_FILES, read_jsonl
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT, START_OF_TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -76,14 +76,15 @@ def main():
     else:
         tokenizer = train_tokenizer([row["text"] for row in documents["train"]], options.vocab_size)
     tokenizer.save(str(options.data / "tokenizer.json"))
-    if (options.data / "packages.jsonl").exists():
-        documents["packages"] = read_jsonl(options.data / "packages.jsonl")
+    for part in PACKAGE_FILES:
+        if (options.data / f"{part}.jsonl").exists():
+            documents[part] = read_jsonl(options.data / f"{part}.jsonl")
     for part, rows in documents.items():
         ids = encode_documents(tokenizer, rows)
         np.save(options.data / f"{part}.npy", ids)
         num_bytes = sum(len(row["text"].encode()) for row in rows)
         print(f"{part}: {len(ids)} tokens, {num_bytes / len(ids):.3f} bytes per token")
-        if part == "packages":
+        if part in PACKAGE_FILES:
             continue
         ids, is_answer, starts = encode_pairs(tokenizer, read_jsonl(options.data / f"{part}_pairs.jsonl"))
         np.savez(options.data / f"{part}_pairs.npz", ids=ids, is_answer=is_answer, starts=starts)

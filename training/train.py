@@ -221,7 +221,7 @@ def source(name, data, length):
     """A text of prepare.py and tokenizer.py by the name that --shares gives it."""
     if name == "pairs":
         return Pairs(np.load(data / "train_pairs.npz"), length)
-    return Windows(np.load(data / {"library": "train.npy", "packages": "packages.npy"}[name]), length)
+    return Windows(np.load(data / ("train.npy" if name == "library" else f"{name}.npy")), length)
 
 
 def shares_of(text):
@@ -242,7 +242,7 @@ def main():
     parser.add_argument("--rows", type=int, default=8, help="sequences per step and process")
     parser.add_argument("--mtp-rows", type=int, default=3, help="of these, how many the MTP head learns from")
     parser.add_argument("--length", type=int, default=512, help="tokens per sequence, a multiple of 64")
-    parser.add_argument("--shares", type=shares_of, default="library=5,packages=5", help="of library, packages, pairs")
+    parser.add_argument("--shares", type=shares_of, default="library=4,documents=3,packages=3", help="and pairs")
     parser.add_argument("--fused", action="store_true", help="the C++ of fused.py, for one thread a process")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--muon-rate", type=float, default=0.012)

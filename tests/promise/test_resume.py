@@ -16,7 +16,7 @@ from tests.speculation.proof import Lot
 from tests.speculation.subjects import bundled, tiny
 from tests.speculation.wishes import wishes
 
-NUM_WISHES = 30
+NUM_WISHES = 26
 HAPPENS = (
     "ended by given tokens",
     "under a mask",
@@ -43,12 +43,12 @@ def whole():
 
 def test_answers_go_on_as_if_nothing_had_happened(whole, tmp_path):
     events = Counter()
-    for lot in lots(whole, 3, 3, NUM_WISHES):
+    for lot in lots(whole, 3, 2, NUM_WISHES):
         report = run_lot(whole, lot, tmp_path)
         assert not report.differences
         events += report.events
     missing = [what for what in HAPPENS if not events[what]]
-    assert not missing and events["points"] >= 60, f"{missing} did not happen; {dict(events)}"
+    assert not missing and events["points"] >= 40, f"{missing} did not happen; {dict(events)}"
 
 
 @pytest.mark.parametrize("config", ["qwen3_windows", "qwen3_5"])

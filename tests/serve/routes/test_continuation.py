@@ -146,7 +146,7 @@ def test_an_answer_that_goes_on_is_the_same_as_a_whole_one(server, case):
 @pytest.mark.parametrize("case", CASES)
 def test_a_stream_that_goes_on_brings_the_rest(server, case):
     path, body = CASES[case]
-    check_stream(server, path, 3, **body)
+    check_stream(server, path, 2, **body)
 
 
 THOUGHT = "<think>\nhmm 1 < 2</think>\n\nso:"
@@ -157,7 +157,7 @@ CALL = '<tool_call>\n{"name": "plot", "arguments": {"x": 7, "side": "left"}}\n</
 def test_thoughts_and_calls_go_on_wherever_they_were_cut(thinker, max_tokens, reason):
     body = dict(messages=HELLO, temperature=0, max_tokens=max_tokens, tools=[dict(type="function", function=PLOT)])
     with saying(thinker, f"{THOUGHT}\n{CALL}"):
-        found = check_stream(thinker, CHAT, 9, **body)
+        found = check_stream(thinker, CHAT, 5, **body)
         uninterrupted = whole(thinker, CHAT, **body)
         assert whole(thinker, CHAT, continue_from=found["ids"][: len(found["ids"]) // 2], **body) == uninterrupted
     assert found["reason"] == reason and found["thought"] == "hmm 1 < 2" and found["calls"][0]["name"] == "plot"

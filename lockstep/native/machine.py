@@ -117,9 +117,10 @@ def set_float_control(b, word):
         call(b, "llvm.x86.sse.ldmxcsr", ir.VoidType(), [b.bitcast(slot, I8.as_pointer())])
 
 
-@emitted(types.void())
+@emitted(types.void(), python=lambda: None)
 def kept_apart(b):
     """Keeps the function that calls this from being inlined, so that arithmetic moves neither into it nor out of it."""
+    b.function.attributes.discard("alwaysinline")  # Numba passes it on from a caller that is inlined
     b.function.attributes.add("noinline")
 
 

@@ -20,6 +20,7 @@ Sources: OCP Microscaling Formats 1.0 (2023); NVFP4: NVIDIA, scales e4m3 for 16 
 import numpy as np
 
 from lockstep.native.kernel import definition, inlined
+from lockstep.native.machine import kept_apart
 from lockstep.native.simd import exponent, maximum, minimum, pow2, rint, where_below
 from lockstep.ops.elementwise.activations import magnitude
 from lockstep.ops.math import ONE, ZERO
@@ -117,6 +118,7 @@ def largest_size(x):
 def quantize_row(x, grid):
     """Rounds a row of float32, in place, to a grid [GRID_WORDS]. Blocks begin at the row's first number; the last one
     may be short."""
+    kept_apart()  # a kernel has it in up to twenty places
     kind = int(grid[KIND])
     if kind == INTEGER:
         for i in range(x.size):
@@ -151,7 +153,8 @@ def quantize_block(x, grid, kind):
     """Rounds one block of a MICROSCALED, NVFP4 or Q8 grid."""
     amax = largest_size(x)
     if amax == INFINITY:
-        x[:] = UNKNOWN
+        for i in range(x.size):
+            x[i] = UNKNOWN
     elif kind == MICROSCALED:
         e = block_exponent(amax, grid[EMAX])
         for i in range(x.size):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from lockstep.native.kernel import inlined, native
-from lockstep.native.machine import float_array
+from lockstep.native.machine import float_array, kept_apart
 from lockstep.native.numbers import carray, float32
 from lockstep.native.simd import lanes, load, max_lanes, maximum, minimum, peek, poke, pow2, rint, store
 from lockstep.ops.elementwise.activations import magnitude
@@ -148,6 +148,7 @@ def quantize_blocks(x, num_values, grid, kind):
 @native
 def quantize_row(x, num_values, grid):
     """Rounds num_values float32 at address x, in place, to the grid at an address, as `grids.quantize_row` does."""
+    kept_apart()  # a kernel has it in up to twenty places
     kind = np.int64(word(grid, KIND))
     if kind == INTEGER:
         parts = word(grid, SCALE), word(grid, INVERSE), word(grid, ZERO_POINT)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lockstep.native.kernel import definition, inlined, kernel
-from lockstep.native.machine import float_array
+from lockstep.native.machine import float_array, kept_apart
 from lockstep.native.numbers import carray
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS, check_pages, k_index, kv_dtype_of, v_index, write_number
 from lockstep.ops.elementwise.rms_norm import rms_norm
@@ -117,22 +117,24 @@ def rounded_head(x_K, norm, rope, pre_negated, grids, H, out_K):
 
     Shapes: x, out [K]; grids [SITES * H, GRID_WORDS] from the head's own first row.
     """
+    kept_apart()  # the kernel needs it for queries and for keys
     cos_2R, sin_2R = rope
     K, R2 = x_K.size, cos_2R.size
-    out_K[:] = x_K
+    for i in range(K):
+        out_K[i] = x_K[i]
     if norm.weight_K.size > 0:
         row = out_K.reshape(1, K)
         rms_norm(row, norm.weight_K, norm.eps, norm.offset, row)
     quantize_row(out_K, grids[NORM * H])
     if R2 > 0:
-        cat_2R, cos_product_2R, sin_product_2R = np.empty(R2, np.float32), out_K[:R2] * cos_2R, np.empty_like(sin_2R)
+        cat_2R, cos_product_2R, sin_product_2R = np.empty_like(sin_2R), np.empty_like(cos_2R), np.empty_like(sin_2R)
         x1_R, x2_R = out_K[: R2 // 2].copy(), out_K[R2 // 2 : R2].copy()
         quantize_row(x1_R, grids[X1 * H])
         quantize_row(x2_R, grids[X2 * H])
         swapped_halves(x1_R, x2_R, pre_negated, cat_2R)
         quantize_row(cat_2R, grids[CAT * H])
         for i in range(R2):
-            sin_product_2R[i] = cat_2R[i] * sin_2R[i]
+            cos_product_2R[i], sin_product_2R[i] = out_K[i] * cos_2R[i], cat_2R[i] * sin_2R[i]
         quantize_row(cos_product_2R, grids[COS * H])
         quantize_row(sin_product_2R, grids[SIN * H])
         for i in range(R2):
@@ -178,7 +180,9 @@ def write_token(a, batch, t):
         quantize_row(out_K, grids[ALL * G])
         for d in range(K):
             write_number(a.k_pages, k_index(page, g, d, position % PAGE_TOKENS, G, K, False), out_K[d], False)
-        out_K[:] = carray(float_array(row + 4 * (a.v_offset + g * K)), (K,))
+        v_K = carray(float_array(row + 4 * (a.v_offset + g * K)), (K,))
+        for d in range(K):
+            out_K[d] = v_K[d]
         quantize_row(out_K, grids_from(a.v_grids, g, G)[0])
         for d in range(K):
             write_number(a.v_pages, v_index(page, g, d, position % PAGE_TOKENS, G, K, False), out_K[d], False)

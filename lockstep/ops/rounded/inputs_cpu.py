@@ -2,8 +2,8 @@
 
 from collections import namedtuple
 
-from lockstep.native.kernel import inlined, variant
-from lockstep.native.machine import stack_memory
+from lockstep.native.kernel import inlined, separate, variant
+from lockstep.native.machine import kept_apart, stack_memory
 from lockstep.native.numbers import float32
 from lockstep.native.simd import peek, poke
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS, k_index, v_index
@@ -74,9 +74,10 @@ def make_cat(a, out, head, memory):
     round_at(memory + SWAPPED, 2 * R, head, CAT)
 
 
-@inlined
+@separate
 def make_head(a, x, head, out, memory):
     """Writes one head of float32 at x, normed and rotated, to out."""
+    kept_apart()  # a kernel needs it for queries and for keys
     K, R2 = a.head_dim, a.rope_dim
     if head.norm != 0:
         norm_row(x, head.norm, K, a.eps, a.norm_offset, out)

@@ -16,7 +16,7 @@ from tests.serve.program import program
 pytest.importorskip("lm_eval")
 TASKS = Path(__file__).with_name("lm_eval_tasks")
 QUESTIONS = [json.loads(line) for line in (TASKS / "questions.jsonl").read_text().splitlines()]
-CASES = [(1, 1), (8, 1), (1, 8), (1, 32), (32, 4)]  # (questions per request, concurrent requests)
+CASES = [(1, 1), (8, 1), (1, 32), (32, 4)]  # (questions per request, concurrent requests)
 
 
 @pytest.fixture(scope="module")

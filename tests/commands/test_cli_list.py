@@ -83,15 +83,17 @@ def test_the_table(home, capsys):
 
 
 def test_models_that_were_run_before(home, capsys):
-    (home / "own").mkdir()
-    shutil.copy(resolve_model(None) / "config.json", home / "own")
-    for name, path in (("a", home / "own"), ("b", home / "gone"), ("c", resolve_model(None))):
+    elsewhere = home / "venv" / "lockstep" / "bundled"  # of another installation
+    for folder in (home / "own", elsewhere):
+        folder.mkdir(parents=True)
+        shutil.copy(resolve_model(None) / "config.json", folder)
+    for name, path in dict(a=home / "own", b=home / "gone", c=resolve_model(None), d=elsewhere).items():
         (home / "lockstep" / "packed" / name).mkdir(parents=True)
         packed_cache.write_about(home / "lockstep" / "packed" / name, dict(model=str(path), target="avx2"))
     rows = listed(capsys)
     assert [name for name, row in rows.items() if row["packed"]] == [None, str(home / "own")]
     assert rows[str(home / "own")]["source"] == "run before" and not rows[str(home / "own")]["runs"]
-    assert str(home / "gone") not in rows
+    assert not {str(home / "gone"), str(elsewhere)} & rows.keys()
 
 
 def test_a_folder_that_cannot_be_read_is_named(home, capsys):

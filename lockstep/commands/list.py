@@ -77,6 +77,8 @@ def found_models(on_error: Callable[[OSError], None]) -> list[tuple[str, FoundMo
     models += [(source, model) for source, found in SOURCES.items() for model in found(on_error)]
     known = {os.path.realpath(model.path) for _, model in models}
     for path in map(Path, packed_paths()):
+        if path.parts[-2:] == bundled.parts[-2:]:  # that of another installation
+            continue
         is_file = os.path.isfile(path)
         if os.path.realpath(path) not in known and (is_file or os.path.isfile(path / "config.json")):
             weights = [path] if is_file else [*path.glob("*.safetensors")]

@@ -270,11 +270,6 @@ class LoadedModel:
         return self._files.checkpoint.content
 
     @property
-    def num_bytes_not_kept(self) -> int:
-        """Bytes of packed weights that could not be written to the cache folder: the next start packs them again."""
-        return self._store.num_bytes_not_kept
-
-    @property
     def max_context(self) -> int:
         """The most tokens that a prompt and its answer may have together."""
         return self.model.max_context

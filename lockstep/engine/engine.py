@@ -23,6 +23,7 @@ from lockstep.engine.answer_tokens import append_token, resume_all
 from lockstep.engine.cache.prefix_options import prefix_cache_maker
 from lockstep.engine.cache.size import num_pages, page_groups
 from lockstep.engine.embedding import Pool
+from lockstep.engine.leaves import Leaves
 from lockstep.engine.model import Model
 from lockstep.engine.options import DEFAULTS, EngineOptions
 from lockstep.engine.preparation import prepare
@@ -51,12 +52,14 @@ PROMPT_ROWS = 64  # rows of a step that may report log-probabilities of prompts;
 
 
 class Planned(NamedTuple):
-    """What a request does in a step: how many of its known tokens are computed, and which drafts after them."""
+    """What a request does in a step: how many of its known tokens are computed, and which drafts after them. Its hidden
+    states are wanted where the span embeds rows: for its Pool, for its leaves, or (is_observed) for the Drafter."""
 
     request: Request
     num_tokens: int
     drafts: Drafts
     span: Span
+    is_observed: bool
 
 
 class Engine:
@@ -137,6 +140,7 @@ class Engine:
         prediction: Iterable[SupportsIndex] = (),
         output_ids: Iterable[Any] = (),
         recompute_logprobs: bool = True,
+        receipt: bool = False,
     ) -> list[Request]:
         """The Requests of a prompt's samples, not queued yet. Any thread may call this. ValueError if they cannot run.
 
@@ -148,6 +152,7 @@ class Engine:
         answer they end has ended, or ends when their log-probabilities are computed; NotItsAnswer (a ValueError) for
         tokens that cannot be the beginning of its answer. A logits_mask is called for each of them here.
         recompute_logprobs: whether their log-probabilities are computed anew; else they are NaN, and need no rows.
+        receipt: whether to keep what a receipt of each answer binds, in `Request.leaves`; then they are computed, too.
         """
         prompt_ids, predicted = token_list(prompt_ids), token_list(prediction, "prediction")
         check(self.model, self.new_detokenizer is not None, prompt_ids, params, priority, cache_salt, predicted)
@@ -157,7 +162,11 @@ class Engine:
             for p in samples(params)
         ]
         vocab_size = self.model.config.vocab_size
-        resume_all(requests, output_ids, self.eos_ids, self.new_detokenizer, vocab_size, recompute_logprobs)
+        recomputes = recompute_logprobs or receipt
+        resume_all(requests, output_ids, self.eos_ids, self.new_detokenizer, vocab_size, recomputes)
+        if receipt and params.pooling is None:
+            for request in requests:
+                request.leaves = Leaves()
         if params.pooling is not None:
             requests[0].pool = Pool(params.pooling, len(prompt_ids))
         self.scheduler.check(requests[0])
@@ -199,21 +208,25 @@ class Engine:
                 row = self._take_sampled(planned, row, tokens, logprobs)
             else:
                 self._take_hidden(request, request.pool, planned.span, hidden_row)
-            is_unsettled = request.num_lent or planned.span.embedded
+            if request.leaves is not None:
+                hidden = self.runner.hidden(hidden_row, len(planned.span.embedded))
+                request.leaves.take(request, planned.span, hidden)
+            is_unsettled = request.num_lent or planned.is_observed
             if is_unsettled and self.drafter and request.finish_reason is None:
-                self._settle_drafts(self.drafter, planned.span, request, hidden_row)
+                self._settle_drafts(self.drafter, planned, hidden_row)
             hidden_row += len(planned.span.embedded)
         if self.drafter and not self.drafter.is_untimed:
             num_drafts = sum(len(planned.drafts) for planned in plan)
             self.drafter.time([planned.num_tokens for planned in plan], num_drafts, time.perf_counter() - began)
         return changed
 
-    def _settle_drafts(self, drafter: Drafter, span: Span, request: Request, row: int) -> None:
+    def _settle_drafts(self, drafter: Drafter, planned: Planned, row: int) -> None:
         """Takes back the pages that were lent to wrong drafts, and gives the Drafter the hidden states of the span's
         tokens that are now known, the first of which is embedded row `row` of the step."""
+        request, start = planned.request, planned.span.start
         self.scheduler.settle(request)
-        if span.embedded and request.pool is None:
-            drafter.observe(request, span.start, self.runner.hidden(row, request.num_computed - span.start))
+        if planned.is_observed:
+            drafter.observe(request, start, self.runner.hidden(row, request.num_computed - start))
 
     def _prepare(self) -> tuple[list[Planned], list[Request]]:
         """The plan of the next step, and the requests that failed while it was made."""
@@ -223,28 +236,32 @@ class Engine:
         for request, num_tokens in scheduled:
             try:
                 if request.finish_reason is None:
-                    drafts = drafts_of.get(request, Drafts())
-                    plan.append(Planned(request, num_tokens, drafts, self._span(request, num_tokens, drafts)))
+                    plan.append(self._planned(request, num_tokens, drafts_of.get(request, Drafts())))
             except Refused as error:
                 failed.append(self.fail(request, error))
         # a logits_mask is a caller's function, which may have cancelled requests meanwhile
         return [each for each in plan if each.request.finish_reason is None], failed
 
-    def _span(self, request: Request, num_tokens: int, drafts: Drafts) -> Span:
-        """The Span of a request's next tokens and of drafts after them; cuts the drafts where its logits_mask ends."""
+    def _planned(self, request: Request, num_tokens: int, drafts: Drafts) -> Planned:
+        """A request's next tokens and drafts after them, which are cut where its logits_mask ends."""
         start, end = request.num_computed, request.num_computed + num_tokens
         sampled = sampled_rows(request, start, end, self.eos_ids, self.model.config.vocab_size, drafts.tokens)
-        embedded = request.pool.rows(start, end) if request.pool is not None else ()
         if drafts and len(sampled) <= len(drafts):  # the logits_mask ends before the last draft
             drafts.cut(len(sampled) - 1)
             self.scheduler.settle(request, num_tokens + len(drafts))
         token_ids = request.token_ids(start, end) + drafts.tokens
-        if self.drafter and self.drafter.may_need_hidden and self.drafter.wants_hidden(request):
-            embedded = range(len(token_ids))
+        drafter, embedded, is_observed = self.drafter, (), False
+        if drafter and drafter.may_need_hidden and drafter.wants_hidden(request):
+            embedded, is_observed = range(len(token_ids)), True
+        elif request.pool is not None:
+            embedded = request.pool.rows(start, end)
+        elif request.leaves is not None:
+            embedded = tuple(sampled)
         for held in request.pages:
             assert start + len(token_ids) <= held.end * PAGE_TOKENS, (start, len(token_ids), request.pages)
         counts = dict(num_drafts=len(drafts), num_pending=request.num_pending)
-        return Span(token_ids, start, request.pages, request.running_slot, sampled, embedded, **counts)
+        span = Span(token_ids, start, request.pages, request.running_slot, sampled, embedded, **counts)
+        return Planned(request, num_tokens, drafts, span, is_observed)
 
     def _take_sampled(self, planned: Planned, row: int, tokens: np.ndarray, logprobs: np.ndarray) -> int:
         """Takes in the sampled rows of a span, from row `row` of the step on; returns the row after them."""

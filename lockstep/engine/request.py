@@ -10,6 +10,7 @@ from typing import Any, SupportsIndex
 from lockstep.engine.answer_text import AnswerText
 from lockstep.engine.cache.pages import Held
 from lockstep.engine.embedding import POOLINGS, Pool
+from lockstep.engine.leaves import Leaves
 from lockstep.engine.sampling import Adjustment, adjusts
 from lockstep.engine.speculation.acceptance import Acceptance
 from lockstep.engine.speculation.lookup import Lookup, Prediction
@@ -231,6 +232,7 @@ class Request:
     adjustment: Adjustment | None = None  # made for the first row whose logits are changed
     answer: AnswerText | None = None  # made with the first token, where there is a tokenizer
     pool: Pool | None = None  # where the prompt's embedding is wanted
+    leaves: Leaves | None = None  # where a receipt of the answer is wanted
     num_computed: int = 0  # known tokens whose keys, values and states are in the cache
     pages: list[Held] = field(default_factory=list)  # of each group, while it runs
     slot: int | None = None  # of recurrent state, while it runs

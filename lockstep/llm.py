@@ -17,6 +17,7 @@ from lockstep.completion import (
     prompt_list,
     run_all,
 )
+from lockstep.engine.embedding import Pool
 from lockstep.engine.request import SamplingParams, check_params, check_single
 from lockstep.loading import LoadedModel
 from lockstep.progress import OnProgress
@@ -295,7 +296,7 @@ class LLM(LoadedModel):
         error = next((stream.request.error for streams in ended for stream in streams if stream.request.error), None)
         if error is not None:
             raise ValueError(error)
-        rows = [pool.embedding(normalize) for streams in ended if (pool := streams[0].request.pool) is not None]
+        rows = [pool.embedding(normalize) for streams in ended if isinstance(pool := streams[0].request.pool, Pool)]
         return np.stack(rows) if rows else np.zeros((0, self.hidden_size), np.float32)
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ ORDER = (
     "constrained",
     "loading",
     "completion",
+    "receipts",
     "engine",
     "text",
     "models",

@@ -287,7 +287,11 @@ class AsyncEngine:
             self.engine.make(prompt_ids, params, output_ids=given, **options)
             for (prompt_ids, params), given in zip(prompts, output_ids or itertools.repeat(()), strict=False)
         ]
-        streams = [TokenStream(self, request) for requests in requests_of for request in requests]
+        return self.submit_made([request for requests in requests_of for request in requests])
+
+    def submit_made(self, requests: Iterable[Request]) -> list[TokenStream]:
+        """Queues requests that the Engine has made; returns their TokenStreams, in order."""
+        streams = [TokenStream(self, request) for request in requests]
         self.send("submit", *[stream for stream in streams if stream.request.finish_reason is None])
         for stream in streams:
             if stream.request.finish_reason is not None:

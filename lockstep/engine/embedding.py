@@ -1,14 +1,45 @@
-"""Embeddings: a prompt's last hidden states, after the final norm, become one vector."""
+"""Requests that choose no token: a Reader takes in their last hidden states, after the final norm. A Pool makes an
+embedding of them."""
 
 import math
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
 POOLINGS = ("last", "mean")
 
 
+class Reader(Protocol):
+    """Takes in the hidden states of a request's tokens as steps compute them. A preempted request computes its tokens
+    again, but gives each state once."""
+
+    @property
+    def needs_only_last(self) -> bool:
+        """Whether the hidden state of the last token is the only one that is still needed."""
+        ...
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all hidden states that were taken in are finite; if not, the request fails at its end."""
+        ...
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no further hidden state is of use, so that the request can end before its last token."""
+        ...
+
+    def rows(self, start: int, end: int) -> Sequence[int]:
+        """The rows of a step on tokens start .. end whose hidden states are needed, counted from start."""
+        ...
+
+    def take(self, hidden_ED: np.ndarray) -> None:
+        """Takes in the hidden states of the rows that `rows` gave: float32 [E, D]."""
+        ...
+
+
 class Pool:
-    """Takes in the hidden states of a prompt as steps compute them.
+    """A Reader that makes one vector of a prompt's hidden states.
 
     pooling: "last": the hidden state of the last token; "mean": the mean over all tokens, summed in float64 in the
     order of their positions; all tokens are computed, since the prefix cache has no hidden states. Neither depends on
@@ -28,6 +59,11 @@ class Pool:
     def is_finite(self) -> bool:
         """Whether all hidden states that were taken in are finite."""
         return bool(np.isfinite(self._sum).all())
+
+    @property
+    def has_ended(self) -> bool:
+        """Never: each pooling needs the last token."""
+        return False
 
     def rows(self, start: int, end: int) -> range:
         """The rows of a step on tokens start .. end whose hidden states are needed, counted from start."""

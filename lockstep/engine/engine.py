@@ -22,7 +22,7 @@ from lockstep.engine.answer_text import Detokenizer
 from lockstep.engine.answer_tokens import append_token, resume_all
 from lockstep.engine.cache.prefix_options import prefix_cache_maker
 from lockstep.engine.cache.size import num_pages, page_groups
-from lockstep.engine.embedding import Pool
+from lockstep.engine.embedding import Pool, Reader
 from lockstep.engine.leaves import Leaves
 from lockstep.engine.model import Model
 from lockstep.engine.options import DEFAULTS, EngineOptions
@@ -125,11 +125,15 @@ class Engine:
     def add_samples(self, prompt_ids: Iterable[SupportsIndex], params: SamplingParams, **options: Any) -> list[Request]:
         """Queues the `params.n` samples of a prompt, which share its pages; returns their Requests."""
         requests = self.make(prompt_ids, params, **options)
+        self.queue(*requests)
+        return requests
+
+    def queue(self, *requests: Request) -> None:
+        """Queues requests that were made here, but for those that have ended already."""
         with self._lock:
             for request in requests:
                 if request.finish_reason is None:
                     self.scheduler.add(request)
-        return requests
 
     def make(
         self,
@@ -169,9 +173,22 @@ class Engine:
                 request.leaves = Leaves()
         if params.pooling is not None:
             requests[0].pool = Pool(params.pooling, len(prompt_ids))
+        return self._checked(requests)
+
+    def make_reading(self, token_ids: list[int], reader: Reader, cache_salt: str = "") -> Request:
+        """A request that computes the hidden states of known tokens for a Reader, and chooses none; not queued yet. It
+        ends as an embedding does. ValueError if it cannot run."""
+        params = SamplingParams(pooling="last")
+        known = dict(priority=0, cache_salt=cache_salt, prediction=())
+        check(self.model, self.new_detokenizer is not None, token_ids, params, **known)
+        request = Request(next(self._ids), token_ids, params, pool=reader, cache_salt=cache_salt)
+        return self._checked([request])[0]
+
+    def _checked(self, requests: list[Request]) -> list[Request]:
+        """The samples of a prompt, with the names of its blocks. ValueError if they can never run."""
         self.scheduler.check(requests[0])
         if self.scheduler.prefix:  # here, so that a long prompt is hashed in the thread of its client
-            names = self.scheduler.prefix.names(requests[0], len(prompt_ids) // PAGE_TOKENS)
+            names = self.scheduler.prefix.names(requests[0], len(requests[0].prompt_ids) // PAGE_TOKENS)
             for request in requests:
                 request.prefix.block_names = list(names)
         return requests
@@ -307,11 +324,11 @@ class Engine:
         self.num_accepted += request.num_accepted - before
         drafter.note(request, drafts, request.num_accepted - before)
 
-    def _take_hidden(self, request: Request, pool: Pool, span: Span, row: int) -> None:
-        """Pools the hidden states of a span's embedded rows, from embedded row `row` of the step on; ends the request
-        with the last token of its prompt."""
+    def _take_hidden(self, request: Request, pool: Reader, span: Span, row: int) -> None:
+        """Gives a Reader the hidden states of a span's embedded rows, from embedded row `row` of the step on; ends the
+        request with its last token, or before it where the Reader has seen enough."""
         pool.take(self.runner.hidden(row, len(span.embedded)))
-        if request.num_left == 0 and pool.is_finite:
+        if pool.is_finite and (request.num_left == 0 or pool.has_ended):
             self.finish(request, "embedded")
         elif request.num_left == 0:
             self._fail_not_finite(request, "hidden states")
@@ -355,21 +372,9 @@ class Engine:
     def counts(self) -> dict[str, int]:
         """Counts of events so far, and of requests and pages now, for reports and metrics: {name: number}. Any thread
         may call this."""
-        scheduler, pages, prefix = self.scheduler, self.scheduler.pages, self.scheduler.prefix
-        counts = dict(
-            running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
-            preempted=scheduler.num_preempted,
-            pages=pages.num_pages,
-            pages_free=pages.num_free - pages.num_idle,
-            pages_idle=pages.num_idle,
-            pages_evicted=pages.num_evicted,
-            generated_tokens=self.num_generated,
-            drafts=self.num_drafted,
-            accepted_drafts=self.num_accepted,
-            not_finite=self.num_not_finite,
-        )
-        return counts | (prefix.report() if prefix else {})
+        drafts = dict(drafts=self.num_drafted, accepted_drafts=self.num_accepted)
+        tokens = dict(generated_tokens=self.num_generated, not_finite=self.num_not_finite)
+        return self.scheduler.counts() | tokens | drafts
 
     def draft_counts(self) -> dict[str, DraftCounts]:
         """How many drafts were computed, and how many were right, by source. Any thread may call this."""

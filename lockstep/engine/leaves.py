@@ -22,7 +22,7 @@ _TOKEN = struct.Struct("<If")
 
 def leaf(token: int, logprob: float, hidden_D: np.ndarray) -> bytes:
     """The leaf of one token. logprob: a float32, as a Python number. hidden_D: float32 [D], contiguous."""
-    return _TOKEN.pack(token, logprob) + hashlib.sha256(hidden_D).digest()
+    return _TOKEN.pack(token, logprob) + hashlib.sha256(hidden_D.data).digest()
 
 
 class Leaves:

@@ -9,7 +9,7 @@ from typing import Any, SupportsIndex
 
 from lockstep.engine.answer_text import AnswerText
 from lockstep.engine.cache.pages import Held
-from lockstep.engine.embedding import POOLINGS, Pool
+from lockstep.engine.embedding import POOLINGS, Reader
 from lockstep.engine.leaves import Leaves
 from lockstep.engine.sampling import Adjustment, adjusts
 from lockstep.engine.speculation.acceptance import Acceptance
@@ -231,7 +231,7 @@ class Request:
     prompt_top_logprobs: list[dict[int, float]] = field(default_factory=list)
     adjustment: Adjustment | None = None  # made for the first row whose logits are changed
     answer: AnswerText | None = None  # made with the first token, where there is a tokenizer
-    pool: Pool | None = None  # where the prompt's embedding is wanted
+    pool: Reader | None = None  # where its hidden states are wanted, and no answer
     leaves: Leaves | None = None  # where a receipt of the answer is wanted
     num_computed: int = 0  # known tokens whose keys, values and states are in the cache
     pages: list[Held] = field(default_factory=list)  # of each group, while it runs

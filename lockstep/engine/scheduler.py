@@ -129,6 +129,20 @@ class Scheduler:
         num_tokens = min(request.num_left, budget)
         return self.prefix.cut(request, num_tokens) if self.prefix else num_tokens
 
+    def counts(self) -> dict[str, int]:
+        """Counts of events so far, and of requests and pages now: {name: number}."""
+        pages = self.pages
+        counts = dict(
+            running=len(self.running),
+            waiting=len(self.waiting),
+            preempted=self.num_preempted,
+            pages=pages.num_pages,
+            pages_free=pages.num_free - pages.num_idle,
+            pages_idle=pages.num_idle,
+            pages_evicted=pages.num_evicted,
+        )
+        return counts | (self.prefix.report() if self.prefix else {})
+
     # ------------------------------------------------------------ memory
 
     def _admit(self) -> None:

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from starlette.routing import Route
 
+from lockstep.engine.embedding import Pool
 from lockstep.engine.request import SamplingParams
 from lockstep.serve.answers.json_response import Parts
 from lockstep.serve.answers.sse import json_answer
@@ -71,7 +72,7 @@ def _answer(generation: Generation, fields):
     """The response object, whose vectors are made one by one."""
     requests = generation.requests
     encoded = _as_base64 if fields.encoding_format == "base64" else lambda vector: vector.tolist()
-    pools = [request.pool for request in requests if request.pool is not None]
+    pools = [request.pool for request in requests if isinstance(request.pool, Pool)]
     vectors = [pool.embedding(fields.normalize is not False) for pool in pools]
     data = ([dict(object="embedding", index=i, embedding=encoded(vector))] for i, vector in enumerate(vectors))
     count = sum(len(request.prompt_ids) for request in requests)

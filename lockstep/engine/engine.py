@@ -12,7 +12,7 @@ import functools
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
@@ -143,6 +143,7 @@ class Engine:
         cache_salt: str = "",
         prediction: Iterable[SupportsIndex] = (),
         output_ids: Iterable[Any] = (),
+        *,
         recompute_logprobs: bool = True,
         receipt: bool = False,
     ) -> list[Request]:
@@ -169,8 +170,8 @@ class Engine:
         recomputes = recompute_logprobs or receipt
         resume_all(requests, output_ids, self.eos_ids, self.new_detokenizer, vocab_size, recomputes)
         if receipt and params.pooling is None:
-            for request in requests:
-                request.leaves = Leaves()
+            for each in requests:
+                each.leaves = Leaves()
         if params.pooling is not None:
             requests[0].pool = Pool(params.pooling, len(prompt_ids))
         return self._checked(requests)
@@ -179,8 +180,7 @@ class Engine:
         """A request that computes the hidden states of known tokens for a Reader, and chooses none; not queued yet. It
         ends as an embedding does. ValueError if it cannot run."""
         params = SamplingParams(pooling="last")
-        known = dict(priority=0, cache_salt=cache_salt, prediction=())
-        check(self.model, self.new_detokenizer is not None, token_ids, params, **known)
+        check(self.model, True, token_ids, params, priority=0, cache_salt=cache_salt, prediction=())
         request = Request(next(self._ids), token_ids, params, pool=reader, cache_salt=cache_salt)
         return self._checked([request])[0]
 
@@ -267,7 +267,8 @@ class Engine:
             drafts.cut(len(sampled) - 1)
             self.scheduler.settle(request, num_tokens + len(drafts))
         token_ids = request.token_ids(start, end) + drafts.tokens
-        drafter, embedded, is_observed = self.drafter, (), False
+        drafter, is_observed = self.drafter, False
+        embedded: Sequence[int] = ()
         if drafter and drafter.may_need_hidden and drafter.wants_hidden(request):
             embedded, is_observed = range(len(token_ids)), True
         elif request.pool is not None:

@@ -95,11 +95,9 @@ class Replay:
         at = self._of.first_row + self._num_taken
         records = self._records.of(at, len(hidden_ED))
         tokens, logprobs = self._head.run(hidden_ED[: len(records)], records)
-        for row, (hidden_D, token, logprob) in enumerate(
-            zip(hidden_ED, tokens.tolist(), logprobs.tolist(), strict=False)
-        ):
+        for row, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist(), strict=True)):
             if self.mismatch is None:
-                self._take_row(at + row, row, hidden_D, token, logprob)
+                self._take_row(at + row, row, hidden_ED[row], token, logprob)
         if self.mismatch is None and self._records.refused is not None:
             position = at + len(records) - len(self._of.prompt_ids) + 1
             self.mismatch = Mismatch("form", position, reason=str(self._records.refused))

@@ -2,9 +2,9 @@
 
     python -m tests.receipts.speed [--shape qwen3-0.6b] [--weights q8_0] [--parts serve,verify] [--rounds 7]
 
-serve: 8 and 32 requests with receipts against the same without, in turns: the ratio of the seconds. verify: a replay of
-an answer of 512 + 256 and of 128 + 1024 tokens, greedy and sampled, against a plain prefill of the same tokens, in turns,
-and against generating the answer alone; and how much memory verification took. Give the process a quiet machine.
+serve: 8 and 32 requests with receipts against the same without, in turns: the ratio of the seconds. verify: a replay
+of an answer of 512 + 256 and of 128 + 1024 tokens, greedy and sampled, against a plain prefill of the same tokens, in
+turns, and against generating the answer alone; and how much memory verification took.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def serve(model, rounds):
         params = SamplingParams(max_tokens=TOKENS, ignore_eos=True, **SAMPLED)
         with contextlib.closing(Engine(model, options)) as engine:
 
-            def made(receipt, engine=engine, num_requests=num_requests):
+            def made(receipt, engine=engine, num_requests=num_requests, params=params):
                 for number in range(num_requests):
                     engine.queue(*engine.make(draw(model, PROMPT, number), params, receipt=receipt))
                 run(engine)

@@ -119,7 +119,7 @@ audit: $(DEV)/.installed
 		echo "$$lock"; $(DEV)/$(AUDIT) --require-hashes -r $$lock || exit 1; done
 	@echo "the lowest versions that pyproject.toml allows"
 	@$(DEV)/bin/uv pip compile --quiet --python-version 3.11 --resolution lowest-direct --no-header --extra test \
-		--extra plot pyproject.toml -o $(DEV)/lowest.txt
+		--extra plot --extra receipts pyproject.toml -o $(DEV)/lowest.txt
 	@$(DEV)/$(AUDIT) --no-deps -r $(DEV)/lowest.txt
 
 clean:

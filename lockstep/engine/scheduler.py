@@ -49,12 +49,17 @@ class Scheduler:
         self.num_preempted = 0
         self.free_slots = list(range(limits.max_requests - 1, -1, -1))
 
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens of a request for which there are pages."""
+        return self.limits.num_pages * PAGE_TOKENS
+
     def check(self, request: Request) -> None:
         """ValueError for a request that could never run."""
         if any(group.needed(request.max_num_tokens) > group.num_pages for group in self.pages.groups):
             raise ValueError(
                 f"prompt of {len(request.prompt_ids)} tokens and max_tokens {request.params.max_tokens}: "
-                f"the KV cache holds {self.limits.num_pages * PAGE_TOKENS} tokens in all"
+                f"the KV cache holds {self.most_tokens} tokens in all"
             )
 
     def add(self, request: Request) -> None:

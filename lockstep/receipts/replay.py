@@ -17,9 +17,8 @@ from lockstep.engine.request import SamplingParams, sample_seed
 from lockstep.engine.sampling import Adjustment, adjusts
 from lockstep.receipts.head_blocks import HeadBlocks
 from lockstep.receipts.merkle import leaf_hash
+from lockstep.receipts.statement import TAG_BYTES
 from lockstep.text.speculative_mask import SpeculativeMask
-
-TAG_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,12 @@ class Replayed:
     def token_ids(self) -> list[int]:
         """The tokens to compute: all but the last of the answer, after which no row follows."""
         return self.prompt_ids + self.output_ids[:-1]
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows are needed: none for an answer without tokens, unless the prompt was reported."""
+        num_prompt = len(self.prompt_ids) - 1 if self.params.prompt_logprobs is not None else 0
+        return num_prompt + len(self.output_ids)
 
     @property
     def first_row(self) -> int:

@@ -47,7 +47,7 @@ class GrammarMask(SpeculativeMask):
     Each sample has a matcher that advances with its output: one of `matchers`, or a new one from new_matcher. The
     returned array is overwritten by the next call. num_words: uint32 words of a mask. trigger, after, once: see
     `structured.Grammars.mask`. may_draft: whether compiling takes so little that reading drafts, which may make it
-    necessary to compile again, is allowed.
+    necessary to compile again, is allowed. grammar: the text of it, from which a receipt makes the mask again.
     """
 
     def __init__(
@@ -59,9 +59,10 @@ class GrammarMask(SpeculativeMask):
         after: int | None = None,
         once: bool = False,
         may_draft: bool = True,
+        grammar: str = "",
     ) -> None:
-        self._unused, self._new_matcher, self._trigger, self._after = matchers, new_matcher, trigger, after
-        self._once, self._may_draft = once, may_draft
+        self.grammar, self.trigger, self.after, self.once = grammar, trigger, after, once
+        self._unused, self._new_matcher, self._may_draft = matchers, new_matcher, may_draft
         self._words = np.zeros(num_words, np.uint32)
         self._samples: OrderedDict[int, Sample] = OrderedDict()
 
@@ -98,7 +99,7 @@ class GrammarMask(SpeculativeMask):
 
     def num_allowed(self, output_ids: list[int], drafts: Sequence[int]) -> int:
         sample = self._up_to_date(self._sample(output_ids))
-        if self._trigger is None and sample.matcher is not None and sample.may_draft:
+        if self.trigger is None and sample.matcher is not None and sample.may_draft:
             return sample.matcher.validate_tokens(list(drafts))
         return sum(1 for _ in self._followed(sample, drafts))
 
@@ -107,8 +108,8 @@ class GrammarMask(SpeculativeMask):
         sample = self._samples.get(id(output_ids))
         if sample is None or sample.num_read > len(output_ids):
             compiled = self._unused.pop() if self._unused else self._new_matcher()
-            matcher = compiled if self._trigger is None else None
-            sample = Sample(output_ids, compiled, matcher, self._after is None, may_draft=self._may_draft)
+            matcher = compiled if self.trigger is None else None
+            sample = Sample(output_ids, compiled, matcher, self.after is None, may_draft=self._may_draft)
             self._samples[id(output_ids)] = sample
             if len(self._samples) > MAX_SAMPLES:
                 self._samples.popitem(last=False)
@@ -132,21 +133,21 @@ class GrammarMask(SpeculativeMask):
                 check(sample.matcher)
             if self._is_over(sample.matcher):
                 sample.matcher = None
-        elif token == self._after:
+        elif token == self.after:
             sample.armed = True
-        elif token == self._trigger and sample.armed:
+        elif token == self.trigger and sample.armed:
             sample.matcher = sample.compiled.deep_copy()
 
     def _is_over(self, matcher: llguidance.LLMatcher) -> bool:
         """Whether a grammar that the trigger started is complete, so that every token is allowed again."""
-        return self._trigger is not None and not self._once and matcher.is_stopped()
+        return self.trigger is not None and not self.once and matcher.is_stopped()
 
     def _begin_again(self, sample: Sample) -> None:
         """Compiles the grammar again and reads the output without any drafts, so that limits are reached exactly where
         they would be without speculation. From now on this sample has no drafts: it is compiled again once at most."""
         sample.compiled, output = self._new_matcher(), sample.output_ids[: sample.num_read]
-        sample.matcher = sample.compiled if self._trigger is None else None
-        sample.armed, sample.num_read, sample.has_read_drafts = self._after is None, 0, False
+        sample.matcher = sample.compiled if self.trigger is None else None
+        sample.armed, sample.num_read, sample.has_read_drafts = self.after is None, 0, False
         sample.may_draft = False
         for token in output:
             self._mask(sample)
@@ -166,9 +167,9 @@ class GrammarMask(SpeculativeMask):
                         return
                     num_to_forget += matcher is sample.matcher
                     matcher = None if self._is_over(matcher) else matcher
-                elif token == self._after:
+                elif token == self.after:
                     armed = True
-                elif token == self._trigger and armed:
+                elif token == self.trigger and armed:
                     matcher = sample.compiled.deep_copy()
                 yield matcher
         finally:

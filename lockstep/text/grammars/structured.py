@@ -178,7 +178,9 @@ class Grammars:
         # drafts may make it necessary to compile again, and the engine's thread would wait for a slow grammar
         may_draft = self._costs.cost(grammar, QUICK_SECONDS, COMPILE_BYTES) is not None
         new_matcher = functools.partial(self._compile_in_pool, grammar)
-        return GrammarMask(matchers, new_matcher, self.num_words, trigger, after, once, may_draft)
+        return GrammarMask(
+            matchers, new_matcher, self.num_words, trigger, after, once, may_draft=may_draft, grammar=grammar
+        )
 
     def check(self, grammar: str) -> None:
         """ValueError for a grammar that `mask` would refuse."""

@@ -12,7 +12,7 @@ from lockstep.engine.request import Request
 from lockstep.engine.sampling import Refused
 from lockstep.serve.errors import not_generated
 from lockstep.serve.fields.prompts import shortened
-from lockstep.serve.token_masks import TokenMask
+from lockstep.text.token_masks import TokenMask
 from tests.serve.chatting import HELLO
 from tests.serve.server import running
 

@@ -8,9 +8,9 @@ import pytest
 
 from lockstep.engine.request import SamplingParams
 from lockstep.engine.sampling import Adjustment, Refused
-from lockstep.serve.token_masks import TokenMask, UntilComplete
 from lockstep.text.grammars import matchers, structured
 from lockstep.text.grammars.mask import GrammarMask
+from lockstep.text.token_masks import TokenMask, UntilComplete
 from tests.text.grammar_cases import GRAMMARS, PERSON, TOKENIZERS, allowed
 
 TEXTS = dict(
@@ -21,6 +21,7 @@ TEXTS = dict(
 )
 KIND = "byte_level"
 TOKENIZER, NEW = TOKENIZERS[KIND], GRAMMARS[KIND].mask
+VOCABULARY = TOKENIZER.vocab_size + 5
 END = min(TOKENIZER.eos_ids)
 
 
@@ -159,7 +160,7 @@ def test_a_limit_that_only_drafts_reach_ends_no_answer(monkeypatch, most_states)
 def test_a_grammar_that_takes_long_to_compile_has_no_drafts():
     drafts, ids = ids_of("left"), []
     matcher = NEW(TEXTS["sides"])._unused[0]  # noqa: SLF001
-    slow = GrammarMask([matcher], lambda: None, -(-Holder.vocab_size // 32), may_draft=False)
+    slow = GrammarMask([matcher], lambda: None, -(-VOCABULARY // 32), may_draft=False)
     assert slow.forced(ids, []) == slow.forced(ids, drafts[:1]) == [] and slow.num_allowed(ids, drafts) == 0
     assert rows(slow, ids, drafts) == alone(lambda: NEW(TEXTS["sides"]), [])
 
@@ -167,20 +168,11 @@ def test_a_grammar_that_takes_long_to_compile_has_no_drafts():
 # ---------------------------------------------------------------- masks around masks
 
 
-class Holder:
-    """The attributes of an LLM that UntilComplete reads."""
-
-    vocab_size = TOKENIZER.vocab_size + 5
-
-    class engine:
-        eos_ids = frozenset({END})
-
-
 def wrapped(name):
     """A grammar without some tokens, and words that are left out."""
     words = [ids_of("ab"), ids_of("b, "), [ids_of("t")[0]]]
-    inner = TokenMask(Holder.vocab_size, None, words, NEW(TEXTS[name]), [END])
-    return UntilComplete(inner, Holder)
+    inner = TokenMask(VOCABULARY, None, words, NEW(TEXTS[name]), [END])
+    return UntilComplete(inner, VOCABULARY, {END})
 
 
 @pytest.mark.parametrize("name", ["words", "sides"])
@@ -199,10 +191,10 @@ def test_masks_around_a_grammar_say_the_same_of_drafts(name):
 def test_words_that_are_left_out_end_drafts():
     a, b = ids_of("ab")
     for other in (None, NEW(TEXTS["words"])):
-        mask = TokenMask(Holder.vocab_size, None, [[a, b]], other, [END])
+        mask = TokenMask(VOCABULARY, None, [[a, b]], other, [END])
         assert mask.num_allowed([], [a, a, b, a]) == 2 and mask.num_allowed([a], [b]) == 0
         assert b not in rows(mask, [], [a, a])[2]
-    assert TokenMask(Holder.vocab_size, [a], []).forced([], [a]) == []
+    assert TokenMask(VOCABULARY, [a], []).forced([], [a]) == []
 
 
 # ---------------------------------------------------------------- the rows of a request
@@ -218,11 +210,11 @@ def mask_of(fields, adjustment_words):
 
 def adjustment(mask, **options):
     params = SamplingParams(logits_mask=mask, max_tokens=20, **options)
-    return Adjustment([1, 2], params, frozenset({END}), Holder.vocab_size)
+    return Adjustment([1, 2], params, frozenset({END}), VOCABULARY)
 
 
 def test_each_row_has_a_mask_and_a_ban_of_its_own():
-    number = -(-Holder.vocab_size // 32)
+    number = -(-VOCABULARY // 32)
     made = adjustment(NEW(TEXTS["sides"]), min_tokens=5)
     left = ids_of("left")
     found = made.rows([], left)
@@ -234,7 +226,7 @@ def test_each_row_has_a_mask_and_a_ban_of_its_own():
 
 
 def test_rows_end_where_a_mask_does_not_go_on():
-    number = -(-Holder.vocab_size // 32)
+    number = -(-VOCABULARY // 32)
     made = adjustment(NEW(TEXTS["sides"]))
     found = made.rows([], ids_of("leX"))
     assert len(found) == 3 and mask_of(found[2], number) == alone(lambda: NEW(TEXTS["sides"]), ids_of("le"))[-1]

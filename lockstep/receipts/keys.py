@@ -1,0 +1,144 @@
+"""Ed25519 keys (RFC 8032), which sign receipts. They need the package `cryptography`, the extra "receipts".
+
+A signing key is a PEM file (PKCS #8) as `openssl genpkey -algorithm ed25519` makes it, its public key another (SPKI).
+Ed25519 draws no random numbers: the same receipt has the same signature.
+"""
+
+import functools
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lockstep.receipts.errors import ReceiptError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+MAX_KEY_BYTES = 16 << 10
+BEGIN_PUBLIC = "-----BEGIN PUBLIC KEY-----"
+
+
+@dataclass(frozen=True)
+class PublicKey:
+    """A key that tells whether a signature is its owner's."""
+
+    key: "Ed25519PublicKey"
+
+    @functools.cached_property
+    def raw(self) -> bytes:
+        """Its 32 bytes."""
+        return self.key.public_bytes_raw()
+
+    @property
+    def id(self) -> str:
+        """The first 16 hexadecimal digits of SHA-256 of its 32 bytes."""
+        return hashlib.sha256(self.raw).hexdigest()[:16]
+
+    @property
+    def pem(self) -> str:
+        """Its PEM text."""
+        encoding = _serialization()
+        return self.key.public_bytes(encoding.Encoding.PEM, encoding.PublicFormat.SubjectPublicKeyInfo).decode("ascii")
+
+    def is_signature(self, signature: bytes, message: bytes) -> bool:
+        """Whether its owner made a signature of a message."""
+        from cryptography.exceptions import InvalidSignature
+
+        try:
+            self.key.verify(signature, message)
+        except InvalidSignature:
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class SigningKey:
+    """A key that signs."""
+
+    key: "Ed25519PrivateKey"
+
+    @functools.cached_property
+    def public(self) -> PublicKey:
+        """Its public key."""
+        return PublicKey(self.key.public_key())
+
+    def sign(self, message: bytes) -> bytes:
+        """The signature of a message, 64 bytes."""
+        return self.key.sign(message)
+
+
+def load_signing_key(path: str | os.PathLike[str]) -> SigningKey:
+    """The key in a PEM file. ReceiptError for a file that cannot be read, or has no unencrypted Ed25519 key."""
+    from_pem, kind = _serialization().load_pem_private_key, _ed25519().Ed25519PrivateKey
+    try:
+        key = from_pem(_read(path), password=None)
+    except (ValueError, TypeError, _unsupported()) as error:
+        got = "one with a password" if isinstance(error, TypeError) else "none"
+        raise ReceiptError(f"{path}: expected a PEM file with a private Ed25519 key, got {got}") from None
+    if not isinstance(key, kind):
+        raise ReceiptError(f"{path}: expected a private Ed25519 key, got another kind of key")
+    return SigningKey(key)
+
+
+def load_public_key(source: str | os.PathLike[str]) -> PublicKey:
+    """The key in a PEM file, or in PEM text. ReceiptError for a file that cannot be read, or has no public Ed25519
+    key."""
+    is_text = isinstance(source, str) and source.lstrip().startswith(BEGIN_PUBLIC)
+    name = "public key" if is_text else str(source)
+    try:
+        key = _serialization().load_pem_public_key(str(source).encode() if is_text else _read(source))
+    except (ValueError, _unsupported()):
+        raise ReceiptError(f"{name}: expected a PEM file with a public Ed25519 key") from None
+    if not isinstance(key, _ed25519().Ed25519PublicKey):
+        raise ReceiptError(f"{name}: expected a public Ed25519 key, got another kind of key")
+    return PublicKey(key)
+
+
+def create_key(path: str | os.PathLike[str]) -> SigningKey:
+    """Makes a new key: writes it to a file that only its owner can read, and its public key beside it, to PATH.pub.
+    ReceiptError for a file that exists already or cannot be written."""
+    encoding, made = _serialization(), SigningKey(_ed25519().Ed25519PrivateKey.generate())
+    forms = encoding.Encoding.PEM, encoding.PrivateFormat.PKCS8, encoding.NoEncryption()
+    public = Path(f"{path}.pub")
+    try:
+        if public.exists():
+            raise FileExistsError(public)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(made.key.private_bytes(*forms))
+        public.write_text(made.public.pem, "ascii")
+    except FileExistsError:
+        raise ReceiptError(f"{path}: expected a new file for the key and its .pub, one of them exists") from None
+    except OSError as error:
+        raise ReceiptError(f"{path}: the key cannot be written: {error.strerror}") from None
+    return made
+
+
+def _read(path: str | os.PathLike[str]) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(MAX_KEY_BYTES)
+    except OSError as error:
+        raise ReceiptError(f"{path}: the key cannot be read: {error.strerror}") from None
+
+
+def _serialization() -> Any:
+    try:
+        from cryptography.hazmat.primitives import serialization
+    except ImportError:
+        raise ReceiptError("keys of receipts need the package cryptography: pip install cryptography") from None
+    return serialization
+
+
+def _ed25519() -> Any:
+    from cryptography.hazmat.primitives.asymmetric import ed25519
+
+    return ed25519
+
+
+def _unsupported() -> type[Exception]:
+    """What the package raises for a kind of key that it does not know."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+
+    return UnsupportedAlgorithm

@@ -1,0 +1,126 @@
+"""Makes receipts of answers."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lockstep.engine.leaves import LEAF_BYTES
+from lockstep.engine.request import Request, SamplingParams
+from lockstep.engine.selfcheck.check import NUMERICS
+from lockstep.receipts.envelope import RECEIPT, Envelope
+from lockstep.receipts.errors import ReceiptError
+from lockstep.receipts.form import form_of
+from lockstep.receipts.identity import ModelPart
+from lockstep.receipts.keys import SigningKey
+from lockstep.receipts.merkle import leaf_hashes, root, root_of
+from lockstep.receipts.statement import (
+    REASONS,
+    SALT_BYTES,
+    TAG_BYTES,
+    AnswerPart,
+    PromptPart,
+    Statement,
+    check_nonce,
+    commitment,
+    ids_digest,
+)
+
+
+@dataclass(frozen=True)
+class ReceiptOptions:
+    """What a receipt is to have. ValueError (ReceiptError) for a nonce that is not allowed.
+
+    tags: TAG_BYTES for each token, by which a verifier names the first wrong one. is_detached: leave out the tokens and
+    the texts of grammars. hides_prompt: a salted commitment takes the place of the prompt. nonce: a text of the
+    client's that no other request has, so that an old receipt cannot pass for a new one. endpoint: of the API.
+    """
+
+    tags: bool = False
+    is_detached: bool = False
+    hides_prompt: bool = False
+    nonce: str | None = None
+    endpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.nonce is not None:
+            check_nonce(self.nonce)
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """A receipt of one answer. salt: of the prompt's commitment, where the prompt is hidden: it is not in the envelope,
+    and only who has it can verify it."""
+
+    envelope: Envelope
+    salt: bytes | None = None
+
+
+def check_receivable(params: SamplingParams) -> None:
+    """ReceiptError for parameters of a request of which no receipt can be made."""
+    if params.pooling is not None:
+        raise ReceiptError("receipt: expected a request for an answer, got one for an embedding")
+    form_of(params.logits_mask)
+
+
+def make_receipt(
+    model: ModelPart,
+    request: Request,
+    params: SamplingParams,
+    sample: int = 0,
+    options: ReceiptOptions = ReceiptOptions(),
+    key: SigningKey | None = None,
+) -> Receipt:
+    """The receipt of an answer that has ended. ReceiptError for an answer that failed, or was made without leaves.
+
+    request: with its leaves (`Engine.make`, receipt). params: what was asked for, of all its samples; sample: the
+    number of this one. key: signs the receipt.
+    """
+    salt = secrets.token_bytes(SALT_BYTES) if options.hides_prompt else None
+    envelope = Envelope(make_statement(model, request, params, sample, options, salt).to_bytes(), RECEIPT)
+    return Receipt(envelope if key is None else envelope.signed(key), salt)
+
+
+def make_statement(
+    model: ModelPart,
+    request: Request,
+    params: SamplingParams,
+    sample: int,
+    options: ReceiptOptions,
+    salt: bytes | None = None,
+) -> Statement:
+    """The Statement of an answer; see `make_receipt`. salt: of the commitment of a hidden prompt."""
+    leaves, num_tokens = request.leaves, len(request.output_ids)
+    if request.finish_reason not in REASONS:
+        raise ReceiptError(f"receipt: expected an answer that has ended, got finish_reason {request.finish_reason!r}")
+    if leaves is None or leaves.num_answer != num_tokens:
+        raise ReceiptError("receipt: the request was not made with receipt=True")
+    nodes = leaf_hashes(leaves.answer, LEAF_BYTES)
+    answer = AnswerPart(
+        tokens=num_tokens,
+        root=root(nodes),
+        finish_reason=request.finish_reason,
+        stop_reason=request.stop_reason,
+        ids=tuple(request.output_ids),
+        tags=b"".join(node[:TAG_BYTES] for node in nodes) if options.tags else None,
+    )
+    made = Statement(
+        numerics=NUMERICS,
+        model=model,
+        prompt=_prompt_part(request, salt),
+        params=replace(params, logits_mask=None),
+        answer=answer,
+        sample=sample,
+        form=form_of(params.logits_mask),
+        endpoint=options.endpoint,
+        nonce=options.nonce,
+    )
+    return made.detached() if options.is_detached else made
+
+
+def _prompt_part(request: Request, salt: bytes | None) -> PromptPart:
+    ids: Sequence[int] = request.prompt_ids
+    reports = request.params.prompt_logprobs is not None and request.leaves is not None
+    tree = root_of(request.leaves.prompt, LEAF_BYTES) if reports and request.leaves is not None else None
+    if salt is not None:
+        return PromptPart(len(ids), commitment(salt, ids), is_hidden=True, root=tree)
+    return PromptPart(len(ids), ids_digest(ids), ids=tuple(ids), root=tree)

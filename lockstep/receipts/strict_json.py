@@ -1,0 +1,79 @@
+"""JSON of receipts, which come from anybody: a text has one meaning or is refused.
+
+Two readers could differ on a duplicate key, NaN, a number that is no integer, or a lone surrogate; so none is allowed.
+Sizes and depth are bounded before anything is read.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from lockstep.receipts.errors import ReceiptError
+
+MAX_BYTES = 64 << 20
+MAX_DEPTH = 32
+MAX_INTEGER = 1 << 63
+TEXT_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
+
+
+def loads(data: bytes | str, max_bytes: int = MAX_BYTES) -> Any:
+    """The value of a JSON text: objects, arrays, strings, booleans, null and integers below 2**63. ReceiptError for
+    anything else, and for a text that is larger than max_bytes or nested more than MAX_DEPTH deep."""
+    if len(data) > max_bytes:
+        raise ReceiptError(f"expected at most {max_bytes} bytes of JSON, got {len(data)}")
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        text.encode("utf-8")
+    except UnicodeError:
+        raise ReceiptError("expected JSON in UTF-8, got other bytes") from None
+    _check_depth(text)
+    try:
+        return json.loads(
+            text, object_pairs_hook=_object, parse_constant=_refused, parse_float=_refused, parse_int=_integer
+        )
+    except ReceiptError:
+        raise
+    except ValueError as error:
+        raise ReceiptError(f"expected JSON: {error}") from None
+
+
+def dumps(value: Any) -> bytes:
+    """The shortest ASCII text of a value."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def _check_depth(text: str) -> None:
+    depth = 0
+    for found in TEXT_OR_BRACKET.finditer(text):
+        mark = found[0][0]
+        depth += (mark in "[{") - (mark in "]}")
+        if depth > MAX_DEPTH:
+            raise ReceiptError(f"expected JSON of a depth of at most {MAX_DEPTH}, got more")
+
+
+def _object(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in made:
+            raise ReceiptError(f"expected each key of a JSON object once, got {key!r:.80} twice")
+        _check_text(key)
+        if isinstance(value, str):
+            _check_text(value)
+        made[key] = value
+    return made
+
+
+def _check_text(text: str) -> None:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ReceiptError(f"expected text, got a lone surrogate in {text!r:.80}")
+
+
+def _refused(digits: str) -> NoReturn:
+    raise ReceiptError(f"expected integers as numbers of JSON, got {digits:.40}")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 20 or not -MAX_INTEGER <= int(digits) < MAX_INTEGER:
+        raise ReceiptError(f"expected integers from -2**63 to 2**63 - 1, got {digits:.40}")
+    return int(digits)

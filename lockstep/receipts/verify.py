@@ -1,0 +1,212 @@
+"""Verifies the statement of a receipt with the model at hand: one prefill of prompt and answer, over whose rows the
+head and the sampler run once more.
+
+What takes no computing is checked first. Then `Verification.request` is to be run by whoever has the engine, in the
+same steps as other requests; after its end `Verification.finish` says what was found.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from lockstep.engine.leaves import LEAF_BYTES
+from lockstep.engine.request import Request, SamplingParams
+from lockstep.receipts import form as forms
+from lockstep.receipts.ending import Ending, ending
+from lockstep.receipts.head_blocks import HeadBlocks
+from lockstep.receipts.identity import ModelSource, difference, model_part
+from lockstep.receipts.merkle import root_of
+from lockstep.receipts.replay import Mismatch, Replay, Replayed
+from lockstep.receipts.statement import Statement
+from lockstep.receipts.verdict import TRUE, Verdict, false, unchecked
+from lockstep.text.grammars.structured import Grammars
+from lockstep.text.job_process import Busy
+
+
+class Given(NamedTuple):
+    """What a verifier has beside the receipt. None: as the receipt has it.
+
+    prompt_ids, output_ids: tokens of the prompt and the answer; salt: of a hidden prompt; logits_mask: what held the
+    answer to its form, for a receipt that leaves out the texts of grammars.
+    """
+
+    prompt_ids: Sequence[int] | None = None
+    output_ids: Sequence[int] | None = None
+    salt: bytes | None = None
+    logits_mask: Any = None
+
+
+NOTHING = Given()
+
+
+class Verifier:
+    """Verifies receipts of one loaded model. Making one waits until the model's files are hashed.
+
+    grammars: returns what compiles grammars for the model, or None where it has no tokenizer.
+    """
+
+    def __init__(self, llm: ModelSource, grammars: Callable[[], Grammars | None]) -> None:
+        self.model, self._engine, self._grammars = model_part(llm), llm.engine, grammars
+        self._head = HeadBlocks(llm.engine.model, llm.engine.runner)
+
+    def begin(self, statement: Statement, given: Given = NOTHING, cache_salt: str = "") -> "Verification":
+        """Checks all that takes no computing. cache_salt: see `Engine.make`."""
+        prompt_ids = list(given.prompt_ids or statement.prompt.ids or ())
+        output_ids = list((statement.answer.ids or ()) if given.output_ids is None else given.output_ids)
+        wrong = self._check_model(statement) or _check_tokens(statement, prompt_ids, given)
+        if wrong is None:
+            wrong = self._check_sizes(prompt_ids, output_ids)
+        if wrong is not None:
+            return Verification(wrong)
+        params, wrong = self._with_mask(statement, given)
+        if wrong is not None:
+            return Verification(wrong)
+        found = ending(prompt_ids, output_ids, params, self._engine.eos_ids, self._engine.new_detokenizer)
+        if (wrong := _check_ending(statement, found)) is not None:
+            return Verification(wrong)
+        replayed = Replayed(
+            prompt_ids=prompt_ids,
+            output_ids=output_ids,
+            params=params,
+            sample=statement.sample,
+            eos_ids=self._engine.eos_ids,
+            vocab_size=self._engine.model.config.vocab_size,
+            tags=statement.answer.tags or b"",
+        )
+        return self._replaying(statement, replayed, found, cache_salt)
+
+    def _replaying(self, statement: Statement, of: Replayed, found: Ending, cache_salt: str) -> "Verification":
+        replay = Replay(of, self._head)
+        request = self._engine.make_reading(of.token_ids, replay, cache_salt) if of.num_rows else None
+        return Verification(None, request, replay, statement, found.text, self._engine.new_detokenizer is not None)
+
+    def _check_model(self, statement: Statement) -> Verdict | None:
+        found = difference(statement.numerics, statement.model, self.model)
+        return found and unchecked(found[0], found[3], found[1], found[2])
+
+    def _check_sizes(self, prompt_ids: list[int], output_ids: list[int]) -> Verdict | None:
+        """A Verdict where the tokens do not fit into this engine, or are none of the vocabulary."""
+        vocab_size, limit = self._engine.model.config.vocab_size, self._engine.model.max_context
+        for what, ids in (("prompt", prompt_ids), ("token", output_ids)):
+            wrong = next((i for i, token in enumerate(ids) if token >= vocab_size), None)
+            if wrong is not None:
+                return false(what, ids[wrong], None, f"{ids[wrong]} is no token of the model", wrong)
+        most = min(limit, self._engine.scheduler.most_tokens)
+        num_tokens = len(prompt_ids) + max(0, len(output_ids) - 1)
+        if num_tokens > most:
+            return unchecked("tokens", f"{num_tokens} tokens are more than fit into the context of {most} tokens here")
+        return None
+
+    def _with_mask(self, statement: Statement, given: Given) -> tuple[SamplingParams, Verdict | None]:
+        """The parameters with the mask of the statement's form, or a Verdict where it cannot be made."""
+        form, mask = statement.form, given.logits_mask
+        if mask is not None:
+            own = forms.form_of(mask)
+            own = own if forms.has_texts(form) else forms.without_texts(own)
+            if own != form:
+                wrong = false("form", None, None, "what held the answer to its form is not what was asked for")
+                return statement.params, wrong
+        elif not forms.has_texts(form):
+            wrong = unchecked("form", "the receipt leaves out its grammar: the request is needed, too (--request)")
+            return statement.params, wrong
+        others = forms.libraries(form) - {forms.LIBRARY}
+        if others:
+            reason = f"its form was read by {', '.join(sorted(others))}, here it is {forms.LIBRARY}"
+            return statement.params, unchecked("form.library", reason)
+        try:
+            if mask is None:
+                vocab_size = self._engine.model.config.vocab_size
+                mask = forms.mask_of(form, self._grammars(), vocab_size, self._engine.eos_ids)
+        except Busy:
+            raise
+        except ValueError as error:
+            return statement.params, unchecked("form", f"its form cannot be made here: {error}")
+        return replace(statement.params, logits_mask=mask), None
+
+
+class Verification:
+    """One verification. request: to be run to its end by the caller; None where nothing is to be computed."""
+
+    def __init__(
+        self,
+        verdict: Verdict | None,
+        request: Request | None = None,
+        replay: Replay | None = None,
+        statement: Statement | None = None,
+        text: str = "",
+        has_text: bool = False,
+    ) -> None:
+        self._verdict, self.request = verdict, request
+        self._replay, self._statement, self._text, self._has_text = replay, statement, text, has_text
+
+    def finish(self) -> Verdict:
+        """What was found, after the end of `request`."""
+        if self._verdict is None:
+            self._verdict = self._compared()
+        return self._verdict
+
+    def _compared(self) -> Verdict:
+        replay, statement = self._replay, self._statement
+        assert replay is not None and statement is not None, "it has a verdict or something to compare"
+        if self.request is not None and self.request.finish_reason != "embedded":
+            return unchecked("engine", f"the prefill did not end: {self.request.error or self.request.finish_reason}")
+        if replay.mismatch is not None:
+            return _of_mismatch(replay.mismatch)
+        trees = ("prompt.root", statement.prompt, replay.prompt), ("root", statement.answer, replay.answer)
+        for what, part, leaves in trees:
+            found = root_of(leaves, LEAF_BYTES)
+            if part.root is not None and part.root != found:
+                hint = "" if statement.answer.tags else "; a receipt with tags would tell where"
+                reason = f"the tokens are the model's, but a log-probability or hidden state is not{hint}"
+                return false(what, part.root.hex(), found.hex(), reason)
+        return Verdict(TRUE, text=self._text)
+
+
+def _check_tokens(statement: Statement, prompt_ids: list[int], given: Given) -> Verdict | None:
+    """A Verdict where tokens are missing, or are not those of the statement."""
+    prompt, answer = statement.prompt, statement.answer
+    if not prompt_ids:
+        hint = "its prompt, and the salt" if prompt.is_hidden else "its prompt (--request)"
+        return unchecked("prompt", f"the receipt leaves out the prompt: {hint} is needed, too")
+    if prompt.is_hidden and given.salt is None:
+        return unchecked("prompt", "the receipt hides the prompt: the salt of its commitment is needed, too (--salt)")
+    if not prompt.is_of(prompt_ids, given.salt):
+        return false("prompt", prompt.digest.hex(), None, "the prompt is another one than the receipt's")
+    if answer.ids is None and given.output_ids is None:
+        return unchecked("answer", "the receipt leaves out the answer's tokens: the answer is needed, too (--answer)")
+    if given.output_ids is None:
+        return None
+    if len(given.output_ids) != answer.tokens:
+        reason = f"the receipt is of {answer.tokens} tokens, the answer has {len(given.output_ids)}"
+        return false("tokens", answer.tokens, len(given.output_ids), reason)
+    for place, (claimed, found) in enumerate(zip(answer.ids or (), given.output_ids, strict=False)):
+        if claimed != found:
+            return false("token", claimed, found, f"token {place} of the answer is not the receipt's", place)
+    return None
+
+
+def _check_ending(statement: Statement, found: Ending) -> Verdict | None:
+    """A Verdict where the tokens end the answer elsewhere, or for another reason, than is claimed."""
+    answer = statement.answer
+    if found.num_tokens != answer.tokens:
+        reason = f"the answer ends ({found.reason}) after {found.num_tokens} of its {answer.tokens} tokens"
+        return false("tokens", answer.tokens, found.num_tokens, reason)
+    claimed = None if answer.finish_reason == "cancelled" else answer.finish_reason
+    if claimed != found.reason:
+        reason = f"the receipt says that the answer ended by {answer.finish_reason!r}, its tokens say {found.reason!r}"
+        return false("finish_reason", answer.finish_reason, found.reason, reason)
+    if claimed is not None and answer.stop_reason != found.stop_reason:
+        reason = f"the answer was stopped by {found.stop_reason!r}, not by {answer.stop_reason!r}"
+        return false("stop_reason", answer.stop_reason, found.stop_reason, reason)
+    return None
+
+
+def _of_mismatch(found: Mismatch) -> Verdict:
+    reasons = {
+        "token": f"token {found.position} of the answer is {found.claimed}, the model chooses {found.found}",
+        "leaf": f"token {found.position} of the answer is the model's, its log-probability or hidden state is not",
+        "form": f"token {found.position} of the answer cannot be chosen: {found.reason}",
+        "logits": f"the model's logits at token {found.position} of the answer are not finite",
+        "prompt logits": f"the model's logits at token {found.position} of the prompt are not finite",
+    }
+    return false(found.what, found.claimed, found.found, reasons[found.what], found.position)

@@ -5,9 +5,9 @@ import itertools
 import json
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn, Protocol, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self
 
 from lockstep.engine.engine import Engine
 from lockstep.engine.request import Request, SamplingParams
@@ -23,7 +23,11 @@ from lockstep.text.tool_calls.events import (
     finish_reason,
 )
 
+if TYPE_CHECKING:
+    from lockstep.receipts.receipt import Receipt
+
 Prompt = str | Sequence[int]  # text, or token ids
+NewReceipt = Callable[[Request, int], "Receipt"]  # makes the receipt of a sample that has ended, given its number
 CUT = ("length", "cancelled")  # reasons why an answer ended that may be in the middle of a tool call
 
 
@@ -50,8 +54,9 @@ class Completion:
     the second on, where SamplingParams.prompt_logprobs asks for them. finish_reason: "stop", "length" (max_tokens, or
     the context is full), "error", "tool_calls" of `LLM.chat`, or "cancelled" of a stream that was left. stop_reason:
     the token id or string that stopped the answer. error: what went wrong, in one sentence. others: the second and
-    later samples, where SamplingParams.n is more than 1. Of `LLM.chat`: content: the text without thoughts and tool
-    calls, which is all of it in `generate`; reasoning: the thoughts; tool_calls: the ToolCalls.
+    later samples, where SamplingParams.n is more than 1. receipt: where one was asked for. Of `LLM.chat`: content: the
+    text without thoughts and tool calls, which is all of it in `generate`; reasoning: the thoughts; tool_calls: the
+    ToolCalls.
     """
 
     text: str
@@ -68,6 +73,7 @@ class Completion:
     content: str = ""
     reasoning: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
+    receipt: "Receipt | None" = None
 
     def __repr__(self) -> str:
         """All of it but the lists of tokens, whose lengths it says."""
@@ -107,8 +113,9 @@ class CompletionChunk:
     reasoning: str = ""
 
 
-def completion(request: Request, *others: Request) -> Completion:
-    """The Completion of a request that has ended. others: the further samples of the same prompt."""
+def completion(request: Request, *others: Request, new_receipt: NewReceipt | None = None) -> Completion:
+    """The Completion of a request that has ended. others: the further samples of the same prompt. new_receipt: makes
+    the receipt of a sample, given its number."""
     assert request.finish_reason is not None, "the request has not ended"
     return Completion(
         text=request.text,
@@ -121,9 +128,15 @@ def completion(request: Request, *others: Request) -> Completion:
         prompt_top_logprobs=list(request.prompt_top_logprobs),
         stop_reason=request.stop_reason,
         error=request.error,
-        others=[completion(other) for other in others],
+        others=[completion(other, new_receipt=_after(new_receipt, number)) for number, other in enumerate(others, 1)],
         content=request.text,
+        receipt=new_receipt and new_receipt(request, 0),
     )
+
+
+def _after(new_receipt: NewReceipt | None, number: int) -> NewReceipt | None:
+    """What makes the receipt of sample `number`, as if it were the first."""
+    return new_receipt and (lambda request, _: new_receipt(request, number))
 
 
 class Stream:
@@ -151,8 +164,14 @@ class CompletionStream:
     engine's.
     """
 
-    def __init__(self, engine: Engine, request: Request, new_parser: Callable[[], Parser] | None = None) -> None:
-        self._engine, self.request, self._new_parser = engine, request, new_parser
+    def __init__(
+        self,
+        engine: Engine,
+        request: Request,
+        new_parser: Callable[[], Parser] | None = None,
+        new_receipt: NewReceipt | None = None,
+    ) -> None:
+        self._engine, self.request, self._new_parser, self._new_receipt = engine, request, new_parser, new_receipt
         self._parser = new_parser() if new_parser is not None else None
         # what the caller knows already, where the answer goes on from tokens
         self._num_tokens, self._num_chars, self._has_ended = request.num_given, request.num_given_characters, False
@@ -215,7 +234,7 @@ class CompletionStream:
         """All of the answer; with finish_reason "cancelled" what there is of it. ValueError before its end."""
         if self.request.finish_reason is None:
             raise ValueError("the answer goes on; read its stream to the end, or close it")
-        made = completion(self.request)
+        made = completion(self.request, new_receipt=self._new_receipt)
         return made if self._new_parser is None else parse_answer(made, self._new_parser)
 
     def close(self) -> None:
@@ -290,7 +309,13 @@ class Starts(Protocol):
     engine: Engine
 
     def start_samples(
-        self, prompt: Prompt, params: SamplingParams, prediction: Prompt | None = None, output_ids: Any = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        prediction: Prompt | None = None,
+        output_ids: Any = None,
+        *,
+        receipt: bool = False,
     ) -> list[Stream]:
         """Queues the samples of a prompt."""
         ...
@@ -304,17 +329,19 @@ def run_all(
     output_ids: Sequence[Any],
     progress: bool | OnProgress | None = None,
     kind: str = "generating",
+    *,
+    receipt: bool = False,
 ) -> list[list[Stream]]:
     """Runs every prompt's samples to their end and returns their Streams; runs nothing if one prompt is refused. An
     exception, such as Ctrl-C, cancels the requests that have not ended.
 
-    progress: see LLM; of a single answer there is none. kind: of work, for progress.
+    progress: see LLM; of a single answer there is none. kind: of work, for progress. receipt: see `Engine.make`.
     """
     started: list[list[Stream]] = []
     with held_interrupts() as interrupt:
         try:
             for arguments in zip(prompts, params, predictions, output_ids, strict=True):
-                started.append(llm.start_samples(*arguments))
+                started.append(llm.start_samples(*arguments, receipt=receipt))
                 interrupt()
             streams = [stream for samples in started for stream in samples]
             run = Run(llm.engine, streams, interrupt)
@@ -324,6 +351,18 @@ def run_all(
             for stream in itertools.chain(*started):
                 llm.engine.cancel(stream.request)
     return started
+
+
+def run_made(engine: Engine, requests: Sequence[Request]) -> None:
+    """Queues requests that an engine has made, and runs steps until they have ended. An exception, such as Ctrl-C,
+    cancels them."""
+    with held_interrupts() as interrupt:
+        try:
+            engine.queue(*requests)
+            Run(engine, [Stream(request) for request in requests], interrupt).all("running", None)
+        finally:
+            for request in requests:
+                engine.cancel(request)
 
 
 class Run:
@@ -358,31 +397,3 @@ class Run:
         """Computed tokens per second so far, in words. Tokens that were in the prefix cache are not computed."""
         num_tokens = self._num_prompt + self._engine.num_generated - self._generated
         return f"{num_tokens / max(1e-9, time.perf_counter() - self._began):,.0f} tokens/s"
-
-
-def known_lists(output_ids: Any, num_prompts: int) -> list[Any]:
-    """For each prompt the tokens from which its answer goes on; None for those that begin anew. output_ids: None, or a
-    list with one for each prompt; for a single prompt, its token ids alone. ValueError for anything else."""
-    if output_ids is None:
-        return [None] * num_prompts
-    try:
-        listed = list(output_ids)
-    except TypeError:
-        raise ValueError(f"output_ids: expected a list of lists of token ids, got {output_ids!r:.80}") from None
-    if num_prompts == 1 and not any(each is None or isinstance(each, Iterable) for each in listed):
-        return [listed]
-    if len(listed) != num_prompts:
-        expected = f"expected a list of token ids or None for each of {num_prompts} prompts"
-        raise ValueError(f"output_ids: {expected}, got {len(listed)}")
-    return listed
-
-
-def prompt_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
-    """The prompts as a list; a single string becomes a list of one."""
-    if isinstance(prompts, str):
-        return [prompts]
-    listed: Any = prompts
-    try:
-        return list(listed)
-    except TypeError:
-        raise ValueError(f"prompts: expected text or a list of prompts, got {prompts!r:.80}") from None

@@ -9,13 +9,13 @@ import numpy as np
 from lockstep.completion import (
     Completion,
     CompletionStream,
+    NewReceipt,
     Prompt,
     Stream,
     completion,
-    known_lists,
     parse_answer,
-    prompt_list,
     run_all,
+    run_made,
 )
 from lockstep.engine.embedding import Pool
 from lockstep.engine.request import SamplingParams, check_params, check_single
@@ -23,6 +23,10 @@ from lockstep.loading import LoadedModel
 from lockstep.progress import OnProgress
 
 if TYPE_CHECKING:
+    from lockstep.receipts.envelope import Envelope
+    from lockstep.receipts.receipt import Receipt, ReceiptOptions
+    from lockstep.receipts.verdict import Verdict
+    from lockstep.receipts.verify import Given, Verifier
     from lockstep.text.conversation import ChatModel, Prepared
 
 
@@ -95,6 +99,7 @@ class LLM(LoadedModel):
         regex: str | None = None,
         grammar: str | None = None,
         output_ids: Sequence[Any] | None = None,
+        receipt: "bool | ReceiptOptions" = False,
         **variables: Any,
     ) -> Completion:
         """The model's answer to a conversation: a list of {"role", "content"}, as OpenAI's API has them.
@@ -107,13 +112,13 @@ class LLM(LoadedModel):
         tool_choice: "auto", "required", "none" or a tool's name. schema, regex, grammar: see `generate`. variables: of
         the chat template, such as enable_thinking. The Completion's `content`, `reasoning` and `tool_calls` are what
         its `text` consists of; with calls, an answer that stops by itself has the finish_reason "tool_calls".
-        output_ids: the token ids of the answer so far, from which it goes on; see `generate`.
+        output_ids: the token ids of the answer so far, from which it goes on; receipt: see `generate`.
         ValueError if the model has no chat template or the template refuses, and for tools or a form that cannot be
         enforced; Busy, which is a RuntimeError, if the processes for templates and grammars get no processor time.
         """
         form = dict(schema=schema, regex=regex, grammar=grammar)
         prepared, params = self._asked(messages, params, tools, tool_choice, form, variables)
-        [answer] = self.generate([prepared.ids], params, [prediction], output_ids=[output_ids])
+        [answer] = self.generate([prepared.ids], params, [prediction], output_ids=[output_ids], receipt=receipt)
         return parse_answer(answer, prepared.new_parser)
 
     def stream_chat(
@@ -128,13 +133,15 @@ class LLM(LoadedModel):
         regex: str | None = None,
         grammar: str | None = None,
         output_ids: Sequence[Any] | None = None,
+        receipt: "bool | ReceiptOptions" = False,
         **variables: Any,
     ) -> CompletionStream:
         """As `chat`, but a CompletionStream: its chunks have `content` and `reasoning`, its `completion` tool calls."""
         form = dict(schema=schema, regex=regex, grammar=grammar)
         prepared, params = self._asked(messages, params, tools, tool_choice, form, variables)
-        request = self.start(prepared.ids, params, prediction, output_ids).request
-        return CompletionStream(self.engine, request, prepared.new_parser)
+        make = self._new_receipt(params, receipt)
+        request = self.start(prepared.ids, params, prediction, output_ids, receipt=make is not None).request
+        return CompletionStream(self.engine, request, prepared.new_parser, make)
 
     def _asked(
         self,
@@ -180,13 +187,16 @@ class LLM(LoadedModel):
         params: SamplingParams = SamplingParams(),
         prediction: Prompt | None = None,
         output_ids: Sequence[Any] | None = None,
+        *,
+        receipt: bool = False,
     ) -> Stream:
         """Queues one prompt without running it; returns its Stream, which advances with `engine.step()`.
 
-        prediction, output_ids: see `generate`. ValueError for a prompt that cannot run, or params with n > 1.
+        prediction, output_ids: see `generate`; receipt: see `Engine.make`. ValueError for a prompt that cannot run, or
+        params with n > 1.
         """
         check_single(params)
-        return self.start_samples(prompt, params, prediction, output_ids)[0]
+        return self.start_samples(prompt, params, prediction, output_ids, receipt=receipt)[0]
 
     def start_samples(
         self,
@@ -194,11 +204,13 @@ class LLM(LoadedModel):
         params: SamplingParams,
         prediction: Prompt | None = None,
         output_ids: Sequence[Any] | None = None,
+        *,
+        receipt: bool = False,
     ) -> list[Stream]:
         """Queues the `params.n` samples of a prompt; returns a Stream for each. prediction, output_ids: see
-        `generate`."""
+        `generate`; receipt: see `Engine.make`."""
         known = dict(prediction=self._prediction_ids(prediction), output_ids=() if output_ids is None else output_ids)
-        requests = self.engine.add_samples(self.encode(prompt), params, **known)
+        requests = self.engine.add_samples(self.encode(prompt), params, receipt=receipt, **known)
         return [Stream(request) for request in requests]
 
     def _prediction_ids(self, prediction: Prompt | None) -> Sequence[int]:
@@ -220,16 +232,19 @@ class LLM(LoadedModel):
         regex: str | None = None,
         grammar: str | None = None,
         output_ids: Sequence[Any] | None = None,
+        receipt: "bool | ReceiptOptions" = False,
     ) -> CompletionStream:
         """The answer to one prompt as a CompletionStream: an iterator of chunks, whose `text` is what is new.
 
-        prediction, schema, regex, grammar, output_ids: see `generate`; tokens of output_ids are in no chunk. Leaving
-        the loop over the stream cancels the request.
+        prediction, schema, regex, grammar, output_ids, receipt: see `generate`; tokens of output_ids are in no chunk.
+        Leaving the loop over the stream cancels the request.
         ValueError for a prompt that cannot run, or params with n > 1.
         """
         check_single(params)
         [params] = self._held_to([params], schema=schema, regex=regex, grammar=grammar)
-        return CompletionStream(self.engine, self.start(prompt, params, prediction, output_ids).request)
+        make = self._new_receipt(params, receipt)
+        request = self.start(prompt, params, prediction, output_ids, receipt=make is not None).request
+        return CompletionStream(self.engine, request, new_receipt=make)
 
     def _held_to(self, params: list[SamplingParams], **form: Any) -> list[SamplingParams]:
         """The params of several prompts with masks that hold the answers to a schema, regex or grammar."""
@@ -251,6 +266,7 @@ class LLM(LoadedModel):
         grammar: str | None = None,
         output_ids: Sequence[Any] | None = None,
         progress: bool | OnProgress | None = None,
+        receipt: "bool | ReceiptOptions" = False,
     ) -> list[Completion]:
         """Completes all prompts (strings or lists of token ids) in one batch; returns a Completion for each, in order.
 
@@ -265,7 +281,9 @@ class LLM(LoadedModel):
         between, and have them in their Completions, with the log-probabilities computed anew; they count for
         max_tokens. Tokens that cannot be the beginning of an answer are a ValueError. progress: True or False, as in
         LLM, which is the default where it was True or False; or a function, called with ("generating", answers that
-        have ended, all answers). ValueError for a prompt that cannot run; then none of them runs.
+        have ended, all answers). receipt: whether each Completion has a receipt, which `verify` checks for a fraction
+        of what the answer cost; ReceiptOptions say what is in it. ValueError for a prompt that cannot run; then none of
+        them runs.
         """
         prompts = prompt_list(prompts)
         each: list[Any] = list(params) if isinstance(params, (list, tuple)) else [params] * len(prompts)
@@ -277,8 +295,48 @@ class LLM(LoadedModel):
         known = known_lists(output_ids, len(prompts))
         each = self._held_to(each, schema=schema, regex=regex, grammar=grammar)
         shown = self._shows_progress if progress is None else progress
-        ended = run_all(self, prompts, each, predictions, known, shown)
-        return [completion(*[stream.request for stream in streams]) for streams in ended]
+        makers = [self._new_receipt(own, receipt) for own in each]
+        ended = run_all(self, prompts, each, predictions, known, shown, receipt=bool(receipt))
+        return [
+            completion(*[stream.request for stream in streams], new_receipt=make)
+            for streams, make in zip(ended, makers, strict=True)
+        ]
+
+    # ------------------------------------------------------------ receipts
+
+    def _new_receipt(self, params: SamplingParams, options: "bool | ReceiptOptions") -> NewReceipt | None:
+        """What makes the receipts of a prompt's samples; None where none are asked for. ValueError for params of which
+        no receipt can be made."""
+        if not options:
+            return None
+        from lockstep.receipts import receipt  # grammars take a while to import
+
+        chosen = options if isinstance(options, receipt.ReceiptOptions) else receipt.ReceiptOptions()
+        check_params(params)
+        receipt.check_receivable(params)
+        return lambda request, sample: receipt.make_receipt(self.verifier.model, request, params, sample, chosen)
+
+    @functools.cached_property
+    def verifier(self) -> "Verifier":
+        """What verifies receipts with this model. It is made once its files are hashed, for which it waits."""
+        from lockstep.receipts.verify import Verifier
+
+        return Verifier(self, lambda: self.chat_model.grammars if self.has_tokenizer else None)
+
+    def verify(self, receipt: "Receipt | Envelope | bytes | str", given: "Given | None" = None) -> "Verdict":
+        """Verifies a receipt (or its JSON text) with this model: computes prompt and answer anew in one prefill.
+
+        given: what the receipt leaves out or hides, such as the prompt's token ids. The Verdict's `is_true` says
+        whether the answer is this model's, bit for bit; its `reason` says what is wrong, or why it cannot be checked
+        here. No signature is checked, see `Envelope.is_signed_by`. ReceiptError, a ValueError, for what is no receipt.
+        """
+        from lockstep.receipts.read import statement_of
+        from lockstep.receipts.verify import NOTHING
+
+        verification = self.verifier.begin(statement_of(receipt), given or NOTHING)
+        if verification.request is not None:
+            run_made(self.engine, [verification.request])
+        return verification.finish()
 
     def embed(
         self, prompts: Prompt | Iterable[Prompt], pooling: str | None = None, normalize: bool = True
@@ -305,3 +363,31 @@ class LLM(LoadedModel):
         if "chat_model" in self.__dict__:
             self.chat_model.grammars.close()
         super().close()
+
+
+def known_lists(output_ids: Any, num_prompts: int) -> list[Any]:
+    """For each prompt the tokens from which its answer goes on; None for those that begin anew. output_ids: None, or a
+    list with one for each prompt; for a single prompt, its token ids alone. ValueError for anything else."""
+    if output_ids is None:
+        return [None] * num_prompts
+    try:
+        listed = list(output_ids)
+    except TypeError:
+        raise ValueError(f"output_ids: expected a list of lists of token ids, got {output_ids!r:.80}") from None
+    if num_prompts == 1 and not any(each is None or isinstance(each, Iterable) for each in listed):
+        return [listed]
+    if len(listed) != num_prompts:
+        expected = f"expected a list of token ids or None for each of {num_prompts} prompts"
+        raise ValueError(f"output_ids: {expected}, got {len(listed)}")
+    return listed
+
+
+def prompt_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
+    """The prompts as a list; a single string becomes a list of one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    listed: Any = prompts
+    try:
+        return list(listed)
+    except TypeError:
+        raise ValueError(f"prompts: expected text or a list of prompts, got {prompts!r:.80}") from None

@@ -48,8 +48,8 @@ class ModelSource(Protocol):
         ...
 
     @property
-    def tokenizer(self) -> Tokenizer:
-        """Its tokenizer, if there is one."""
+    def tokenizer(self) -> Any:
+        """Its Tokenizer, if there is one."""
         ...
 
 
@@ -99,7 +99,8 @@ def read_model(value: Any) -> ModelPart:
 
 def model_part(llm: ModelSource, name: str | None = None) -> ModelPart:
     """The ModelPart of a loaded model. Waits until all of its files are hashed. ValueError for files that changed."""
-    model, tokenizer = llm.model, llm.tokenizer if llm.has_tokenizer else None
+    model = llm.model
+    tokenizer: Tokenizer | None = llm.tokenizer if llm.has_tokenizer else None
     templates = dict(tokenizer.chat_templates) if tokenizer is not None else {}
     weights = {v for op in model.recorded.ops for v in op.inputs if isinstance(v, Weight)}
     return ModelPart(

@@ -1,8 +1,10 @@
 """Makes receipts of answers."""
 
+import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from lockstep.engine.leaves import LEAF_BYTES
 from lockstep.engine.request import Request, SamplingParams
@@ -32,7 +34,8 @@ class ReceiptOptions:
 
     tags: TAG_BYTES for each token, by which a verifier names the first wrong one. is_detached: leave out the tokens and
     the texts of grammars. hides_prompt: a salted commitment takes the place of the prompt. nonce: a text of the
-    client's that no other request has, so that an old receipt cannot pass for a new one. endpoint: of the API.
+    client's that no other request has, so that an old receipt cannot pass for a new one. endpoint: of the API. key:
+    that signs it, see `keys`.
     """
 
     tags: bool = False
@@ -40,6 +43,7 @@ class ReceiptOptions:
     hides_prompt: bool = False
     nonce: str | None = None
     endpoint: str | None = None
+    key: SigningKey | None = None
 
     def __post_init__(self) -> None:
         if self.nonce is not None:
@@ -53,6 +57,14 @@ class Receipt:
 
     envelope: Envelope
     salt: bytes | None = None
+
+    def to_bytes(self) -> bytes:
+        """The envelope as JSON text, which `verify` reads."""
+        return self.envelope.to_bytes()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the JSON text to a file."""
+        Path(path).write_bytes(self.to_bytes() + b"\n")
 
 
 def check_receivable(params: SamplingParams) -> None:
@@ -68,16 +80,15 @@ def make_receipt(
     params: SamplingParams,
     sample: int = 0,
     options: ReceiptOptions = ReceiptOptions(),
-    key: SigningKey | None = None,
 ) -> Receipt:
     """The receipt of an answer that has ended. ReceiptError for an answer that failed, or was made without leaves.
 
     request: with its leaves (`Engine.make`, receipt). params: what was asked for, of all its samples; sample: the
-    number of this one. key: signs the receipt.
+    number of this one.
     """
     salt = secrets.token_bytes(SALT_BYTES) if options.hides_prompt else None
     envelope = Envelope(make_statement(model, request, params, sample, options, salt).to_bytes(), RECEIPT)
-    return Receipt(envelope if key is None else envelope.signed(key), salt)
+    return Receipt(envelope if options.key is None else envelope.signed(options.key), salt)
 
 
 def make_statement(

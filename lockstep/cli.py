@@ -1,8 +1,8 @@
 """The command `lockstep`: finds the subcommand, runs it, and turns a user's mistake, or a lack of memory, into one
 sentence and exit code 2.
 
-A subcommand is a module in `lockstep/commands` with a function `command`; "bench load" is `bench_load.py`. Only the
-subcommand that runs is imported, so that `lockstep --help` stays fast.
+A subcommand is a module in `lockstep/commands` with a function `command`; "bench load" is `bench_load.py`, "ptq run" is
+`ptq/run.py`. Only the subcommand that runs is imported, so that `lockstep --help` stays fast.
 """
 
 import importlib
@@ -32,11 +32,15 @@ COMMANDS = {
     "ptq run": "Try many quantization plans on one text, and rank them.",
     "ptq confirm": "Run the best plans of a study head by head, as hardware does, and compare the bits.",
     "ptq show": "Show what a study has found.",
+    "verify": "Verify the receipt of an answer with the model that made it.",
+    "receipt key": "Make a key that signs receipts.",
+    "receipt batch": "Sign the receipts of a whole run at once.",
     "list": "List the models on this disk, and which of them can be run.",
     "inspect": "Show a model's config, tensors, program and memory.",
     "cache": "List what is kept on disk: packed weights, compiled kernels.",
     "cache prune": "Remove what is kept on disk.",
 }
+FOLDERS = ("ptq ", "receipt ")  # groups of commands that have a folder
 RENAMED = {"bench serve": "bench load"}
 # The base of all complaints about the command line; typer has no name for it.
 UsageError: Any = typer.BadParameter.__mro__[2]
@@ -114,7 +118,7 @@ def application(args):
     app.callback()(_top)
     subcommand = next((word for word in args if not word.startswith("-")), None)
     for name, summary in COMMANDS.items():
-        module = f"lockstep.commands.{name.replace(' ', '_')}"
+        module = f"lockstep.commands.{name.replace(' ', '.' if name.startswith(FOLDERS) else '_')}"
         if importlib.util.find_spec(module):
             function = importlib.import_module(module).command if name == subcommand else _not_loaded
             app.command(name, short_help=summary, help=function.__doc__ or summary)(function)

@@ -139,7 +139,7 @@ class LLM(LoadedModel):
         """As `chat`, but a CompletionStream: its chunks have `content` and `reasoning`, its `completion` tool calls."""
         form = dict(schema=schema, regex=regex, grammar=grammar)
         prepared, params = self._asked(messages, params, tools, tool_choice, form, variables)
-        make = self._new_receipt(params, receipt)
+        make = self.new_receipt(params, receipt)
         request = self.start(prepared.ids, params, prediction, output_ids, receipt=make is not None).request
         return CompletionStream(self.engine, request, prepared.new_parser, make)
 
@@ -242,7 +242,7 @@ class LLM(LoadedModel):
         """
         check_single(params)
         [params] = self._held_to([params], schema=schema, regex=regex, grammar=grammar)
-        make = self._new_receipt(params, receipt)
+        make = self.new_receipt(params, receipt)
         request = self.start(prompt, params, prediction, output_ids, receipt=make is not None).request
         return CompletionStream(self.engine, request, new_receipt=make)
 
@@ -295,7 +295,7 @@ class LLM(LoadedModel):
         known = known_lists(output_ids, len(prompts))
         each = self._held_to(each, schema=schema, regex=regex, grammar=grammar)
         shown = self._shows_progress if progress is None else progress
-        makers = [self._new_receipt(own, receipt) for own in each]
+        makers = [self.new_receipt(own, receipt) for own in each]
         ended = run_all(self, prompts, each, predictions, known, shown, receipt=bool(receipt))
         return [
             completion(*[stream.request for stream in streams], new_receipt=make)
@@ -304,7 +304,7 @@ class LLM(LoadedModel):
 
     # ------------------------------------------------------------ receipts
 
-    def _new_receipt(self, params: SamplingParams, options: "bool | ReceiptOptions") -> NewReceipt | None:
+    def new_receipt(self, params: SamplingParams, options: "bool | ReceiptOptions") -> NewReceipt | None:
         """What makes the receipts of a prompt's samples; None where none are asked for. ValueError for params of which
         no receipt can be made."""
         if not options:

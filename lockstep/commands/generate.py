@@ -22,6 +22,7 @@ from lockstep.commands.options import (
     ModelName,
     OpSwaps,
     PlanFile,
+    ReceiptKey,
     Speculate,
     Threads,
     VerifyWeights,
@@ -30,6 +31,7 @@ from lockstep.commands.options import (
     say_unused,
 )
 from lockstep.commands.terminal.output import write
+from lockstep.commands.terminal.receipts import receipt_file
 
 if TYPE_CHECKING:
     from lockstep.engine.request import SamplingParams
@@ -105,6 +107,25 @@ def command(
     plan: PlanFile = None,
     draft: Draft = None,
     verify_weights: VerifyWeights = False,
+    receipt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", show_default=False, help="Write a receipt of the answer, for lockstep verify, to this file."
+        ),
+    ] = None,
+    receipt_key: ReceiptKey = None,
+    receipt_tags: Annotated[
+        bool, typer.Option("--receipt-tags", help="In the receipt: what names the first wrong token.")
+    ] = False,
+    receipt_detached: Annotated[
+        bool, typer.Option("--receipt-detached", help="In the receipt: no tokens. Who verifies it needs them.")
+    ] = False,
+    receipt_hides_prompt: Annotated[
+        bool, typer.Option("--receipt-hides-prompt", help="In the receipt: a salted hash in place of the prompt.")
+    ] = False,
+    nonce: Annotated[
+        str | None, typer.Option(metavar="TEXT", show_default=False, help="In the receipt: a text of your own.")
+    ] = None,
     op: OpSwaps = None,
 ) -> None:
     """Continue a text with a model, with the most probable tokens unless options say otherwise, whatever sampling the
@@ -133,6 +154,8 @@ def command(
     )
     SamplingParams(**fields, max_tokens=num_tokens or DEFAULT_TOKENS)  # ValueError before a model is loaded
     say_what_is_unused(invoked, temperature, as_json, speculate)
+    parts = dict(tags=receipt_tags, is_detached=receipt_detached, hides_prompt=receipt_hides_prompt, nonce=nonce)
+    receipts = receipt_file(invoked, receipt, receipt_key, parts)
     needed = None if max_context else needed_context(model, text, num_tokens or DEFAULT_TOKENS)
     # a single prompt cannot reuse a prefix from memory, only from the disk
     llm = load(
@@ -151,7 +174,7 @@ def command(
         draft=draft,
         verify_weights=verify_weights,
     )
-    run(llm, text, num_tokens, fields, form, echo, as_json)
+    run(llm, text, num_tokens, fields, form, receipts, echo=echo, as_json=as_json)
 
 
 def say_what_is_unused(invoked: typer.Context, temperature: float, as_json: bool, speculate: str) -> None:
@@ -230,8 +253,9 @@ def constrained_params(
         yield dataclasses.replace(params, logits_mask=mask)
 
 
-def run(llm, text, num_tokens, fields, form, echo, as_json) -> None:
-    """Generates and prints an answer. fields: arguments of SamplingParams; form: of `answer_form`."""
+def run(llm, text, num_tokens, fields, form, receipts, *, echo, as_json) -> None:
+    """Generates and prints an answer. fields: arguments of SamplingParams; form: of `answer_form`; receipts: None, or
+    the ReceiptFile for its receipt."""
     from lockstep.commands.terminal.answer import answer
     from lockstep.engine.request import SamplingParams
 
@@ -244,12 +268,14 @@ def run(llm, text, num_tokens, fields, form, echo, as_json) -> None:
     if echo:
         show(text)
     with constrained_params(llm, params, form) as params:
-        stream, timing = answer(llm, ids, params, show)
+        stream, timing = answer(llm, ids, params, show, receipt=receipts is not None)
     write(json.dumps(described(stream, timing)) + "\n" if as_json else "\n")
     print(timing, file=sys.stderr)
     if form and stream.request.finish_reason == "length":
         cut = f"the answer was cut at {timing.num_output} tokens, perhaps before {form[0]} is fulfilled"
         print(f"lockstep: {cut}; -n N allows more", file=sys.stderr)
+    if receipts and stream.request.error is None:
+        receipts.write(llm, stream.request, params)
     llm.close()
     if stream.request.error is not None:
         raise ValueError(stream.request.error)

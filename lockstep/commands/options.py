@@ -73,6 +73,12 @@ VerifyWeights = Annotated[
         "--verify-weights", help="Read all of the weights and check their hashes, although they were checked before."
     ),
 ]
+ReceiptKey = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", show_default=False, help="Sign receipts with this Ed25519 key (lockstep receipt key makes one)."
+    ),
+]
 OpSwaps = Annotated[
     list[str] | None,
     typer.Option(

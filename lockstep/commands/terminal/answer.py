@@ -43,13 +43,14 @@ class Timing:
         )
 
 
-def answer(llm, prompt, params, on_text, stopped=lambda: False):
+def answer(llm, prompt, params, on_text, stopped=lambda: False, *, receipt: bool = False):
     """Generates an answer, and calls on_text with each new piece of text. Returns (Stream, Timing). While a long prompt
     is computed, standard error shows how far that is.
 
     stopped: called before every step; where it returns True the request is cancelled, which its finish_reason shows.
+    receipt: see `Engine.make`.
     """
-    stream = llm.start(prompt, params)
+    stream = llm.start(prompt, params, receipt=receipt)
     request, started = stream.request, time.perf_counter()
     timing = Timing(len(request.prompt_ids))
     try:

@@ -58,6 +58,7 @@ class GrammarMask(SpeculativeMask):
         trigger: int | None = None,
         after: int | None = None,
         once: bool = False,
+        *,
         may_draft: bool = True,
         grammar: str = "",
     ) -> None:

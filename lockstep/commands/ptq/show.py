@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lockstep.commands.ptq_run import show
+from lockstep.commands.ptq.run import show
 
 
 def command(folder: Annotated[pathlib.Path, typer.Argument(metavar="FOLDER", help="A study's folder.")]) -> None:

@@ -18,8 +18,8 @@ def command(
 ) -> None:
     """Run the best plans of a study on the twin prefill, attention head by head, and compare every token's scores with
     those that ranked them, bit for bit. Exit 1 if one differs."""
-    from lockstep.commands.ptq_eval import made_team
-    from lockstep.commands.ptq_run import show, told_interrupt
+    from lockstep.commands.ptq.eval import made_team
+    from lockstep.commands.ptq.run import show, told_interrupt
     from lockstep.commands.terminal.output import write
     from lockstep.study.assemble import assembled, kept_recipe
     from lockstep.study.confirm import confirm_study

@@ -26,7 +26,7 @@ def command(
 ) -> None:
     """Calibrate once, try every plan of a recipe on the same windows, rank them. An interrupted study continues where
     it was; the results are the same bytes for any number of jobs and threads."""
-    from lockstep.commands.ptq_eval import made_team
+    from lockstep.commands.ptq.eval import made_team
     from lockstep.study.assemble import assembled, keep_recipe, save_winner
     from lockstep.study.recipe import Recipe
     from lockstep.study.records import check_folder

@@ -17,6 +17,7 @@ from lockstep.commands.options import (
     ModelName,
     OpSwaps,
     PlanFile,
+    ReceiptKey,
     Speculate,
     Threads,
     VerifyWeights,
@@ -28,6 +29,7 @@ from lockstep.commands.terminal.output import counted
 
 if TYPE_CHECKING:
     from lockstep.llm import LLM
+    from lockstep.serve.receipts.desk import ReceiptDesk
     from lockstep.serve.service import Service
     from lockstep.text.tokenizer.tokenizer import Tokenizer
 
@@ -151,6 +153,13 @@ def command(
         ),
     ] = False,
     verify_weights: VerifyWeights = False,
+    receipt_key: ReceiptKey = None,
+    receipts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", show_default="none", help="Add a receipt of each answer to this file, a line each."
+        ),
+    ] = None,
     op: OpSwaps = None,
 ) -> None:
     """Answer requests over HTTP, as OpenAI's API does: see docs/server.md.
@@ -199,8 +208,18 @@ def command(
     origins, hosts = allowed("--cors-origin", cors_origin, origin), allowed("--allowed-host", allowed_host, host_name)
     start_logging(level_of(log_level))
     service = Service(names[0], limits, keys(api_key), None if any_model else names, share_prefixes, quiet)
+    if receipt_key is not None or receipts is not None:
+        service.receipts = receipt_desk(service, receipt_key, receipts)
     app = make_app(service, origins, [host, socket.gethostname(), *hosts])
     serve(lambda: load(model, **sizes), service, app, host, port)
+
+
+def receipt_desk(service: "Service", key: str | None, path: str | None) -> "ReceiptDesk":
+    """What makes the server's receipts. ValueError for a key, OSError for a file, that cannot be used."""
+    from lockstep.receipts.keys import load_signing_key
+    from lockstep.serve.receipts.desk import ReceiptDesk
+
+    return ReceiptDesk(service, None if key is None else load_signing_key(key), path)
 
 
 def serve(load_model: Callable[[], "LLM"], service: "Service", app: Any, host: str, port: int) -> None:

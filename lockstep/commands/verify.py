@@ -140,13 +140,15 @@ def verdict_of(llm: "LLM", found: "Answered", statement: "Statement", given: Any
 
     output_ids = given.output_ids if given.output_ids is not None else found.token_ids
     known = Given(output_ids=output_ids, salt=given.salt)
-    if given.request is not None:
-        from lockstep.serve.asked import read_request
+    if given.request is not None and llm.verifier.is_of_model(statement):
+        from lockstep.serve.receipts.asked import read_request
 
-        asked = read_request(llm, given.request, statement)
-        if (wrong := asked.difference(statement)) is not None:
+        asked = read_request(llm, llm.chat_model if llm.has_tokenizer else None, given.request, statement)
+        if (wrong := asked.difference(statement, given.salt)) is not None:
             return wrong
-        known = known._replace(prompt_ids=asked.prompt_ids, logits_mask=asked.params.logits_mask)
+        prompt = asked.prompt_of(statement, given.salt)
+        assert prompt is not None, "the receipt is of one of its prompts"
+        known = known._replace(prompt_ids=prompt[0], logits_mask=prompt[1].logits_mask)
     verdict = llm.verify(found.envelope, known)
     return found.with_text(verdict)
 

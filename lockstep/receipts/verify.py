@@ -14,7 +14,7 @@ from lockstep.engine.request import Request, SamplingParams
 from lockstep.receipts import form as forms
 from lockstep.receipts.ending import Ending, ending
 from lockstep.receipts.head_blocks import HeadBlocks
-from lockstep.receipts.identity import ModelSource, difference, model_part
+from lockstep.receipts.identity import ModelPart, ModelSource, difference, model_part
 from lockstep.receipts.merkle import root_of
 from lockstep.receipts.replay import Mismatch, Replay, Replayed
 from lockstep.receipts.statement import Statement
@@ -42,11 +42,14 @@ NOTHING = Given()
 class Verifier:
     """Verifies receipts of one loaded model. Making one waits until the model's files are hashed.
 
-    grammars: returns what compiles grammars for the model, or None where it has no tokenizer.
+    grammars: returns what compiles grammars for the model, or None where it has no tokenizer. model: what receipts call
+    it, if that is known.
     """
 
-    def __init__(self, llm: ModelSource, grammars: Callable[[], Grammars | None]) -> None:
-        self.model, self._engine, self._grammars = model_part(llm), llm.engine, grammars
+    def __init__(
+        self, llm: ModelSource, grammars: Callable[[], Grammars | None], model: ModelPart | None = None
+    ) -> None:
+        self.model, self._engine, self._grammars = model or model_part(llm), llm.engine, grammars
         self._head = HeadBlocks(llm.engine.model, llm.engine.runner)
 
     def begin(self, statement: Statement, given: Given = NOTHING, cache_salt: str = "") -> "Verification":
@@ -79,6 +82,10 @@ class Verifier:
         replay = Replay(of, self._head)
         request = self._engine.make_reading(of.token_ids, replay, cache_salt) if of.num_rows else None
         return Verification(None, request, replay, statement, found.text, self._engine.new_detokenizer is not None)
+
+    def is_of_model(self, statement: Statement) -> bool:
+        """Whether a statement is of this model, in these formats and this arithmetic."""
+        return self._check_model(statement) is None
 
     def _check_model(self, statement: Statement) -> Verdict | None:
         found = difference(statement.numerics, statement.model, self.model)

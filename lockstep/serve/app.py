@@ -15,11 +15,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from lockstep.serve.compressed_body import GzipBodyMiddleware
 from lockstep.serve.errors import ApiError, error_response
 from lockstep.serve.middleware import ApiKeyMiddleware, GuardMiddleware, HostMiddleware, OriginMiddleware
-from lockstep.serve.routes import chat, completions, embeddings, messages, page, responses, status, tokens
+from lockstep.serve.routes import chat, completions, embeddings, messages, page, receipts, responses, status, tokens
 from lockstep.serve.service import Service
 
 PRIVATE_NETWORK_HEADER = b"access-control-request-private-network"
-ROUTE_MODULES = [chat, completions, embeddings, messages, page, responses, status, tokens]
+ROUTE_MODULES = [chat, completions, embeddings, messages, page, receipts, responses, status, tokens]
 
 
 def make_app(service: Service, cors_origins=(), allowed_hosts=()):

@@ -16,6 +16,9 @@ from lockstep.serve.answer_size import Prompts, fit_answers, num_logprobs
 from lockstep.serve.continuation import ANEW, Continuation, refusing
 from lockstep.serve.errors import ApiError, check_most, not_allowed, not_generated, wrong_field
 from lockstep.serve.fields import body
+from lockstep.serve.fields.receipt import receipt_options
+from lockstep.serve.fields.sampling import RANDOM, SamplingFields
+from lockstep.serve.receipts.desk import Receipts, with_drawn_seeds
 from lockstep.serve.request_log import Work
 
 if TYPE_CHECKING:
@@ -45,6 +48,8 @@ class Generation:
         self.streams: list[TokenStream] = []
         self.requests: list[Request] = []
         self._prompts: Prompts = []
+        self._receipts: Receipts | None = None
+        self._has_seed = False
         self._narrowing: Sequence[str] = ()
         self.model_name = service.model_name
         self.num_sequences, self.num_queued_tokens, self.num_logprobs = 1, 0, 0
@@ -68,7 +73,19 @@ class Generation:
         self._watcher = asyncio.create_task(self._watch())
         made = await body.parse_and_check_async(self.service, fields, raw)
         self.model_name = self.service.name_in_answers(made.model)
+        await self._ask_receipts(made)
         return made
+
+    async def _ask_receipts(self, fields: Any) -> None:
+        """Notes whether the answers get receipts. The first request that does waits for the model's content hash."""
+        if not isinstance(fields, SamplingFields):
+            return
+        desk, path = self.service.receipts, self.scope["path"]
+        options = receipt_options(fields, path, desk.key)
+        if options is not None or desk.keeps_all:
+            self._has_seed = fields.seed not in (None, RANDOM)
+            self._receipts = Receipts(desk, options, path)
+            await self.offload(desk.model)
 
     async def offload(self, function: Callable[..., T], *args: Any) -> T:
         """Runs a function in a worker thread (`Service.offload`); raises if the request has ended meanwhile."""
@@ -116,16 +133,36 @@ class Generation:
         for ids, params in prompts:
             self._check_context(len(ids), params.max_tokens)
         prompts = fit_answers(prompts, self.service.limits.max_answer_values, self.service.max_context)
+        if self._receipts is not None:
+            prompts = with_drawn_seeds(prompts, self._receipts.options, self._has_seed)
         num_tokens = sum(len(ids) * params.n for ids, params in prompts) + continuation.num_tokens
         self.service.admit(self, num_sequences, num_tokens, num_logprobs(prompts))
         self._prompts, self._narrowing, self._submitted = prompts, narrowing, time.monotonic()
         salt = self.service.salt(self.scope["lockstep.tenant"], cache_salt)
-        options: dict[str, Any] = dict(cache_salt=salt, prediction=prediction)
+        options: dict[str, Any] = dict(cache_salt=salt, prediction=prediction, receipt=self._receipts is not None)
         if continuation.output_ids:  # grammars and stop sequences read all of these tokens
             await self.offload(refusing, narrowing, self._submit, prompts, options | continuation._asdict())
         else:
             await self.prepare(self._submit, prompts, options)
         return self.requests
+
+    async def run(self, request: Request) -> None:
+        """Runs a request that the engine has made, and that chooses no tokens, to its end. ApiError 429 where too many
+        wait already."""
+        self.service.admit(self, 1, len(request.prompt_ids))
+        self._prompts, self._submitted = [(request.prompt_ids, request.params)], time.monotonic()
+        await self.offload(self._submit_made, request)
+        async for _ in batches(self.streams, lambda: math.inf):
+            self.raise_if_ended()
+        self.raise_if_ended()
+        self._ended = time.monotonic()
+
+    def _submit_made(self, request: Request) -> None:
+        assert self.service.engine is not None, "requests are admitted from `open` on"
+        self.streams = self.service.engine.submit_made([request])
+        self.requests = [request]
+        if self._ended_by is not None:
+            self._cancel()
 
     def _submit(self, prompts: Prompts, options: dict[str, Any]) -> None:
         engine = self.service.engine
@@ -158,6 +195,8 @@ class Generation:
         self.raise_if_ended()
         self._ended = time.monotonic()
         self._check_errors()
+        if self._receipts is not None and self.service.receipts.keeps_all:
+            await self.offload(self._receipts.keep, self.requests, self._prompts)
         self.service.metrics.whole_answer.add(self.exchange.seconds)
 
     def _frame(self) -> float:
@@ -251,6 +290,13 @@ class Generation:
             **(dict(completion_tokens_details=drafts) if drafted else {}),
         )
 
+    def receipt(self, number: int) -> dict[str, Any]:
+        """The fields of sequence `number`'s answer that have its receipt, once it has ended; none where none was asked
+        for."""
+        if self._receipts is None:
+            return {}
+        return self._receipts.fields(number, self.requests[number], self._prompts)
+
     # ------------------------------------------------------------ its end
 
     def explain(self, error: BaseException) -> ApiError:
@@ -295,10 +341,10 @@ class GenerationEndpoint:
     """
 
     def __init__(self, service: "Service", handler: Callable[[Generation], Awaitable[ASGIApp]]) -> None:
-        self._service, self._handler = service, handler
+        self._service, self.handler = service, handler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._service.check_open()
         with Generation(self._service, scope, receive) as generation:
-            response = await self._handler(generation)
+            response = await self.handler(generation)
             await response(scope, receive, send)

@@ -21,6 +21,7 @@ from lockstep.serve.errors import ApiError, not_allowed
 from lockstep.serve.generation import Generation
 from lockstep.serve.limits import Limits
 from lockstep.serve.metrics import Metrics
+from lockstep.serve.receipts.desk import ReceiptDesk
 from lockstep.serve.request_log import RequestLog
 from lockstep.text.conversation import ChatModel
 from lockstep.text.job_process import Busy
@@ -71,6 +72,7 @@ class Service:
         self.num_logprobs = 0  # the most log-probabilities that the running answers may have, together
         self.metrics, self.num_faults, self._has_logged_stop = Metrics(self), 0, False
         self.request_log = RequestLog(self.metrics, self.counts, is_quiet)
+        self.receipts = ReceiptDesk(self)  # of a server with a key, or a file for receipts, another
         self._workers = concurrent.futures.ThreadPoolExecutor(WORKERS, "lockstep worker")
         self._num_offloaded, self._seconds_each = 0, 1.0
 

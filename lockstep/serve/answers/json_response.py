@@ -36,6 +36,11 @@ def to_text(value: Any) -> str:
     return _encoder.encode(value)
 
 
+def fields_text(fields: dict[str, Any]) -> str:
+    """Fields as the text that follows others within an object: ,"name":value for each."""
+    return f",{to_text(fields)[1:-1]}" if fields else ""
+
+
 def to_json(value: Any) -> bytes:
     """A value as compact JSON bytes, in ASCII. ValueError for NaN and infinity."""
     return _encoder.encode(value).encode("ascii")

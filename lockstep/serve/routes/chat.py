@@ -5,7 +5,7 @@ from typing import Any
 
 from starlette.routing import Route
 
-from lockstep.serve.answers.json_response import to_text
+from lockstep.serve.answers.json_response import fields_text, to_text
 from lockstep.serve.answers.logprobs import all_chat_logprobs, chat_logprobs, check_prompt_logprobs, prompt_logprobs
 from lockstep.serve.answers.sse import EventStream, data_event, json_answer
 from lockstep.serve.errors import check_most, wrong_field
@@ -92,7 +92,7 @@ class Answer:
             made["logprobs"] = all_chat_logprobs(self.tokenizer, request)
         if self.fields.return_token_ids:
             made["token_ids"] = request.output_ids
-        return made
+        return made | self.generation.receipt(number)
 
     # ------------------------------------------------------------ in chunks
 
@@ -140,7 +140,8 @@ class Chunks:
     """The chunks of one sample. Their common fields are encoded once."""
 
     def __init__(self, answer, number) -> None:
-        self._answer, self._request, self._parser = answer, answer.generation.requests[number], answer.new_parser()
+        self._answer, self._number, self._parser = answer, number, answer.new_parser()
+        self._request = answer.generation.requests[number]
         self._is_plain = isinstance(self._parser, PlainParser)
         head = to_text(answer.head("chat.completion.chunk"))[:-1]
         self._before = f'data: {head},"choices":[{{"index":{number},"delta":'
@@ -166,7 +167,8 @@ class Chunks:
             details = ""
         if reason is not None:
             finish = conversation_routes.finish_reason(self._request, self._num_calls)
-            made.append(self._chunk("{}", f',"finish_reason":"{finish}"'))
+            receipt = fields_text(self._answer.generation.receipt(self._number))
+            made.append(self._chunk("{}", f',"finish_reason":"{finish}"{receipt}'))
         return "".join(made).encode("ascii")
 
     def _plain(self, text):

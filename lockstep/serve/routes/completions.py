@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from starlette.routing import Route
 
-from lockstep.serve.answers.json_response import to_text
+from lockstep.serve.answers.json_response import fields_text, to_text
 from lockstep.serve.answers.logprobs import LegacyLogprobs, check_prompt_logprobs, prompt_logprobs
 from lockstep.serve.answers.sse import EventStream, data_event, json_answer
 from lockstep.serve.errors import check_most
@@ -63,7 +63,6 @@ def routes(service: Service):
             each_mask = await generation.offload(masks, service, fields, len(ids))
         each_mask = await generation.prepare(combined_masks, service, fields, each_mask, each_mask[0] is not None)
         predicted = await generation.prepare(predicted_ids, service, fields.prediction)
-        answer = Answer(generation, fields, texts)
         prompts = [(each, _params(fields, service, len(each), mask)) for each, mask in zip(ids, each_mask, strict=True)]
         await generation.start(
             prompts,
@@ -72,6 +71,7 @@ def routes(service: Service):
             predicted,
             await generation.prepare(continuation, service, fields, prompts),
         )
+        answer = Answer(generation, fields, texts)
         if fields.stream:
             return EventStream(generation, answer.events())
         await generation.finished()
@@ -135,7 +135,7 @@ class Answer:
             made["prompt_logprobs"] = prompt_logprobs(self.tokenizer, request)
         if self.fields.return_token_ids:
             made |= dict(prompt_token_ids=request.prompt_ids, token_ids=request.output_ids[:num_output])
-        return made
+        return made | self.generation.receipt(number)
 
     def echoed(self, number):
         """The prompt of a sequence where the request asks for echo, else ""."""
@@ -165,7 +165,7 @@ class Chunks:
     """The chunks of one sequence. Their common fields are encoded once."""
 
     def __init__(self, answer, number) -> None:
-        self._answer, self._request = answer, answer.generation.requests[number]
+        self._answer, self._number, self._request = answer, number, answer.generation.requests[number]
         self._before = f'data: {to_text(answer.head)[:-1]},"choices":[{{"index":{number},"text":'
         self._end = ChunkEnd(answer.fields, self._request)
         self._num_sent = self._request.num_given  # the client has these tokens, and before them the prompt
@@ -186,8 +186,12 @@ class Chunks:
         logprobs = to_text(self._logprobs and self._logprobs.part(start, self._num_sent))
         return (
             f'{self._before}{to_text(text)},"logprobs":{logprobs},"finish_reason":{to_text(reason)}'
-            f"{self._token_ids(tokens)}{self._end.after(self._num_sent)}".encode("ascii")
+            f"{self._token_ids(tokens)}{self._receipt(reason)}{self._end.after(self._num_sent)}".encode("ascii")
         )
+
+    def _receipt(self, reason) -> str:
+        """The fields of the last chunk that have the receipt, if one was asked for."""
+        return fields_text(self._answer.generation.receipt(self._number)) if reason else ""
 
     def _token_ids(self, tokens) -> str:
         if not self._answer.fields.return_token_ids:

@@ -55,7 +55,10 @@ class Answer:
         """The response object."""
         blocks = collect(conversation_routes.read_all(self._new_parser, self._request))
         return self._head | dict(
-            content=[whole_block(block) for block in blocks], **self._end(blocks), usage=self._usage()
+            content=[whole_block(block) for block in blocks],
+            **self._end(blocks),
+            usage=self._usage(),
+            **self._generation.receipt(0),
         )
 
     async def events(self):
@@ -69,7 +72,8 @@ class Answer:
             changes += blocks.close() if reason else ()
             made += [block_event(*change) for change in changes]
             yield b"".join(made)
-        yield named_event("message_delta", dict(type="message_delta", delta=self._end(blocks.all), usage=self._usage()))
+        end = dict(type="message_delta", delta=self._end(blocks.all), usage=self._usage())
+        yield named_event("message_delta", end | self._generation.receipt(0))
         yield named_event("message_stop", dict(type="message_stop"))
 
     def _message_start(self):

@@ -133,6 +133,7 @@ class Answer:
                 self._item(block, ITEM_STATUS[(is_cut and block is blocks[-1]) or block.is_cut]) for block in blocks
             ],
             incomplete_details=dict(reason="max_output_tokens") if is_cut else None,
+            **self._generation.receipt(0),
         )
 
     def _item(self, block, status):

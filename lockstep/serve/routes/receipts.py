@@ -1,0 +1,87 @@
+"""/v1/receipts/verify: whether the answer of a receipt is this model's, bit for bit."""
+
+from typing import Annotated, Any
+
+from pydantic import Field
+from starlette.routing import Route
+
+from lockstep.receipts.envelope import RECEIPT, from_object
+from lockstep.receipts.statement import SALT_BYTES, Statement, from_bytes
+from lockstep.receipts.verdict import FALSE, TRUE, Verdict
+from lockstep.receipts.verify import Given, Verification
+from lockstep.serve.answers.json_response import json_response, to_json
+from lockstep.serve.errors import wrong_field
+from lockstep.serve.fields.body import Fields, Items, Whole
+from lockstep.serve.fields.prompts import check_ids
+from lockstep.serve.generation import Generation, GenerationEndpoint
+from lockstep.serve.receipts.asked import Asked, read_request
+from lockstep.serve.service import Service
+
+WORDS = {TRUE: "true", FALSE: "false"}
+
+
+class VerifyFields(Fields):
+    """The body of a request. request: the body that was sent for the answer; prompt_token_ids, token_ids: of prompt and
+    answer; salt: of a hidden prompt: what the receipt leaves out."""
+
+    model: str | None = None
+    receipt: dict
+    request: dict | None = None
+    prompt_token_ids: Items[Whole] | None = None
+    token_ids: Items[Whole] | None = None
+    salt: Annotated[str, Field(max_length=2 * SALT_BYTES)] | None = None
+
+
+def routes(service: Service):
+    async def verify(generation: Generation):
+        fields = await generation.read(VerifyFields)
+        verification = await generation.offload(_begin, generation, fields)
+        if isinstance(verification, Verdict):
+            return json_response(_shown(verification))
+        if verification.request is not None:
+            await generation.run(verification.request)
+        return json_response(_shown(await generation.offload(verification.finish)))
+
+    return [Route("/v1/receipts/verify", GenerationEndpoint(service, verify), methods=["POST"])]
+
+
+def _begin(generation: Generation, fields: VerifyFields) -> Verification | Verdict:
+    service = generation.service
+    statement = from_bytes(from_object(fields.receipt, [RECEIPT]).payload)
+    given = Given(
+        prompt_ids=fields.prompt_token_ids and check_ids(service, fields.prompt_token_ids, "prompt_token_ids"),
+        output_ids=None if fields.token_ids is None else check_ids(service, fields.token_ids, "token_ids"),
+        salt=_salt(fields.salt),
+    )
+    verifier = service.receipts.verifier()
+    if fields.request is not None and verifier.is_of_model(statement):
+        asked = _asked(service, fields.request, statement)
+        if (wrong := asked.difference(statement, given.salt)) is not None:
+            return wrong
+        prompt = asked.prompt_of(statement, given.salt)
+        assert prompt is not None, "the receipt is of one of its prompts"
+        given = given._replace(prompt_ids=prompt[0], logits_mask=prompt[1].logits_mask)
+    return verifier.begin(statement, given, service.salt(generation.scope["lockstep.tenant"], ""))
+
+
+def _asked(service: Service, request: dict[str, Any], statement: Statement) -> Asked:
+    return read_request(service.loaded, service.chat, to_json(request), statement)
+
+
+def _salt(text: str | None) -> bytes | None:
+    try:
+        salt = None if text is None else bytes.fromhex(text)
+    except ValueError:
+        salt = b""
+    if salt is not None and len(salt) != SALT_BYTES:
+        raise wrong_field("salt", f"expected {2 * SALT_BYTES} hexadecimal digits, got {text!r:.80}")
+    return salt
+
+
+def _shown(verdict: Verdict) -> dict[str, Any]:
+    """A Verdict as the response object."""
+    made: dict[str, Any] = dict(object="receipt.verdict", verdict=WORDS.get(verdict.code, "not_checked"))
+    if verdict.is_true:
+        return made | dict(text=verdict.text)
+    known = dict(what=verdict.what, position=verdict.position, claimed=verdict.claimed, found=verdict.found)
+    return made | known | dict(reason=verdict.reason)

@@ -71,9 +71,9 @@ class SigningKey:
 
 def load_signing_key(path: str | os.PathLike[str]) -> SigningKey:
     """The key in a PEM file. ReceiptError for a file that cannot be read, or has no unencrypted Ed25519 key."""
-    from_pem, kind = _serialization().load_pem_private_key, _ed25519().Ed25519PrivateKey
+    from_pem, kind, data = _serialization().load_pem_private_key, _ed25519().Ed25519PrivateKey, _read(path)
     try:
-        key = from_pem(_read(path), password=None)
+        key = from_pem(data, password=None)
     except (ValueError, TypeError, _unsupported()) as error:
         got = "one with a password" if isinstance(error, TypeError) else "none"
         raise ReceiptError(f"{path}: expected a PEM file with a private Ed25519 key, got {got}") from None
@@ -86,9 +86,10 @@ def load_public_key(source: str | os.PathLike[str]) -> PublicKey:
     """The key in a PEM file, or in PEM text. ReceiptError for a file that cannot be read, or has no public Ed25519
     key."""
     is_text = isinstance(source, str) and source.lstrip().startswith(BEGIN_PUBLIC)
-    name = "public key" if is_text else str(source)
+    name, from_pem = "public key" if is_text else str(source), _serialization().load_pem_public_key
+    data = str(source).encode() if is_text else _read(source)
     try:
-        key = _serialization().load_pem_public_key(str(source).encode() if is_text else _read(source))
+        key = from_pem(data)
     except (ValueError, _unsupported()):
         raise ReceiptError(f"{name}: expected a PEM file with a public Ed25519 key") from None
     if not isinstance(key, _ed25519().Ed25519PublicKey):

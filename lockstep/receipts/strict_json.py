@@ -14,6 +14,7 @@ from lockstep.receipts.errors import ReceiptError
 MAX_BYTES = 64 << 20
 MAX_DEPTH = 32
 MAX_INTEGER = 1 << 63
+SURROGATE = re.compile("[\ud800-\udfff]")
 TEXT_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
 
 
@@ -29,13 +30,15 @@ def loads(data: bytes | str, max_bytes: int = MAX_BYTES) -> Any:
         raise ReceiptError("expected JSON in UTF-8, got other bytes") from None
     _check_depth(text)
     try:
-        return json.loads(
+        value = json.loads(
             text, object_pairs_hook=_object, parse_constant=_refused, parse_float=_refused, parse_int=_integer
         )
     except ReceiptError:
         raise
     except ValueError as error:
         raise ReceiptError(f"expected JSON: {error}") from None
+    _check_texts(value)
+    return value
 
 
 def dumps(value: Any) -> bytes:
@@ -57,16 +60,20 @@ def _object(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     for key, value in pairs:
         if key in made:
             raise ReceiptError(f"expected each key of a JSON object once, got {key!r:.80} twice")
-        _check_text(key)
-        if isinstance(value, str):
-            _check_text(value)
         made[key] = value
     return made
 
 
-def _check_text(text: str) -> None:
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ReceiptError(f"expected text, got a lone surrogate in {text!r:.80}")
+def _check_texts(value: Any) -> None:
+    """ReceiptError for a lone surrogate in any text of a value; escapes can write one."""
+    if isinstance(value, str):
+        if SURROGATE.search(value):
+            raise ReceiptError(f"expected text, got a lone surrogate in {value!r:.80}")
+    elif isinstance(value, (list, dict)):
+        for each in value:
+            _check_texts(each)
+        for each in value.values() if isinstance(value, dict) else ():
+            _check_texts(each)
 
 
 def _refused(digits: str) -> NoReturn:

@@ -155,7 +155,9 @@ def test_changed_bytes_are_refused_or_another_statement():
         text = statement.to_bytes()
         for _ in range(400):
             at, size = draw.randrange(len(text)), draw.randint(0, 2)
-            changed = text[:at] + bytes(draw.choice(b'0123456789abcdef",:{}[]-') for _ in range(size)) + text[at + size :]
+            changed = (
+                text[:at] + bytes(draw.choice(b'0123456789abcdef",:{}[]-') for _ in range(size)) + text[at + size :]
+            )
             try:
                 read = from_bytes(changed)
             except ReceiptError:

@@ -9,7 +9,7 @@ from lockstep.receipts.errors import ReceiptError
 from lockstep.receipts.fields import Fields, from_base64, reading, to_base64
 from lockstep.receipts.strict_json import MAX_DEPTH, dumps, loads
 
-GOOD = {"a": [1, -5, True, None, "ü\u2028 \"[{"], "b": {"c": {}}, "big": (1 << 63) - 1}
+GOOD = {"a": [1, -5, True, None, 'ü\u2028 "[{'], "b": {"c": {}}, "big": (1 << 63) - 1}
 
 
 def test_what_is_written_is_read():

@@ -65,10 +65,18 @@ class ReceiptDesk:
 
 
 def with_drawn_seeds(prompts: Prompts, options: ReceiptOptions | None, has_seed: bool) -> Prompts:
-    """The prompts with seeds drawn from the nonce, where the request has one and no seed."""
-    if options is None or options.nonce is None or has_seed:
+    """The prompts of a request without a seed with the seeds that it gets: drawn from its nonce, if it has one; 0 where
+    nothing is drawn, so that the same request has the same receipt."""
+    if has_seed:
         return prompts
-    return [(ids, replace(params, seed=seed_of(options.nonce, ids))) for ids, params in prompts]
+    nonce = None if options is None else options.nonce
+    return [(ids, replace(params, seed=_drawn(nonce, ids, params))) for ids, params in prompts]
+
+
+def _drawn(nonce: str | None, prompt_ids: list[int], params: SamplingParams) -> int:
+    if nonce is not None:
+        return seed_of(nonce, prompt_ids)
+    return params.seed if params.temperature else 0
 
 
 class Receipts:

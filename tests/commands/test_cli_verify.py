@@ -1,0 +1,125 @@
+"""`lockstep verify`, `generate --receipt`, `receipt key` and `receipt batch` on the command line."""
+
+import base64
+import json
+import stat
+
+import pytest
+
+from lockstep.cli import main
+
+ASK = ["generate", "-p", "import os\n", "-n", "12", "--temperature", "0.8", "--seed", "3", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a key, a receipt of an answer, and a detached one of another with its answer."""
+    made = tmp_path_factory.mktemp("receipts")
+    assert main(["receipt", "key", str(made / "key")]) == 0
+    assert main([*ASK, "--receipt", str(made / "signed"), "--receipt-key", str(made / "key"), "--nonce", "n"]) == 0
+    return made
+
+
+def verify(capsys, *args):
+    """(exit code, what standard output says, what standard error says) of a verification."""
+    capsys.readouterr()
+    code = main(["verify", *map(str, args), "--threads", "1"])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_a_true_receipt(folder, capsys):
+    code, out, _ = verify(capsys, folder / "signed", "--key", folder / "key.pub")
+    words = "true: 12 tokens after a prompt of 3, temperature 0.8, seed 3, ended by length; signed by key "
+    assert code == 0 and out.startswith(words)
+    code, out, _ = verify(capsys, folder / "signed")
+    assert code == 0 and "which was not checked (--key)" in out
+    assert stat.S_IMODE((folder / "key").stat().st_mode) == 0o600
+
+
+def changed(folder, name, **fields):
+    """A file with the receipt of `folder`, whose answer says something else."""
+    envelope = json.loads((folder / "signed").read_text())
+    payload = json.loads(base64.b64decode(envelope["payload"]))
+    payload["answer"] |= fields
+    envelope["payload"] = base64.b64encode(json.dumps(payload).encode()).decode()
+    (folder / name).write_text(json.dumps(envelope))
+    return folder / name
+
+
+def test_false_receipts(folder, capsys):
+    code, out, _ = verify(capsys, changed(folder, "a", root="0" * 64))
+    assert code == 1 and out.startswith(
+        "false: the tokens are the model's, but a log-probability or hidden state is not"
+    )
+    code, out, _ = verify(capsys, folder / "a", "--key", folder / "key.pub")
+    assert code == 1 and out.startswith("false: the receipt is not signed by key ")
+    code, out, _ = verify(capsys, changed(folder, "b", finish_reason="stop"))
+    assert code == 1 and "ended by 'stop', its tokens say 'length'" in out
+    request = folder / "request.json"
+    request.write_text(json.dumps(dict(prompt="import os\n", max_tokens=12, temperature=0.8, seed=4)))
+    code, out, _ = verify(capsys, folder / "signed", "--request", request)
+    assert code == 1 and out == "false: the request has the nonce None, the receipt 'n'\n"
+    body = dict(prompt="import os\n", max_tokens=12, temperature=0.8, seed=4, receipt=dict(nonce="n"))
+    request.write_text(json.dumps(body))
+    code, out, _ = verify(capsys, folder / "signed", "--request", request)
+    assert code == 1 and out == "false: the request has seed 4, the receipt 3\n"
+    request.write_text(json.dumps(body | dict(seed=3)))
+    assert verify(capsys, folder / "signed", "--request", request)[0] == 0
+
+
+def test_a_detached_receipt_needs_the_request_and_the_answer(folder, capsys):
+    receipt, answer, request = folder / "detached", folder / "answer.json", folder / "asked.json"
+    capsys.readouterr()
+    options = ["--receipt-detached", "--receipt-hides-prompt", "--receipt-tags", "--json"]
+    assert main([*ASK, *options, "--receipt", str(receipt)]) == 0
+    said = capsys.readouterr()
+    answer.write_text(said.out)
+    salt = said.err.rstrip().rpartition(" ")[2]
+    request.write_text(json.dumps(dict(prompt="import os\n", max_tokens=12, temperature=0.8, seed=3)))
+    code, out, _ = verify(capsys, receipt)
+    assert code == 2 and out.startswith("not checked: the receipt leaves out the prompt")
+    known = [receipt, "--request", request, "--answer", answer]
+    assert verify(capsys, *known, "--salt", salt)[0] == 0
+    assert verify(capsys, *known, "--salt", "0" * 64)[0] == 1
+    assert verify(capsys, *known)[0] == 2
+
+
+def test_a_batch_signs_many(folder, capsys):
+    receipts, batch = folder / "all.jsonl", folder / "batch"
+    receipts.write_text((folder / "signed").read_text() * 3)
+    assert main(["receipt", "batch", str(receipts), str(batch), "--receipt-key", str(folder / "key")]) == 0
+    code, out, _ = verify(capsys, batch, "--receipts", receipts, "--key", folder / "key.pub")
+    assert code == 0 and out.startswith("true: the batch of 3 receipts; signed by key ") and out.count("true:") == 4
+    receipts.write_text((folder / "signed").read_text() * 2)
+    code, out, _ = verify(capsys, batch, "--receipts", receipts)
+    assert code == 1 and "false: the batch is of 3 receipts, the file has 2" in out
+    code, _, err = verify(capsys, batch)
+    assert code == 2 and "this is a batch of 3 receipts: expected --receipts FILE, too" in err
+
+
+@pytest.mark.parametrize("text, said", [
+    ("", "expected JSON"),
+    ("{}", "expected a receipt, or an answer with one, got an object with nothing"),
+    ('{"choices":[{"text":"a"}]}', "got an object with choices"),
+    ("[1.5]", "integers as numbers of JSON"),
+    ('{"payloadType":"x","payload":"","signatures":[]}', "envelope.payloadType"),
+])  # fmt: skip
+def test_what_is_no_receipt(text, said, tmp_path, capsys):
+    (tmp_path / "file").write_text(text)
+    code, out, err = verify(capsys, tmp_path / "file")
+    assert code == 2 and not out and said in err
+
+
+def test_options_that_are_refused(folder, tmp_path, capsys):
+    assert main([*ASK, "--receipt", str(tmp_path / "no" / "file")]) == 2
+    assert main([*ASK, "--receipt", str(tmp_path / "file"), "--receipt-key", str(tmp_path / "none")]) == 2
+    assert main([*ASK, "--receipt", str(tmp_path / "file"), "--nonce", "\n"]) == 2
+    assert main(["receipt", "key", str(folder / "key")]) == 2
+    said = capsys.readouterr().err
+    for words in ("No such file", "the key cannot be read", "printable ASCII", "expected a new file for the key"):
+        assert words.lower() in said.lower()
+    code, _, err = verify(capsys, folder / "signed", "--salt", "5")
+    assert code == 2 and "--salt: expected 64 hexadecimal digits, got '5'" in err
+    assert main([*ASK, "--receipt-tags"]) == 0
+    assert "--receipt-tags has no effect without --receipt" in capsys.readouterr().err

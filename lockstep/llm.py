@@ -241,13 +241,13 @@ class LLM(LoadedModel):
         ValueError for a prompt that cannot run, or params with n > 1.
         """
         check_single(params)
-        [params] = self._held_to([params], schema=schema, regex=regex, grammar=grammar)
+        [params] = self.held_to([params], schema=schema, regex=regex, grammar=grammar)
         make = self.new_receipt(params, receipt)
         request = self.start(prompt, params, prediction, output_ids, receipt=make is not None).request
         return CompletionStream(self.engine, request, new_receipt=make)
 
-    def _held_to(self, params: list[SamplingParams], **form: Any) -> list[SamplingParams]:
-        """The params of several prompts with masks that hold the answers to a schema, regex or grammar."""
+    def held_to(self, params: list[SamplingParams], **form: Any) -> list[SamplingParams]:
+        """The params of several prompts with masks that hold the answers to a form, see `generate`."""
         if all(value is None for value in form.values()):
             return params
         from lockstep import constrained  # grammars take a while to import
@@ -293,7 +293,7 @@ class LLM(LoadedModel):
         if len(predictions) != len(prompts):
             raise ValueError(f"prediction: expected one text or a list of {len(prompts)}, got {len(predictions)}")
         known = known_lists(output_ids, len(prompts))
-        each = self._held_to(each, schema=schema, regex=regex, grammar=grammar)
+        each = self.held_to(each, schema=schema, regex=regex, grammar=grammar)
         shown = self._shows_progress if progress is None else progress
         makers = [self.new_receipt(own, receipt) for own in each]
         ended = run_all(self, prompts, each, predictions, known, shown, receipt=bool(receipt))
@@ -330,7 +330,7 @@ class LLM(LoadedModel):
         whether the answer is this model's, bit for bit; its `reason` says what is wrong, or why it cannot be checked
         here. No signature is checked, see `Envelope.is_signed_by`. ReceiptError, a ValueError, for what is no receipt.
         """
-        from lockstep.receipts.read import statement_of
+        from lockstep.receipts.receipt import statement_of
         from lockstep.receipts.verify import NOTHING
 
         verification = self.verifier.begin(statement_of(receipt), given or NOTHING)

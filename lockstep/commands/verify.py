@@ -27,6 +27,7 @@ def command(
         str,
         typer.Argument(metavar="RECEIPT", help="A file with a receipt, many, a batch or an API's answer; or -."),
     ],
+    *,
     model: Annotated[
         str | None,
         typer.Option(metavar="MODEL", show_default="the bundled model", help="The model that made the answer."),

@@ -2,8 +2,10 @@
 
 import base64
 import binascii
+import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Never
 
@@ -111,6 +113,16 @@ def from_base64(text: str) -> bytes | None:
 def to_base64(data: bytes) -> str:
     """Bytes in standard base64, with padding."""
     return base64.b64encode(data).decode("ascii")
+
+
+def ids_bytes(token_ids: Sequence[int]) -> bytes:
+    """Token ids as little-endian uint32, of which digests are made."""
+    return array("I", token_ids).tobytes()
+
+
+def ids_digest(token_ids: Sequence[int]) -> bytes:
+    """SHA-256 of token ids."""
+    return hashlib.sha256(ids_bytes(token_ids)).digest()
 
 
 def is_token(value: Any) -> bool:

@@ -5,13 +5,14 @@ other readers of JSON would round, as a text of decimal digits. A parameter with
 """
 
 import dataclasses
+import hashlib
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lockstep.engine.request import BOUNDS, SamplingParams
 from lockstep.receipts.errors import ReceiptError
-from lockstep.receipts.fields import Fields, is_token, reading, shown
+from lockstep.receipts.fields import Fields, ids_digest, is_token, reading, shown
 from lockstep.receipts.text_sizes import MAX_STOP_CHARS, MAX_STOPS, MAX_TOKEN_IDS
 
 FLOATS = (
@@ -87,6 +88,14 @@ def from_json(value: Any, logits_mask: Callable[[list[int]], Any] | None = None)
 
 def _is_stop(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= MAX_STOP_CHARS
+
+
+def seed_of(nonce: str, prompt_ids: Sequence[int]) -> int:
+    """The seed of a request that sends a nonce and no seed, so that nobody can choose it to get an answer of their
+    liking: the first 8 bytes, as a little-endian integer without its highest bit, of SHA-256("lockstep seed", SHA-256
+    of the prompt's ids as little-endian uint32, nonce)."""
+    digest = hashlib.sha256(b"lockstep seed" + ids_digest(prompt_ids) + nonce.encode()).digest()
+    return int.from_bytes(digest[:8], "little") & ((1 << 63) - 1)
 
 
 def _float(fields: Fields, name: str) -> float:

@@ -9,8 +9,10 @@ from pathlib import Path
 from lockstep.engine.leaves import LEAF_BYTES
 from lockstep.engine.request import Request, SamplingParams
 from lockstep.engine.selfcheck.check import NUMERICS
-from lockstep.receipts.envelope import RECEIPT, Envelope
+from lockstep.receipts.envelope import RECEIPT, Envelope, check_type
+from lockstep.receipts.envelope import from_bytes as envelope_from_bytes
 from lockstep.receipts.errors import ReceiptError
+from lockstep.receipts.fields import ids_digest
 from lockstep.receipts.form import form_of
 from lockstep.receipts.identity import ModelPart
 from lockstep.receipts.keys import SigningKey
@@ -24,8 +26,8 @@ from lockstep.receipts.statement import (
     Statement,
     check_nonce,
     commitment,
-    ids_digest,
 )
+from lockstep.receipts.statement import from_bytes as statement_from_bytes
 
 
 @dataclass(frozen=True)
@@ -135,3 +137,21 @@ def _prompt_part(request: Request, salt: bytes | None) -> PromptPart:
     if salt is not None:
         return PromptPart(len(ids), commitment(salt, ids), is_hidden=True, root=tree)
     return PromptPart(len(ids), ids_digest(ids), ids=tuple(ids), root=tree)
+
+
+def envelope_of(receipt: Receipt | Envelope | bytes | str) -> Envelope:
+    """The envelope of a receipt. ReceiptError for what is none."""
+    if isinstance(receipt, Receipt):
+        return receipt.envelope
+    if isinstance(receipt, Envelope):
+        return receipt
+    if not isinstance(receipt, (bytes, str)):
+        raise ReceiptError(f"expected a receipt or its JSON text, got {receipt!r:.80}")
+    return envelope_from_bytes(receipt, [RECEIPT])
+
+
+def statement_of(receipt: Receipt | Envelope | bytes | str) -> Statement:
+    """The Statement of a receipt. ReceiptError for what is none."""
+    found = envelope_of(receipt)
+    check_type(found, RECEIPT)
+    return statement_from_bytes(found.payload)

@@ -6,7 +6,6 @@ described field by field in docs/receipts.md.
 
 import hashlib
 import re
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from lockstep.engine.request import SamplingParams
 from lockstep.receipts import parameters, strict_json
 from lockstep.receipts.errors import ReceiptError
-from lockstep.receipts.fields import Fields, is_token, reading, shown, to_base64, without_none
+from lockstep.receipts.fields import Fields, ids_bytes, ids_digest, is_token, reading, shown, to_base64, without_none
 from lockstep.receipts.form import Form, check_form, without_texts
 from lockstep.receipts.identity import ModelPart, read_model
 from lockstep.receipts.text_sizes import MAX_NONCE_CHARS, MAX_STOP_CHARS, MAX_TOKENS
@@ -27,11 +26,6 @@ ID_BYTES = 3  # no vocabulary has 2**24 tokens
 SALT_BYTES = 32
 REASONS = ("stop", "length", "cancelled")
 PRINTABLE = re.compile(r"[ -~]*")
-
-
-def ids_bytes(token_ids: Sequence[int]) -> bytes:
-    """Token ids as little-endian uint32, of which digests are made."""
-    return array("I", token_ids).tobytes()
 
 
 def packed(token_ids: Sequence[int]) -> str:
@@ -45,11 +39,6 @@ def unpacked(data: bytes) -> tuple[int, ...]:
     bytes_T4 = np.zeros((len(data) // ID_BYTES, 4), np.uint8)
     bytes_T4[:, :ID_BYTES] = np.frombuffer(data, np.uint8).reshape(-1, ID_BYTES)
     return tuple(bytes_T4.view("<u4")[:, 0].tolist())
-
-
-def ids_digest(token_ids: Sequence[int]) -> bytes:
-    """SHA-256 of token ids."""
-    return hashlib.sha256(ids_bytes(token_ids)).digest()
 
 
 def commitment(salt: bytes, token_ids: Sequence[int]) -> bytes:

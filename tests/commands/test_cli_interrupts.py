@@ -14,7 +14,7 @@ PROMPT = "def read_lines(path):\n"
 
 
 def test_ctrl_c(monkeypatch, capsys):
-    def interrupted(*args):
+    def interrupted(*args, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(answer, "answer", interrupted)

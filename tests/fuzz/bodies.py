@@ -3,6 +3,12 @@
 import json
 import random
 
+from lockstep.engine.request import SamplingParams
+from lockstep.engine.selfcheck.check import NUMERICS
+from lockstep.receipts.envelope import Envelope, Signature
+from lockstep.receipts.fields import ids_digest
+from lockstep.receipts.identity import ModelPart
+from lockstep.receipts.statement import AnswerPart, PromptPart, Statement
 from tests.serve.raw import head
 
 KINDS = "value", "body", "header", "anything"
@@ -25,6 +31,17 @@ TALK = [
     dict(role="assistant", content=None, tool_calls=[CALL]),
     dict(role="tool", tool_call_id="c", content=[dict(type="text", text="r")]),
 ]
+# a receipt of another model: what it says is read, and nothing is computed
+STATEMENT = Statement(
+    numerics=NUMERICS,
+    model=ModelPart("m", "c" * 64, "f" * 64, "auto", "bf16", (0,), 64),
+    prompt=PromptPart(1, ids_digest([5]), ids=(5,)),
+    params=SamplingParams(max_tokens=2, temperature=0.5, logit_bias={5: 1.0}, stop=("x",)),
+    answer=AnswerPart(2, b"r" * 32, "length", None, (5, 6), b"tags"),
+    form=dict(tokens=dict(allowed=[5, 6], banned=[[5, 6]], ends=[0])),
+    nonce="n",
+)
+RECEIPT = Envelope(STATEMENT.to_bytes(), signatures=(Signature("key", b"s" * 64),)).to_object()
 BODIES = {
     "/v1/completions": dict(
         prompt="x",
@@ -84,6 +101,9 @@ BODIES = {
     "/tokenize": dict(messages=TALK, tools=[dict(type="function", function=TOOL)], add_generation_prompt=True),
     "/v1/messages/count_tokens": dict(messages=MESSAGES, system="s", tools=[dict(name="f", input_schema=SCHEMA)]),
     "/detokenize": dict(tokens=[5, 6]),
+    "/v1/receipts/verify": dict(
+        receipt=RECEIPT, request=dict(prompt="x", max_tokens=2), token_ids=[5, 6], prompt_token_ids=[5], salt="00" * 32
+    ),
 }
 # values that have broken parsers
 ODD = [

@@ -198,7 +198,8 @@ def test_nothing_is_asked_for():
 def test_a_grammar_is_compiled_once_for_a_batch_and_again_as_each_answer_begins(llm, monkeypatch):
     compiled, begun, new_matcher, start = [], [], structured.new_matcher, llm.start_samples
     monkeypatch.setattr(structured, "new_matcher", lambda *given: compiled.append(given) or new_matcher(*given))
-    monkeypatch.setattr(llm, "start_samples", lambda *given: begun.append(len(compiled)) or start(*given))
+    counted = lambda *given, **some: begun.append(len(compiled)) or start(*given, **some)
+    monkeypatch.setattr(llm, "start_samples", counted)
     params = [replace(SHORT, seed=i, temperature=1.0, n=1 + i % 2) for i in range(6)]
     answers = llm.generate(["x = "] * 6, params, regex="[0-9]{2}")
     assert begun == [1] * 6 and len(compiled) == sum(each.n for each in params)

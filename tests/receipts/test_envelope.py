@@ -117,7 +117,7 @@ def test_a_batch_binds_receipts_in_their_order(key):
         assert not has(batch, receipts[number - 1], place)
     with pytest.raises(ReceiptError, match="one receipt or more"):
         batch_of([])
-    with pytest.raises(ReceiptError, match="expected application/vnd.lockstep.receipt.json"):
+    with pytest.raises(ReceiptError, match=r"expected application/vnd\.lockstep\.receipt.json"):
         batch_of([signed])
 
 
@@ -130,7 +130,7 @@ def test_a_batch_binds_receipts_in_their_order(key):
 def test_batches_that_are_refused(payload, said):
     with pytest.raises(ReceiptError, match=said):
         read_batch(Envelope(payload.replace(b"%s", b"0" * 64), BATCH))
-    with pytest.raises(ReceiptError, match="expected application/vnd.lockstep.receipt-batch"):
+    with pytest.raises(ReceiptError, match=r"expected application/vnd\.lockstep\.receipt-batch"):
         read_batch(Envelope(payload))
 
 

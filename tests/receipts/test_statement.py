@@ -12,6 +12,7 @@ from lockstep.engine.sampling import Adjustment
 from lockstep.engine.step_arrays import SAMPLING_RECORD, records_view, write_record
 from lockstep.receipts import parameters, strict_json
 from lockstep.receipts.errors import ReceiptError
+from lockstep.receipts.fields import ids_digest
 from lockstep.receipts.identity import ModelPart, difference
 from lockstep.receipts.statement import (
     AnswerPart,
@@ -19,7 +20,6 @@ from lockstep.receipts.statement import (
     Statement,
     commitment,
     from_bytes,
-    ids_digest,
     packed,
     unpacked,
 )

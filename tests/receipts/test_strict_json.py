@@ -1,4 +1,4 @@
-"""JSON of receipts: what two readers could read differently is refused, and nothing else than ReceiptError is raised."""
+"""JSON of receipts: what two readers could read differently is refused, by nothing else than ReceiptError."""
 
 import json
 import random

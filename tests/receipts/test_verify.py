@@ -8,9 +8,10 @@ from lockstep.engine.request import SamplingParams
 from lockstep.llm import LLM
 from lockstep.receipts.envelope import Envelope
 from lockstep.receipts.errors import ReceiptError
+from lockstep.receipts.fields import ids_digest
 from lockstep.receipts.merkle import root_of
 from lockstep.receipts.receipt import ReceiptOptions
-from lockstep.receipts.statement import commitment, from_bytes, ids_digest
+from lockstep.receipts.statement import commitment, from_bytes
 from lockstep.receipts.verify import Given
 
 PROMPT = "def add(a, b):\n    return"
@@ -54,7 +55,7 @@ def test_honest_answers_are_true(llm):
             for sample in (sample for each in made for sample in each.samples):
                 given = Given()
                 if options is not True:
-                    mask = llm._held_to([params], **form)[0].logits_mask if form else None
+                    mask = llm.held_to([params], **form)[0].logits_mask if form else None
                     given = Given(sample.prompt_token_ids, sample.token_ids, sample.receipt.salt, mask)
                 found = llm.verify(sample.receipt.to_bytes(), given)
                 assert (found.code, found.reason, found.text) == (0, "", sample.text)

@@ -56,7 +56,7 @@ def told(verdict: "Verdict", statement: "Statement") -> str:
     if not verdict.is_true:
         return f"{'false' if verdict.code == 1 else 'not checked'}: {verdict.reason}"
     params, answer = statement.params, statement.answer
-    how = f"temperature {params.temperature:g}, seed {params.seed}" if params.temperature else "greedy"
+    choice = f"temperature {params.temperature:g}, seed {params.seed}" if params.temperature else "greedy"
     sample = f", sample {statement.sample} of {params.n}" if params.n > 1 else ""
     tokens = f"{counted(answer.tokens, 'token')} after a prompt of {statement.prompt.tokens}"
-    return f"true: {tokens}, {how}{sample}, ended by {answer.finish_reason}"
+    return f"true: {tokens}, {choice}{sample}, ended by {answer.finish_reason}"

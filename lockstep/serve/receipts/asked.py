@@ -10,7 +10,7 @@ from lockstep.engine.request import SamplingParams
 from lockstep.receipts import form as forms
 from lockstep.receipts import parameters
 from lockstep.receipts.errors import ReceiptError
-from lockstep.receipts.seed import seed_of
+from lockstep.receipts.parameters import seed_of
 from lockstep.receipts.statement import Statement
 from lockstep.receipts.verdict import Verdict, false, unchecked
 from lockstep.serve.errors import ApiError

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from lockstep.engine.request import Request, SamplingParams
 from lockstep.receipts.identity import ModelPart, model_part
 from lockstep.receipts.keys import SigningKey
+from lockstep.receipts.parameters import seed_of
 from lockstep.receipts.receipt import Receipt, ReceiptOptions, make_receipt
-from lockstep.receipts.seed import seed_of
 from lockstep.receipts.verify import Verifier
 
 if TYPE_CHECKING:

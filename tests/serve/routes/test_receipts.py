@@ -12,7 +12,7 @@ from lockstep.receipts.batch import batch_of
 from lockstep.receipts.envelope import from_bytes, from_object
 from lockstep.receipts.fields import to_base64
 from lockstep.receipts.keys import SigningKey
-from lockstep.receipts.seed import seed_of
+from lockstep.receipts.parameters import seed_of
 from lockstep.receipts.statement import from_bytes as statement_of
 from lockstep.serve.app import make_app
 from lockstep.serve.receipts.desk import ReceiptDesk

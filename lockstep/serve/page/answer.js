@@ -33,9 +33,10 @@ export class Answer {
     }
   }
 
-  add({ text, thought, tokens, finish, usage, fingerprint }) {
+  add({ text, thought, tokens, finish, receipt, usage, fingerprint }) {
     const now = performance.now() - this.begun;
     this.finish = finish ?? this.finish;
+    this.receipt = receipt ?? this.receipt;
     this.usage = usage ?? this.usage;
     this.fingerprint = fingerprint ?? this.fingerprint;
     this.tokens.push(...tokens);
@@ -95,15 +96,16 @@ export class Answer {
   packed(withTokens = true) {
     const { settings, system, finish, usage, fingerprint, problem, times } = this;
     const tokens = withTokens && this.tokens;
+    const receipt = withTokens ? this.receipt : undefined;
     const parts = tokens ? this.parts : [[0, this.thought.text, 0], [1, this.text.text, 0]].filter(([, text]) => text);
-    return { settings, system, finish, usage, fingerprint, problem, times, parts, numLost: this.numTokens,
+    return { settings, system, finish, receipt, usage, fingerprint, problem, times, parts, numLost: this.numTokens,
       tokens: tokens ? tokens.map(({ text, logprob, top }) => [text, logprob, top.map(each => [each.text, each.logprob])]) : null };
   }
 
-  static unpacked({ settings, system, finish, usage, fingerprint, problem, times, parts, tokens, numLost }) {
+  static unpacked({ settings, system, finish, receipt, usage, fingerprint, problem, times, parts, tokens, numLost }) {
     const made = new Answer(settings, system);
     const token = ([text, logprob]) => ({ text, logprob });
-    Object.assign(made, { usage, fingerprint, problem, times, parts, numLost, finish: finish ?? (problem ? undefined : "interrupted") });
+    Object.assign(made, { receipt, usage, fingerprint, problem, times, parts, numLost, finish: finish ?? (problem ? undefined : "interrupted") });
     made.tokens = tokens?.map(each => ({ ...token(each), top: each[2].map(token) })) ?? null;
     let at = 0;
     for (const [kind, text, number] of parts) {

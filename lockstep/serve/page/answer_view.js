@@ -3,6 +3,7 @@
 import { button, copy, make } from "/page/elements.js";
 import { figure } from "/page/answer.js";
 import { Repeat } from "/page/repeat.js";
+import { Verification } from "/page/verify.js";
 import { ShownText } from "/page/text/shown_text.js";
 
 const FRAME = 30; // milliseconds between two updates of an answer that streams in
@@ -86,9 +87,12 @@ export class AnswerView {
   #close() {
     const { answer } = this;
     clearTimeout(this.#timer);
-    this.repeat?.stop();
+    this.#stop();
+    const verdict = make("span", "verdict"), { key } = this.page;
+    verdict.setAttribute("role", "status");
+    this.check = answer.receipt && !answer.problem ? new Verification(answer, this.request, { key, verdict }) : null;
     this.repeat = answer.tokens?.length && !answer.problem ? new Repeat(answer, this.request, {
-      key: this.page.key,
+      key, verdict,
       isSameServer: () => !answer.fingerprint || answer.fingerprint === this.page.fingerprint(),
     }) : null;
     this.end.replaceChildren(...[this.#problem(), this.#actions()].filter(Boolean));
@@ -102,13 +106,13 @@ export class AnswerView {
   }
 
   #actions() {
-    const { answer, page, repeat } = this;
+    const { answer, page, check, repeat } = this;
     const made = make("div", "actions");
     const copies = answer.text.text && button("Copy", event => copy(answer.text.text, event.currentTarget), "Copies the answer as it was written");
     const another = answer.problem ? button("Try again", () => page.again(this))
       : button("Another answer", () => page.again(this), "Answers once more, with another seed and the settings of now");
     const edit = this.given && button("Edit", () => page.edit(this), "Changes the text that is continued");
-    made.append(...[copies, edit, another].filter(Boolean), ...(repeat ? [...repeat.buttons, repeat.verdict] : []));
+    made.append(...[copies, edit, another].filter(Boolean), ...(check ? [check.button] : []), ...(repeat ? [...repeat.buttons, repeat.verdict] : []));
     another.classList.add("another");
     return made;
   }
@@ -116,6 +120,11 @@ export class AnswerView {
   /** Ends what it does. */
   stop() {
     clearTimeout(this.#timer);
+    this.#stop();
+  }
+
+  #stop() {
+    this.check?.stop();
     this.repeat?.stop();
   }
 }

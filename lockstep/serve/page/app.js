@@ -128,7 +128,7 @@ function again(view) {
 }
 
 /** Whether an answer would come out the same with every seed, as the settings are now. */
-function isCertain({ settings: before, system, problem, finish }) {
+function isCertain({ settings: { receipt: _, ...before }, system, problem, finish }) {
   const now = settings();
   const isSame = JSON.stringify({ ...before, seed: 0 }) === JSON.stringify({ ...now, seed: 0 }) && system === $("system").value.trim();
   return now.temperature === 0 && isSame && !problem && finish === "stop";
@@ -158,7 +158,9 @@ async function answered(does) {
 /** Streams one more answer to a turn. */
 async function answer(view, signal, seed) {
   const { turn } = view;
-  const made = new Answer({ ...settings(), ...(seed !== undefined && { seed }) }, $("system").value.trim());
+  // a receipt names the model by its content, which a server knows once it has a fingerprint
+  const receipt = figures.known?.system_fingerprint && { receipt: true };
+  const made = new Answer({ ...settings(), ...receipt, ...(seed !== undefined && { seed }) }, $("system").value.trim());
   if (turn.answer?.problem && !turn.answer.text.text) turn.answers.splice(turn.chosen, 1);
   turn.chosen = turn.answers.push(made) - 1;
   const shown = view.draw();

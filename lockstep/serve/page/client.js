@@ -18,7 +18,7 @@ export async function figures(key) {
 }
 
 /**
- * Yields the pieces of an answer: {text, thought, tokens, finish, usage, fingerprint}, all but tokens optional.
+ * Yields the pieces of an answer: {text, thought, tokens, finish, receipt, usage, fingerprint}, all but tokens optional.
  * request: {path, body} as `chat` and `continuation` make them. Throws a Refusal, or an AbortError after `signal` aborts.
  */
 export async function* answer(request, key, signal) {
@@ -28,6 +28,12 @@ export async function* answer(request, key, signal) {
     if (event.error) throw new Refusal(sentence(event.error.message));
     yield piece(event);
   }
+}
+
+/** What the server finds of an answer's receipt, and whether it is of this request: {verdict, reason, ...}. */
+export async function verify(receipt, request, key, signal) {
+  const body = JSON.stringify({ receipt, request: request.body });
+  return (await reach("/v1/receipts/verify", { method: "POST", headers: headers(key), body, signal })).json();
 }
 
 /** A request for the next message of a conversation. */
@@ -97,6 +103,7 @@ function piece(event) {
     thought: said.reasoning_content ?? said.reasoning ?? "",
     tokens: tokens(choice.logprobs),
     finish: choice.finish_reason,
+    receipt: choice.receipt,
     usage: event.usage,
     fingerprint: event.system_fingerprint,
   };

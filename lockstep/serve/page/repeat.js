@@ -1,22 +1,23 @@
 // Runs an answer's request again, alone or beside others, and compares every token and log-probability.
 
 import { answer as stream } from "/page/client.js";
-import { button, make } from "/page/elements.js";
+import { button } from "/page/elements.js";
 
 const CROWD = 4; // other requests that run beside an answer that is run again in a crowd
 
 export class Repeat {
   #ending = new AbortController();
 
-  /** request: of the answer. key(): the API key now. origin(): whether the server is still the one that answered. */
-  constructor(answer, request, { key, isSameServer }) {
-    Object.assign(this, { answer, request, key, isSameServer });
+  /**
+   * request: of the answer. key(): the API key now. verdict: the element that tells. isSameServer(): whether the server is
+   * still the one that answered.
+   */
+  constructor(answer, request, { key, verdict, isSameServer }) {
+    Object.assign(this, { answer, request, key, verdict, isSameServer });
     this.buttons = [
       button("Run again", () => this.#run(0), "Sends the same request again, and compares every token"),
       button("Run again in a crowd", () => this.#run(CROWD), `Beside ${CROWD} other answers, so that it is computed in other batches`),
     ];
-    this.verdict = make("span", "verdict");
-    this.verdict.setAttribute("role", "status");
   }
 
   /** Ends what runs. */

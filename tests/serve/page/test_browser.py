@@ -17,6 +17,7 @@ pytestmark = [
     pytest.mark.alone,
     pytest.mark.skipif(driver.missing() is not None, reason=f"{driver.missing()}: the page is not tested"),
 ]
+VERIFY = ".actions button:nth-last-of-type(3)"
 AGAIN, IN_A_CROWD = ".actions button:nth-last-of-type(2)", ".actions button:nth-last-of-type(1)"
 
 
@@ -106,6 +107,27 @@ def test_run_again_gives_the_same_alone_and_in_a_crowd(page):
         page.click(button)
         page.until(lambda words=words: words in page.text(VERDICT))
         assert page.shown(f"{VERDICT}.same")
+
+
+def test_verify_computes_the_answer_anew(page, server):
+    ask(page, "Write a class.")
+    page.click(VERIFY)
+    page.until(lambda: page.shown(f"{VERDICT}.same"))
+    assert page.text(VERDICT).startswith("✓ True: the model gives this answer to this request, bit for bit, in ")
+    page.reload()  # the receipt stays with the answer
+    page.until(lambda: page.texts("#running") == ["0"])
+    page.click(VERIFY)
+    page.until(lambda: page.shown(f"{VERDICT}.same"))
+
+
+def test_verify_notices_another_request(page):
+    ask(page, "Write a class.")
+    page.run("""const send = fetch;
+        window.fetch = (path, options) => send(path, options?.body ? {...options, body: options.body.replaceAll(
+            "Write a class", "Write a test")} : options);""")
+    page.click(VERIFY)
+    page.until(lambda: page.shown(f"{VERDICT}.differs"))
+    assert page.text(VERDICT) == "✗ False: the receipt is of another prompt than the request"
 
 
 def test_run_again_notices_a_difference(page):

@@ -111,7 +111,7 @@ def test_a_conversation_without_room_keeps_what_fits(page):
     page.until(lambda: page.texts("#running") == ["0"])
     assert page.texts(".answer > .text") == texts and not page.shown("#unkept")
     buttons = [len(page.texts(f".turn:nth-of-type({number}) .actions button")) for number in (1, 2)]
-    assert buttons == [2, 4]  # the older one cannot be run again
+    assert buttons == [2, 5]  # the older one cannot be verified or run again
     page.run(limit, 100)
     ask(page, "Three.", 3)
     assert page.shown("#unkept") and page.run("return sessionStorage.getItem('conversation')") is None

@@ -39,7 +39,7 @@ def vectors():
         "commitment of these ids, salt 32 bytes of 0x01": commitment(b"\1" * 32, IDS).hex(),
         'seed by the nonce "abc" and these ids': str(seed_of("abc", IDS)),
         "bits of 0.8": float_bits(0.8),
-        "what is signed of the receipt with the payload `{\"version\":1}`": pae(RECEIPT, payload).decode(),
+        'what is signed of the receipt with the payload `{"version":1}`': pae(RECEIPT, payload).decode(),
         "key of the secret bytes 0, 1, ... 31: keyid": KEY.public.id,
         "its signature of that receipt": KEY.sign(pae(RECEIPT, payload)).hex(),
         "root of the batch of that receipt, twice": batch_of([Envelope(payload)] * 2).root.hex(),

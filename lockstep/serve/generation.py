@@ -31,6 +31,7 @@ SequenceTokens = tuple[int, list[Token], str | None]  # the number of a sequence
 
 SHORT_BYTES = 2048  # bodies up to here are prepared on the event loop
 FRAME_SECONDS = 1 / 60  # between events of a stream: readers cannot see more
+LONG_TOKENS = 2048  # of prompt and answer: a receipt of more takes over 3 ms to make
 EVENT_SECONDS = 1e-3  # between events of all streams together
 
 
@@ -77,12 +78,13 @@ class Generation:
         return made
 
     async def _ask_receipts(self, fields: Any) -> None:
-        """Notes whether the answers get receipts. The first request that does waits for the model's content hash."""
+        """Notes whether the answers get receipts. ApiError 503 as long as the model's content hash is not known."""
         if not isinstance(fields, SamplingFields):
             return
         desk, path = self.service.receipts, self.scope["path"]
         options = receipt_options(fields, path, desk.key)
         if options is not None or desk.keeps_all:
+            self.service.check_content()
             self._has_seed = fields.seed not in (None, RANDOM)
             self._receipts = Receipts(desk, options, path)
             await self.offload(desk.model)
@@ -191,6 +193,8 @@ class Generation:
         async for found in batches(self.streams, pause or self._frame):
             self.raise_if_ended()
             self._count_tokens(found)
+            if self._receipts is not None:
+                await self._make_large_receipts(found, self._receipts)
             yield found
         self.raise_if_ended()
         self._ended = time.monotonic()
@@ -198,6 +202,13 @@ class Generation:
         if self._receipts is not None and self.service.receipts.keeps_all:
             await self.offload(self._receipts.keep, self.requests, self._prompts)
         self.service.metrics.whole_answer.add(self.exchange.seconds)
+
+    async def _make_large_receipts(self, found: list[SequenceTokens], receipts: Receipts) -> None:
+        """Makes the receipts of long answers that have ended in a worker thread, where it delays no other answer."""
+        for number, _, reason in found:
+            request = self.requests[number]
+            if reason is not None and len(request.prompt_ids) + len(request.output_ids) > LONG_TOKENS:
+                await self.offload(receipts.make, number, request, self._prompts)
 
     def _frame(self) -> float:
         """Seconds between two events of a stream: longer with many streams, as an event takes the time of several

@@ -222,6 +222,12 @@ class Service:
         if self.llm is None:
             raise ApiError(503, REFUSED["loading"], code="loading", retry_after=LOADING_RETRY)
 
+    def check_content(self) -> None:
+        """ApiError 503 as long as the model's content hash, which receipts name, is not known."""
+        if self.loaded.content.known is None:
+            message = "receipts name the model by the hash of its files, which are still being read"
+            raise ApiError(503, message, code="loading", retry_after=LOADING_RETRY)
+
     def check_workers(self) -> None:
         """ApiError 429 if too many calls wait for a worker thread. For routes that generate no sequences."""
         if self._num_offloaded >= self.limits.max_offloaded:

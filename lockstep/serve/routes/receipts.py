@@ -35,6 +35,7 @@ class VerifyFields(Fields):
 def routes(service: Service):
     async def verify(generation: Generation):
         fields = await generation.read(VerifyFields)
+        service.check_content()
         verification = await generation.offload(_begin, generation, fields)
         if isinstance(verification, Verdict):
             return json_response(_shown(verification))

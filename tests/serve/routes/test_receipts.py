@@ -14,6 +14,7 @@ from lockstep.receipts.fields import to_base64
 from lockstep.receipts.keys import SigningKey
 from lockstep.receipts.parameters import seed_of
 from lockstep.receipts.statement import from_bytes as statement_of
+from lockstep.serve import generation
 from lockstep.serve.app import make_app
 from lockstep.serve.receipts.desk import ReceiptDesk
 from lockstep.serve.service import Service
@@ -196,3 +197,22 @@ def test_a_server_signs_and_keeps_the_receipt_of_every_answer(tmp_path):
         found = httpx.post(f"{url}{VERIFY}", json=dict(receipt=json.loads(last), request=body), timeout=60).json()
         assert found["verdict"] == "true"
     assert batch_of(receipts).num_answers == 6
+
+
+def test_long_answers_and_a_model_whose_files_are_still_read(server, monkeypatch):
+    monkeypatch.setattr(generation, "LONG_TOKENS", 10)
+    for stream in (False, True):
+        made = post(server, "/v1/completions", prompt="x = ", max_tokens=30, n=2, receipt=True, stream=stream, seed=1)
+        receipt = last_receipt(made.text)[0] if stream else made.json()["choices"][1]["receipt"]
+        assert verified(server, receipt)["verdict"] == "true"
+    monkeypatch.setattr(type(server.service.loaded), "content", property(lambda llm: Unknown()))
+    for path, body in (("/v1/completions", dict(prompt="x", receipt=True)), (VERIFY, dict(receipt=receipt))):
+        made = post(server, path, **body)
+        assert made.status_code == 503 and made.headers["retry-after"] == "1" and "still being read" in made.text
+    assert post(server, "/v1/completions", prompt="x", max_tokens=1).status_code == 200
+
+
+class Unknown:
+    """A content hash that is not known yet."""
+
+    known = None

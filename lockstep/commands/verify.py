@@ -10,6 +10,7 @@ import typer
 from lockstep.commands.generate import read_text
 from lockstep.commands.options import PlanFile, Threads, load
 from lockstep.commands.terminal.receipts import told
+from lockstep.receipts.verdict import FALSE, TRUE
 
 if TYPE_CHECKING:
     from lockstep.llm import LLM
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from lockstep.receipts.keys import PublicKey
     from lockstep.receipts.statement import Statement
     from lockstep.receipts.verdict import Verdict
-
-TRUE, FALSE, UNCHECKED = 0, 1, 2
 
 
 def command(

@@ -1,8 +1,7 @@
 """Merkle trees as RFC 9162 (section 2.1) has them: SHA-256, a prefix 0x00 before a leaf and 0x01 before two nodes; a
 tree of n leaves is split at the largest power of two below n, and one of no leaves has the SHA-256 of nothing as root.
 
-A root binds all leaves and their order. A path of O(log n) nodes shows that a leaf is in a tree, or that a tree is the
-beginning of a longer one.
+A root binds all leaves and their order. A path of O(log n) nodes shows that a leaf is in a tree.
 """
 
 from collections.abc import Sequence
@@ -44,35 +43,6 @@ def root_of(leaves: bytes | bytearray, size: int) -> bytes:
     return root(leaf_hashes(leaves, size))
 
 
-class Tree:
-    """A tree that only grows: it keeps the roots of its full subtrees, O(log n) of them."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self._full: list[bytes] = []  # from the largest subtree to the smallest
-
-    def append(self, data: bytes | bytearray) -> None:
-        """Adds a leaf."""
-        node, size = leaf_hash(data), self.size
-        while size & 1:
-            node, size = node_hash(self._full.pop(), node), size >> 1
-        self._full.append(node)
-        self.size += 1
-
-    @property
-    def root(self) -> bytes:
-        """The root over all leaves so far."""
-        if not self._full:
-            return EMPTY
-        node = self._full[-1]
-        for left in self._full[-2::-1]:
-            node = node_hash(left, node)
-        return node
-
-
-# ------------------------------------------------------------ proofs
-
-
 def inclusion_path(nodes: Sequence[bytes], index: int) -> list[bytes]:
     """The nodes that lead from leaf `index` to the root, the lowest first. IndexError for a leaf that is not there."""
     if not 0 <= index < len(nodes):
@@ -101,50 +71,6 @@ def is_included(node: bytes, index: int, size: int, path: Sequence[bytes], expec
             node = node_hash(node, sibling)
         place, last = place >> 1, last >> 1
     return last == 0 and node == expected
-
-
-def consistency_path(nodes: Sequence[bytes], size: int) -> list[bytes]:
-    """The nodes that show that the tree of the first `size` leaves is the beginning of the tree of all of them.
-    IndexError for a size below 1 or above theirs."""
-    if not 1 <= size <= len(nodes):
-        raise IndexError(f"the first {size} of {len(nodes)} leaves")
-    return _consistency(nodes, size, True)
-
-
-def _consistency(nodes: Sequence[bytes], size: int, is_known: bool) -> list[bytes]:
-    """is_known: whether the root of the first `size` leaves is that of the shorter tree, which the verifier has."""
-    if size == len(nodes):
-        return [] if is_known else [root(nodes)]
-    split = _split(len(nodes))
-    if size <= split:
-        return [*_consistency(nodes[:split], size, is_known), root(nodes[split:])]
-    return [*_consistency(nodes[split:], size - split, False), root(nodes[:split])]
-
-
-def is_consistent(first: int, first_root: bytes, second: int, second_root: bytes, path: Sequence[bytes]) -> bool:
-    """Whether a path shows that the tree of `first` leaves is the beginning of that of `second`, with these roots."""
-    if not 1 <= first <= second:
-        return False
-    if first == second:
-        return not path and first_root == second_root
-    nodes = [first_root, *path] if first & (first - 1) == 0 else list(path)
-    if not nodes:
-        return False
-    place, last = first - 1, second - 1
-    while place & 1:
-        place, last = place >> 1, last >> 1
-    old = new = nodes[0]
-    for sibling in nodes[1:]:
-        if last == 0:
-            return False
-        if place & 1 or place == last:
-            old, new = node_hash(sibling, old), node_hash(sibling, new)
-            while not place & 1 and place:
-                place, last = place >> 1, last >> 1
-        else:
-            new = node_hash(new, sibling)
-        place, last = place >> 1, last >> 1
-    return last == 0 and old == first_root and new == second_root
 
 
 def _split(size: int) -> int:

@@ -81,7 +81,7 @@ class Verifier:
     def _replaying(self, statement: Statement, of: Replayed, found: Ending, cache_salt: str) -> "Verification":
         replay = Replay(of, self._head)
         request = self._engine.make_reading(of.token_ids, replay, cache_salt) if of.num_rows else None
-        return Verification(None, request, replay, statement, found.text, self._engine.new_detokenizer is not None)
+        return Verification(None, request, replay, statement, found.text)
 
     def is_of_model(self, statement: Statement) -> bool:
         """Whether a statement is of this model, in these formats and this arithmetic."""
@@ -141,10 +141,9 @@ class Verification:
         replay: Replay | None = None,
         statement: Statement | None = None,
         text: str = "",
-        has_text: bool = False,
     ) -> None:
         self._verdict, self.request = verdict, request
-        self._replay, self._statement, self._text, self._has_text = replay, statement, text, has_text
+        self._replay, self._statement, self._text = replay, statement, text
 
     def finish(self) -> Verdict:
         """What was found, after the end of `request`."""

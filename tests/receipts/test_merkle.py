@@ -1,7 +1,7 @@
 """Trees against RFC 9162's own recursion, and proofs that hold for nothing else."""
 
 from lockstep.receipts import merkle
-from lockstep.receipts.merkle import EMPTY, Tree, leaf_hash, node_hash, root
+from lockstep.receipts.merkle import EMPTY, leaf_hash, node_hash, root
 
 # the leaves and the root that implementations of Certificate Transparency are tested with
 KNOWN = [b"", b"\0", b"\x10", b" !", b"01", b"@ABC", b"PQRSTUVW", bytes(range(0x60, 0x70))]
@@ -40,11 +40,8 @@ def test_known_roots():
 
 def test_roots_are_those_of_the_recursion():
     for size in SIZES:
-        tree, leaves = Tree(), leaves_of(size)
-        for leaf in leaves:
-            tree.append(leaf)
-        assert recursive(leaves) == root(nodes_of(size)) == tree.root == merkle.root_of(b"".join(leaves), 3)
-        assert tree.size == size
+        leaves = leaves_of(size)
+        assert recursive(leaves) == root(nodes_of(size)) == merkle.root_of(b"".join(leaves), 3)
 
 
 def test_a_path_shows_one_leaf_at_one_place():
@@ -58,18 +55,7 @@ def test_a_path_shows_one_leaf_at_one_place():
             assert not merkle.is_included(leaf_hash(b"other"), index, size, path, whole)
 
 
-def test_a_path_shows_one_beginning():
-    for size in SIZES:
-        nodes, whole = nodes_of(size), root(nodes_of(size))
-        for first in range(1, size + 1):
-            path, beginning = merkle.consistency_path(nodes, first), root(nodes[:first])
-            sizes = [n for n in range(size + 2) if merkle.is_consistent(n, beginning, size, whole, path)]
-            assert sizes == [first]
-            assert not any(merkle.is_consistent(first, beginning, size, whole, wrong) for wrong in broken(path))
-            assert not merkle.is_consistent(first, EMPTY, size, whole, path)
-
-
-def test_leaves_and_beginnings_that_are_not_there():
+def test_leaves_that_are_not_there():
     for index in (-1, 3):
         try:
             merkle.inclusion_path(nodes_of(3), index)
@@ -77,4 +63,3 @@ def test_leaves_and_beginnings_that_are_not_there():
             assert str(error) == f"leaf {index} of 3"
         else:
             raise AssertionError(index)
-    assert not merkle.is_consistent(0, EMPTY, 3, root(nodes_of(3)), [])

@@ -55,7 +55,7 @@ demo: $(VENV)/.installed
 	@echo "$(LOCKSTEP) list shows the models that are on this disk already."
 
 # A process for each core. In the order of their names, files that take long come early: no process ends long after others.
-BUDGET ?= 1020
+BUDGET ?= 1080
 test: $(VENV)/.test
 	@LOCKSTEP_TEST_BUDGET=$(BUDGET) $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 

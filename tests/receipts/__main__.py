@@ -3,8 +3,8 @@
 Honest answers come from engines with other threads, chunks, mates, caches and drafts, under preemption, resumed, held
 to forms and as several samples; another engine verifies each. Each class of forgeries takes them at random. --flips N:
 bits flipped in packed weights; --impostors N: answers in other formats; both under the true model's name; those that
-change nothing of an answer are counted. --save FILE keeps the honest receipts, for `lockstep verify FILE` on another
-machine. --seed repeats a run.
+change nothing of an answer are counted. --damaged N: receipts with fields that are replaced at random. --save FILE
+keeps the honest receipts, for `lockstep verify FILE` on another machine. --seed repeats a run.
 """
 
 import argparse
@@ -14,8 +14,9 @@ import time
 from collections import Counter
 
 from lockstep.receipts.envelope import Envelope
+from lockstep.receipts.errors import ReceiptError
 from tests.receipts.campaign import Crowd, Judge, flipped_bits, honest_receipts, impostors
-from tests.receipts.forgeries import FORGERIES
+from tests.receipts.forgeries import FORGERIES, damaged
 
 
 def main() -> int:
@@ -25,6 +26,7 @@ def main() -> int:
     parser.add_argument("--forged", type=int, default=10_000, help="forgeries of each class (%(default)s)")
     parser.add_argument("--flips", type=int, default=200, help="bits to flip (%(default)s)")
     parser.add_argument("--impostors", type=int, default=1000, help="answers in each other format (%(default)s)")
+    parser.add_argument("--damaged", type=int, default=5000, help="receipts (%(default)s)")
     parser.add_argument("--seed", type=int, default=time.time_ns() // 10**9, help="of everything (the time)")
     parser.add_argument("--save", help="a file for the honest receipts")
     given = parser.parse_args()
@@ -34,8 +36,9 @@ def main() -> int:
         accepted = judge_forged(judge, honest, given)
         accepted += flipped_bits(judge, given.flips, given.seed)
         accepted += impostors(judge, given.impostors, given.seed)
+        stalls = judge_damaged(judge, honest, given)
     print(f"{refused} honest receipts refused, {accepted} false ones accepted")
-    return int(refused + accepted > 0)
+    return int(refused + accepted + stalls > 0)
 
 
 def judge_honest(judge, given):
@@ -77,6 +80,23 @@ def judge_forged(judge, honest, given):
         print(f"{name}: {sum(found.values())} forged, {accepted} accepted; found as {dict(found)}", flush=True)
         total += accepted
     return total
+
+
+def judge_damaged(judge, honest, given):
+    """The number of damaged receipts that take over a second; whatever else than ReceiptError they raise ends the
+    run."""
+    draw, found, longest = random.Random(f"{given.seed} damaged"), Counter(), [0.0]
+    for _ in range(given.damaged):
+        payload, began = damaged(draw.choice(honest).statement, draw), time.perf_counter()
+        try:
+            verdict = judge.verdict_on(payload)
+            found["true" if verdict.is_true else verdict.what] += 1
+        except ReceiptError:
+            found["refused"] += 1
+        longest.append(time.perf_counter() - began)
+    stalls = sum(seconds > 1 for seconds in longest)
+    print(f"{given.damaged} damaged receipts: {stalls} took over 1 s, longest {max(longest):.2f} s; {dict(found)}")
+    return stalls
 
 
 if __name__ == "__main__":

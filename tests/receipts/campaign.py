@@ -126,7 +126,11 @@ class Judge:
 
     def verdict(self, statement):
         """The Verdict on a statement, read from its bytes as anybody would."""
-        return self._llm.verify(Envelope(statement.to_bytes()))
+        return self.verdict_on(statement.to_bytes())
+
+    def verdict_on(self, payload):
+        """The Verdict on a payload. ReceiptError for what is none."""
+        return self._llm.verify(Envelope(payload))
 
     def __enter__(self):
         return self

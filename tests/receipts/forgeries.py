@@ -1,10 +1,14 @@
 """Forged receipts: each function changes an honest one so that what it claims is false; None where it cannot."""
 
+import base64
+import copy
+import json
 import struct
 from dataclasses import dataclass, replace
 
 from lockstep.engine.leaves import LEAF_BYTES
 from lockstep.receipts.fields import ids_digest
+from lockstep.receipts.form import LIBRARY
 from lockstep.receipts.merkle import leaf_hashes, root
 from lockstep.receipts.statement import TAG_BYTES, Statement
 
@@ -137,3 +141,46 @@ FORGERIES = {
     "other weight formats": of_model("formats"),
     "other KV format": kv_dtype,
 }
+
+
+def damaged(statement, draw):
+    """The bytes of a statement with a few of its fields replaced, taken out, or exchanged; most are refused."""
+    value = json.loads(statement.to_bytes())
+    for _ in range(draw.randint(1, 3)):
+        places = list(places_in(value))
+        holder, name = draw.choice(places)
+        kind = draw.random()
+        if kind < 0.2:
+            del holder[name]
+            continue
+        other = draw.choice(places)
+        holder[name] = copy.deepcopy(other[0].get(other[1])) if kind < 0.4 else draw.choice(ODD)(draw)
+    return json.dumps(value).encode()
+
+
+def places_in(value):
+    """(The object, the name) of every field."""
+    for name, each in list(value.items()):
+        yield value, name
+        if isinstance(each, dict):
+            yield from places_in(each)
+
+
+ODD = (
+    lambda draw: draw.choice(
+        (None, True, -1, 0, 1, 2, 1 << 22, 1 << 31, 1 << 62, "", "x", [], {}, [0], ["a"], "0" * 64)
+    ),
+    lambda draw: draw.randrange(5000),
+    lambda draw: "".join(draw.choice(DIGITS) for _ in range(draw.choice((8, 64)))),
+    lambda draw: base64.b64encode(bytes(draw.randrange(256) for _ in range(3 * draw.randrange(40)))).decode(),
+    lambda draw: dict(grammar=draw.choice(BOMBS), library=LIBRARY),
+    lambda draw: dict(tokens=dict(allowed=[draw.randrange(5000)], banned=[[1, 2]], ends=[0])),
+)
+BOMBS = (
+    "{}",
+    "x" * 5000,
+    json.dumps({"grammars": [{"lark_grammar": "start: " + " | ".join(f'"{"a" * i}"' for i in range(1, 400))}]}),
+    json.dumps({"grammars": [{"lark_grammar": "start: /(a|aa)+(b|bb)+.{1,9999}/"}]}),
+    json.dumps({"grammars": [{"lark_grammar": "start: start start"}]}),
+    json.dumps({"grammars": [{"json_schema": {"type": "string", "pattern": "(.{0,200}){200}"}}]}),
+)

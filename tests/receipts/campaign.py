@@ -3,6 +3,7 @@
 import itertools
 import random
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import numpy as np
 
@@ -11,6 +12,8 @@ from lockstep.llm import LLM
 from lockstep.receipts.envelope import Envelope
 from lockstep.receipts.receipt import ReceiptOptions
 from lockstep.receipts.statement import from_bytes
+from lockstep.runtime.executor import aligned
+from lockstep.weights.store import PackedStore
 from tests.receipts.forgeries import Honest
 from tests.receipts.replays import run
 
@@ -142,12 +145,13 @@ class Judge:
 def flipped_bits(judge, count, seed):
     """Flips bits of packed weights, one at a time, of a model that makes receipts; returns how many of its false
     answers are accepted. Prints how many bits changed nothing: such an answer is the true model's."""
-    draw, same, false, accepted = random.Random(seed), 0, 0, 0
-    with LLM(max_context=512, max_requests=4, threads=2, prefix_cache=False, progress=False) as llm:
+    draw, same, false, accepted, copies = random.Random(seed), 0, 0, 0, {}
+    options = dict(max_context=512, max_requests=4, threads=2, prefix_cache=False, progress=False)
+    with copied_weights(copies), LLM(**options) as llm:
         params = SamplingParams(max_tokens=16, temperature=0.9, seed=5, ignore_eos=True)
         prompt = llm.encode(BEGINNINGS[1])
         right = answer_of(llm, prompt, params)
-        arrays = packed_arrays(llm)
+        arrays = [array.reshape(-1).view(np.uint8) for each in copies.values() for array in each]
         for _ in range(count):
             memory = draw.choices(arrays, [array.nbytes for array in arrays])[0]
             at, bit = draw.randrange(memory.nbytes), np.uint8(1 << draw.randrange(8))
@@ -196,18 +200,20 @@ def answer_of(llm, prompt, params):
     return request
 
 
-def packed_arrays(llm):
-    """The packed weights that the engine's kernels read, as bytes that can be written: copies that take their place."""
-    arrays = {}
-    for held in llm.engine.runner.executor._read_arrays.values():  # noqa: SLF001
-        for each in held:
-            arrays.update({array.ctypes.data: array for array in each})
-    return [writable(array) for array in arrays.values() if array.nbytes > 1024]
+def copied_weights(copies):
+    """A context in which engines read copies of their packed weights, kept in `copies`: memory that can be written."""
+    arrays = PackedStore.arrays
+
+    def copied(store, weight, layout):
+        key = weight.name, layout.name
+        if key not in copies:
+            copies[key] = tuple(map(copy_of, arrays(store, weight, layout)))
+        return copies[key]
+
+    return mock.patch.object(PackedStore, "arrays", copied)
 
 
-def writable(array):
-    """The memory of an array, to be written. Weights from the cache are private maps of a file: it does not change."""
-    import ctypes
-
-    made = (ctypes.c_uint8 * array.nbytes).from_address(array.ctypes.data)
-    return np.frombuffer(made, np.uint8)
+def copy_of(array):
+    made = aligned(array.nbytes).view(array.dtype).reshape(array.shape)
+    made[...] = array
+    return made

@@ -13,12 +13,14 @@ import os
 import resource
 import statistics
 import time
+from unittest import mock
 
 import numpy as np
 
 from bench.bench_versions import random_model
 from lockstep.engine.embedding import Pool
 from lockstep.engine.engine import Engine, EngineOptions
+from lockstep.engine.leaves import Leaves
 from lockstep.engine.request import SamplingParams
 from lockstep.receipts.head_blocks import HeadBlocks
 from tests.receipts.replays import answers, replay, replayed, run
@@ -65,10 +67,23 @@ def serve(model, rounds):
                 run(engine)
 
             with_receipts, without = in_turns(rounds, lambda: made(True), lambda: made(False))
+            with timed_leaves() as taken:
+                whole = timed(made, True)[0]
             per_token = statistics.median(without) / (num_requests * TOKENS)
-            print(
-                f"serve {num_requests}: with / without {ratios(with_receipts, without)}, {1e3 * per_token:.3f} ms/token"
-            )
+            ratio, share = ratios(with_receipts, without), 100 * sum(taken) / whole
+            print(f"serve {num_requests}: with / without {ratio}, {1e3 * per_token:.3f} ms/token; leaves {share:.2f} %")
+
+
+@contextlib.contextmanager
+def timed_leaves():
+    """A context with a list of the seconds that each call of `Leaves.take` takes: what Python adds to a step."""
+    take, taken = Leaves.take, []
+
+    def measured(*args):
+        taken.append(timed(take, *args)[0])
+
+    with mock.patch.object(Leaves, "take", measured):
+        yield taken
 
 
 def verify(model, rounds):

@@ -2,6 +2,9 @@
 
 import json
 import random
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -44,6 +47,28 @@ def test_what_is_refused(text, said):
 def test_brackets_in_texts_are_no_depth():
     assert loads(json.dumps(["[" * 1000 + '\\"' + "{" * 50])) == ["[" * 1000 + '\\"' + "{" * 50]
     assert loads("[" * MAX_DEPTH + "]" * MAX_DEPTH)
+
+
+def test_a_text_that_does_not_end_is_refused_at_once():
+    for text in ('"' + '\\"' * 20_000, '["' + '[\\"' * 20_000):
+        start = time.process_time()
+        with pytest.raises(ReceiptError, match="expected JSON"):
+            loads(text)
+        assert time.process_time() - start < 1  # several if each quote is a new start
+
+
+def test_a_long_text_takes_little_memory():
+    # in a process of its own, whose peak is this text's
+    code = """
+import resource
+from lockstep.receipts.strict_json import loads
+text = '["%s"]' % ("[" * 2**21 + r"\\n" * 2**20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+loads(text)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert int(found.stdout) < 64 << 10  # KiB, for 4 MiB of text
 
 
 def test_a_size_is_checked_first():
@@ -92,5 +117,5 @@ def test_fields_have_types_and_bounds():
 
 def test_base64_has_one_form():
     assert from_base64(to_base64(b"\x00\xff")) == b"\x00\xff"
-    for text in ("AP8", "AP8==", "AP9=", "AP 8=", "AP8=\n", "A-8=", "ü==="):  # the third has bits that are not used
+    for text in ('"' + '\\"' * 20_000, '["' + '[\\"' * 20_000):
         assert from_base64(text) is None

@@ -117,5 +117,5 @@ def test_fields_have_types_and_bounds():
 
 def test_base64_has_one_form():
     assert from_base64(to_base64(b"\x00\xff")) == b"\x00\xff"
-    for text in ('"' + '\\"' * 20_000, '["' + '[\\"' * 20_000):
+    for text in ("AP8", "AP8==", "AP9=", "AP 8=", "AP8=\n", "A-8=", "ü==="):  # the third has bits that are not used
         assert from_base64(text) is None

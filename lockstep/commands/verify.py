@@ -9,6 +9,7 @@ import typer
 
 from lockstep.commands.generate import read_text
 from lockstep.commands.options import PlanFile, Threads, load
+from lockstep.commands.terminal.output import shown
 from lockstep.commands.terminal.receipts import told
 from lockstep.receipts.verdict import FALSE, TRUE
 
@@ -67,6 +68,8 @@ def command(
 
     public = None if key is None else load_public_key(key)
     found = answered(read_text(receipt))
+    if any(each.envelope.type == BATCH for each in found) and len(found) > 1:
+        raise ValueError(f"{receipt}: expected a batch alone in its file, got {len(found)} envelopes")
     if found[0].envelope.type == BATCH:
         codes = [check_batch(found[0].envelope, receipts, public)]
         found = [] if receipts is None else answered(read_text(receipts))
@@ -131,6 +134,8 @@ def check_one(llm: "LLM", found: "Answered", statement: "Statement", given: Any,
         return say(FALSE, f"false: the receipt is not signed by key {public.id}")
     verdict = verdict_of(llm, found, statement, given)
     signed = signed_words(found.envelope, public) if verdict.is_true else ""
+    if verdict.is_true and found.is_within and found.text is None:
+        signed += "; the text around it was not compared with its tokens"
     return say(verdict.code, told(verdict, statement) + signed)
 
 
@@ -150,7 +155,8 @@ def verdict_of(llm: "LLM", found: "Answered", statement: "Statement", given: Any
         assert prompt is not None, "the receipt is of one of its prompts"
         known = known._replace(prompt_ids=prompt[0], logits_mask=prompt[1].logits_mask)
     verdict = llm.verify(found.envelope, known)
-    return found.with_text(verdict)
+    prompt = statement.prompt.ids or known.prompt_ids
+    return found.with_text(verdict, llm.tokenizer.decode(list(prompt)) if prompt and llm.has_tokenizer else "")
 
 
 def read_given(request: str | None, answer: str | None, salt: str | None) -> Any:
@@ -192,6 +198,7 @@ def signed_words(envelope: "Envelope", public: "PublicKey | None") -> str:
 
 
 def say(code: int, line: str) -> int:
-    """Prints a line; returns the code."""
-    print(line, file=sys.stdout, flush=True)
+    """Prints a line, in which what a receipt says cannot make another; returns the code."""
+    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    print(shown(printable, sys.stdout), file=sys.stdout, flush=True)
     return code

@@ -29,11 +29,12 @@ class Answered:
     envelope: Envelope
     token_ids: list[int] | None = None
     text: str | None = None
+    is_within: bool = False  # whether there is an answer around it
 
-    def with_text(self, verdict: Verdict) -> Verdict:
+    def with_text(self, verdict: Verdict, prompt: str) -> Verdict:
         """The verdict, which is false where the answer shows another text than its tokens have. The prompt may stand
         before it, as `echo` asks."""
-        if not verdict.is_true or self.text is None or self.text.endswith(verdict.text):
+        if not verdict.is_true or self.text is None or self.text in (verdict.text, prompt + verdict.text):
             return verdict
         reason = "the answer shows another text than its tokens have"
         return replace(verdict, code=FALSE, what="text", claimed=self.text, found=verdict.text, reason=reason)
@@ -81,6 +82,8 @@ def _in_value(value: Any) -> list[Answered]:
     if isinstance(value, dict) and "payloadType" not in value:
         if "choices" in value and isinstance(value["choices"], list):
             found = [_in_choice(choice) for choice in value["choices"]]
+            if None in found and any(found):
+                raise ReceiptError(f"choice {found.index(None)} has no receipt, others have one")
         else:
             found = [_in_choice(value)]
         return [each for each in found if each is not None] or _none(value)
@@ -99,7 +102,7 @@ def _in_choice(choice: Any) -> Answered | None:
     ids, text = choice.get("token_ids"), choice.get("text")
     is_known = isinstance(ids, list) and all(map(is_token, ids))
     return Answered(
-        from_object(choice["receipt"], TYPES), ids if is_known else None, text if isinstance(text, str) else None
+        from_object(choice["receipt"], TYPES), ids if is_known else None, text if isinstance(text, str) else None, True
     )
 
 

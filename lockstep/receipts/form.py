@@ -113,11 +113,22 @@ def libraries(form: Form | None) -> set[str]:
     return own | libraries(form.get("inside", form.get("until_complete")))
 
 
+def tokens_of(form: Form | None) -> list[int]:
+    """The tokens that a checked form names."""
+    if form is None:
+        return []
+    own = [form[name] for name in ("trigger", "after") if name in form]
+    if "tokens" in form:
+        part = form["tokens"]
+        own += [*part.get("allowed", ()), *part["ends"], *(token for ids in part["banned"] for token in ids)]
+    return own + tokens_of(form.get("inside", form.get("until_complete")))
+
+
 def mask_of(
     form: Form | None, grammars: Grammars | None, vocab_size: int, eos_ids: Iterable[int]
 ) -> SpeculativeMask | None:
-    """The mask of a checked form whose texts are there; None for no form. ValueError for a grammar that does not
-    compile here, and for tokens that the vocabulary does not have."""
+    """The mask of a checked form whose texts are there, and whose tokens (`tokens_of`) are of the vocabulary; None for
+    no form. ValueError for a grammar that does not compile here."""
     if form is None:
         return None
     if "until_complete" in form:
@@ -127,9 +138,6 @@ def mask_of(
         return UntilComplete(other, vocab_size, eos_ids)
     if "tokens" in form:
         allowed, banned, ends = (form["tokens"].get(name) for name in ("allowed", "banned", "ends"))
-        tokens = [*(allowed or ()), *ends, *(token for ids in banned for token in ids)]
-        if max(tokens, default=0) >= vocab_size:
-            raise ReceiptError(f"form.tokens: token ids must be 0 to {vocab_size - 1}, got {max(tokens)}")
         return TokenMask(vocab_size, allowed, banned, mask_of(form.get("inside"), grammars, vocab_size, eos_ids), ends)
     if grammars is None:
         raise ReceiptError("form.grammar: the model has no tokenizer here that could read it")

@@ -121,7 +121,8 @@ def _biases(value: Any) -> Mapping[int, float]:
         raise ReceiptError(f"sampling.logit_bias: expected at most {MAX_TOKEN_IDS} tokens, got {len(value)}")
     found = {}
     for token in value:
-        if not (token.isascii() and token.isdecimal() and len(token) < 11 and str(int(token)) == token):
+        is_number = token.isascii() and token.isdecimal() and len(token) < 11 and str(int(token)) == token
+        if not (is_number and is_token(int(token))):
             biases.refuse(token[:40], "expected a token id as the key")
         found[int(token)] = _float(biases, token)
     return found

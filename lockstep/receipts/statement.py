@@ -157,6 +157,9 @@ def from_bytes(payload: bytes) -> Statement:
             endpoint=fields.text("endpoint", 64) if "endpoint" in fields else None,
             nonce=check_nonce(fields.take("nonce")) if "nonce" in fields else None,
         )
+    if made.prompt.tokens + params.max_tokens > made.model.context:
+        got = f"{made.prompt.tokens} + {params.max_tokens} in {made.model.context}"
+        raise ReceiptError(f"model.context: expected room for the prompt and sampling.max_tokens, got {got}")
     return made
 
 

@@ -58,7 +58,7 @@ class Verifier:
         output_ids = list((statement.answer.ids or ()) if given.output_ids is None else given.output_ids)
         wrong = self._check_model(statement) or _check_tokens(statement, prompt_ids, given)
         if wrong is None:
-            wrong = self._check_sizes(prompt_ids, output_ids)
+            wrong = self._check_vocabulary(statement) or self._check_sizes(prompt_ids, output_ids)
         if wrong is not None:
             return Verification(wrong)
         params, wrong = self._with_mask(statement, given)
@@ -90,6 +90,17 @@ class Verifier:
     def _check_model(self, statement: Statement) -> Verdict | None:
         found = difference(statement.numerics, statement.model, self.model)
         return found and unchecked(found[0], found[3], found[1], found[2])
+
+    def _check_vocabulary(self, statement: Statement) -> Verdict | None:
+        """A Verdict where the parameters or the form name tokens that the model does not have: no engine takes them."""
+        vocab_size, highest = self._engine.model.config.vocab_size, max(forms.tokens_of(statement.form), default=0)
+        try:
+            statement.params.check_vocabulary(vocab_size)
+        except ValueError as error:
+            return false("sampling", None, None, str(error))
+        if highest < vocab_size:
+            return None
+        return false("form", highest, None, f"form: token ids must be 0 to {vocab_size - 1}, got {highest}")
 
     def _check_sizes(self, prompt_ids: list[int], output_ids: list[int]) -> Verdict | None:
         """A Verdict where the tokens do not fit into this engine, or are none of the vocabulary."""

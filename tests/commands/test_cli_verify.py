@@ -123,3 +123,52 @@ def test_options_that_are_refused(folder, tmp_path, capsys):
     assert code == 2 and "--salt: expected 64 hexadecimal digits, got '5'" in err
     assert main([*ASK, "--receipt-tags"]) == 0
     assert "--receipt-tags has no effect without --receipt" in capsys.readouterr().err
+
+
+def answer_of(folder, *choices):
+    """A file with an API's answer."""
+    receipt = json.loads((folder / "signed").read_text())
+    made = [choice | (dict(receipt=receipt) if choice.pop("has", True) else {}) for choice in choices]
+    (folder / "api.json").write_text(json.dumps(dict(choices=made, created=1.5)))
+    return folder / "api.json"
+
+
+def test_an_answer_around_a_receipt(folder, capsys):
+    capsys.readouterr()
+    assert main([*ASK, "--json"]) == 0
+    text = json.loads(capsys.readouterr().out)["text"]
+    for shown, code in ((text, 0), (f"import os\n{text}", 0), (f"FORGED {text}", 1), (f"{text} FORGED", 1)):
+        assert verify(capsys, answer_of(folder, dict(text=shown)))[0] == code
+    code, out, _ = verify(capsys, answer_of(folder, dict(message=dict(content="?"))))
+    assert code == 0 and "the text around it was not compared with its tokens" in out
+    code, _, err = verify(capsys, answer_of(folder, dict(text=text), dict(text="FORGED", has=False)))
+    assert code == 2 and "choice 1 has no receipt, others have one" in err
+
+
+def test_a_receipt_prints_no_lines_of_its_own(folder, capsys):
+    envelope = json.loads((folder / "signed").read_text())
+    envelope["signatures"][0]["keyid"] = "x\x1b[2K\ntrue: all"
+    (folder / "lines").write_text(json.dumps(envelope))
+    code, out, _ = verify(capsys, folder / "lines")
+    assert code == 0 and "\x1b" not in out and out.count("\n") == 1
+
+
+def test_a_batch_is_alone_in_its_file(folder, capsys):
+    receipts, mixed = folder / "one.jsonl", folder / "mixed"
+    receipts.write_text((folder / "signed").read_text())
+    assert main(["receipt", "batch", str(receipts), str(mixed)]) == 0
+    mixed.write_text(mixed.read_text() + receipts.read_text())
+    code, _, err = verify(capsys, mixed, "--receipts", receipts)
+    assert code == 2 and "expected a batch alone in its file, got 2 envelopes" in err
+
+
+def test_a_context_that_cuts_an_answer_is_told(folder, capsys):
+    envelope = json.loads((folder / "signed").read_text())
+    payload = json.loads(base64.b64decode(envelope["payload"]))
+    payload["model"]["context"] = payload["prompt"]["tokens"] + 12
+    envelope["payload"] = base64.b64encode(json.dumps(payload).encode()).decode()
+    (folder / "cut").write_text(json.dumps(envelope))
+    body = dict(prompt="import os\n", max_tokens=-1, temperature=0.8, seed=3, receipt=dict(nonce="n"))
+    (folder / "body").write_text(json.dumps(body))
+    code, out, _ = verify(capsys, folder / "cut", "--request", folder / "body")
+    assert code == 2 and "who made it chose how many to use" in out

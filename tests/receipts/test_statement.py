@@ -112,6 +112,8 @@ def test_a_commitment_is_only_of_its_prompt_and_salt():
     ("sampling.pooling", "mean", "sampling.pooling: expected no such field"),
     ("sampling.logit_bias", {"07": "3f800000"}, "sampling.logit_bias.07: expected a token id"),
     ("sampling.logit_bias", {"7": "ff800000"}, "sampling.logit_bias"),
+    ("sampling.logit_bias", {"2147483648": "3f800000"}, "sampling.logit_bias.2147483648: expected a token id"),
+    ("model.context", 11, "model.context: expected room for the prompt and sampling.max_tokens, got 3 [+] 9 in 11"),
     ("sampling.stop", [""], "sampling.stop"),
     ("sampling.stop", ["x"] * 65, "at most 64 texts"),
     ("sampling.max_tokens", 3, "answer.tokens: expected an integer from 0 to 3"),

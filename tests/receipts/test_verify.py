@@ -170,7 +170,18 @@ def own_library():
 
 def long_statement(statement):
     ids = statement.prompt.ids * 200
-    return replaced(statement, "prompt", ids=ids, digest=ids_digest(ids), tokens=len(ids))
+    model = dataclasses.replace(statement.model, context=1 << 20)
+    return replaced(
+        dataclasses.replace(statement, model=model), "prompt", ids=ids, digest=ids_digest(ids), tokens=len(ids)
+    )
+
+
+def test_tokens_that_the_model_does_not_have(llm, statement):
+    size = llm.vocab_size
+    for change in (dict(logit_bias={size: 1.0}), dict(suppress_tokens=(size,)), dict(stop_token_ids=((1 << 31) - 1,))):
+        assert verdict(llm, replaced(statement, "params", **change)).what == "sampling"
+    form = dict(grammar='{"grammars":[]}', trigger=size, library=own_library())
+    assert verdict(llm, dataclasses.replace(statement, form=form)).what == "form"
 
 
 def test_of_what_no_receipt_is_made(llm):

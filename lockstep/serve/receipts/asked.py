@@ -72,6 +72,7 @@ class Asked(NamedTuple):
     prompts: Prompts
     has_seed: bool
     nonce: str | None
+    max_positions: int
 
     def prompt_of(self, statement: Statement, salt: bytes | None) -> tuple[list[int], SamplingParams] | None:
         """The prompt of which a statement is, and its params; None where it is of none."""
@@ -101,6 +102,13 @@ class Asked(NamedTuple):
             if asked.get(name) != claimed.get(name):
                 reason = f"the request has {name} {getattr(params, name)!r}, the receipt {_shown(statement, name)!r}"
                 return false(f"sampling.{name}", claimed.get(name), asked.get(name), reason)
+        context = statement.model.context
+        is_cut = statement.answer.finish_reason == "length" and len(prompt_ids) + params.max_tokens == context
+        if is_cut and context < self.max_positions:
+            reason = (
+                f"the answer ended at a context of {context} tokens, as no max_tokens ends it before; the model has"
+            )
+            return unchecked("model.context", f"{reason} {self.max_positions}, and who made it chose how many to use")
         form = forms.form_of(params.logits_mask)
         if statement.form != (form if forms.has_texts(statement.form) else forms.without_texts(form)):
             return false("form", None, None, "what held the answer to its form is not what the request asks for")
@@ -135,19 +143,20 @@ def read_request(llm: "LLM", chat: ChatModel | None, raw: bytes, statement: Stat
     that the API refuses, or an API that is not known. Any thread without an event loop may call this."""
     service, endpoint = ReadingService(llm, chat, statement.model.context), statement.endpoint or PLAIN
     try:
-        return asyncio.run(_read(service, endpoint, raw))
+        reading = asyncio.run(_read(service, endpoint, raw))
+        return Asked(reading.prompts, reading.has_seed, reading.nonce, llm.model.config.max_positions)
     except ApiError as error:
         raise ReceiptError(f"request: {error}") from None
     finally:
         service.close()
 
 
-async def _read(service: Service, endpoint: str, raw: bytes) -> Asked:
+async def _read(service: Service, endpoint: str, raw: bytes) -> Reading:
     reading = Reading(service, raw)
     try:
         await _handler(service, endpoint)(reading)
     except Stopped:
-        return Asked(reading.prompts, reading.has_seed, reading.nonce)
+        return reading
     raise AssertionError("a handler starts a generation")
 
 

@@ -314,14 +314,14 @@ class LLM(LoadedModel):
         chosen = options if isinstance(options, receipt.ReceiptOptions) else receipt.ReceiptOptions()
         check_params(params)
         receipt.check_receivable(params)
-        return lambda request, sample: receipt.make_receipt(self.verifier.model, request, params, sample, chosen)
+        return lambda request, sample: receipt.make_receipt(self.model_part, request, params, sample, chosen)
 
     @functools.cached_property
     def verifier(self) -> "Verifier":
-        """What verifies receipts with this model. It is made once its files are hashed, for which it waits."""
+        """What verifies receipts with this model."""
         from lockstep.receipts.verify import Verifier
 
-        return Verifier(self, lambda: self.chat_model.grammars if self.has_tokenizer else None)
+        return Verifier(self.model_part, self.engine, lambda: self.chat_model.grammars if self.has_tokenizer else None)
 
     def verify(self, receipt: "Receipt | Envelope | bytes | str", given: "Given | None" = None) -> "Verdict":
         """Verifies a receipt (or its JSON text) with this model: computes prompt and answer anew in one prefill.

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
 from lockstep.completion import Prompt
 from lockstep.engine.cache.size import context_size
@@ -35,6 +35,9 @@ from lockstep.weights.checkpoint import Checkpoint
 from lockstep.weights.content import ContentHash
 from lockstep.weights.hub import resolve_model
 from lockstep.weights.store import PackedStore
+
+if TYPE_CHECKING:
+    from lockstep.receipts.identity import ModelPart
 
 log = logging.getLogger("lockstep.model")
 
@@ -268,6 +271,13 @@ class LoadedModel:
     def content(self) -> ContentHash:
         """The SHA-256 of the model's weight files and config, by which packed weights and cached prefixes are named."""
         return self._files.checkpoint.content
+
+    @functools.cached_property
+    def model_part(self) -> "ModelPart":
+        """What receipts say of the model. Waits until the model's files are hashed."""
+        from lockstep.receipts.identity import model_part
+
+        return model_part(self)
 
     @property
     def max_context(self) -> int:

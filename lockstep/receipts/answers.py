@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from lockstep.receipts import strict_json
 from lockstep.receipts.envelope import TYPES, Envelope, from_object
@@ -11,15 +11,6 @@ from lockstep.receipts.fields import is_token
 from lockstep.receipts.verdict import FALSE, Verdict
 
 MAX_RECEIPTS = 1 << 20
-
-
-class GivenFiles(NamedTuple):
-    """What a user has beside a receipt. request: the bytes of the JSON that was sent; output_ids: of the answer; salt:
-    of a hidden prompt."""
-
-    request: bytes | None
-    output_ids: list[int] | None
-    salt: bytes | None
 
 
 @dataclass(frozen=True)

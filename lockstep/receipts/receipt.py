@@ -2,13 +2,13 @@
 
 import os
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lockstep.engine.leaves import LEAF_BYTES
+from lockstep.engine.leaves import LEAF_BYTES, Leaves
 from lockstep.engine.request import Request, SamplingParams
 from lockstep.engine.selfcheck.check import NUMERICS
+from lockstep.receipts import parameters
 from lockstep.receipts.envelope import RECEIPT, Envelope, check_type
 from lockstep.receipts.envelope import from_bytes as envelope_from_bytes
 from lockstep.receipts.errors import ReceiptError
@@ -71,8 +71,7 @@ class Receipt:
 
 def check_receivable(params: SamplingParams) -> None:
     """ReceiptError for parameters of a request of which no receipt can be made."""
-    if params.pooling is not None:
-        raise ReceiptError("receipt: expected a request for an answer, got one for an embedding")
+    parameters.to_json(params)
     form_of(params.logits_mask)
 
 
@@ -119,7 +118,7 @@ def make_statement(
     made = Statement(
         numerics=NUMERICS,
         model=model,
-        prompt=_prompt_part(request, salt),
+        prompt=_prompt_part(request, leaves, salt),
         params=replace(params, logits_mask=None),
         answer=answer,
         sample=sample,
@@ -130,10 +129,9 @@ def make_statement(
     return made.detached() if options.is_detached else made
 
 
-def _prompt_part(request: Request, salt: bytes | None) -> PromptPart:
-    ids: Sequence[int] = request.prompt_ids
-    reports = request.params.prompt_logprobs is not None and request.leaves is not None
-    tree = root_of(request.leaves.prompt, LEAF_BYTES) if reports and request.leaves is not None else None
+def _prompt_part(request: Request, leaves: Leaves, salt: bytes | None) -> PromptPart:
+    ids = request.prompt_ids
+    tree = None if request.params.prompt_logprobs is None else root_of(leaves.prompt, LEAF_BYTES)
     if salt is not None:
         return PromptPart(len(ids), commitment(salt, ids), is_hidden=True, root=tree)
     return PromptPart(len(ids), ids_digest(ids), ids=tuple(ids), root=tree)

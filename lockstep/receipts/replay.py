@@ -25,8 +25,8 @@ from lockstep.text.speculative_mask import SpeculativeMask
 class Mismatch:
     """Where a replay differs from what a receipt claims, or cannot have been so.
 
-    what: "token", "leaf", "form", "logits" or "prompt leaf". position: of the token in the answer, or of its row in the
-    prompt. claimed, found: tokens, or tags as hexadecimal digits; None where there is nothing to compare.
+    what: "token", "leaf", "form", "logits" or "prompt logits". position: of the token in the answer, or of its row in
+    the prompt. claimed, found: tokens, or tags as hexadecimal digits; None where there is nothing to compare.
     """
 
     what: str
@@ -38,7 +38,7 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class Replayed:
-    """What is replayed. params: of the request, whose own mask is `mask_of` (a function of the tokens so far, or None).
+    """What is replayed. params: of the request, with the mask of its form.
     sample: the number of the answer among its samples. eos_ids: end tokens. tags: TAG_BYTES of the hash of each leaf of
     the answer, or empty."""
 
@@ -140,7 +140,7 @@ class Records:
     """The fields of the SAMPLING_RECORDs of an answer's rows."""
 
     def __init__(self, replayed: Replayed) -> None:
-        p = self._params = replayed.params
+        p = replayed.params
         self._of, self._adjustment = replayed, None
         self._mask = None if p.logits_mask is None else InTurn(p.logits_mask)
         if adjusts(p):

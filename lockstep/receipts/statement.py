@@ -47,6 +47,17 @@ def commitment(salt: bytes, token_ids: Sequence[int]) -> bytes:
     return hashlib.sha256(b"lockstep prompt" + salt + ids_bytes(token_ids)).digest()
 
 
+def salt_of(text: str) -> bytes:
+    """The salt of a commitment, written as hexadecimal digits. ReceiptError for anything else."""
+    try:
+        salt = bytes.fromhex(text)
+    except ValueError:
+        salt = b""
+    if len(salt) != SALT_BYTES:
+        raise ReceiptError(f"salt: expected {2 * SALT_BYTES} hexadecimal digits, got {shown(text)}")
+    return salt
+
+
 @dataclass(frozen=True)
 class PromptPart:
     """The prompt of a statement. tokens: how many. digest: of its ids, or their `commitment` where is_hidden. ids: None
@@ -126,7 +137,7 @@ class Statement:
             endpoint=self.endpoint,
             nonce=self.nonce,
             prompt=self.prompt.to_object(),
-            sampling=parameters.to_json(replace(self.params, logits_mask=None)),
+            sampling=parameters.to_json(self.params),
             sample=self.sample or None,
             form=self.form,
             answer=self.answer.to_object(),

@@ -9,18 +9,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from lockstep.engine.engine import Engine
 from lockstep.engine.leaves import LEAF_BYTES
 from lockstep.engine.request import Request, SamplingParams
 from lockstep.receipts import form as forms
 from lockstep.receipts.ending import Ending, ending
 from lockstep.receipts.head_blocks import HeadBlocks
-from lockstep.receipts.identity import ModelPart, ModelSource, difference, model_part
+from lockstep.receipts.identity import ModelPart, difference
 from lockstep.receipts.merkle import root_of
 from lockstep.receipts.replay import Mismatch, Replay, Replayed
 from lockstep.receipts.statement import Statement
 from lockstep.receipts.verdict import TRUE, Verdict, false, unchecked
 from lockstep.text.grammars.structured import Grammars
-from lockstep.text.job_process import Busy
 
 
 class Given(NamedTuple):
@@ -40,17 +40,12 @@ NOTHING = Given()
 
 
 class Verifier:
-    """Verifies receipts of one loaded model. Making one waits until the model's files are hashed.
+    """Verifies receipts of one loaded model. model: what receipts say of it. grammars: returns what compiles grammars
+    for it, or None where it has no tokenizer."""
 
-    grammars: returns what compiles grammars for the model, or None where it has no tokenizer. model: what receipts call
-    it, if that is known.
-    """
-
-    def __init__(
-        self, llm: ModelSource, grammars: Callable[[], Grammars | None], model: ModelPart | None = None
-    ) -> None:
-        self.model, self._engine, self._grammars = model or model_part(llm), llm.engine, grammars
-        self._head = HeadBlocks(llm.engine.model, llm.engine.runner)
+    def __init__(self, model: ModelPart, engine: Engine, grammars: Callable[[], Grammars | None]) -> None:
+        self.model, self._engine, self._grammars = model, engine, grammars
+        self._head = HeadBlocks(engine.model, engine.runner)
 
     def begin(self, statement: Statement, given: Given = NOTHING, cache_salt: str = "") -> "Verification":
         """Checks all that takes no computing. cache_salt: see `Engine.make`."""
@@ -135,8 +130,6 @@ class Verifier:
             if mask is None:
                 vocab_size = self._engine.model.config.vocab_size
                 mask = forms.mask_of(form, self._grammars(), vocab_size, self._engine.eos_ids)
-        except Busy:
-            raise
         except ValueError as error:
             return statement.params, unchecked("form", f"its form cannot be made here: {error}")
         return replace(statement.params, logits_mask=mask), None

@@ -87,7 +87,8 @@ class Generation:
             self.service.check_content()
             self._has_seed = fields.seed not in (None, RANDOM)
             self._receipts = Receipts(desk, options, path)
-            await self.offload(desk.model)
+            if not desk.knows_model:
+                await self.offload(desk.model)
 
     async def offload(self, function: Callable[..., T], *args: Any) -> T:
         """Runs a function in a worker thread (`Service.offload`); raises if the request has ended meanwhile."""

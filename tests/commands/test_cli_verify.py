@@ -120,7 +120,7 @@ def test_options_that_are_refused(folder, tmp_path, capsys):
     for words in ("No such file", "the key cannot be read", "printable ASCII", "expected a new file for the key"):
         assert words.lower() in said.lower()
     code, _, err = verify(capsys, folder / "signed", "--salt", "5")
-    assert code == 2 and "--salt: expected 64 hexadecimal digits, got '5'" in err
+    assert code == 2 and "salt: expected 64 hexadecimal digits, got '5'" in err
     assert main([*ASK, "--receipt-tags"]) == 0
     assert "--receipt-tags has no effect without --receipt" in capsys.readouterr().err
 

@@ -1,5 +1,7 @@
 """Trees against RFC 9162's own recursion, and proofs that hold for nothing else."""
 
+import pytest
+
 from lockstep.receipts import merkle
 from lockstep.receipts.merkle import EMPTY, leaf_hash, node_hash, root
 
@@ -55,11 +57,7 @@ def test_a_path_shows_one_leaf_at_one_place():
             assert not merkle.is_included(leaf_hash(b"other"), index, size, path, whole)
 
 
-def test_leaves_that_are_not_there():
-    for index in (-1, 3):
-        try:
-            merkle.inclusion_path(nodes_of(3), index)
-        except IndexError as error:
-            assert str(error) == f"leaf {index} of 3"
-        else:
-            raise AssertionError(index)
+@pytest.mark.parametrize("index", [-1, 3])
+def test_leaves_that_are_not_there(index):
+    with pytest.raises(IndexError, match=f"leaf {index} of 3"):
+        merkle.inclusion_path(nodes_of(3), index)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from lockstep.commands.generate import read_text
 from lockstep.commands.options import ReceiptKey
 
 
@@ -15,13 +16,13 @@ def command(
 ) -> None:
     """Bind many receipts, such as those of an evaluation (lockstep serve --receipts FILE), by the root of one tree,
     which one signature signs. lockstep verify FILE --receipts RECEIPTS checks them all."""
-    from lockstep.commands.verify import envelopes_in
+    from lockstep.receipts.answers import answered
     from lockstep.receipts.batch import batch_of
-    from lockstep.receipts.envelope import BATCH, RECEIPT, Envelope
+    from lockstep.receipts.envelope import BATCH, Envelope
     from lockstep.receipts.keys import load_signing_key
 
     key = None if receipt_key is None else load_signing_key(receipt_key)
-    batch = batch_of(envelopes_in(receipts, [RECEIPT]))
+    batch = batch_of([each.envelope for each in answered(read_text(receipts))])
     made = Envelope(batch.to_bytes(), BATCH)
     Path(path).write_bytes((made if key is None else made.signed(key)).to_bytes() + b"\n")
     print(f"batch {made.digest[:16]} of {batch.num_answers} receipts in {path}")

@@ -3,7 +3,6 @@ receipt is of this request where both agree."""
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from lockstep.engine.request import SamplingParams
@@ -13,6 +12,7 @@ from lockstep.receipts.errors import ReceiptError
 from lockstep.receipts.parameters import seed_of
 from lockstep.receipts.statement import Statement
 from lockstep.receipts.verdict import Verdict, false, unchecked
+from lockstep.receipts.verify import Given
 from lockstep.serve.errors import ApiError
 from lockstep.serve.fields import body
 from lockstep.serve.fields.receipt import receipt_options
@@ -93,7 +93,7 @@ class Asked(NamedTuple):
         return self._of_params(statement, found[0], found[1])
 
     def _of_params(self, statement: Statement, prompt_ids: list[int], params: SamplingParams) -> Verdict | None:
-        asked, claimed = parameters.to_json(_plain(params)), parameters.to_json(statement.params)
+        asked, claimed = parameters.to_json(params), parameters.to_json(statement.params)
         if not self.has_seed:
             drawn = None if self.nonce is None else str(seed_of(self.nonce, prompt_ids))
             asked["seed"] = claimed.get("seed", "0") if drawn is None else drawn
@@ -120,10 +120,6 @@ def _shown(statement: Statement, name: str) -> Any:
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
-def _plain(params: SamplingParams) -> SamplingParams:
-    return replace(params, logits_mask=None)
-
-
 class ReadingService(Service):
     """A Service that reads requests and answers none. context: tokens of a prompt and its answer, where it was made."""
 
@@ -136,6 +132,17 @@ class ReadingService(Service):
     def max_context(self) -> int:
         """The context for which an answer without a limit of its own was made."""
         return self.context
+
+
+def with_request(llm: "LLM", chat: ChatModel | None, raw: bytes, statement: Statement, given: Given) -> Given | Verdict:
+    """What a verifier has, with the prompt and the mask of the client's request; a Verdict where the statement is not
+    of this request. See `read_request`."""
+    asked = read_request(llm, chat, raw, statement)
+    if (wrong := asked.difference(statement, given.salt)) is not None:
+        return wrong
+    found = asked.prompt_of(statement, given.salt)
+    assert found is not None, "the statement is of one of its prompts"
+    return given._replace(prompt_ids=found[0], logits_mask=found[1].logits_mask)
 
 
 def read_request(llm: "LLM", chat: ChatModel | None, raw: bytes, statement: Statement) -> Asked:

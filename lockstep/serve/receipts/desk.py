@@ -40,6 +40,11 @@ class ReceiptDesk:
         """Whether every answer has a receipt, asked for or not."""
         return self.path is not None
 
+    @property
+    def knows_model(self) -> bool:
+        """Whether `model` returns at once."""
+        return self._model is not None
+
     def model(self) -> ModelPart:
         """The model that receipts name. The first call waits for its content hash, and may take a second."""
         with self._lock:
@@ -54,7 +59,7 @@ class ReceiptDesk:
             if self._verifier is None:
                 chat = self._service.chat
                 grammars = None if chat is None else chat.grammars
-                self._verifier = Verifier(self._service.loaded, lambda: grammars, model)
+                self._verifier = Verifier(model, self._service.loaded.engine, lambda: grammars)
             return self._verifier
 
     def keep(self, lines: bytes) -> None:

@@ -6,15 +6,14 @@ from pydantic import Field
 from starlette.routing import Route
 
 from lockstep.receipts.envelope import RECEIPT, from_object
-from lockstep.receipts.statement import SALT_BYTES, Statement, from_bytes
+from lockstep.receipts.statement import SALT_BYTES, from_bytes, salt_of
 from lockstep.receipts.verdict import FALSE, TRUE, Verdict
 from lockstep.receipts.verify import Given, Verification
 from lockstep.serve.answers.json_response import json_response, to_json
-from lockstep.serve.errors import wrong_field
 from lockstep.serve.fields.body import Fields, Items, Whole
 from lockstep.serve.fields.prompts import check_ids
 from lockstep.serve.generation import Generation, GenerationEndpoint
-from lockstep.serve.receipts.asked import Asked, read_request
+from lockstep.serve.receipts.asked import with_request
 from lockstep.serve.service import Service
 
 WORDS = {TRUE: "true", FALSE: "false"}
@@ -49,34 +48,17 @@ def routes(service: Service):
 def _begin(generation: Generation, fields: VerifyFields) -> Verification | Verdict:
     service = generation.service
     statement = from_bytes(from_object(fields.receipt, [RECEIPT]).payload)
-    given = Given(
+    given: Given | Verdict = Given(
         prompt_ids=fields.prompt_token_ids and check_ids(service, fields.prompt_token_ids, "prompt_token_ids"),
         output_ids=None if fields.token_ids is None else check_ids(service, fields.token_ids, "token_ids"),
-        salt=_salt(fields.salt),
+        salt=None if fields.salt is None else salt_of(fields.salt),
     )
     verifier = service.receipts.verifier()
     if fields.request is not None and verifier.is_of_model(statement):
-        asked = _asked(service, fields.request, statement)
-        if (wrong := asked.difference(statement, given.salt)) is not None:
-            return wrong
-        prompt = asked.prompt_of(statement, given.salt)
-        assert prompt is not None, "the receipt is of one of its prompts"
-        given = given._replace(prompt_ids=prompt[0], logits_mask=prompt[1].logits_mask)
+        given = with_request(service.loaded, service.chat, to_json(fields.request), statement, given)
+    if isinstance(given, Verdict):
+        return given
     return verifier.begin(statement, given, service.salt(generation.scope["lockstep.tenant"], ""))
-
-
-def _asked(service: Service, request: dict[str, Any], statement: Statement) -> Asked:
-    return read_request(service.loaded, service.chat, to_json(request), statement)
-
-
-def _salt(text: str | None) -> bytes | None:
-    try:
-        salt = None if text is None else bytes.fromhex(text)
-    except ValueError:
-        salt = b""
-    if salt is not None and len(salt) != SALT_BYTES:
-        raise wrong_field("salt", f"expected {2 * SALT_BYTES} hexadecimal digits, got {text!r:.80}")
-    return salt
 
 
 def _shown(verdict: Verdict) -> dict[str, Any]:

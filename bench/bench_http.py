@@ -20,7 +20,7 @@ import threading
 import time
 
 from lockstep import LLM, SamplingParams
-from lockstep.engine.async_engine import batches
+from lockstep.engine.token_stream import batches
 from lockstep.serve.app import make_app
 from lockstep.serve.log import start_logging
 from lockstep.serve.server import Server, bind

@@ -9,7 +9,6 @@ back, and hidden states go to the MTP head. `async_engine` runs all this in a th
 """
 
 import functools
-import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,17 +16,16 @@ from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 
-from lockstep.engine.admission import check
 from lockstep.engine.answer_text import Detokenizer
-from lockstep.engine.answer_tokens import append_token, resume_all
+from lockstep.engine.answer_tokens import append_token
 from lockstep.engine.cache.prefix_options import prefix_cache_maker
 from lockstep.engine.cache.size import num_pages, page_groups
-from lockstep.engine.embedding import Pool, Reader
-from lockstep.engine.leaves import Leaves
+from lockstep.engine.embedding import Reader
+from lockstep.engine.making import RequestMaker
 from lockstep.engine.model import Model
 from lockstep.engine.options import DEFAULTS, EngineOptions
 from lockstep.engine.preparation import prepare
-from lockstep.engine.request import Request, SamplingParams, check_single, samples, token_list
+from lockstep.engine.request import Request, SamplingParams, check_single
 from lockstep.engine.runner import Limits, Runner, Span
 from lockstep.engine.sampling import (
     NothingAllowed,
@@ -42,7 +40,6 @@ from lockstep.engine.scheduler import Scheduler
 from lockstep.engine.selfcheck import check as selfcheck
 from lockstep.engine.speculation.drafts import DraftCounts, Drafter, Drafts
 from lockstep.engine.speculation.heads import made_drafter
-from lockstep.engine.speculation.lookup import Prediction
 from lockstep.native.host import num_cores
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS
 from lockstep.progress import OnProgress
@@ -62,7 +59,7 @@ class Planned(NamedTuple):
     is_observed: bool
 
 
-class Engine:
+class Engine(RequestMaker):
     """Runs requests of one model. Any thread may call `add`, `cancel` and `step`: a step waits for the one before.
 
     swaps: ops that another backend computes, see `Model.backend`. eos_ids: the tokens that end an answer; None: those
@@ -84,8 +81,7 @@ class Engine:
     ) -> None:
         if (draft_model is None) == (options.speculate == "model"):
             raise ValueError(f"draft_model: expected a model with speculate 'model' only, got {draft_model!r:.80}")
-        self.eos_ids = frozenset(model.config.eos_ids) if eos_ids is None else eos_ids
-        self.new_detokenizer = new_detokenizer
+        super().__init__(model, frozenset(model.config.eos_ids) if eos_ids is None else eos_ids, new_detokenizer)
         num_drafts = options.num_drafts
         model.drafts_by_mtp(options.speculate)  # ValueError for "mtp" where the model has no MTP head
         rows = max(PROMPT_ROWS, options.max_requests * (1 + num_drafts) if num_drafts else 0)
@@ -93,7 +89,7 @@ class Engine:
         pages = num_pages(model, options, draft_model)
         groups = page_groups(model.recorded, pages, options)
         limits = Limits(options.max_step_tokens, options.max_requests, pages, num_sampled, groups)
-        self.model, self.limits, self.team = model, limits, Team(options.threads or num_cores())
+        self.limits, self.team = limits, Team(options.threads or num_cores())
         self._lock = threading.RLock()  # a step may cancel requests: a logits_mask is a caller's function
         try:
             ready = functools.partial(
@@ -114,11 +110,10 @@ class Engine:
             self.team.close()
             raise
         self.drafter = drafter
-        self._ids, self.num_generated, self.num_not_finite = itertools.count(), 0, 0
-        self.num_drafted = self.num_accepted = 0
+        self.num_generated = self.num_not_finite = self.num_drafted = self.num_accepted = 0
 
     def add(self, prompt_ids: Iterable[SupportsIndex], params: SamplingParams, **options: Any) -> Request:
-        """Queues a prompt; returns its Request. options: see `make`. ValueError if it cannot fit."""
+        """Queues a prompt; returns its Request. options: see `RequestMaker.make`. ValueError if it cannot fit."""
         check_single(params)
         return self.add_samples(prompt_ids, params, **options)[0]
 
@@ -135,63 +130,19 @@ class Engine:
                 if request.finish_reason is None:
                     self.scheduler.add(request)
 
-    def make(
-        self,
-        prompt_ids: Iterable[SupportsIndex],
-        params: SamplingParams,
-        priority: int = 0,
-        cache_salt: str = "",
-        prediction: Iterable[SupportsIndex] = (),
-        output_ids: Iterable[Any] = (),
-        *,
-        recompute_logprobs: bool = True,
-        receipt: bool = False,
-    ) -> list[Request]:
-        """The Requests of a prompt's samples, not queued yet. Any thread may call this. ValueError if they cannot run.
+    @property
+    def reads_predictions(self) -> bool:
+        """Whether a prediction is of use: for drafts."""
+        return self.drafter is not None
 
-        priority: the lowest number goes first. cache_salt: only requests with the same salt share cached prefixes and
-        draft from one another's answers. prediction: token ids of a text that the answers may resemble, for drafts.
+    def check_size(self, request: Request) -> None:
+        """ValueError for a request that the KV cache could never hold."""
+        self.scheduler.check(request)
 
-        output_ids: the first tokens of the answer, from which it goes on as after a preemption, and as the answer that
-        began with them would have gone on; for n samples a list for each. They count for max_tokens. A request whose
-        answer they end has ended, or ends when their log-probabilities are computed; NotItsAnswer (a ValueError) for
-        tokens that cannot be the beginning of its answer. A logits_mask is called for each of them here.
-        recompute_logprobs: whether their log-probabilities are computed anew; else they are NaN, and need no rows.
-        receipt: whether to keep what a receipt of each answer binds, in `Request.leaves`; then they are computed, too.
-        """
-        prompt_ids, predicted = token_list(prompt_ids), token_list(prediction, "prediction")
-        check(self.model, self.new_detokenizer is not None, prompt_ids, params, priority, cache_salt, predicted)
-        shared = Prediction(predicted) if self.drafter and predicted else None
-        requests = [
-            Request(next(self._ids), list(prompt_ids), p, priority=priority, cache_salt=cache_salt, prediction=shared)
-            for p in samples(params)
-        ]
-        vocab_size = self.model.config.vocab_size
-        recomputes = recompute_logprobs or receipt
-        resume_all(requests, output_ids, self.eos_ids, self.new_detokenizer, vocab_size, recomputes)
-        if receipt and params.pooling is None:
-            for each in requests:
-                each.leaves = Leaves()
-        if params.pooling is not None:
-            requests[0].pool = Pool(params.pooling, len(prompt_ids))
-        return self._checked(requests)
-
-    def make_reading(self, token_ids: list[int], reader: Reader, cache_salt: str = "") -> Request:
-        """A request that computes the hidden states of known tokens for a Reader, and chooses none; not queued yet. It
-        ends as an embedding does. ValueError if it cannot run."""
-        params = SamplingParams(pooling="last")
-        check(self.model, True, token_ids, params, priority=0, cache_salt=cache_salt, prediction=())
-        request = Request(next(self._ids), token_ids, params, pool=reader, cache_salt=cache_salt)
-        return self._checked([request])[0]
-
-    def _checked(self, requests: list[Request]) -> list[Request]:
-        """The samples of a prompt, with the names of its blocks. ValueError if they can never run."""
-        self.scheduler.check(requests[0])
-        if self.scheduler.prefix:  # here, so that a long prompt is hashed in the thread of its client
-            names = self.scheduler.prefix.names(requests[0], len(requests[0].prompt_ids) // PAGE_TOKENS)
-            for request in requests:
-                request.prefix.block_names = list(names)
-        return requests
+    def name_blocks(self, request: Request) -> list[bytes]:
+        """The names of a request's whole blocks of prompt tokens; none without a prefix cache."""
+        prefix = self.scheduler.prefix
+        return prefix.names(request, len(request.prompt_ids) // PAGE_TOKENS) if prefix else []
 
     def cancel(self, request: Request) -> None:
         """Ends a request at once, unless it has ended; its memory is free for the next step."""

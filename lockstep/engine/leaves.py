@@ -29,11 +29,11 @@ class Leaves:
     """The leaves of one request, as far as its tokens are computed.
 
     answer: of the tokens of the answer, one after the other. prompt: of the prompt's tokens from the second on, for a
-    request that reports their log-probabilities.
+    request that reports their log-probabilities. Those of the first tokens may be known.
     """
 
-    def __init__(self) -> None:
-        self.answer, self.prompt = bytearray(), bytearray()
+    def __init__(self, answer: bytes = b"", prompt: bytes = b"") -> None:
+        self.answer, self.prompt = bytearray(answer), bytearray(prompt)
 
     @property
     def num_answer(self) -> int:

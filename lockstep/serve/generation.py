@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lockstep.engine.async_engine import Token, TokenStream, batches
 from lockstep.engine.request import Request
+from lockstep.engine.token_stream import Token, TokenStream, batches
 from lockstep.serve.answer_size import Prompts, fit_answers, num_logprobs
 from lockstep.serve.continuation import ANEW, Continuation, refusing
 from lockstep.serve.errors import ApiError, check_most, not_allowed, not_generated, wrong_field

@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lockstep.engine.async_engine import AsyncEngine, EngineStopped
+from lockstep.engine.async_engine import AsyncEngine
 from lockstep.engine.cache.prefix import model_identity
 from lockstep.engine.selfcheck.check import NUMERICS
 from lockstep.engine.speculation.drafts import DraftCounts
+from lockstep.engine.token_stream import EngineStopped
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS
 from lockstep.serve.errors import ApiError, not_allowed
 from lockstep.serve.generation import Generation

@@ -11,9 +11,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lockstep.engine.async_engine import AsyncEngine, EngineStopped, batches
+from lockstep.engine.async_engine import AsyncEngine
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.request import SamplingParams, samples
+from lockstep.engine.token_stream import EngineStopped, batches
 from tests.promise.alone import answer
 from tests.promise.models import Case, load
 

@@ -9,10 +9,11 @@ import asyncio
 import numpy as np
 import pytest
 
-from lockstep.engine.async_engine import AsyncEngine, batches
+from lockstep.engine.async_engine import AsyncEngine
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.model import load_model
 from lockstep.engine.request import SamplingParams
+from lockstep.engine.token_stream import batches
 from lockstep.models.checkpoint import open_checkpoint
 from lockstep.weights.store import WeightStore
 from tests.models import tiny

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from lockstep.engine.async_engine import Token
+from lockstep.engine.token_stream import Token
 from lockstep.serve.answers.token_spans import TokenSpanParser
 from lockstep.text.reasoning import PlainParser, ThoughtParser
 from lockstep.text.tool_calls.events import Content

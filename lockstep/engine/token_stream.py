@@ -1,0 +1,240 @@
+"""The tokens of a request as they come: a TokenStream for one reader, in any thread or event loop."""
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from lockstep.engine.request import Request
+
+Woken = asyncio.Future[None]  # a reader awaits it; the engine's thread sets it
+
+
+class Sender(Protocol):
+    """What runs the requests of TokenStreams."""
+
+    def send(self, action: str, *streams: "TokenStream") -> None:
+        """Has streams "submit"ted or "cancel"led."""
+        ...
+
+
+class EngineStopped(RuntimeError):
+    """The engine ended before the request: it was closed, or a step failed (then the step's error is the cause)."""
+
+
+class Token(NamedTuple):
+    """One token of an answer. index: its place in the answer. top_logprobs: the likeliest alternatives, if they were
+    asked for. text: the characters that became certain with this token (tokens may share a character, and characters
+    that may begin a stop sequence are held back)."""
+
+    index: int
+    id: int
+    logprob: float
+    top_logprobs: dict[int, float] | None
+    text: str
+
+
+class TokenStream:
+    """The tokens of one request, for one reader: `for token in stream` or `async for token in stream`. Leaving such a
+    loop early cancels the request. Tokens with which the request began (`Engine.make`, output_ids), and their text, are
+    not among them.
+
+    After the last token `finish_reason` says why the stream ended, and `request` has everything else about the answer.
+    Reading raises EngineStopped if the engine ends first.
+    """
+
+    def __init__(self, engine: Sender, request: Request) -> None:
+        self.request, self._engine = request, engine
+        self._tokens: deque[Token] = deque()
+        self._ready, self._for_end, self._ended, self._left = threading.Condition(), False, False, False
+        self._waiting: Woken | None = None
+        self._error: BaseException | None = None
+        self._num_sent, self._text_sent = request.num_given, request.num_given_characters
+        self._has_untold_end = False  # whether it ended without a token that could bear the finish_reason
+
+    def __repr__(self) -> str:
+        """How far the answer is."""
+        return f"TokenStream({self.finish_reason or 'running'}, {len(self.request.output_ids)} tokens)"
+
+    @property
+    def finish_reason(self) -> str | None:
+        """ "stop", "length", "embedded", "error" or "cancelled"; None while the request runs."""
+        return self.request.finish_reason if self._ended else None
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the stream has ended and all its tokens are read."""
+        with self._ready:
+            return self._ended and not self._tokens
+
+    def cancel(self) -> None:
+        """Ends the request before the engine's next step. Any thread may call this, at any time."""
+        self._engine.send("cancel", self)
+
+    def leave(self) -> None:
+        """Cancels the request and ends the stream for its reader at once, even if the engine's step never returns."""
+        self.cancel()
+        with self._ready:
+            self._left = self._ended = True
+            woken = self._woken()
+        wake([woken])
+
+    # ------------------------------------------------------------ the reader's side
+
+    def __iter__(self) -> Iterator[Token]:
+        try:
+            while True:
+                try:
+                    token = self.__next__()
+                except StopIteration:
+                    return
+                yield token
+        finally:
+            self._cancel_unless_ended()
+
+    def __next__(self) -> Token:
+        with self._ready:
+            self._ready.wait_for(lambda: self._tokens or self._ended)
+            return self._next(StopIteration)
+
+    async def __aiter__(self) -> AsyncIterator[Token]:
+        try:
+            while True:
+                try:
+                    token = await self.__anext__()
+                except StopAsyncIteration:
+                    return
+                yield token
+        finally:
+            self._cancel_unless_ended()
+
+    def _cancel_unless_ended(self) -> None:
+        if not self._ended:
+            self.cancel()
+
+    async def __anext__(self) -> Token:
+        while True:
+            woken = asyncio.get_running_loop().create_future()
+            with self._ready:
+                if self._tokens or self._ended:
+                    return self._next(StopAsyncIteration)
+                self._waiting, self._for_end = woken, False
+            await woken
+
+    def take(self, woken: Woken) -> list[Token] | None:
+        """All tokens that have come; None after the last one. If the list is empty, the future `woken` is set when
+        tokens come, or the stream has ended without a token (then `is_read`)."""
+        with self._ready:
+            if not self._tokens and self._ended:
+                self._check()
+                has_untold_end, self._has_untold_end = self._has_untold_end, False
+                return [] if has_untold_end else None
+            if not self._tokens:
+                self._waiting, self._for_end = woken, False
+            taken = list(self._tokens)
+            self._tokens.clear()
+            return taken
+
+    def wait_for_end(self, woken: Woken) -> bool:
+        """Has the future `woken` set when the stream ends. Returns True, and does not set it, if the stream has
+        ended."""
+        with self._ready:
+            self._waiting, self._for_end = woken, True
+            return self._ended
+
+    def _next(self, end: type[Exception]) -> Token:
+        if self._tokens:
+            return self._tokens.popleft()
+        self._check()
+        raise end
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise EngineStopped(str(self._error)) from self._error
+
+    # ------------------------------------------------------------ the engine's side
+
+    def advance(self) -> Woken | None:
+        """Hands over the tokens that the request got since the last call; returns the future that its reader awaits, or
+        None."""
+        request, count = self.request, len(self.request.output_ids)
+        text = request.answer.text if request.answer is not None else ""
+        with self._ready:
+            for i in range(self._num_sent, count):
+                top = request.top_logprobs[i] if request.top_logprobs else None
+                new_text = text[self._text_sent :] if i == count - 1 else ""
+                self._tokens.append(Token(i, request.output_ids[i], request.logprobs[i], top, new_text))
+                self._text_sent += len(new_text)
+            self._has_untold_end = count == self._num_sent and request.finish_reason in ("stop", "length")
+            self._num_sent, self._ended = count, self._left or request.finish_reason is not None
+            return self._woken()
+
+    def fail(self, error: BaseException) -> Woken | None:
+        """Ends the stream with an error; returns the future that its reader awaits, or None."""
+        with self._ready:
+            self._ended, self._error = True, error
+            return self._woken()
+
+    def _woken(self) -> Woken | None:
+        self._ready.notify_all()
+        if self._for_end and not self._ended:
+            return None
+        woken, self._waiting = self._waiting, None
+        return woken
+
+
+async def batches(
+    streams: Iterable[TokenStream], pause: Callable[[], float] = lambda: 0.0
+) -> AsyncIterator[list[tuple[int, list[Token], str | None]]]:
+    """Reads many streams at once until all have ended: yields lists of (number of the stream, its new Tokens, its
+    finish_reason), finish_reason being None but with the last Tokens. There are none where the tokens with which a
+    request began end its answer.
+
+    pause: called each time tokens came; for as many seconds as it returns, only the end of a stream wakes the reader,
+    so that the tokens of this time come in one list.
+    """
+    left, loop = dict(enumerate(streams)), asyncio.get_running_loop()
+    while left:
+        woken = loop.create_future()
+        taken = [(number, stream, stream.take(woken)) for number, stream in left.items()]
+        left = {number: stream for number, stream, tokens in taken if tokens is not None}
+        batch = [
+            (number, tokens, stream.request.finish_reason if stream.is_read else None)
+            for number, stream, tokens in taken
+            if tokens or (tokens is not None and stream.is_read)
+        ]
+        if batch:
+            until = loop.time() + pause()
+            yield batch
+            await _pause(list(left.values()), until, loop)
+        elif left:
+            await woken
+
+
+async def _pause(streams: Sequence[TokenStream], until: float, loop: asyncio.AbstractEventLoop) -> None:
+    """Waits until a time of the loop's clock, or for the end of a stream."""
+    woken = loop.create_future()
+    if until > loop.time() and not any([stream.wait_for_end(woken) for stream in streams]):
+        timer = None if until == float("inf") else loop.call_at(until, _set, [woken])
+        await woken
+        if timer is not None:
+            timer.cancel()
+
+
+def wake(futures: Iterable[Woken | None]) -> None:
+    """Sets futures of any event loops, with one call for each loop: a call costs the engine's thread a system call."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[Woken]] = {}
+    for future in futures:
+        if future is not None:
+            by_loop.setdefault(future.get_loop(), []).append(future)
+    for loop, waiting in by_loop.items():
+        with contextlib.suppress(RuntimeError):  # the readers' event loop is closed: no reader waits any more
+            loop.call_soon_threadsafe(_set, waiting)
+
+
+def _set(futures: Iterable[Woken]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)

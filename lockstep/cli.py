@@ -23,6 +23,7 @@ COMMANDS = {
     "generate": "Continue a text with a model.",
     "chat": "Talk with a model.",
     "serve": "Answer requests over HTTP, as OpenAI's API does.",
+    "batch": "Answer all requests of a file; what was interrupted goes on.",
     "parity": "Show that every path of a model gives the same bits.",
     "bench": "Measure prefill and decode, A/B, and this machine's ceiling.",
     "bench load": "Drive arrivals against the engine, without HTTP; latencies and throughput.",

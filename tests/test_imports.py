@@ -20,6 +20,7 @@ ORDER = (
     "lab",
     "study",
     "serve",
+    "batch",
     "llm",
     "constrained",
     "loading",

@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lockstep.serve.compressed_body import GzipBodyMiddleware
@@ -28,7 +29,7 @@ def make_app(service: Service, cors_origins=(), allowed_hosts=()):
     cors_origins: origins whose web pages may call the server, besides the server's own page. allowed_hosts: names that
     a Host header may have besides addresses and localhost, checked where no API key is needed.
     """
-    routes = [route for module in ROUTE_MODULES for route in module.routes(service)]
+    routes = routes_of(service)
     middleware = [
         *([Middleware(PrivateNetworkCORSMiddleware, allowed=cors_origins)] if cors_origins else []),
         Middleware(SlashMiddleware),
@@ -48,6 +49,18 @@ def make_app(service: Service, cors_origins=(), allowed_hosts=()):
     app = Starlette(routes=routes, middleware=middleware, lifespan=lifespan, exception_handlers=handlers)
     app.router.redirect_slashes = False  # a redirect would go wherever the request's Host says
     return app
+
+
+def routes_of(service: Service) -> list[BaseRoute]:
+    """The routes of all modules."""
+    return [route for module in ROUTE_MODULES for route in module.routes(service)]
+
+
+def inner_app(service: Service) -> Starlette:
+    """The application as this process itself calls it: without what guards the server against strangers. Whoever calls
+    it says in scope["lockstep.tenant"] for whom."""
+    guard = Middleware(GuardMiddleware, service=service)
+    return Starlette(routes=routes_of(service), middleware=[guard], exception_handlers={HTTPException: _router_refusal})
 
 
 class SlashMiddleware:

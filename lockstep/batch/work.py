@@ -1,7 +1,6 @@
 """One run over the lines of an input: asks those that have no answer yet, and writes the output in their order."""
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +41,11 @@ class Work:
         max_line_bytes: int,
         reader: Callable[[], Callable[[RawLine], Line]],
         journal: Journal,
-        earlier: Finished,
+        earlier: Finished | None = None,
     ) -> None:
         self._source, self._max_line_bytes, self._reader = source, max_line_bytes, reader
-        self._journal, self._earlier, self.counts = journal, earlier, Counts()
+        self._kept: list[Journal | Finished] = [journal] if earlier is None else [journal, earlier]
+        self._journal, self.counts = journal, Counts()
 
     def lines(self) -> Iterator[Line]:
         """Yields the input's lines."""
@@ -82,7 +82,7 @@ class Work:
             await asyncio.gather(*running, return_exceptions=True)
 
     def _is_known(self, line: Line) -> bool:
-        is_kept = line.key in self._journal or line.key in self._earlier
+        is_kept = any(line.key in each for each in self._kept)
         self.counts.known += is_kept and line.refusal is None
         self.counts.done += is_kept or line.refusal is not None
         self.counts.failed += line.refusal is not None
@@ -95,21 +95,29 @@ class Work:
         self.counts.failed += not is_success
         tell()
 
-    def write(self, output: IO[bytes]) -> Counts:
-        """Writes the output: the answers in the order of the input's lines. InputChanged where one is missing."""
-        counts = Counts()
+    def write(
+        self, output: IO[bytes], errors: IO[bytes] | None = None, unasked: Callable[[Line], bytes] | None = None
+    ) -> Counts:
+        """Writes the output: the answers in the order of the input's lines.
+
+        errors: where lines go that failed; None: to the output, too. unasked: makes the line of the output for a line
+        that was not asked, which has failed, too; None: InputChanged is raised for one.
+        """
+        counts = Counts(known=self.counts.known)
         for line in self.lines():
-            counts.total += 1
-            counts.failed += line.refusal is not None or line.key in self._journal.failed
-            output.write((self._kept(line) if line.refusal is None else line.refusal) + b"\n")
-        counts.done, counts.known = counts.total, self.counts.known
+            kept = None if line.refusal is not None else self._kept_line(line.key)
+            failed = kept is None or line.key in self._journal.failed
+            made = kept or line.refusal or self._unasked(line, unasked)
+            counts.total, counts.done, counts.failed = counts.total + 1, counts.done + 1, counts.failed + failed
+            (output if errors is None or not failed else errors).write(made + b"\n")
         return counts
 
-    def _kept(self, line: Line) -> bytes:
-        with contextlib.suppress(KeyError):
-            return self._journal.line(line.key)
-        with contextlib.suppress(KeyError):
-            return self._earlier.line(line.key)
+    def _kept_line(self, key: bytes) -> bytes | None:
+        return next((each.line(key) for each in self._kept if key in each), None)
+
+    def _unasked(self, line: Line, unasked: Callable[[Line], bytes] | None) -> bytes:
+        if unasked is not None:
+            return unasked(line)
         raise InputChanged(f"{self._source}: it has changed since its lines were asked; run the same command again")
 
 

@@ -13,23 +13,38 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from lockstep.serve.batches.desk import BatchDesk
 from lockstep.serve.compressed_body import GzipBodyMiddleware
 from lockstep.serve.errors import ApiError, error_response
 from lockstep.serve.middleware import ApiKeyMiddleware, GuardMiddleware, HostMiddleware, OriginMiddleware
-from lockstep.serve.routes import chat, completions, embeddings, messages, page, receipts, responses, status, tokens
+from lockstep.serve.routes import (
+    batches,
+    chat,
+    completions,
+    embeddings,
+    files,
+    messages,
+    page,
+    receipts,
+    responses,
+    status,
+    tokens,
+)
 from lockstep.serve.service import Service
 
 PRIVATE_NETWORK_HEADER = b"access-control-request-private-network"
 ROUTE_MODULES = [chat, completions, embeddings, messages, page, receipts, responses, status, tokens]
 
 
-def make_app(service: Service, cors_origins=(), allowed_hosts=()):
+def make_app(service: Service, cors_origins=(), allowed_hosts=(), files_dir: str | None = None):
     """The ASGI application of a Service.
 
     cors_origins: origins whose web pages may call the server, besides the server's own page. allowed_hosts: names that
-    a Host header may have besides addresses and localhost, checked where no API key is needed.
+    a Host header may have besides addresses and localhost, checked where no API key is needed. files_dir: a folder for
+    files and batches, see BatchDesk.
     """
-    routes = routes_of(service)
+    desk = BatchDesk(service, inner_app(service), files_dir)
+    routes = [*routes_of(service), *files.routes(desk), *batches.routes(service, desk)]
     middleware = [
         *([Middleware(PrivateNetworkCORSMiddleware, allowed=cors_origins)] if cors_origins else []),
         Middleware(SlashMiddleware),
@@ -42,7 +57,9 @@ def make_app(service: Service, cors_origins=(), allowed_hosts=()):
 
     @contextlib.asynccontextmanager
     async def lifespan(app):
+        desk.start()
         yield
+        await desk.stop()
         service.close()
 
     handlers = {HTTPException: _router_refusal}
@@ -79,7 +96,7 @@ class PrivateNetworkCORSMiddleware(CORSMiddleware):
     """CORS for web pages of the allowed origins, also where a page of the public internet calls a private network."""
 
     def __init__(self, app: ASGIApp, allowed: Sequence[str]) -> None:
-        super().__init__(app, allow_origins=list(allowed), allow_methods=["GET", "POST"], allow_headers=["*"])
+        super().__init__(app, allow_origins=list(allowed), allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"])
 
     def preflight_response(self, request_headers: Headers) -> Response:
         """The response to a browser's preflight request. Starlette's versions treat the private-network header

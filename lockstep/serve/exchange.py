@@ -14,6 +14,8 @@ from lockstep.serve.service import Service
 if TYPE_CHECKING:
     from lockstep.serve.generation import Generation
 
+UPLOAD_PATH = "/v1/files"  # its body goes to the disk, so it may be larger than others
+FORM_BYTES = 1 << 16  # of a form, besides its file
 CLIENT_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")  # an X-Request-Id of a client that is taken over
 
 
@@ -35,6 +37,9 @@ class Exchange:
         self.generation: Generation | None = None
         self.error: ApiError | None = None
         self._has_client_left = False
+        self._is_upload = scope["path"] == UPLOAD_PATH and scope["method"] == "POST"
+        limits = service.limits
+        self._max_bytes = limits.max_file_bytes + FORM_BYTES if self._is_upload else limits.max_body_bytes
 
     @property
     def started(self) -> bool:
@@ -51,7 +56,7 @@ class Exchange:
     def check_length(self) -> None:
         """ApiError 413 for a Content-Length that is too large."""
         declared = self._headers.get(b"content-length", b"0")
-        if not declared.isdigit() or len(declared) > 20 or int(declared) > self._service.limits.max_body_bytes:
+        if not declared.isdigit() or len(declared) > 20 or int(declared) > self._max_bytes:
             raise self._too_large()
 
     async def receive(self) -> Message:
@@ -64,16 +69,17 @@ class Exchange:
 
     def _take(self, size: int) -> None:
         limits = self._service.limits
-        self._num_bytes += size
-        self._service.num_bytes += size
-        if self._num_bytes > limits.max_body_bytes:
+        if self._num_bytes + size > self._max_bytes:
             raise self._too_large()
+        self._num_bytes += size
+        if self._is_upload:
+            return
+        self._service.num_bytes += size
         if self._service.num_bytes > limits.max_pending_bytes and self._service.num_bytes > self._num_bytes:
             raise self._service.too_busy("bodies_full", "the bodies of the requests in work take too much memory")
 
     def _too_large(self) -> ApiError:
-        limit = self._service.limits.max_body_bytes
-        return ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
+        return ApiError(413, f"the body is larger than {self._max_bytes} bytes", code="body_too_large")
 
     # ------------------------------------------------------------ the answer
 
@@ -97,7 +103,7 @@ class Exchange:
 
     def close(self) -> None:
         """The answer has ended: it is logged, and the memory of the body is free."""
-        self._service.num_bytes -= self._num_bytes
+        self._service.num_bytes -= 0 if self._is_upload else self._num_bytes
         self._service.request_log.ended(self._scope["path"], self._status, self.error, self._line)
 
     def _line(self) -> RequestLine:

@@ -32,6 +32,11 @@ class Limits:
     max_stop: int = 16
     max_stop_chars: int = 256
     max_logit_bias: int = 1024
+    max_file_bytes: int = 256 << 20  # of one file of /v1/files
+    max_files_bytes: int = 4 << 30  # of all files of a tenant
+    max_files: int = 1000  # of a tenant
+    max_batches: int = 1000  # of a tenant; the oldest that has ended is forgotten
+    max_uploads: int = 8  # files that are being sent
     max_queued: int = 256
     max_queued_tokens: int = 1 << 18
     max_counted_tokens: int = 1 << 18  # of a text that is counted or truncated; more where the context is longer

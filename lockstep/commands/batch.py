@@ -281,10 +281,12 @@ def write(work: "Work", files: Files) -> "Counts":
 
 def interrupted(counts: "Counts", files: Files, service: "Service") -> int:
     """Says how to go on after Ctrl-C; returns the exit code."""
-    left = f"{counts.done} of {counted(counts.total, 'line')} are done"
-    where = f" and kept in {files.journal.path}: the same command goes on from there"
-    lost = ", and lost: an output that is a file would keep them"
-    print(f"lockstep: interrupted, {left}{lost if files.shown == 'standard output' else where}", file=sys.stderr)
+    words = f"lockstep: interrupted, {counts.done} of {counted(counts.total, 'line')} are done"
+    if files.shown == "standard output":
+        words += ", and lost: an output that is a file would keep them"
+    elif len(files.journal):
+        words += f" and kept in {files.journal.path}: the same command goes on from there"
+    print(words, file=sys.stderr)
     closing = threading.Thread(target=service.close, daemon=True)
     closing.start()
     closing.join(CLOSE_SECONDS)

@@ -44,7 +44,7 @@ def make_app(service: Service, cors_origins=(), allowed_hosts=(), files_dir: str
     files and batches, see BatchDesk.
     """
     desk = BatchDesk(service, inner_app(service), files_dir)
-    routes = [*routes_of(service), *files.routes(desk), *batches.routes(service, desk)]
+    routes = [*routes_of(service), *files.routes(service, desk), *batches.routes(service, desk)]
     middleware = [
         *([Middleware(PrivateNetworkCORSMiddleware, allowed=cors_origins)] if cors_origins else []),
         Middleware(SlashMiddleware),

@@ -42,7 +42,17 @@ STATEMENT = Statement(
     nonce="n",
 )
 RECEIPT = Envelope(STATEMENT.to_bytes(), signatures=(Signature("key", b"s" * 64),)).to_object()
+# a form, whose purpose is one that is refused: nothing is kept
+FORM = (
+    b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n--x\r\nContent-Disposition: form-data; '
+    b'name="file"; filename="a.jsonl"\r\nContent-Type: application/jsonl\r\n\r\n{"custom_id": "a"}\r\n--x--\r\n'
+)
 BODIES = {
+    "/v1/files": {},
+    "/v1/batches": dict(
+        input_file_id="file-0", endpoint="/v1/completions", completion_window="24h", metadata=dict(a="b")
+    ),
+    "/v1/batches/{name}/cancel": {},
     "/v1/completions": dict(
         prompt="x",
         max_tokens=2,
@@ -199,9 +209,10 @@ def damaged_request(rng: random.Random, path: str, kinds: tuple[str, ...] = KIND
     """A request with damage of one of these kinds: a value of the body, bytes of the body, a header, bytes anywhere."""
     body, kind = BODIES[path], rng.choice(kinds)
     sent = damaged_value(rng, body) if kind == "value" else body
-    raw = json.dumps(sent).encode()
+    raw = FORM if path == "/v1/files" else json.dumps(sent).encode()
     raw = damaged_bytes(rng, raw) if kind == "body" else raw
-    whole = head(path=path, Connection="close", Content_Length=len(raw)) + raw
+    form = dict(Content_Type="multipart/form-data; boundary=x") if path == "/v1/files" else {}
+    whole = head(path=path, Connection="close", Content_Length=len(raw), **form) + raw
     if kind == "header":
         line, rest = whole.split(b"\r\n", 1)
         whole = line + b"\r\n" + rng.choice(HEADERS).encode("latin-1") + b"\r\n" + rest

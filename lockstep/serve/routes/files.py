@@ -6,18 +6,20 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
+from starlette.types import Message, Receive
 
 from lockstep.serve.answers.json_response import json_response
 from lockstep.serve.batches.desk import BatchDesk
 from lockstep.serve.batches.records import listed
 from lockstep.serve.errors import ApiError, wrong_field
+from lockstep.serve.service import Service
 
 MAX_FORM_FIELDS = 8
 UPLOAD_SECONDS = 600.0
 MOST_LISTED = 10000
 
 
-def routes(desk: BatchDesk) -> list[Route]:
+def routes(service: Service, desk: BatchDesk) -> list[Route]:
     """The routes of the files of a BatchDesk."""
 
     async def upload(request: Request) -> Response:
@@ -28,11 +30,13 @@ def routes(desk: BatchDesk) -> list[Route]:
         with desk.uploads.taking(tenant, declared):
             try:
                 async with asyncio.timeout(UPLOAD_SECONDS):
-                    async with request.form(max_files=1, max_fields=MAX_FORM_FIELDS) as form:
+                    sent = Request(request.scope, steady(request.receive, service.limits.body_seconds))
+                    async with sent.form(max_files=1, max_fields=MAX_FORM_FIELDS) as form:
                         file = _file_of(form)
                         return json_response(await desk.uploads.add(tenant, file.filename or "", file.file))
             except TimeoutError:
-                raise ApiError(408, f"the file did not arrive within {UPLOAD_SECONDS:g} s", code="timeout") from None
+                problem = f"the file did not arrive within {UPLOAD_SECONDS:g} s, or its next part not in time"
+                raise ApiError(408, problem, code="timeout") from None
 
     async def show_all(request: Request) -> Response:
         purpose, (after, limit) = request.query_params.get("purpose"), page_of(request, MOST_LISTED, MOST_LISTED)
@@ -58,6 +62,16 @@ def routes(desk: BatchDesk) -> list[Route]:
         Route("/v1/files/{name}", delete, methods=["DELETE"]),
         Route("/v1/files/{name}/content", content, methods=["GET"]),
     ]
+
+
+def steady(receive: Receive, seconds: float) -> Receive:
+    """An ASGI `receive` that raises TimeoutError where the next part of a body takes too long."""
+
+    async def next_part() -> Message:
+        async with asyncio.timeout(seconds):
+            return await receive()
+
+    return next_part
 
 
 def tenant_of(request: Request) -> str:

@@ -1,6 +1,7 @@
 """Asks the server's routes for the answer to a line of a batch, within this process."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from starlette.types import ASGIApp, Message
@@ -22,25 +23,45 @@ class NoAnswers(ValueError):
 
 
 class Asking:
-    """Asks for answers as one tenant. app: routes and error objects, see `app.inner_app`."""
+    """Asks for answers as one tenant. app: routes and error objects, see `app.inner_app`. may_ask: whether a line that
+    had to make room may be asked again."""
 
-    def __init__(self, app: ASGIApp, service: Service, tenant: str = "") -> None:
-        self._app, self._service, self._tenant = app, service, tenant
+    def __init__(
+        self, app: ASGIApp, service: Service, tenant: str = "", may_ask: Callable[[], bool] = lambda: True
+    ) -> None:
+        self._app, self._service, self._tenant, self._may_ask = app, service, tenant, may_ask
+        self._attempts: list[asyncio.Task[tuple[int, bytes]]] = []
 
     async def __call__(self, line: Line) -> Answer:
         """The line of the output for a line that can be asked. While the server is busy it is asked again. NoAnswers
         where the engine has stopped."""
-        pause = FIRST_PAUSE
-        status, body = await self._answer(line)
-        while status in BUSY:
+        pause, answer = FIRST_PAUSE, await self._attempt(line)
+        while answer is None or answer[0] in BUSY:
             if self._service.engine_trouble is not None:
                 raise NoAnswers(self._service.engine_trouble)
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
-            status, body = await self._answer(line)
+            answer = await self._attempt(line) if self._may_ask() else None
+        status, body = answer
         if status == 200:
             body = await _settled(body, line.key)
         return response_line(line.key, line.custom_id, status, body), status == 200
+
+    def make_room(self) -> None:
+        """Takes back the line that was asked last; it is asked again when it may be."""
+        if self._attempts:
+            self._attempts[-1].cancel()
+
+    async def _attempt(self, line: Line) -> tuple[int, bytes] | None:
+        """The status and body of an answer; None where the line had to make room."""
+        attempt = asyncio.create_task(self._answer(line))
+        self._attempts.append(attempt)
+        try:
+            await asyncio.wait([attempt])
+            return None if attempt.cancelled() else attempt.result()
+        finally:
+            self._attempts.remove(attempt)
+            attempt.cancel()
 
     async def _answer(self, line: Line) -> tuple[int, bytes]:
         parts = [dict(type="http.request", body=line.body, more_body=False)]

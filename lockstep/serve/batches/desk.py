@@ -20,7 +20,8 @@ from lockstep.serve.batches.uploads import Uploads, full_as_507
 from lockstep.serve.errors import ApiError
 from lockstep.serve.service import Service
 
-LOOK_SECONDS = 0.2
+LOOK_SECONDS = 0.05
+SPARED_PART = 4  # of the sequences that the engine runs at once
 TROUBLE_SECONDS = 10.0  # before an engine that does not work is asked again
 WINDOW_SECONDS = 24 * 3600
 UNDER_WAY = ("validating", "in_progress", "finalizing", "cancelling")
@@ -151,11 +152,13 @@ class BatchDesk:
 
     async def _ask(self, tenant: str, value: dict[str, Any], work: Work) -> str:
         """Asks the lines of a batch; returns the status with which it ends. NoAnswers where the server ends."""
-        asking = Asking(self._app, self._service, tenant)
+        asking = Asking(self._app, self._service, tenant, lambda: self._has_room(0))
         task = asyncio.create_task(work.ask(asking, self._has_room, lambda: count(value, work.counts)))
         try:
             while not task.done():
                 await asyncio.wait([task], timeout=LOOK_SECONDS)
+                if self._must_make_room:
+                    asking.make_room()
                 if self._service.state != "ready":
                     raise NoAnswers("the server ends")
                 if not task.done() and (end := self._end_of(value)) is not None:
@@ -169,7 +172,20 @@ class BatchDesk:
     def _has_room(self, num_running: int) -> bool:
         """Whether one more line may be asked: there are sequences that no request needs."""
         service = self._service
-        return service.state == "ready" and max(service.num_sequences, num_running) < service.loaded.max_requests
+        room = service.loaded.max_requests - self._num_spared
+        return service.state == "ready" and max(service.num_sequences, num_running) < room
+
+    @property
+    def _num_spared(self) -> int:
+        """Sequences that batches leave to others, so that one who asks need not wait."""
+        return self._service.loaded.max_requests // SPARED_PART
+
+    @property
+    def _must_make_room(self) -> bool:
+        """Whether requests of others wait."""
+        service = self._service
+        has_others = any(not each.scope.get("lockstep.priority") for each in service.generations)
+        return has_others and service.num_sequences > service.loaded.max_requests
 
     # ------------------------------------------------------------ its end
 

@@ -47,6 +47,7 @@ class Records:
             with contextlib.suppress(ValueError):
                 if IDS.fullmatch(path.stem) and isinstance(record := json.loads(path.read_bytes()), dict):
                     self._all[path.stem] = record
+        self._all = dict(sorted(self._all.items(), key=lambda item: item[1]["value"]["created_at"]))
         for path in folder.iterdir():
             is_left = path.suffix in (CONTENT, JOURNAL) and IDS.fullmatch(path.stem) and path.stem not in self._all
             if is_left or path.name.startswith(MAKING):
@@ -91,11 +92,10 @@ class Records:
 
     def of_tenant(self, tenant: str, kind: str) -> list[dict[str, Any]]:
         """A tenant's objects of a kind, the newest first."""
-        found = [value for owner, value in self.of_all(kind) if owner == tenant]
-        return sorted(found, key=lambda value: (value["created_at"], value["id"]), reverse=True)
+        return [value for owner, value in self.of_all(kind) if owner == tenant][::-1]
 
     def of_all(self, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yields (tenant, object) of all objects of a kind."""
+        """Yields (tenant, object) of all objects of a kind, the oldest first."""
         for record in list(self._all.values()):
             if record["value"]["object"] == kind:
                 yield record["tenant"], record["value"]

@@ -45,7 +45,8 @@ class Records:
     def _read(self, folder: Path) -> None:
         for path in folder.glob(f"*{RECORD}"):
             with contextlib.suppress(ValueError):
-                if IDS.fullmatch(path.stem) and isinstance(record := json.loads(path.read_bytes()), dict):
+                record = json.loads(path.read_bytes())
+                if IDS.fullmatch(path.stem) and is_record(record):
                     self._all[path.stem] = record
         self._all = dict(sorted(self._all.items(), key=lambda item: item[1]["value"]["created_at"]))
         for path in folder.iterdir():
@@ -99,6 +100,12 @@ class Records:
         for record in list(self._all.values()):
             if record["value"]["object"] == kind:
                 yield record["tenant"], record["value"]
+
+
+def is_record(value: Any) -> bool:
+    """Whether a JSON value has the form of a record."""
+    inner = value.get("value") if isinstance(value, dict) else None
+    return isinstance(inner, dict) and {"id", "object", "created_at"} <= set(inner) and "tenant" in value
 
 
 def new_name(prefix: str) -> str:

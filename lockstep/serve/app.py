@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from lockstep.serve.batches.desk import BatchDesk
 from lockstep.serve.compressed_body import GzipBodyMiddleware
 from lockstep.serve.errors import ApiError, error_response
+from lockstep.serve.fields.seed import SEED_HEADER
 from lockstep.serve.middleware import ApiKeyMiddleware, GuardMiddleware, HostMiddleware, OriginMiddleware
 from lockstep.serve.routes import (
     batches,
@@ -96,7 +97,10 @@ class PrivateNetworkCORSMiddleware(CORSMiddleware):
     """CORS for web pages of the allowed origins, also where a page of the public internet calls a private network."""
 
     def __init__(self, app: ASGIApp, allowed: Sequence[str]) -> None:
-        super().__init__(app, allow_origins=list(allowed), allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"])
+        methods, shown = ["GET", "POST", "DELETE"], [SEED_HEADER]
+        super().__init__(
+            app, allow_origins=list(allowed), allow_methods=methods, allow_headers=["*"], expose_headers=shown
+        )
 
     def preflight_response(self, request_headers: Headers) -> Response:
         """The response to a browser's preflight request. Starlette's versions treat the private-network header

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from starlette.types import Message, Receive, Scope, Send
 
 from lockstep.serve.errors import ApiError
+from lockstep.serve.fields.seed import SEED_HEADER
 from lockstep.serve.request_log import CLIENT_LEFT, RequestLine
 from lockstep.serve.service import Service
 
@@ -88,8 +89,14 @@ class Exchange:
         if message["type"] == "http.response.start":
             self._status = message["status"]
             self._service.metrics.answered[self._status] += 1
-            message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", self.id.encode("ascii"))]}
+            message = {**message, "headers": [*message.get("headers", ()), *self._own_headers()]}
         await self._send(message)
+
+    def _own_headers(self) -> list[tuple[bytes, bytes]]:
+        """The request's id and, from its admission on, the seed with which it is answered the same again."""
+        seed = self.generation and self.generation.seed
+        seeds = [] if seed is None else [(SEED_HEADER.lower().encode(), b"%d" % seed)]
+        return [(b"x-request-id", self.id.encode("ascii")), *seeds]
 
     def failed(self, error: BaseException) -> ApiError:
         """Notes that an exception has ended the answer; returns it as the ApiError that the client may see."""

@@ -12,13 +12,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lockstep.engine.request import Request
 from lockstep.engine.token_stream import Token, TokenStream, batches
+from lockstep.receipts.receipt import ReceiptOptions
 from lockstep.serve.answer_size import Prompts, fit_answers, num_logprobs
 from lockstep.serve.continuation import ANEW, Continuation, refusing
 from lockstep.serve.errors import ApiError, check_most, not_allowed, not_generated, wrong_field
 from lockstep.serve.fields import body
 from lockstep.serve.fields.receipt import receipt_options
-from lockstep.serve.fields.sampling import RANDOM, SamplingFields
-from lockstep.serve.receipts.desk import Receipts, with_drawn_seeds
+from lockstep.serve.fields.sampling import SamplingFields
+from lockstep.serve.fields.seed import Seeds, common_seed, has_seed, seed_of_key, sent_key
+from lockstep.serve.receipts.desk import Receipts
 from lockstep.serve.request_log import Work
 
 if TYPE_CHECKING:
@@ -40,8 +42,9 @@ class Generation:
 
     The order of use: `read`, then `start`, then `tokens` (or `finished`) until all sequences have ended. When the
     client disconnects, the time limit passes or the server ends, the sequences are cancelled and the next of these
-    calls raises. exchange: its side of HTTP. model_name: the model's name in the answer, from `read` on. requests: the
-    engine's Requests, one for each sequence.
+    calls raises. exchange: its side of HTTP. model_name: the model's name in the answer, from `read` on. seed: with
+    which the same request is answered the same, once it is admitted (see `common_seed`). requests: the engine's
+    Requests, one for each sequence.
     """
 
     def __init__(self, service: "Service", scope: Scope, receive: Receive) -> None:
@@ -50,7 +53,8 @@ class Generation:
         self.requests: list[Request] = []
         self._prompts: Prompts = []
         self._receipts: Receipts | None = None
-        self._has_seed = False
+        self._seeds: Seeds | None = None
+        self.seed: int | None = None
         self._narrowing: Sequence[str] = ()
         self.model_name = service.model_name
         self.num_sequences, self.num_queued_tokens, self.num_logprobs = 1, 0, 0
@@ -74,21 +78,31 @@ class Generation:
         self._watcher = asyncio.create_task(self._watch())
         made = await body.parse_and_check_async(self.service, fields, raw)
         self.model_name = self.service.name_in_answers(made.model)
-        await self._ask_receipts(made)
+        await self._ask(made, raw)
         return made
 
-    async def _ask_receipts(self, fields: Any) -> None:
-        """Notes whether the answers get receipts. ApiError 503 as long as the model's content hash is not known."""
+    async def _ask(self, fields: Any, raw: bytes) -> None:
+        """Notes what a request for an answer asks for besides it: a receipt, and a seed. ApiError 400 for an
+        Idempotency-Key that is none."""
         if not isinstance(fields, SamplingFields):
             return
+        options = await self._ask_receipts(fields)
+        key, is_given = sent_key(self.scope), has_seed(fields.seed)
+        needs_key = key is not None and not is_given
+        of_key = await self.prepare(seed_of_key, key, self.scope["lockstep.tenant"], raw) if needs_key else None
+        self._seeds = Seeds(is_given, options and options.nonce, of_key)
+
+    async def _ask_receipts(self, fields: SamplingFields) -> ReceiptOptions | None:
+        """Notes whether the answers get receipts; returns what is asked for. ApiError 503 as long as the model's
+        content hash is not known."""
         desk, path = self.service.receipts, self.scope["path"]
         options = receipt_options(fields, path, desk.key)
         if options is not None or desk.keeps_all:
             self.service.check_content()
-            self._has_seed = fields.seed not in (None, RANDOM)
             self._receipts = Receipts(desk, options, path)
             if not desk.knows_model:
                 await self.offload(desk.model)
+        return options
 
     async def offload(self, function: Callable[..., T], *args: Any) -> T:
         """Runs a function in a worker thread (`Service.offload`); raises if the request has ended meanwhile."""
@@ -136,8 +150,8 @@ class Generation:
         for ids, params in prompts:
             self._check_context(len(ids), params.max_tokens)
         prompts = fit_answers(prompts, self.service.limits.max_answer_values, self.service.max_context)
-        if self._receipts is not None:
-            prompts = with_drawn_seeds(prompts, self._receipts.options, self._has_seed)
+        if self._seeds is not None:
+            prompts = self._seeds.put_into(prompts)
         num_tokens = sum(len(ids) * params.n for ids, params in prompts) + continuation.num_tokens
         self.service.admit(self, num_sequences, num_tokens, num_logprobs(prompts))
         self._prompts, self._narrowing, self._submitted = prompts, narrowing, time.monotonic()
@@ -147,6 +161,7 @@ class Generation:
             await self.offload(refusing, narrowing, self._submit, prompts, options | continuation._asdict())
         else:
             await self.prepare(self._submit, prompts, options)
+        self.seed = None if self._seeds is None else common_seed(prompts)
         return self.requests
 
     async def run(self, request: Request) -> None:

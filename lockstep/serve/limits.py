@@ -44,7 +44,7 @@ class Limits:
     offload_seconds: float = 20.0
     body_seconds: float = 30.0
     request_seconds: float = 600.0
-    keep_alive_seconds: float = 15.0  # between the comments that keep a silent stream open
+    keep_alive_seconds: float = 10.0  # a stream is silent so long at most: then a comment keeps it open
     drain_seconds: float = 30.0
     stuck_seconds: float = 120.0  # a step that takes longer makes /health red
     max_faults: int = 3  # requests in a row whose logits were not finite make /health red

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 
 from starlette.requests import ClientDisconnect
@@ -42,7 +43,7 @@ class EventStream:
     """
 
     def __init__(self, generation: Generation, events, end=DONE) -> None:
-        self._generation, self._events, self._end, self._silent = generation, events, end, True
+        self._generation, self._events, self._end, self._sent = generation, events, end, time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
@@ -57,7 +58,7 @@ class EventStream:
         try:
             async for piece in self._events:
                 if piece:
-                    self._silent = False
+                    self._sent = time.monotonic()
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
             last = self._end
         except ClientDisconnect:
@@ -68,21 +69,23 @@ class EventStream:
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _keep_alive(self, send: Send, has_ended) -> None:
-        """Sends comments while no events come. has_ended: set when the client has closed its side of the connection;
-        comments are then sent soon, to find out whether the client still reads."""
+        """Sends a comment whenever nothing was sent for a while. has_ended: set when the client has closed its side of
+        the connection; comments are then sent soon, to find out whether the client still reads."""
         longest, pause = self._generation.service.limits.keep_alive_seconds, LOOK_SECONDS
         while True:
             if has_ended.is_set():
+                silent = pause
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, longest)
             else:
+                silent = longest
                 # wait_for of Python 3.11 would lose a cancellation that comes together with the awaited event
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(longest):
+                    async with asyncio.timeout(self._sent + longest - time.monotonic()):
                         await has_ended.wait()
-            if self._silent:
+            if time.monotonic() - self._sent >= silent:
+                self._sent = time.monotonic()
                 await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
-            self._silent = True
 
 
 async def json_answer(

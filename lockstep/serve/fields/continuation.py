@@ -7,7 +7,7 @@ from lockstep.serve.continuation import ANEW, FIELD, Continuation
 from lockstep.serve.errors import wrong_field
 from lockstep.serve.fields.body import Fields, Items, shown
 from lockstep.serve.fields.prompts import check_ids
-from lockstep.serve.fields.sampling import RANDOM
+from lockstep.serve.fields.seed import has_seed
 
 if TYPE_CHECKING:
     from lockstep.serve.service import Service
@@ -30,7 +30,7 @@ def continuation(service: "Service", fields, prompts: Prompts) -> Continuation:
     if not any(lists):
         return ANEW
     params = prompts[0][1]
-    if params.temperature > 0 and fields.seed in (None, RANDOM):
+    if params.temperature > 0 and not has_seed(fields.seed):
         raise wrong_field(FIELD, "expected the seed of the answer that goes on, too: without it other noise is drawn")
     if getattr(fields, "is_empty", False):
         raise wrong_field(FIELD, "expected none with max_tokens 0")

@@ -19,6 +19,7 @@ INT64: dict[str, Any] = dict(ge=-(1 << 63), le=(1 << 63) - 1)
 TokenId = Annotated[Whole, Field(ge=0, lt=1 << 31)]
 Count = Annotated[Whole, Field(ge=0, le=1 << 30)]
 UNTIL_FULL = RANDOM = -1  # UNTIL_FULL: a value of max_tokens; RANDOM: a value of seed
+SEED_BITS = 53  # of drawn seeds: programs whose numbers are all float64 can send them again
 MOST_TOKENS = ("n_predict", "max_completion_tokens", "max_tokens", "max_output_tokens")  # this field's names on routes
 
 
@@ -111,7 +112,7 @@ def sampling_params(
     chosen["top_k"] = max(chosen["top_k"], 0)  # -1 means all, for vLLM
     chosen["temperature"] = chosen["temperature"] and max(chosen["temperature"], MIN_TEMPERATURE)
     chosen["repetition_penalty"] = _repetition_penalty(fields, chosen["repetition_penalty"])
-    seed = secrets.randbits(63) if fields.seed in (None, RANDOM) else fields.seed
+    seed = secrets.randbits(SEED_BITS) if fields.seed in (None, RANDOM) else fields.seed
     chosen["n"] = fields.num_samples
     _check_samples(fields, limits)
     _check_window(fields, chosen)

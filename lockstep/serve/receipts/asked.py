@@ -16,7 +16,7 @@ from lockstep.receipts.verify import Given
 from lockstep.serve.errors import ApiError
 from lockstep.serve.fields import body
 from lockstep.serve.fields.receipt import receipt_options
-from lockstep.serve.fields.sampling import RANDOM
+from lockstep.serve.fields.seed import has_seed
 from lockstep.serve.generation import Generation, GenerationEndpoint
 from lockstep.serve.limits import Limits
 from lockstep.serve.service import Service
@@ -48,7 +48,7 @@ class Reading(Generation):
         """The body as an object of the class `fields`. ApiError 400 for a wrong one."""
         made: Any = body.parse_and_check(self._raw, fields, self.service.limits)
         options = receipt_options(made, PLAIN, None)
-        self.has_seed = made.seed not in (None, RANDOM)
+        self.has_seed = has_seed(made.seed)
         self.nonce = None if options is None else options.nonce
         return made
 

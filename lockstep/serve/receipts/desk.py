@@ -2,14 +2,12 @@
 
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.engine.request import Request, SamplingParams
 from lockstep.receipts.identity import ModelPart, model_part
 from lockstep.receipts.keys import SigningKey
-from lockstep.receipts.parameters import seed_of
 from lockstep.receipts.receipt import Receipt, ReceiptOptions, make_receipt
 from lockstep.receipts.verify import Verifier
 
@@ -67,21 +65,6 @@ class ReceiptDesk:
         assert self.path is not None, "receipts are kept where there is a file"
         with self._file_lock, open(self.path, "ab", buffering=0) as file:
             file.write(lines)
-
-
-def with_drawn_seeds(prompts: Prompts, options: ReceiptOptions | None, has_seed: bool) -> Prompts:
-    """The prompts of a request without a seed with the seeds that it gets: drawn from its nonce, if it has one; 0 where
-    nothing is drawn, so that the same request has the same receipt."""
-    if has_seed:
-        return prompts
-    nonce = None if options is None else options.nonce
-    return [(ids, replace(params, seed=_drawn(nonce, ids, params))) for ids, params in prompts]
-
-
-def _drawn(nonce: str | None, prompt_ids: list[int], params: SamplingParams) -> int:
-    if nonce is not None:
-        return seed_of(nonce, prompt_ids)
-    return params.seed if params.temperature else 0
 
 
 class Receipts:

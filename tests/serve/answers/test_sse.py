@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -52,3 +53,22 @@ def test_nothing_follows_the_end_of_a_stream(ends):
 def test_comments_keep_a_silent_stream_open(options):
     got, wrong = asyncio.run(stream(0.3, **options))
     assert got.count(KEEP_ALIVE) >= 2 and got.endswith(b"data: 1\n\n" + DONE) and not wrong
+
+
+def test_a_comment_comes_as_soon_as_nothing_was_sent_for_that_long():
+    """The silence is counted from the last event, not from the last comment or the beginning."""
+    seconds, times = 1, []
+    client = Client(None)
+
+    async def events():
+        await asyncio.sleep(0.1 * seconds)
+        yield b"data: 1\n\n"
+        times.append(time.monotonic())
+        while KEEP_ALIVE not in client.got:
+            await asyncio.sleep(0.01)
+        times.append(time.monotonic())
+
+    service = SimpleNamespace(limits=Limits(keep_alive_seconds=seconds))
+    scope = {"path": "/v1/completions", "lockstep.has_ended": client.has_ended}
+    asyncio.run(EventStream(SimpleNamespace(service=service), events())(scope, None, client.send))
+    assert 0.99 * seconds <= times[1] - times[0] < 1.7 * seconds and client.got.endswith(DONE)

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
 from lockstep.completion import Prompt
+from lockstep.engine.answer_text import Detokenizer
+from lockstep.engine.async_engine import AsyncEngine, StreamEngine
 from lockstep.engine.cache.size import context_size
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.generation_config import sampling_defaults
 from lockstep.engine.model import Model, load_model
 from lockstep.engine.planned import planned
-from lockstep.engine.request import SamplingParams, token_list
+from lockstep.engine.request import Request, SamplingParams, token_list
 from lockstep.engine.speculation.draft_model import check_vocabulary, named
 from lockstep.engine.speculation.drafts import MODEL, SOURCES
 from lockstep.models.checkpoint import end_of_sequence_ids, open_checkpoint
@@ -193,6 +195,7 @@ class LoadedModel:
         generation_config: str = "auto",
         verify_weights: bool = False,
         on_tokenizer: Callable[[Tokenizer], object] | None = None,
+        num_engines: int = 1,
     ) -> None:
         if not isinstance(speculate, str):
             raise ValueError(
@@ -208,6 +211,7 @@ class LoadedModel:
             cache_dir_bytes=cache_dir_bytes,
             speculate=speculate if speculate in SOURCES else MODEL,
             draft=draft,
+            num_engines=num_engines,
         )
         weights = "f32" if plan is not None and weights == "auto" else weights
         self._generation_config, self._shows_progress = generation_config, progress is True
@@ -230,12 +234,20 @@ class LoadedModel:
                 is_kept = report.has("packing", "compiling") and is_all_kept()
                 report.ending = "; later starts use what was made now" if is_kept else ""
 
+    def _eos_ids(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        tokenizer = self._files.tokenizer_if_any
+        return end_of_sequence_ids(self._files.checkpoint, tokenizer.eos_ids if tokenizer is not None else ())
+
+    def _detokenizers(self) -> Callable[[Request], Detokenizer] | None:
+        """What makes the Detokenizer of a request's answer; None without a tokenizer."""
+        tokenizer = self._files.tokenizer_if_any
+        return functools.partial(answer_detokenizer, tokenizer) if tokenizer is not None else None
+
     def _new_engine(self, options: EngineOptions, ops: Mapping[str, str] | None, report: OnProgress | None) -> Engine:
         """The Engine, whose start reads all weights. ValueError if a file was written to meanwhile."""
-        tokenizer, checkpoint = self._files.tokenizer_if_any, self._files.checkpoint
-        new_detokenizer = functools.partial(answer_detokenizer, tokenizer) if tokenizer is not None else None
-        eos_ids = end_of_sequence_ids(checkpoint, tokenizer.eos_ids if tokenizer is not None else ())
-        engine = Engine(self.model, options, ops, eos_ids, new_detokenizer, report, self._draft)
+        checkpoint = self._files.checkpoint
+        engine = Engine(self.model, options, ops, self._eos_ids(), self._detokenizers(), report, self._draft)
         try:
             for read in (checkpoint, self._draft.checkpoint) if self._draft else (checkpoint,):
                 read.check_unchanged()
@@ -245,6 +257,10 @@ class LoadedModel:
         for store in (self._store, self._draft.store) if self._draft else (self._store,):
             store.warn_not_kept()
         return engine
+
+    def stream_engine(self) -> StreamEngine:
+        """What runs requests beside their readers, as a server needs it. From then on nothing else may use `engine`."""
+        return AsyncEngine(self.engine)
 
     @functools.cached_property
     def sampling_defaults(self) -> dict[str, Any]:

@@ -1,11 +1,16 @@
 """Options that several commands share, and `load`, which loads a model with them."""
 
 import sys
-from collections.abc import Iterable
-from typing import Annotated
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+if TYPE_CHECKING:
+    from lockstep.llm import LLM
+    from lockstep.loading import LoadedModel
+
+M = TypeVar("M", bound="LoadedModel")
 ModelName = Annotated[
     str | None,
     typer.Argument(
@@ -129,29 +134,39 @@ def say_unused(invoked: typer.Context, names: Iterable[str], why: str) -> None:
             print(f"lockstep: {options[name]} has no effect {why}", file=sys.stderr)
 
 
-def load(
-    model,
+def load(model: str | None, **options: Any) -> "LLM":
+    """The LLM, with progress on stderr. options: see `load_as`."""
+    from lockstep.llm import LLM
+
+    return load_as(LLM, model, **options)
+
+
+def load_as(
+    kind: Callable[..., M],
+    model: str | None,
     *,
-    ops=None,
+    ops: list[str] | None = None,
     max_requests: int = 1,
     wait_for_content: bool = False,
     max_context: int | None = None,
     needed_context: int | None = None,
-    **options,
-):
-    """The LLM, with progress on stderr. ops: values of --op; options: arguments of LLM.
+    num_replicas: int = 1,
+    **options: Any,
+) -> M:
+    """The model, with progress on stderr. kind: makes it, as LLM does. num_replicas: how many engines it has on this
+    machine. ops: values of --op; options: arguments of LLM.
 
     wait_for_content: whether to return only when the model's content hash is known. max_context: tokens that the user
     asks for; needed_context: tokens that the command needs where the user does not say. A model may have fewer.
     """
-    from lockstep.llm import LLM
     from lockstep.native.host import num_cores
     from lockstep.progress import Progress
 
-    if (options.get("threads") or 0) > num_cores():
-        print(f"lockstep: {options['threads']} threads on {num_cores()} cores only take turns", file=sys.stderr)
+    num_threads = (options.get("threads") or 0) * num_replicas
+    if num_threads > num_cores():
+        print(f"lockstep: {num_threads} threads on {num_cores()} cores only take turns", file=sys.stderr)
     options |= dict(max_context=max_context or needed_context, max_requests=max_requests)
-    llm = LLM(model, ops=parse_swaps(ops), **options)
+    llm = kind(model, ops=parse_swaps(ops), **options)
     with Progress() as progress:
         if wait_for_content:
             llm.content.wait(progress)

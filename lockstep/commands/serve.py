@@ -1,6 +1,7 @@
 """`lockstep serve`: answer requests over HTTP."""
 
 import contextlib
+import functools
 import logging
 import os
 import socket
@@ -24,11 +25,12 @@ from lockstep.commands.options import (
     Weights,
     context_words,
     load,
+    load_as,
 )
 from lockstep.commands.terminal.output import counted
 
 if TYPE_CHECKING:
-    from lockstep.llm import LLM
+    from lockstep.loading import LoadedModel
     from lockstep.serve.receipts.desk import ReceiptDesk
     from lockstep.serve.service import Service
     from lockstep.text.tokenizer.tokenizer import Tokenizer
@@ -160,6 +162,23 @@ def command(
             metavar="FILE", show_default="none", help="Add a receipt of each answer to this file, a line each."
         ),
     ] = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=256,
+            show_default="none, the engine runs in the server's process",
+            help="Processes with an engine each. The answers of one that dies go on, byte for byte, in the others.",
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            show_default="none, replicas are processes of this machine",
+            help="Have Ray carry the replicas: local (a cluster of its own here), auto or HOST:PORT.",
+        ),
+    ] = None,
     op: OpSwaps = None,
 ) -> None:
     """Answer requests over HTTP, as OpenAI's API does: see docs/server.md.
@@ -211,7 +230,21 @@ def command(
     if receipt_key is not None or receipts is not None:
         service.receipts = receipt_desk(service, receipt_key, receipts)
     app = make_app(service, origins, [host, socket.gethostname(), *hosts])
-    serve(lambda: load(model, **sizes), service, app, host, port)
+    load_model = load if replicas is None and ray is None else functools.partial(load_front, replicas or 1, ray)
+    serve(lambda: load_model(model, **sizes), service, app, host, port)
+
+
+def load_front(replicas: int, ray: str | None, model: str | None, **sizes: Any) -> "LoadedModel":
+    """A model whose engines are replicas, processes of this machine or of a Ray cluster. See `load_as`."""
+    from lockstep.replicas.front import FrontModel
+
+    carrier = None
+    if ray is not None:
+        from lockstep.replicas.ray_carrier import RayCarrier
+
+        carrier = RayCarrier(ray)
+    kind = functools.partial(FrontModel, num_replicas=replicas, carrier=carrier)
+    return load_as(kind, model, num_replicas=1 if ray else replicas, **sizes)
 
 
 def receipt_desk(service: "Service", key: str | None, path: str | None) -> "ReceiptDesk":
@@ -222,7 +255,7 @@ def receipt_desk(service: "Service", key: str | None, path: str | None) -> "Rece
     return ReceiptDesk(service, None if key is None else load_signing_key(key), path)
 
 
-def serve(load_model: Callable[[], "LLM"], service: "Service", app: Any, host: str, port: int) -> None:
+def serve(load_model: Callable[[], "LoadedModel"], service: "Service", app: Any, host: str, port: int) -> None:
     """Listens at once, answers when the model is loaded, and returns when a signal has ended the server. Raises what
     went wrong while the model was loaded."""
     from lockstep.serve.loading import Loading

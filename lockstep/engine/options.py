@@ -17,6 +17,7 @@ LOWEST = {
     "prompt_state_from": 0,
     "cache_dir_bytes": 0,
     "draft": 1,
+    "num_engines": 1,
 }
 HIGHEST = {"kv_tokens": 1 << 62, "state_bytes": 1 << 62, "cache_dir_bytes": 1 << 62, "draft": MAX_DRAFTS}
 MAY_BE_NONE = ("kv_tokens", "threads", "prompt_state_from", "draft")
@@ -30,7 +31,8 @@ class EngineOptions:
 
     KV cache. kv_tokens: its tokens, all requests together; layers with a window keep only those that requests may see.
     The memory is claimed at once. None: enough for max_requests full contexts, up to 2 GiB, but at least for one full
-    context (see cache/size.py), claimed as it is used.
+    context (see cache/size.py), claimed as it is used. num_engines: how many engines of these options share this
+    machine's free memory.
 
     Prefix cache. prefix_cache: whether a request uses what others computed for the same first tokens. state_bytes:
     memory for kept recurrent states, for models that have such states. state_every: tokens from one kept state to the
@@ -57,6 +59,7 @@ class EngineOptions:
     cache_dir_bytes: int = 8 << 30
     speculate: str = "off"
     draft: int | None = None
+    num_engines: int = 1
 
     def __post_init__(self) -> None:
         for name, low in LOWEST.items():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from lockstep.serve.service import Service
 
 if TYPE_CHECKING:
-    from lockstep.llm import LLM
+    from lockstep.loading import LoadedModel
 
 UNWIND_SECONDS = 0.5  # for unfinished files and helper processes to be removed
 log = logging.getLogger("lockstep.http")
@@ -24,7 +24,7 @@ class Loading:
     load: returns the LLM. ready: called when the service can answer. error: what went wrong; None so far.
     """
 
-    def __init__(self, load: Callable[[], "LLM"], service: Service, ready: Callable[[], None]) -> None:
+    def __init__(self, load: Callable[[], "LoadedModel"], service: Service, ready: Callable[[], None]) -> None:
         self._load, self._service, self._ready = load, service, ready
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="lockstep loading", daemon=True)

@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lockstep.engine.async_engine import AsyncEngine
+from lockstep.engine.async_engine import StreamEngine
 from lockstep.engine.cache.prefix import model_identity
 from lockstep.engine.selfcheck.check import NUMERICS
 from lockstep.engine.speculation.drafts import DraftCounts
 from lockstep.engine.token_stream import EngineStopped
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS
+from lockstep.replicas.fleet import ReplicasLost
 from lockstep.serve.errors import ApiError, not_allowed
 from lockstep.serve.generation import Generation
 from lockstep.serve.limits import Limits
@@ -29,7 +30,7 @@ from lockstep.text.job_process import Busy
 from lockstep.text.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from lockstep.llm import LLM
+    from lockstep.loading import LoadedModel
 
 T = TypeVar("T")
 WORKERS = 2  # threads for tokenizers, templates and grammars
@@ -45,7 +46,7 @@ class Service:
     model_name: the model's name in answers; names: further names that requests may use, or None for any name.
     share_prefixes: whether requests of one API key may use prefixes that another key's requests computed, whose timing
     tells that somebody asked the same. is_quiet: see RequestLog. state: "loading" until `open`, then "ready",
-    "draining" after `drain`, and "closed". llm, engine (an AsyncEngine), tokenizer and chat (a ChatModel) are None
+    "draining" after `drain`, and "closed". llm, engine (a StreamEngine), tokenizer and chat (a ChatModel) are None
     before `open`.
     """
 
@@ -63,8 +64,8 @@ class Service:
         self.api_keys = list(dict.fromkeys(key.encode() for key in api_keys))
         self.shares_prefixes = share_prefixes or len(self.api_keys) < 2
         self.state, self.created = "loading", int(time.time())
-        self.llm: LLM | None = None
-        self.engine: AsyncEngine | None = None
+        self.llm: LoadedModel | None = None
+        self.engine: StreamEngine | None = None
         self.tokenizer: Tokenizer | None = None
         self.chat: ChatModel | None = None
         self._fingerprint: str | None = None
@@ -79,17 +80,17 @@ class Service:
 
     # ------------------------------------------------------------ life
 
-    def open(self, llm: "LLM") -> None:
+    def open(self, llm: "LoadedModel") -> None:
         """Begins to answer requests with an LLM, which `close` closes."""
         self.llm = llm
         self.tokenizer = llm.tokenizer if llm.has_tokenizer else None
         if llm.has_tokenizer:
             self.chat = ChatModel(llm.tokenizer, llm.engine.eos_ids, llm.vocab_size, self.max_context)
-        self.engine = AsyncEngine(llm.engine)
+        self.engine = llm.stream_engine()
         self.state = "ready"
 
     @property
-    def loaded(self) -> "LLM":
+    def loaded(self) -> "LoadedModel":
         """The LLM, for code that runs after `open` only."""
         assert self.llm is not None, "requests are read from `open` on"
         return self.llm
@@ -339,6 +340,8 @@ class Service:
         if isinstance(error, ApiError):
             return error
         if isinstance(error, EngineStopped):
+            if isinstance(error.__cause__, ReplicasLost):
+                return ApiError(503, str(error.__cause__), code="replicas_lost")
             self._log_stop(error.__cause__)
             return ApiError(503, "the engine stopped before this answer was complete", code="engine")
         log.error("a request failed", exc_info=error)
@@ -367,7 +370,7 @@ class Service:
         return name
 
 
-def system_fingerprint(llm: "LLM") -> str:
+def system_fingerprint(llm: "LoadedModel") -> str:
     """A hash of all that an answer depends on besides the request: arithmetic, weights, tokenizer, template and
     defaults. Waits for the model's content hash.
     """

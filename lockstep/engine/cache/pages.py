@@ -7,7 +7,7 @@ pages until it ends.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 
@@ -68,6 +68,8 @@ class PageAllocator:
     A page is held by one request or shared by several. A named page that no request holds is idle: it keeps its content
     until its memory is needed. Free pages are taken first, the one freed last before the others; then idle pages: first
     those that were given back as unwanted, then the least recently used.
+
+    on_name: called with a name and whether it is there now, when a page gets or loses one; None: nobody wants to know.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -77,6 +79,7 @@ class PageAllocator:
         self._idle: OrderedDict[int, None] = OrderedDict()  # in the order in which they are taken
         self._page_of: dict[bytes, int] = {}
         self._name_of: dict[int, bytes] = {}
+        self.on_name: Callable[[bytes, bool], object] | None = None
 
     @property
     def num_free(self) -> int:
@@ -104,7 +107,9 @@ class PageAllocator:
 
     def _evict(self) -> int:
         page, _ = self._idle.popitem(last=False)
-        del self._page_of[self._name_of.pop(page)]
+        name = self._name_of.pop(page)
+        del self._page_of[name]
+        self._note(name, False)
         self.num_evicted += 1
         return page
 
@@ -117,6 +122,7 @@ class PageAllocator:
         page = self._page_of.pop(name, None)
         if page is not None:
             del self._name_of[page]
+            self._note(name, False)
             if page in self._idle:
                 del self._idle[page]
                 self._free.append(page)
@@ -136,6 +142,11 @@ class PageAllocator:
         assert self._holders[page], f"page {page} is held by nobody"
         if name not in self._page_of and page not in self._name_of:
             self._page_of[name], self._name_of[page] = page, name
+            self._note(name, True)
+
+    def _note(self, name: bytes, is_there: bool) -> None:
+        if self.on_name is not None:
+            self.on_name(name, is_there)
 
     def give_back(self, pages: Sequence[int], is_wanted: bool = True) -> None:
         """Removes a holder from its pages, given in order of position: the last will be evicted first. is_wanted:

@@ -62,6 +62,17 @@ def block_name(before: bytes, token_ids: Sequence[int]) -> bytes:
     return hashlib.sha256(before + array("i", token_ids).tobytes()).digest()
 
 
+def name_blocks(identity: bytes, request: Request, num_names: int) -> list[bytes]:
+    """Names of a request's first `num_names` blocks, whose tokens must all be known; they are kept in the request.
+    identity: see `model_identity`."""
+    names = request.prefix.block_names
+    while len(names) < num_names:
+        start = len(names) * PAGE_TOKENS
+        before = names[-1] if names else first_name(identity, request.cache_salt)
+        names.append(block_name(before, request.token_ids(start, start + PAGE_TOKENS)))
+    return names[:num_names]
+
+
 @dataclass(frozen=True)
 class KnownPrefix:
     """The known prefix of a request: the names of its blocks; num_held: of each group, how many of the pages that the
@@ -132,12 +143,7 @@ class PrefixCache:
 
     def names(self, request: Request, num_names: int) -> list[bytes]:
         """Names of a request's first `num_names` blocks, whose tokens must all be known."""
-        names = request.prefix.block_names
-        while len(names) < num_names:
-            start = len(names) * PAGE_TOKENS
-            before = names[-1] if names else first_name(self.identity, request.cache_salt)
-            names.append(block_name(before, request.token_ids(start, start + PAGE_TOKENS)))
-        return names[:num_names]
+        return name_blocks(self.identity, request, num_names)
 
     def _usable(self, request: Request) -> list[bytes]:
         """Names of the blocks that a request may take from the cache: the whole blocks before its last token."""

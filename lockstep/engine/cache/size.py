@@ -166,7 +166,8 @@ def request_bytes(program: Program, num_drafts: int) -> int:
 def _free_for_pages(needed: Needs, options: "EngineOptions") -> int:
     """Bytes that KV pages may take beside the weights, the requests' states and the kept states."""
     of_states = options.state_bytes if needed.has_states and options.prefix_cache else 0
-    return max(0, (available_bytes() - needed.weights) // SHARE - options.max_requests * needed.request - of_states)
+    of_engine = (available_bytes() - needed.weights) // SHARE // options.num_engines  # which share their weights
+    return max(0, of_engine - options.max_requests * needed.request - of_states)
 
 
 def weight_bytes(*programs: Program) -> int:

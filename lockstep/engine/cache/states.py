@@ -7,13 +7,17 @@ import numpy as np
 
 
 class StateStore:
-    """Named states of `state_bytes` each, together at most max_bytes. Memory is taken when it is needed, and reused."""
+    """Named states of `state_bytes` each, together at most max_bytes. Memory is taken when it is needed, and reused.
+
+    on_name: called with a name and whether its state is there now, when one comes or goes; None: nobody wants to know.
+    """
 
     def __init__(self, max_bytes: int, state_bytes: int) -> None:
         self.max_states, self.state_bytes = max_bytes // state_bytes, state_bytes
         self.num_evicted = 0
         self._states: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self._spare: list[np.ndarray] = []
+        self.on_name: Callable[[bytes, bool], object] | None = None
 
     def __contains__(self, name: bytes) -> bool:
         return name in self._states
@@ -33,13 +37,21 @@ class StateStore:
             self._states.move_to_end(name)
             return
         if len(self._states) >= self.max_states:
-            self._spare.append(self._states.popitem(last=False)[1])
+            evicted, array = self._states.popitem(last=False)
+            self._spare.append(array)
             self.num_evicted += 1
+            self._note(evicted, False)
         array = self._spare.pop() if self._spare else np.empty(self.state_bytes, np.uint8)
         fill(array)
         self._states[name] = array
+        self._note(name, True)
 
     def drop(self, name: bytes) -> None:
         """Forgets the state of a name, if there is one."""
         if name in self._states:
             self._spare.append(self._states.pop(name))
+            self._note(name, False)
+
+    def _note(self, name: bytes, is_there: bool) -> None:
+        if self.on_name is not None:
+            self.on_name(name, is_there)

@@ -23,7 +23,7 @@ from lockstep.serve.service import Service
 from lockstep.text.conversation import ChatModel
 
 if TYPE_CHECKING:
-    from lockstep.llm import LLM
+    from lockstep.loading import LoadedModel
 
 T = TypeVar("T")
 F = TypeVar("F", bound=body.Fields)
@@ -123,7 +123,7 @@ def _shown(statement: Statement, name: str) -> Any:
 class ReadingService(Service):
     """A Service that reads requests and answers none. context: tokens of a prompt and its answer, where it was made."""
 
-    def __init__(self, llm: "LLM", chat: ChatModel | None, context: int, limits: Limits = Limits()) -> None:
+    def __init__(self, llm: "LoadedModel", chat: ChatModel | None, context: int, limits: Limits = Limits()) -> None:
         super().__init__("model", limits, names=None)
         self.llm, self.chat, self.context = llm, chat, context
         self.tokenizer = llm.tokenizer if llm.has_tokenizer else None
@@ -134,7 +134,9 @@ class ReadingService(Service):
         return self.context
 
 
-def with_request(llm: "LLM", chat: ChatModel | None, raw: bytes, statement: Statement, given: Given) -> Given | Verdict:
+def with_request(
+    llm: "LoadedModel", chat: ChatModel | None, raw: bytes, statement: Statement, given: Given
+) -> Given | Verdict:
     """What a verifier has, with the prompt and the mask of the client's request; a Verdict where the statement is not
     of this request. See `read_request`."""
     asked = read_request(llm, chat, raw, statement)
@@ -145,7 +147,7 @@ def with_request(llm: "LLM", chat: ChatModel | None, raw: bytes, statement: Stat
     return given._replace(prompt_ids=found[0], logits_mask=found[1].logits_mask)
 
 
-def read_request(llm: "LLM", chat: ChatModel | None, raw: bytes, statement: Statement) -> Asked:
+def read_request(llm: "LoadedModel", chat: ChatModel | None, raw: bytes, statement: Statement) -> Asked:
     """What a request's body asks for, as the API read it where the statement's answer was made. ReceiptError for a body
     that the API refuses, or an API that is not known. Any thread without an event loop may call this."""
     service, endpoint = ReadingService(llm, chat, statement.model.context), statement.endpoint or PLAIN

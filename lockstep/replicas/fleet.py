@@ -1,0 +1,412 @@
+"""The engines of several replicas behind one StreamEngine.
+
+A stream belongs to one replica at a time. When a replica dies or hangs, its streams go on in others of the same model
+from the tokens that are known; what a replica says of a stream that it has no more is passed over. A fresh replica
+takes the place of a lost one.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from lockstep.engine.async_engine import StreamEngine
+from lockstep.engine.making import RequestMaker
+from lockstep.engine.speculation.drafts import DraftCounts
+from lockstep.engine.token_stream import EngineStopped, TokenStream, wake
+from lockstep.progress import OnProgress
+from lockstep.receipts.identity import ModelPart, difference
+from lockstep.replicas.carrier import CLOSE_SECONDS, Carrier
+from lockstep.replicas.link import LEAVING, LOST, READY, STARTING, STUCK, Link, Running, running
+from lockstep.replicas.messages import (
+    Beat,
+    Cancel,
+    Close,
+    Failed,
+    Loading,
+    Ready,
+    Refusal,
+    Step,
+    Verified,
+)
+from lockstep.replicas.router import choose, usable_names
+from lockstep.replicas.updates import Differing, take
+
+LOOK_SECONDS = 0.05  # between looks at the replicas
+LONGEST_PAUSE = 30.0  # seconds before a replica that keeps dying is started again
+log = logging.getLogger("lockstep.replicas")
+
+
+class ReplicasLost(RuntimeError):
+    """A request cannot be answered, since the replicas that ran it were lost. The message is one sentence."""
+
+
+class FleetLimits(NamedTuple):
+    """max_moves: how many lost replicas a request survives: one that kills its replicas must not kill all of them.
+    silent_seconds: without a sign of life, after which a replica counts as stuck; kill_seconds: after which it is
+    killed. wait_seconds: how long a stream waits for a replica. max_starts: failed starts in a row after which a
+    replica is given up."""
+
+    max_moves: int = 2
+    silent_seconds: float = 5.0
+    kill_seconds: float = 30.0
+    wait_seconds: float = 60.0
+    max_starts: int = 3
+
+
+DEFAULTS = FleetLimits()
+
+
+class Fleet(StreamEngine):
+    """Runs requests in replicas. Any thread may call its methods.
+
+    maker: makes the front's requests. identity: of the model, returned when it is known: a replica with another one is
+    not used. has_states: whether the model's layers have recurrent states.
+    """
+
+    def __init__(
+        self,
+        maker: RequestMaker,
+        identity: Callable[[], ModelPart],
+        carrier: Carrier,
+        settings: Mapping[str, Any],
+        num_replicas: int,
+        has_states: bool,
+        limits: FleetLimits = DEFAULTS,
+    ) -> None:
+        super().__init__(maker)
+        self._identity, self._carrier, self._settings = identity, carrier, settings
+        self._has_states, self.limits = has_states, limits
+        self._lock, self._changed = threading.RLock(), threading.Event()
+        self.links: dict[int, Link] = {}
+        self._homes: dict[int, Link] = {}  # of each stream that runs
+        self._waiting: list[Running] = []
+        self._failed_starts, self._start_at = dict.fromkeys(range(num_replicas), 0), dict[int, float]()
+        self._reasons: dict[int, str] = {}
+        self._is_closing, self._error = False, None
+        self._progress: OnProgress | None = None
+        self.num_moved = self.num_lost = 0
+        self._watcher = threading.Thread(target=self._watch, name="lockstep replicas", daemon=True)
+
+    # ------------------------------------------------------------ life
+
+    def start(self, progress: OnProgress | None = None) -> None:
+        """Starts all replicas, the first one alone: it compiles and packs what the others then find. ValueError, which
+        says why, where one cannot start."""
+        self._progress = progress
+        try:
+            for numbers in ([0], range(1, len(self._failed_starts))):
+                for number in numbers:
+                    self._start(number)
+                for number in numbers:
+                    self._wait_for(number)
+        except BaseException:
+            self.close()
+            raise
+        self._progress = None
+        self._watcher.start()
+
+    def _wait_for(self, number: int) -> None:
+        link = self.links[number]
+        while link.state == STARTING:
+            self._changed.wait(LOOK_SECONDS)
+            self._changed.clear()
+        if link.state != READY:
+            raise ValueError(f"replica {number}: {link.reason or link.carried.why()}")
+
+    def _start(self, number: int) -> None:
+        carried = self._carrier.start(number, self._settings)
+        with self._lock:
+            self.links[number] = Link(number, carried, self._receive, self._ended)
+
+    def close(self) -> None:
+        """Ends all replicas; open streams raise EngineStopped."""
+        with self._lock:
+            self._is_closing = True
+            self._fail_all(EngineStopped("the engine is closed"))
+            links = list(self.links.values())
+        for link in links:
+            link.send(Close())
+        for link in links:
+            link.carried.wait(CLOSE_SECONDS)
+        self._carrier.close()
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why no replica is left, and none will be; None while there is hope."""
+        return self._error
+
+    @property
+    def seconds_in_step(self) -> float:
+        """Seconds of the running step of the replica that is quickest; where none works, since that one was heard."""
+        now = time.monotonic()
+        with self._lock:
+            links = list(self.links.values())
+        return min(
+            (each.seconds_in_step if each.state == READY else now - each.heard for each in links if each.state != LOST),
+            default=0.0,
+        )
+
+    def counts(self) -> dict[str, int]:
+        """The sums of the replicas' counts, see Engine. Streams without a replica wait."""
+        sums: dict[str, int] = {}
+        with self._lock:
+            for link in self._working():
+                for name, count in link.counts.items():
+                    sums[name] = sums.get(name, 0) + count
+            sums["waiting"] = sums.get("waiting", 0) + len(self._waiting)
+        return sums
+
+    def draft_counts(self) -> dict[str, DraftCounts]:
+        """The sums of the replicas' counts of drafts, by source."""
+        sums: dict[str, DraftCounts] = {}
+        with self._lock:
+            found = [item for link in self._working() for item in link.draft_counts.items()]
+        for source, counts in found:
+            into = sums.setdefault(source, DraftCounts())
+            into.drafted = [a + b for a, b in zip(into.drafted, counts.drafted, strict=True)]
+            into.right = [a + b for a, b in zip(into.right, counts.right, strict=True)]
+        return sums
+
+    def _working(self) -> list[Link]:
+        return [link for link in self.links.values() if link.state == READY]
+
+    # ------------------------------------------------------------ streams
+
+    def send(self, action: str, *streams: TokenStream) -> None:
+        """Has streams "submit"ted or "cancel"led. EngineStopped where no replica is left; ValueError for a logits_mask
+        of the caller's own."""
+        if action == "cancel":
+            self._cancel(streams)
+            return
+        given = [running(stream) for stream in streams]
+        with self._lock:
+            if self._is_closing or self._error is not None:
+                raise EngineStopped(str(self._error or "the engine is closed")) from self._error
+            self._route(given)
+
+    def _route(self, given: Iterable[Running]) -> None:
+        """Gives streams to replicas; those of one prompt to the same. Where there is none, they wait."""
+        groups: dict[tuple[int, ...], list[Running]] = {}
+        for each in given:
+            groups.setdefault(tuple(each.request.prompt_ids), []).append(each)
+        for group in groups.values():
+            links = self._working()
+            if not links:
+                for each in group:
+                    each.waits_since = time.monotonic()
+                self._waiting += group
+                continue
+            names = usable_names(group[0].request)
+            link = choose(links, names, self._has_states)
+            self._homes.update((each.number, link) for each in group)
+            link.give(group, link.blocks.num_known(names, self._has_states))
+
+    def _cancel(self, streams: Iterable[TokenStream]) -> None:
+        ended = []
+        with self._lock:
+            for stream in streams:
+                number = stream.request.id
+                link = self._homes.pop(number, None)
+                waiting = [each for each in self._waiting if each.number == number]
+                if link is None and not waiting:
+                    continue
+                if link is not None:
+                    link.drop(number)
+                    link.send(Cancel([number]))
+                self._waiting = [each for each in self._waiting if each.number != number]
+                stream.request.finish_reason = "cancelled"
+                ended.append(stream.advance())
+        wake(ended)
+
+    # ------------------------------------------------------------ what replicas say
+
+    def _receive(self, link: Link, message: Any) -> None:
+        with self._lock:
+            if link.state == LOST:
+                return
+            match message:
+                case Step(updates, names):
+                    link.blocks.take(names)
+                    self._take(link, updates)
+                case Beat():
+                    link.take_beat(message)
+                    if link.state == STUCK:
+                        log.warning("%s is heard again", link)
+                        self._work(link)
+                case Loading(kind, done, total):
+                    if self._progress is not None:
+                        self._progress(kind, done, total)
+                case Ready():
+                    self._begin(link, message)
+                case Failed(reason):
+                    link.reason = reason
+                case Refusal(number, reason):
+                    self._refuse(link, number, reason)
+                case Verified():
+                    pass
+
+    def _begin(self, link: Link, ready: Ready) -> None:
+        link.ready, wrong = ready, difference(ready.numerics, ready.identity, self._identity())
+        if wrong is not None:
+            link.reason = f"it must not answer beside the others: {wrong[3]}"
+            link.carried.kill()
+            return
+        self._failed_starts[link.number] = 0
+        if not self._progress:
+            log.info("%s is ready", link)
+        self._work(link)
+
+    def _work(self, link: Link) -> None:
+        link.state = READY
+        waiting, self._waiting = self._waiting, []
+        self._route(waiting)
+        self._changed.set()
+
+    def _take(self, link: Link, updates: list[Any]) -> None:
+        woken = []
+        for update in updates:
+            each = link.streams.get(update.number)
+            if each is None:  # it was cancelled, or goes on elsewhere
+                continue
+            try:
+                take(each.request, update, self.maker, each.num_moves)
+            except Differing as error:
+                self._take_out(link, each, str(error))
+                break
+            if update.output_ids:
+                link.computed(each.number)
+            if each.request.finish_reason is not None:
+                link.drop(each.number)
+                del self._homes[each.number]
+            woken.append(each.stream.advance())
+        wake(woken)
+
+    def _take_out(self, link: Link, each: Running, reason: str) -> None:
+        """Ends a replica that computes wrongly, and the stream that shows it."""
+        link.state, link.reason = LOST, reason
+        link.drop(each.number)
+        del self._homes[each.number]
+        log.error("%s is taken out: %s", link, reason)
+        link.carried.kill()
+        wake([each.stream.fail(ReplicasLost(f"{link} was taken out, since it computes wrongly: {reason}"))])
+
+    def _refuse(self, link: Link, number: int, reason: str) -> None:
+        each = link.drop(number)
+        if each is not None:
+            del self._homes[number]
+            wake([each.stream.fail(ReplicasLost(f"{link} refused the request: {reason}"))])
+
+    # ------------------------------------------------------------ replicas that are lost
+
+    def _ended(self, link: Link) -> None:
+        """A replica's connection has ended."""
+        with self._lock:
+            was, link.state = link.state, LOST
+            self._changed.set()
+            if self._is_closing:
+                return
+            self.num_lost += was != LEAVING
+            self._move(link, was != LEAVING)
+        why = link.reason or link.carried.why()
+        if was != LEAVING:
+            log.warning("%s was lost: %s", link, why)
+        with self._lock:
+            self._reasons[link.number] = why
+            self._plan_start(link.number, was == STARTING)
+
+    def _move(self, link: Link, is_lost: bool) -> None:
+        """Hands a replica's streams to others. is_lost: whether this counts for max_moves."""
+        moved = [each for number in list(link.streams) if (each := link.drop(number)) is not None]
+        for each in moved:
+            del self._homes[each.number]
+            each.num_moves += is_lost
+        self.num_moved += len(moved)
+        if moved:
+            log.warning("%d streams of %s go on elsewhere", len(moved), link)
+        most = self.limits.max_moves
+        for each in moved:
+            if each.num_moves > most:
+                text = f"the request was given up: {each.num_moves} replicas were lost while they ran it"
+                wake([each.stream.fail(ReplicasLost(text))])
+        self._route([each for each in moved if each.num_moves <= most])
+
+    def _plan_start(self, number: int, has_failed: bool) -> None:
+        self._failed_starts[number] = self._failed_starts[number] + 1 if has_failed else 0
+        failed = self._failed_starts[number]
+        if failed >= self.limits.max_starts:
+            log.error("replica %d is given up: it did not start %d times: %s", number, failed, self._reasons[number])
+            if all(link.state == LOST for link in self.links.values()) and not self._start_at:
+                self._error = ReplicasLost(f"no replica is left: {self._reasons[number]}")
+                self._fail_all(self._error)
+            return
+        self._start_at[number] = time.monotonic() + (min(LONGEST_PAUSE, 2.0**failed) if failed else 0.0)
+
+    def _fail_all(self, error: BaseException) -> None:
+        left = [each for link in self.links.values() for each in link.streams.values()] + self._waiting
+        for link in self.links.values():
+            for number in list(link.streams):
+                link.drop(number)
+        self._homes.clear()
+        self._waiting = []
+        wake([each.stream.fail(error) for each in left])
+
+    def _watch(self) -> None:
+        """Looks after the replicas until `close`."""
+        while not self._is_closing:
+            time.sleep(LOOK_SECONDS)
+            try:
+                self._look()
+            except Exception:
+                log.exception("a look at the replicas failed")
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            for link in list(self.links.values()):
+                silent = now - link.heard
+                if link.state == READY and silent > self.limits.silent_seconds:
+                    self._stick(link, silent)
+                elif link.state in (STUCK, LEAVING) and silent > self.limits.kill_seconds:
+                    link.carried.kill()
+            due = [number for number, at in self._start_at.items() if at <= now]
+            late = [each for each in self._waiting if now - each.waits_since > self.limits.wait_seconds]
+            self._waiting = [each for each in self._waiting if each not in late]
+        text = f"no replica was ready for {self.limits.wait_seconds:g} s"
+        wake([each.stream.fail(ReplicasLost(text)) for each in late])
+        for number in due:
+            self._restart(number)
+
+    def _stick(self, link: Link, silent: float) -> None:
+        """A replica gives no sign of life: its streams go on elsewhere, and it gets no new ones until it is heard."""
+        log.warning("%s has been silent for %.1f s", link, silent)
+        link.state = STUCK
+        link.send(Cancel(list(link.streams)))
+        self._move(link, is_lost=True)
+
+    def restart(self) -> None:
+        """Ends all replicas and starts fresh ones, one after the other; their streams go on in the others."""
+        for number in list(self.links):
+            with self._lock:
+                old = self.links[number]
+                if self._is_closing or old.state not in (READY, STUCK):
+                    continue
+                log.info("%s makes room for a fresh one", old)
+                old.state = LEAVING
+                self._move(old, is_lost=False)
+                old.send(Close())
+            while not self._is_closing and (self.links[number] is old or self.links[number].state == STARTING):
+                time.sleep(LOOK_SECONDS)
+
+    def _restart(self, number: int) -> None:
+        with self._lock:
+            if self._is_closing:
+                return
+            del self._start_at[number]
+        try:
+            self._start(number)
+        except (OSError, ValueError) as error:
+            with self._lock:
+                self._reasons[number] = str(error)
+                self._plan_start(number, has_failed=True)

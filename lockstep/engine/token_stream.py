@@ -64,6 +64,11 @@ class TokenStream:
         return self.request.finish_reason if self._ended else None
 
     @property
+    def error(self) -> BaseException | None:
+        """What ended the stream before its request came to an end; None otherwise."""
+        return self._error
+
+    @property
     def is_read(self) -> bool:
         """Whether the stream has ended and all its tokens are read."""
         with self._ready:

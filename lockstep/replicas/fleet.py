@@ -8,6 +8,7 @@ takes the place of a lost one.
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ from lockstep.replicas.router import choose, usable_names
 from lockstep.replicas.updates import Differing, take
 
 LOOK_SECONDS = 0.05  # between looks at the replicas
+NOW = ("running", "waiting", "pages", "pages_free", "pages_idle", "states")  # counts that are no sums of events
 LONGEST_PAUSE = 30.0  # seconds before a replica that keeps dying is started again
 log = logging.getLogger("lockstep.replicas")
 
@@ -86,6 +88,7 @@ class Fleet(StreamEngine):
         self._reasons: dict[int, str] = {}
         self._is_closing, self._error = False, None
         self._progress: OnProgress | None = None
+        self._of_lost: Counter[str] = Counter()  # counts of events in replicas that have ended
         self.num_moved = self.num_lost = 0
         self._watcher = threading.Thread(target=self._watch, name="lockstep replicas", daemon=True)
 
@@ -150,8 +153,8 @@ class Fleet(StreamEngine):
 
     def counts(self) -> dict[str, int]:
         """The sums of the replicas' counts, see Engine. Streams without a replica wait."""
-        sums: dict[str, int] = {}
         with self._lock:
+            sums = dict(self._of_lost)
             for link in self._working():
                 for name, count in link.counts.items():
                     sums[name] = sums.get(name, 0) + count
@@ -308,6 +311,7 @@ class Fleet(StreamEngine):
             if self._is_closing:
                 return
             self.num_lost += was != LEAVING
+            self._of_lost.update({name: count for name, count in link.counts.items() if name not in NOW})
             self._move(link, was != LEAVING)
         why = link.reason or link.carried.why()
         if was != LEAVING:

@@ -1,0 +1,1 @@
+"""Replicas: streams that survive the death of the process that computes them."""

@@ -1,0 +1,163 @@
+"""`python -m tests.replicas --kills 1000`: replicas of the bundled model are killed, stopped and replaced at random
+moments, while random requests run; every answer is compared with that of one engine that nothing interrupts."""
+
+import argparse
+import logging
+import random
+import sys
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+
+from lockstep import LLM
+from lockstep.engine.async_engine import AsyncEngine
+from lockstep.engine.token_stream import EngineStopped
+from lockstep.replicas.carrier import Carrier, LocalCarrier
+from lockstep.replicas.fleet import Fleet, FleetLimits
+from lockstep.replicas.front import FrontModel
+from tests.replicas.proof import (
+    Asked,
+    answer_all,
+    asked,
+    differences,
+    gaps,
+    go_on,
+    kill,
+    moments,
+    read_all,
+    ready_links,
+    stop,
+    subject,
+)
+
+OPEN, NUM_WISHES = 12, 120
+SOURCES = ("off", "auto", "lookup", "mtp")
+
+
+class Clients:
+    """Threads that submit requests one after another and compare their answers, until `end`."""
+
+    def __init__(self, menu: list[Asked], fleet: Fleet, seed: int) -> None:
+        self.differences: list[str] = []
+        self.counts: Counter[str] = Counter()
+        self._menu, self._fleet, self._ends = menu, fleet, threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(random.Random(seed + i),)) for i in range(OPEN)]
+        for each in self._threads:
+            each.start()
+
+    def _run(self, rng: random.Random) -> None:
+        while not self._ends.is_set():
+            each = rng.choice(self._menu)
+            streams = each.submit(self._fleet)
+            try:
+                found = differences(each, streams, read_all(streams))
+            except EngineStopped as error:
+                self.counts[f"given up: {error}"[:60]] += len(streams)
+                continue
+            except (TimeoutError, AssertionError) as error:
+                found = [f"{each.wish}: {error!r}"]
+            self.differences += found
+            self.counts["answers"] += len(streams)
+            for request in (stream.request for stream in streams):
+                self.counts["tokens"] += len(request.output_ids)
+                for name, value in vars(request.params).items():
+                    self.counts[name] += value not in (0, 1, None, (), {}, False) and name != "seed"
+                self.counts["receipts"] += request.leaves is not None
+                self.counts["drafts"] += request.num_drafted > 0
+
+    def end(self) -> None:
+        """Ends all clients after their present request."""
+        self._ends.set()
+        for each in self._threads:
+            each.join()
+
+
+def faults(fleet: Fleet, clients: Clients, num_kills: int, rng: random.Random) -> tuple[Counter[str], list[float]]:
+    """Kills replicas, one in thirty after it was stopped for longer than the fleet waits, and sometimes two at once."""
+    made: Counter[str] = Counter()
+    seen: list[float] = []
+    while made["kills"] < num_kills:
+        time.sleep(rng.expovariate(4.0))
+        links = ready_links(fleet)
+        if not links:
+            continue
+        link, drawn = rng.choice(links), rng.random()
+        made.update(moments(fleet))
+        if drawn < 0.03:
+            stop(link)
+            time.sleep(fleet.limits.silent_seconds * rng.choice((0.5, 2.0)))
+            go_on(link)
+            made["stops"] += 1
+        elif drawn < 0.06:
+            fleet.restart()
+            made["rolling restarts"] += 1
+        elif drawn < 0.12 and len(links) > 1:
+            for each in links[:2]:
+                kill(each)
+            made["kills"] += 2
+            made["two at once"] += 1
+        else:
+            spared = len(links) > 1
+            found = gaps(link, fleet)
+            if spared:
+                seen += found
+            made["kills"] += 1
+        if made["kills"] % 20 == 0:
+            print(f"{made['kills']} kills, {clients.counts['answers']} answers", flush=True)
+    return made, seen
+
+
+def main(carrier: Carrier | None = None) -> int:
+    """Runs what the command line asks for; returns 1 if anything differed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.replicas", description=__doc__)
+    parser.add_argument("--kills", type=int, default=1000, help="how many, at least (%(default)s)")
+    parser.add_argument("--replicas", type=int, default=3, help="how many at once (%(default)s)")
+    parser.add_argument("--speculate", default="auto", choices=SOURCES, help="of the replicas (%(default)s)")
+    parser.add_argument("--seed", type=int, default=time.time_ns() // 10**9, help="of requests and moments (the time)")
+    given = parser.parse_args()
+    logging.disable(logging.WARNING)
+    print(f"seed {given.seed}", flush=True)
+    of = subject()
+    menu = asked(of, given.seed, NUM_WISHES)
+    alone = AsyncEngine(LLM(threads=1, max_requests=8, progress=False).engine)
+    answer_all(menu, alone)
+    alone.close()
+    limits = FleetLimits(max_moves=1000, silent_seconds=2.0)  # the campaign kills faster than any fault would
+    front = FrontModel(
+        num_replicas=given.replicas,
+        carrier=carrier or LocalCarrier(),
+        speculate=given.speculate,
+        max_requests=8,
+        fleet_limits=limits,
+        progress=False,
+    )
+    clients = Clients(menu, front.fleet, given.seed)
+    made, seen = faults(front.fleet, clients, given.kills, random.Random(given.seed))
+    clients.end()
+    return report(front, clients, made, seen)
+
+
+def report(front: FrontModel, clients: Clients, made: Counter[str], seen: list[float]) -> int:
+    """Prints what was found; returns 1 if anything differed or was left over."""
+    fleet, found = front.fleet, list(clients.differences)
+    time.sleep(1)
+    left = [link for link in fleet.links.values() if link.streams]
+    counts = fleet.counts()
+    if left or counts["running"] or counts["waiting"]:
+        found.append(f"left over: {left}, {counts}")
+    front.close()
+    print(", ".join(f"{name}: {count}" for name, count in sorted((made + clients.counts).items())))
+    print(f"{fleet.num_moved} streams moved, {fleet.num_lost} replicas lost")
+    if seen:
+        p50, p95 = np.percentile(seen, [50, 95]) * 1e3
+        print(f"from a kill to the next token: p50 {p50:.0f} ms, p95 {p95:.0f}, most {max(seen) * 1e3:.0f}")
+    for difference in found[:20]:
+        print("   ", difference)
+    print(f"{len(found)} differences")
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

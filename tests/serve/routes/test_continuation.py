@@ -8,7 +8,7 @@ import time
 import httpx
 import pytest
 
-from lockstep.engine.async_engine import AsyncEngine
+from lockstep.engine.async_engine import EngineThread
 from lockstep.serve import generation
 from tests.serve.chatting import HELLO, PLOT, saying
 
@@ -22,19 +22,20 @@ SAMPLED = dict(temperature=0.9, seed=11, frequency_penalty=0.5, repetition_penal
 def a_token_a_chunk(monkeypatch):
     """A step waits until the tokens of the step before are read by those who read a stream, and no frame is waited
     for: each chunk brings one token."""
-    step = vars(AsyncEngine)["_step"]
+    step = vars(EngineThread)["_step"]
 
     def is_read(stream):
         return not vars(stream)["_tokens"] or vars(stream)["_for_end"]
 
-    def step_when_all_is_read(engine):
+    def step_when_all_is_read(thread):
+        streams = vars(vars(thread)["_advanced"].__self__)["_streams"]
         until = time.monotonic() + 60
-        while not all(map(is_read, list(vars(engine)["_open"].values()))):
+        while not all(map(is_read, list(streams.values()))):
             assert time.monotonic() < until
             time.sleep(1e-4)
-        step(engine)
+        step(thread)
 
-    monkeypatch.setattr(AsyncEngine, "_step", step_when_all_is_read)
+    monkeypatch.setattr(EngineThread, "_step", step_when_all_is_read)
     monkeypatch.setattr(generation, "FRAME_SECONDS", 0)
     monkeypatch.setattr(generation, "EVENT_SECONDS", 0)
 

@@ -170,12 +170,13 @@ class Engine(RequestMaker):
             request = planned.request
             request.num_pending = 0
             self.scheduler.computed(request, planned.num_tokens)
-            if request.num_left == 0 or request.ends_as is not None:
-                changed.append(request)
+            is_changed = request.num_left == 0 or request.ends_as is not None
             if request.pool is None:
                 row = self._take_sampled(planned, row, tokens, logprobs)
             else:
                 self._take_hidden(request, request.pool, planned.span, hidden_row)
+            if is_changed or request.finish_reason is not None:  # a Reader may end it before its last token
+                changed.append(request)
             if request.leaves is not None:
                 hidden = self.runner.hidden(hidden_row, len(planned.span.embedded))
                 request.leaves.take(request, planned.span, hidden)

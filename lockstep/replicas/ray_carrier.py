@@ -5,6 +5,7 @@ all its streams share one message a step, and the end of a process is seen as fa
 the front's port needs its key: front and replicas are one trust domain, as a Ray cluster is.
 """
 
+import importlib
 import logging
 import os
 import secrets
@@ -20,6 +21,12 @@ LOCAL, LOOPBACK = "local", "127.0.0.1"
 START_SECONDS = 120  # for an actor to be placed and to connect
 OBJECT_STORE_BYTES = 100 << 20  # the least that Ray takes: nothing is kept in it
 KEY_BYTES = 32
+# no report of use to Ray's makers; none of the texts that Ray prints about workers that ended, which the fleet logs
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
 
 
 class Placed(Carried):
@@ -101,10 +108,10 @@ class Actor:
 
 def connected(address: str) -> Any:
     """The module ray, connected to a cluster, with its noise kept out of the terminal. ValueError where it cannot."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     try:
-        import ray
+        ray: Any = importlib.import_module("ray")
     except ImportError:
         raise ValueError("--ray needs Ray, which is not installed: pip install 'lockstep-llm[ray]'") from None
     quiet: dict[str, Any] = dict(log_to_driver=False, logging_level=logging.ERROR)

@@ -45,7 +45,7 @@ PROGRESS_SECONDS = 0.1
 class Replica:
     """Runs what comes over a connection, and tells its front what each step gave. See `messages`."""
 
-    def __init__(self, model: LoadedModel, connection: Connection) -> None:
+    def __init__(self, model: LoadedModel, connection: Any) -> None:
         self._model, self._connection = model, connection
         engine = model.engine
         assert isinstance(engine, Engine), "a replica has an engine of its own"
@@ -158,7 +158,7 @@ class Replica:
 class _Progress:
     """Tells the front how far the start is, at most every PROGRESS_SECONDS for each kind."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Any) -> None:
         self._connection, self._told, self._lock = connection, dict[str, float](), threading.Lock()
 
     def __call__(self, kind: str, done: int, total: int | None) -> None:
@@ -171,7 +171,7 @@ class _Progress:
                 self._connection.send(Loading(kind, done, total))
 
 
-def run_replica(connection: Connection, settings: dict[str, Any]) -> None:
+def run_replica(connection: Any, settings: dict[str, Any]) -> None:
     """Loads a model and runs its replica until the front ends it. settings: arguments of LoadedModel."""
     try:
         model = LoadedModel(**settings, progress=_Progress(connection))

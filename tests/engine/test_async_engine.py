@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from lockstep.engine.async_engine import AsyncEngine
+from lockstep.engine.embedding import Pool
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.request import SamplingParams, samples
 from lockstep.engine.token_stream import EngineStopped, batches
@@ -361,3 +362,20 @@ def test_readers_of_a_failed_engine_are_told(model):
         asyncio.run(read())
     assert isinstance(made.error, MemoryError)
     made.close()
+
+
+class FirstStepOnly(Pool):
+    """A Reader that has seen enough after its first step."""
+
+    def __init__(self):
+        super().__init__("mean", 133)
+
+    @property
+    def has_ended(self):
+        return True
+
+
+def test_a_reader_that_has_seen_enough_ends_its_stream(running):
+    [stream] = running.submit_made([running.engine.make_reading(PROMPTS[3], FirstStepOnly())])
+    assert list(stream) == [] and stream.finish_reason == "embedded" and stream.request.num_left
+    wait_until(lambda: not running.engine.has_work)

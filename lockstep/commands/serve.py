@@ -179,6 +179,15 @@ def command(
             help="Have Ray carry the replicas: local (a cluster of its own here), auto or HOST:PORT.",
         ),
     ] = None,
+    check: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="With several replicas: the share of all answers that another one verifies when it has nothing to do. "
+            "One that computes wrongly is replaced.",
+        ),
+    ] = 0.0,
     op: OpSwaps = None,
 ) -> None:
     """Answer requests over HTTP, as OpenAI's API does: see docs/server.md.
@@ -230,11 +239,11 @@ def command(
     if receipt_key is not None or receipts is not None:
         service.receipts = receipt_desk(service, receipt_key, receipts)
     app = make_app(service, origins, [host, socket.gethostname(), *hosts])
-    load_model = load if replicas is None and ray is None else functools.partial(load_front, replicas or 1, ray)
+    load_model = load if replicas is None and ray is None else functools.partial(load_front, replicas or 1, ray, check)
     serve(lambda: load_model(model, **sizes), service, app, host, port)
 
 
-def load_front(replicas: int, ray: str | None, model: str | None, **sizes: Any) -> "LoadedModel":
+def load_front(replicas: int, ray: str | None, check: float, model: str | None, **sizes: Any) -> "LoadedModel":
     """A model whose engines are replicas, processes of this machine or of a Ray cluster. See `load_as`."""
     from lockstep.replicas.front import FrontModel
 
@@ -243,7 +252,7 @@ def load_front(replicas: int, ray: str | None, model: str | None, **sizes: Any) 
         from lockstep.replicas.ray_carrier import RayCarrier
 
         carrier = RayCarrier(ray)
-    kind = functools.partial(FrontModel, num_replicas=replicas, carrier=carrier)
+    kind = functools.partial(FrontModel, num_replicas=replicas, carrier=carrier, check_share=check)
     return load_as(kind, model, num_replicas=1 if ray else replicas, **sizes)
 
 

@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 from lockstep.engine.engine import Engine
 from lockstep.engine.making import RequestMaker
@@ -15,6 +15,17 @@ from lockstep.engine.request import Request, SamplingParams, check_single
 from lockstep.engine.token_stream import EngineStopped, TokenStream, wake
 
 SWITCH_SECONDS = 5e-5  # until a busy Python thread hands over; the default of 5 ms would delay every step
+
+
+class ReplicaReport(NamedTuple):
+    """One of several engines. is_ready: whether it runs requests; num_streams: how many; load: tokens of prompts that
+    it has yet to compute, and some for each request; counts: see `Engine.counts`."""
+
+    number: int
+    is_ready: bool
+    num_streams: int
+    load: int
+    counts: dict[str, int]
 
 
 class StreamEngine(ABC):
@@ -80,6 +91,19 @@ class StreamEngine(ABC):
     @abstractmethod
     def close(self) -> None:
         """Ends the engine after its running step; open streams raise EngineStopped."""
+
+    def replica_reports(self) -> list[ReplicaReport]:
+        """What is to be known of each engine, where there are several; else nothing."""
+        return []
+
+    def event_counts(self) -> dict[str, int]:
+        """What happened to several engines so far: {name: number}; nothing where there is one."""
+        return {}
+
+    def restart(self) -> None:
+        """Replaces several engines by fresh ones, one after the other, while their streams go on. ValueError where
+        there is one only."""
+        raise ValueError("there is one engine, in the server's own process: only replicas can be replaced")
 
 
 class EngineThread:

@@ -8,40 +8,28 @@ takes the place of a lost one.
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
-from lockstep.engine.async_engine import StreamEngine
 from lockstep.engine.making import RequestMaker
-from lockstep.engine.speculation.drafts import DraftCounts
 from lockstep.engine.token_stream import EngineStopped, TokenStream, wake
 from lockstep.progress import OnProgress
 from lockstep.receipts.identity import ModelPart, difference
+from lockstep.receipts.statement import Statement
+from lockstep.receipts.verdict import Verdict, unchecked
+from lockstep.receipts.verify import NOTHING, Given
 from lockstep.replicas.carrier import CLOSE_SECONDS, Carrier
 from lockstep.replicas.link import LEAVING, LOST, READY, STARTING, STUCK, Link, Running, running
-from lockstep.replicas.messages import (
-    Beat,
-    Cancel,
-    Close,
-    Failed,
-    Loading,
-    Ready,
-    Refusal,
-    Step,
-    Verified,
-)
+from lockstep.replicas.messages import Beat, Cancel, Close, Failed, Loading, Ready, Refusal, Step, Update, Verified
+from lockstep.replicas.replacements import Replacements
+from lockstep.replicas.reports import ReportingEngine
 from lockstep.replicas.router import choose, usable_names
 from lockstep.replicas.updates import Differing, take
+from lockstep.replicas.verifying import ReplicasLost
 
 LOOK_SECONDS = 0.05  # between looks at the replicas
-NOW = ("running", "waiting", "pages", "pages_free", "pages_idle", "states")  # counts that are no sums of events
-LONGEST_PAUSE = 30.0  # seconds before a replica that keeps dying is started again
 log = logging.getLogger("lockstep.replicas")
-
-
-class ReplicasLost(RuntimeError):
-    """A request cannot be answered, since the replicas that ran it were lost. The message is one sentence."""
 
 
 class FleetLimits(NamedTuple):
@@ -60,11 +48,12 @@ class FleetLimits(NamedTuple):
 DEFAULTS = FleetLimits()
 
 
-class Fleet(StreamEngine):
+class Fleet(ReportingEngine):
     """Runs requests in replicas. Any thread may call its methods.
 
     maker: makes the front's requests. identity: of the model, returned when it is known: a replica with another one is
-    not used. has_states: whether the model's layers have recurrent states.
+    not used. has_states: whether the model's layers have recurrent states. check_share: of all answers, how many are
+    verified by another replica when it has nothing to do.
     """
 
     def __init__(
@@ -74,22 +63,19 @@ class Fleet(StreamEngine):
         carrier: Carrier,
         settings: Mapping[str, Any],
         num_replicas: int,
+        *,
         has_states: bool,
         limits: FleetLimits = DEFAULTS,
+        check_share: float = 0.0,
     ) -> None:
-        super().__init__(maker)
+        super().__init__(maker, check_share)
         self._identity, self._carrier, self._settings = identity, carrier, settings
         self._has_states, self.limits = has_states, limits
-        self._lock, self._changed = threading.RLock(), threading.Event()
-        self.links: dict[int, Link] = {}
+        self._changed, self._restarting = threading.Event(), threading.Lock()
         self._homes: dict[int, Link] = {}  # of each stream that runs
-        self._waiting: list[Running] = []
-        self._failed_starts, self._start_at = dict.fromkeys(range(num_replicas), 0), dict[int, float]()
-        self._reasons: dict[int, str] = {}
+        self._replacements = Replacements(num_replicas, limits.max_starts)
         self._is_closing, self._error = False, None
         self._progress: OnProgress | None = None
-        self._of_lost: Counter[str] = Counter()  # counts of events in replicas that have ended
-        self.num_moved = self.num_lost = 0
         self._watcher = threading.Thread(target=self._watch, name="lockstep replicas", daemon=True)
 
     # ------------------------------------------------------------ life
@@ -99,7 +85,7 @@ class Fleet(StreamEngine):
         says why, where one cannot start."""
         self._progress = progress
         try:
-            for numbers in ([0], range(1, len(self._failed_starts))):
+            for numbers in ([0], range(1, len(self._replacements))):
                 for number in numbers:
                     self._start(number)
                 for number in numbers:
@@ -135,45 +121,33 @@ class Fleet(StreamEngine):
             link.carried.wait(CLOSE_SECONDS)
         self._carrier.close()
 
+    def restart(self) -> None:
+        """Ends all replicas and starts fresh ones, one after the other; their streams go on in the others. ValueError
+        while that is under way."""
+        if not self._restarting.acquire(blocking=False):
+            raise ValueError("the replicas are being replaced already")
+        try:
+            self._replace_all()
+        finally:
+            self._restarting.release()
+
+    def _replace_all(self) -> None:
+        for number in list(self.links):
+            with self._lock:
+                old = self.links[number]
+                if self._is_closing or old.state not in (READY, STUCK):
+                    continue
+                log.info("%s makes room for a fresh one", old)
+                old.state = LEAVING
+                self._move(old, is_lost=False)
+                old.send(Close())
+            while not self._is_closing and (self.links[number] is old or self.links[number].state == STARTING):
+                time.sleep(LOOK_SECONDS)
+
     @property
     def error(self) -> BaseException | None:
         """Why no replica is left, and none will be; None while there is hope."""
         return self._error
-
-    @property
-    def seconds_in_step(self) -> float:
-        """Seconds of the running step of the replica that is quickest; where none works, since that one was heard."""
-        now = time.monotonic()
-        with self._lock:
-            links = list(self.links.values())
-        return min(
-            (each.seconds_in_step if each.state == READY else now - each.heard for each in links if each.state != LOST),
-            default=0.0,
-        )
-
-    def counts(self) -> dict[str, int]:
-        """The sums of the replicas' counts, see Engine. Streams without a replica wait."""
-        with self._lock:
-            sums = dict(self._of_lost)
-            for link in self._working():
-                for name, count in link.counts.items():
-                    sums[name] = sums.get(name, 0) + count
-            sums["waiting"] = sums.get("waiting", 0) + len(self._waiting)
-        return sums
-
-    def draft_counts(self) -> dict[str, DraftCounts]:
-        """The sums of the replicas' counts of drafts, by source."""
-        sums: dict[str, DraftCounts] = {}
-        with self._lock:
-            found = [item for link in self._working() for item in link.draft_counts.items()]
-        for source, counts in found:
-            into = sums.setdefault(source, DraftCounts())
-            into.drafted = [a + b for a, b in zip(into.drafted, counts.drafted, strict=True)]
-            into.right = [a + b for a, b in zip(into.right, counts.right, strict=True)]
-        return sums
-
-    def _working(self) -> list[Link]:
-        return [link for link in self.links.values() if link.state == READY]
 
     # ------------------------------------------------------------ streams
 
@@ -187,7 +161,15 @@ class Fleet(StreamEngine):
         with self._lock:
             if self._is_closing or self._error is not None:
                 raise EngineStopped(str(self._error or "the engine is closed")) from self._error
+            for each in given:
+                self._verifications.checks.begin(each)
             self._route(given)
+
+    def verify(self, statement: Statement, given: Given = NOTHING, cache_salt: str = "") -> "Future[Verdict]":
+        """Has a replica verify a receipt's statement; see `Verifier.begin`. The future, or this, raises ReplicasLost
+        where no replica can."""
+        with self._lock:
+            return self._verifications.begin(self._working(), statement, given, cache_salt)
 
     def _route(self, given: Iterable[Running]) -> None:
         """Gives streams to replicas; those of one prompt to the same. Where there is none, they wait."""
@@ -223,6 +205,11 @@ class Fleet(StreamEngine):
                 ended.append(stream.advance())
         wake(ended)
 
+    def _drop(self, link: Link, number: int) -> Running | None:
+        """Takes a stream from its replica, which has it no more."""
+        self._homes.pop(number, None)
+        return link.drop(number)
+
     # ------------------------------------------------------------ what replicas say
 
     def _receive(self, link: Link, message: Any) -> None:
@@ -247,8 +234,8 @@ class Fleet(StreamEngine):
                     link.reason = reason
                 case Refusal(number, reason):
                     self._refuse(link, number, reason)
-                case Verified():
-                    pass
+                case Verified(number, verdict):
+                    self._judged(link, number, verdict)
 
     def _begin(self, link: Link, ready: Ready) -> None:
         link.ready, wrong = ready, difference(ready.numerics, ready.identity, self._identity())
@@ -256,8 +243,8 @@ class Fleet(StreamEngine):
             link.reason = f"it must not answer beside the others: {wrong[3]}"
             link.carried.kill()
             return
-        self._failed_starts[link.number] = 0
-        if not self._progress:
+        self._replacements.started(link.number)
+        if self._progress is None:
             log.info("%s is ready", link)
         self._work(link)
 
@@ -267,7 +254,7 @@ class Fleet(StreamEngine):
         self._route(waiting)
         self._changed.set()
 
-    def _take(self, link: Link, updates: list[Any]) -> None:
+    def _take(self, link: Link, updates: list[Update]) -> None:
         woken = []
         for update in updates:
             each = link.streams.get(update.number)
@@ -276,30 +263,38 @@ class Fleet(StreamEngine):
             try:
                 take(each.request, update, self.maker, each.num_moves)
             except Differing as error:
-                self._take_out(link, each, str(error))
+                self._drop(link, each.number)
+                self._take_out(link, str(error))
+                woken.append(
+                    each.stream.fail(ReplicasLost(f"{link} was taken out, since it computes wrongly: {error}"))
+                )
                 break
             if update.output_ids:
                 link.computed(each.number)
             if each.request.finish_reason is not None:
-                link.drop(each.number)
-                del self._homes[each.number]
+                self._drop(link, each.number)
+                self._verifications.checks.add(each, link, self._identity())
             woken.append(each.stream.advance())
         wake(woken)
 
-    def _take_out(self, link: Link, each: Running, reason: str) -> None:
-        """Ends a replica that computes wrongly, and the stream that shows it."""
-        link.state, link.reason = LOST, reason
-        link.drop(each.number)
-        del self._homes[each.number]
+    def _take_out(self, link: Link, reason: str) -> None:
+        """Ends a replica that computes wrongly; nothing that it says is read any more."""
         log.error("%s is taken out: %s", link, reason)
+        link.state, link.reason = LOST, reason
         link.carried.kill()
-        wake([each.stream.fail(ReplicasLost(f"{link} was taken out, since it computes wrongly: {reason}"))])
 
     def _refuse(self, link: Link, number: int, reason: str) -> None:
-        each = link.drop(number)
+        if number < 0:
+            self._judged(link, number, unchecked("replica", reason))
+            return
+        each = self._drop(link, number)
         if each is not None:
-            del self._homes[number]
             wake([each.stream.fail(ReplicasLost(f"{link} refused the request: {reason}"))])
+
+    def _judged(self, link: Link, number: int, verdict: Verdict) -> None:
+        wrong = self._verifications.take(link, number, verdict, self._working())
+        if wrong is not None and wrong.state != LOST:
+            self._take_out(wrong, "another replica, which verified its answer, found another one")
 
     # ------------------------------------------------------------ replicas that are lost
 
@@ -311,20 +306,19 @@ class Fleet(StreamEngine):
             if self._is_closing:
                 return
             self.num_lost += was != LEAVING
-            self._of_lost.update({name: count for name, count in link.counts.items() if name not in NOW})
+            self._lost.add(link)
             self._move(link, was != LEAVING)
+            self._verifications.move(link, self._working())
         why = link.reason or link.carried.why()
         if was != LEAVING:
             log.warning("%s was lost: %s", link, why)
         with self._lock:
-            self._reasons[link.number] = why
-            self._plan_start(link.number, was == STARTING)
+            self._replace(link.number, was == STARTING, why)
 
     def _move(self, link: Link, is_lost: bool) -> None:
         """Hands a replica's streams to others. is_lost: whether this counts for max_moves."""
-        moved = [each for number in list(link.streams) if (each := link.drop(number)) is not None]
+        moved = [each for number in list(link.streams) if (each := self._drop(link, number)) is not None]
         for each in moved:
-            del self._homes[each.number]
             each.num_moves += is_lost
         self.num_moved += len(moved)
         if moved:
@@ -336,23 +330,18 @@ class Fleet(StreamEngine):
                 wake([each.stream.fail(ReplicasLost(text))])
         self._route([each for each in moved if each.num_moves <= most])
 
-    def _plan_start(self, number: int, has_failed: bool) -> None:
-        self._failed_starts[number] = self._failed_starts[number] + 1 if has_failed else 0
-        failed = self._failed_starts[number]
-        if failed >= self.limits.max_starts:
-            log.error("replica %d is given up: it did not start %d times: %s", number, failed, self._reasons[number])
-            if all(link.state == LOST for link in self.links.values()) and not self._start_at:
-                self._error = ReplicasLost(f"no replica is left: {self._reasons[number]}")
-                self._fail_all(self._error)
+    def _replace(self, number: int, has_failed: bool, why: str) -> None:
+        if self._replacements.plan(number, has_failed):
             return
-        self._start_at[number] = time.monotonic() + (min(LONGEST_PAUSE, 2.0**failed) if failed else 0.0)
+        log.error("replica %d is given up, as it did not start %d times: %s", number, self.limits.max_starts, why)
+        if self._replacements.are_all_given_up:
+            self._error = ReplicasLost(f"no replica is left: {why}")
+            self._fail_all(self._error)
 
     def _fail_all(self, error: BaseException) -> None:
-        left = [each for link in self.links.values() for each in link.streams.values()] + self._waiting
+        left = [*self._waiting]
         for link in self.links.values():
-            for number in list(link.streams):
-                link.drop(number)
-        self._homes.clear()
+            left += [each for number in list(link.streams) if (each := self._drop(link, number)) is not None]
         self._waiting = []
         wake([each.stream.fail(error) for each in left])
 
@@ -374,9 +363,10 @@ class Fleet(StreamEngine):
                     self._stick(link, silent)
                 elif link.state in (STUCK, LEAVING) and silent > self.limits.kill_seconds:
                     link.carried.kill()
-            due = [number for number, at in self._start_at.items() if at <= now]
             late = [each for each in self._waiting if now - each.waits_since > self.limits.wait_seconds]
             self._waiting = [each for each in self._waiting if each not in late]
+            self._verifications.check_one(self._working())
+            due = self._replacements.take_due()
         text = f"no replica was ready for {self.limits.wait_seconds:g} s"
         wake([each.stream.fail(ReplicasLost(text)) for each in late])
         for number in due:
@@ -389,28 +379,11 @@ class Fleet(StreamEngine):
         link.send(Cancel(list(link.streams)))
         self._move(link, is_lost=True)
 
-    def restart(self) -> None:
-        """Ends all replicas and starts fresh ones, one after the other; their streams go on in the others."""
-        for number in list(self.links):
-            with self._lock:
-                old = self.links[number]
-                if self._is_closing or old.state not in (READY, STUCK):
-                    continue
-                log.info("%s makes room for a fresh one", old)
-                old.state = LEAVING
-                self._move(old, is_lost=False)
-                old.send(Close())
-            while not self._is_closing and (self.links[number] is old or self.links[number].state == STARTING):
-                time.sleep(LOOK_SECONDS)
-
     def _restart(self, number: int) -> None:
-        with self._lock:
-            if self._is_closing:
-                return
-            del self._start_at[number]
+        if self._is_closing:
+            return
         try:
             self._start(number)
         except (OSError, ValueError) as error:
             with self._lock:
-                self._reasons[number] = str(error)
-                self._plan_start(number, has_failed=True)
+                self._replace(number, has_failed=True, why=str(error))

@@ -71,7 +71,7 @@ class FrontModel(LoadedModel):
 
     num_replicas: each has as many threads as its share of this machine's cores, or `threads`, and max_requests and
     kv_tokens of its own. carrier: starts the replicas; None: as processes of this machine. fleet_limits: when a replica
-    counts as lost. All else: see LLM. ValueError where a replica cannot start.
+    counts as lost. check_share: see Fleet. All else: see LLM. ValueError where a replica cannot start.
     """
 
     engine: FrontEngine
@@ -83,6 +83,7 @@ class FrontModel(LoadedModel):
         num_replicas: int,
         carrier: Carrier | None = None,
         fleet_limits: FleetLimits = DEFAULTS,
+        check_share: float = 0.0,
         progress: bool | OnProgress | None = True,
         **options: Any,
     ) -> None:
@@ -99,8 +100,9 @@ class FrontModel(LoadedModel):
             LocalCarrier() if carrier is None else carrier,
             settings,
             num_replicas,
-            has_states,
-            fleet_limits,
+            has_states=has_states,
+            limits=fleet_limits,
+            check_share=check_share,
         )
         with reporting(progress) as report:
             self.fleet.start(report)

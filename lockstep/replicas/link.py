@@ -26,13 +26,16 @@ log = logging.getLogger("lockstep.replicas")
 @dataclass(eq=False)
 class Running:
     """A stream that a replica runs, or that waits for one. number: the id of the front's request. form: of its
-    logits_mask. num_moves: how many replicas were lost with it. waits_since: time.monotonic(), while it waits."""
+    logits_mask. num_moves: how many replicas were lost with it. waits_since: time.monotonic(), while it waits.
+    is_checked: whether another replica is to verify it; drops_leaves: whether its leaves are only for that."""
 
     stream: TokenStream
     form: dict[str, Any] | None
     prediction: list[int]
     num_moves: int = 0
     waits_since: float = 0.0
+    is_checked: bool = False
+    drops_leaves: bool = False
 
     @property
     def request(self) -> Request:

@@ -2,11 +2,12 @@
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from lockstep.engine.async_engine import ReplicaReport, StreamEngine
 from lockstep.engine.speculation.drafts import DraftCounts
 
 FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -25,6 +26,21 @@ COUNTERS = {
     "not_finite": ("not_finite", "Sequences that failed as the model gave no finite numbers"),
     "hit_tokens": ("prefix_hit_tokens", "Prompt tokens found in the prefix cache"),
     "pages_evicted": ("pages_evicted", "Kept pages that were needed for others"),
+}
+REPLICA_GAUGES: tuple[tuple[str, str, Callable[[ReplicaReport], int]], ...] = (
+    ("up", "Whether a replica runs requests", lambda report: int(report.is_ready)),
+    ("running", "Sequences that a replica was given", lambda report: report.num_streams),
+    (
+        "load",
+        "Tokens of prompts that a replica has yet to compute, and 64 for each sequence",
+        lambda report: report.load,
+    ),
+)
+REPLICA_EVENTS = {
+    "lost": ("replicas_lost", "Replicas that died, hung or were taken out"),
+    "moved": ("sequences_moved", "Sequences that went on in another replica"),
+    "checked": ("answers_checked", "Answers that another replica verified"),
+    "wrong": ("answers_wrong", "Of these, the ones that it found false"),
 }
 
 
@@ -90,6 +106,27 @@ class Metrics:
         for name, (shown, text) in COUNTERS.items():
             yield _counter(shown, text, counts.get(name, 0))
         yield from _drafts(self._service.draft_counts())
+        if self._service.engine is not None:
+            yield from _replicas(self._service.engine)
+
+
+def _replicas(engine: StreamEngine) -> Iterator[Metric]:
+    """What is known of each of several engines, and what happened to them; nothing where there is one."""
+    reports = engine.replica_reports()
+    if not reports:
+        return
+    for name, text, of in REPLICA_GAUGES:
+        family = GaugeMetricFamily(f"lockstep_replica_{name}", text, labels=["replica"])
+        for report in reports:
+            family.add_metric([str(report.number)], of(report))
+        yield family
+    for name, (shown, text) in COUNTERS.items():
+        family = CounterMetricFamily(f"lockstep_replica_{shown}", text, labels=["replica"])
+        for report in reports:
+            family.add_metric([str(report.number)], report.counts.get(name, 0))
+        yield family
+    for name, count in engine.event_counts().items():
+        yield _counter(*REPLICA_EVENTS[name], count)
 
 
 def _drafts(counts: Mapping[str, DraftCounts]) -> Iterator[CounterMetricFamily]:

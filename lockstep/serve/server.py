@@ -13,6 +13,7 @@ from typing import Any
 
 import uvicorn
 
+from lockstep.engine.async_engine import StreamEngine
 from lockstep.serve.bounded_connection import bounded_protocol
 from lockstep.serve.limits import Limits
 from lockstep.serve.loading import Loading
@@ -94,10 +95,18 @@ def _bind_all(sockets: list[socket.socket], addresses: list[tuple[int, tuple]], 
         raise missing
 
 
+def _replace(engine: StreamEngine) -> None:
+    try:
+        engine.restart()
+    except ValueError as error:
+        log.warning("SIGUSR1: %s", error)
+
+
 class Server(uvicorn.Server):
     """A uvicorn server of an application and its Service. The first signal drains it, the second ends it at once.
 
     SIGHUP, from a terminal that closes, only drains it, even if it comes twice; under nohup SIGHUP stays ignored.
+    SIGUSR1 replaces its replicas by fresh ones, while all answers go on.
     loading: loads the model, from `run` on. Until it has, any of these signals ends the process; an error of it ends
     the server.
     """
@@ -117,10 +126,17 @@ class Server(uvicorn.Server):
             is_main = threading.current_thread() is threading.main_thread()
             if is_main and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
                 stack.callback(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, self.handle_exit))
+            if is_main:
+                stack.callback(signal.signal, signal.SIGUSR1, signal.signal(signal.SIGUSR1, self.handle_restart))
             stack.enter_context(super().capture_signals())
             if self._loading is not None:
                 self._loading.start()
             yield
+
+    def handle_restart(self, sig, frame) -> None:
+        """Replaces the replicas, one after the other, beside the event loop."""
+        if self._service.engine is not None:
+            threading.Thread(target=_replace, args=[self._service.engine], name="lockstep restart", daemon=True).start()
 
     def handle_exit(self, sig, frame) -> None:
         """On the first signal new requests are refused, and running ones get `drain_seconds` to complete."""

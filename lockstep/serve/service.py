@@ -18,7 +18,7 @@ from lockstep.engine.selfcheck.check import NUMERICS
 from lockstep.engine.speculation.drafts import DraftCounts
 from lockstep.engine.token_stream import EngineStopped
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS
-from lockstep.replicas.fleet import ReplicasLost
+from lockstep.replicas.verifying import ReplicasLost
 from lockstep.serve.errors import ApiError, not_allowed
 from lockstep.serve.generation import Generation
 from lockstep.serve.limits import Limits

@@ -1,14 +1,18 @@
 """/v1/receipts/verify: whether the answer of a receipt is this model's, bit for bit."""
 
+import asyncio
+import concurrent.futures
 from typing import Annotated, Any
 
 from pydantic import Field
 from starlette.routing import Route
 
 from lockstep.receipts.envelope import RECEIPT, from_object
+from lockstep.receipts.identity import difference
 from lockstep.receipts.statement import SALT_BYTES, from_bytes, salt_of
 from lockstep.receipts.verdict import FALSE, TRUE, Verdict
 from lockstep.receipts.verify import Given, Verification
+from lockstep.replicas.fleet import Fleet
 from lockstep.serve.answers.json_response import json_response, to_json
 from lockstep.serve.fields.body import Fields, Items, Whole
 from lockstep.serve.fields.prompts import check_ids
@@ -36,6 +40,8 @@ def routes(service: Service):
         fields = await generation.read(VerifyFields)
         service.check_content()
         verification = await generation.offload(_begin, generation, fields)
+        if isinstance(verification, concurrent.futures.Future):  # a replica does it
+            verification = await asyncio.wrap_future(verification)
         if isinstance(verification, Verdict):
             return json_response(_shown(verification))
         if verification.request is not None:
@@ -45,7 +51,9 @@ def routes(service: Service):
     return [Route("/v1/receipts/verify", GenerationEndpoint(service, verify), methods=["POST"])]
 
 
-def _begin(generation: Generation, fields: VerifyFields) -> Verification | Verdict:
+def _begin(
+    generation: Generation, fields: VerifyFields
+) -> "Verification | Verdict | concurrent.futures.Future[Verdict]":
     service = generation.service
     statement = from_bytes(from_object(fields.receipt, [RECEIPT]).payload)
     given: Given | Verdict = Given(
@@ -53,12 +61,15 @@ def _begin(generation: Generation, fields: VerifyFields) -> Verification | Verdi
         output_ids=None if fields.token_ids is None else check_ids(service, fields.token_ids, "token_ids"),
         salt=None if fields.salt is None else salt_of(fields.salt),
     )
-    verifier = service.receipts.verifier()
-    if fields.request is not None and verifier.is_of_model(statement):
+    is_of_model = difference(statement.numerics, statement.model, service.receipts.model()) is None
+    if fields.request is not None and is_of_model:
         given = with_request(service.loaded, service.chat, to_json(fields.request), statement, given)
     if isinstance(given, Verdict):
         return given
-    return verifier.begin(statement, given, service.salt(generation.scope["lockstep.tenant"], ""))
+    salt = service.salt(generation.scope["lockstep.tenant"], "")
+    if isinstance(service.engine, Fleet):
+        return service.engine.verify(statement, given, salt)
+    return service.receipts.verifier().begin(statement, given, salt)
 
 
 def _shown(verdict: Verdict) -> dict[str, Any]:

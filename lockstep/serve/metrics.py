@@ -32,7 +32,7 @@ REPLICA_GAUGES: tuple[tuple[str, str, Callable[[ReplicaReport], int]], ...] = (
     ("running", "Sequences that a replica was given", lambda report: report.num_streams),
     (
         "load",
-        "Tokens of prompts that a replica has yet to compute, and 64 for each sequence",
+        "Tokens of prompts that a replica has to compute, and 64 for each sequence",
         lambda report: report.load,
     ),
 )

@@ -1,7 +1,7 @@
 """/v1/receipts/verify: whether the answer of a receipt is this model's, bit for bit."""
 
 import asyncio
-import concurrent.futures
+from concurrent.futures import Future
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -40,7 +40,7 @@ def routes(service: Service):
         fields = await generation.read(VerifyFields)
         service.check_content()
         verification = await generation.offload(_begin, generation, fields)
-        if isinstance(verification, concurrent.futures.Future):  # a replica does it
+        if isinstance(verification, Future):  # a replica does it
             verification = await asyncio.wrap_future(verification)
         if isinstance(verification, Verdict):
             return json_response(_shown(verification))
@@ -51,9 +51,7 @@ def routes(service: Service):
     return [Route("/v1/receipts/verify", GenerationEndpoint(service, verify), methods=["POST"])]
 
 
-def _begin(
-    generation: Generation, fields: VerifyFields
-) -> "Verification | Verdict | concurrent.futures.Future[Verdict]":
+def _begin(generation: Generation, fields: VerifyFields) -> "Verification | Verdict | Future[Verdict]":
     service = generation.service
     statement = from_bytes(from_object(fields.receipt, [RECEIPT]).payload)
     given: Given | Verdict = Given(

@@ -1,0 +1,139 @@
+"""Streams whose replica is killed, stopped or replaced are the streams of an engine that nothing interrupts."""
+
+import os
+from dataclasses import replace
+
+import pytest
+
+from lockstep import SamplingParams
+from lockstep.engine.token_stream import EngineStopped
+from lockstep.replicas import carrier
+from lockstep.replicas.front import FrontModel
+from lockstep.replicas.verifying import ReplicasLost
+from tests.replicas.proof import differences, go_on, kill, read_all, ready_links, stop, wait_until
+
+LONG = SamplingParams(max_tokens=400, ignore_eos=True, temperature=0.8, seed=5, repetition_penalty=1.1)
+PROMPT = "class Queue:\n    def put(self, item):\n"
+
+
+def check(menu, streams):
+    """All answers are those of the menu."""
+    read = [read_all(samples) for samples in streams]
+    assert [what for each in zip(menu, streams, read, strict=True) for what in differences(*each)] == []
+
+
+def busy(fleet):
+    """A replica that runs streams, once one has some tokens."""
+    wait_until(lambda: any(len(each.request.output_ids) > 2 for link in ready_links(fleet) for each in running(link)))
+    return max(ready_links(fleet), key=lambda link: len(link.streams))
+
+
+def running(link):
+    return list(link.streams.values())
+
+
+def test_nothing_differs_without_a_fault(fleet, menu):
+    check(menu, [each.submit(fleet) for each in menu])
+
+
+def test_a_replica_is_killed_and_then_the_one_that_took_its_streams(fleet, menu):
+    moved = fleet.num_moved
+    streams = [each.submit(fleet) for each in menu]
+    first = busy(fleet)
+    kill(first)
+    wait_until(lambda: fleet.num_moved > moved)
+    for link in ready_links(fleet):
+        kill(link)
+    check(menu, streams)
+    wait_until(lambda: len(ready_links(fleet)) == 2)
+    assert first not in ready_links(fleet)
+    wait_until(lambda: fleet.counts()["running"] == fleet.counts()["waiting"] == 0)
+
+
+def test_a_replica_that_hangs_loses_its_streams_and_works_again(fleet, menu):
+    streams = [each.submit(fleet) for each in menu]
+    hung = busy(fleet)
+    stop(hung)
+    try:
+        wait_until(lambda: hung.state == "stuck")
+        check(menu, streams)
+    finally:
+        go_on(hung)
+    wait_until(lambda: hung in ready_links(fleet))
+    check(menu, [each.submit(fleet) for each in menu])
+
+
+def test_all_replicas_are_replaced_while_streams_go_on(fleet, menu):
+    before = [link.ready.pid for link in ready_links(fleet)]
+    streams = [each.submit(fleet) for each in menu]
+    busy(fleet)
+    fleet.restart()
+    check(menu, streams)
+    assert not {*before} & {link.ready.pid for link in ready_links(fleet)}
+    assert all(not os.path.exists(f"/proc/{pid}") for pid in before)
+
+
+def test_a_request_that_loses_too_many_replicas_is_given_up(fleet, front, monkeypatch):
+    monkeypatch.setattr(fleet, "limits", replace_limits(fleet, max_moves=0))
+    stream = fleet.submit(front.encode(PROMPT), LONG)
+    kill(busy(fleet))
+    with pytest.raises(EngineStopped, match="given up: 1 replicas were lost") as caught:
+        list(stream)
+    assert isinstance(caught.value.__cause__, ReplicasLost)
+
+
+def replace_limits(fleet, **changes):
+    return fleet.limits._replace(**changes)
+
+
+def test_streams_wait_for_a_replica_and_no_longer_than_they_may(fleet, front, monkeypatch):
+    monkeypatch.setattr(fleet, "limits", replace_limits(fleet, wait_seconds=0.1))
+    for link in ready_links(fleet):
+        kill(link)
+    wait_until(lambda: not ready_links(fleet))
+    with pytest.raises(EngineStopped, match="no replica was ready for 0.1 s"):
+        list(fleet.submit(front.encode(PROMPT), LONG))
+
+
+def test_a_cancelled_stream_ends_at_once_and_leaves_nothing(fleet, front):
+    stream = fleet.submit(front.encode(PROMPT), LONG)
+    link = busy(fleet)
+    stream.cancel()
+    assert stream.finish_reason == "cancelled" and not link.streams
+    wait_until(lambda: fleet.counts()["running"] == 0)
+
+
+def test_a_function_as_a_mask_is_refused(fleet, front):
+    with pytest.raises(ValueError, match="logits_mask: expected a form that a replica can make, too"):
+        fleet.submit(front.encode(PROMPT), replace(LONG, logits_mask=lambda ids: None))
+    with pytest.raises(ValueError, match="context of"):
+        fleet.submit(front.encode(PROMPT), replace(LONG, max_tokens=1 << 20))
+
+
+class OtherModel(carrier.LocalCarrier):
+    """Starts replicas with settings of its own."""
+
+    def __init__(self, **settings):
+        self._settings = settings
+
+    def start(self, number, settings):
+        return super().start(number, {**settings, **self._settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (dict(weights="q8_0"), "it must not answer beside the others: another model: the formats of its weights"),
+        (dict(kv_tokens=1 << 50), r"kv_tokens: \d+ tokens take .* GiB; this machine has"),
+    ],
+)
+def test_a_replica_that_cannot_be_used_ends_the_start(settings, why):
+    with pytest.raises(ValueError, match=f"replica 0: {why}"):
+        FrontModel(num_replicas=1, carrier=OtherModel(**settings), progress=False)
+
+
+def test_a_replica_ends_with_its_front():
+    process = carrier.LocalProcess({})
+    pid = int(process.place.split()[-1])
+    process.connection.close()
+    assert process.why() == "ended with status 0" and not os.path.exists(f"/proc/{pid}")

@@ -21,6 +21,7 @@ ORDER = (
     "study",
     "serve",
     "batch",
+    "replicas",
     "llm",
     "constrained",
     "loading",

@@ -179,6 +179,14 @@ def command(
             help="Have Ray carry the replicas: local (a cluster of its own here), auto or HOST:PORT.",
         ),
     ] = None,
+    files_dir: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            show_default="a temporary folder",
+            help="Keep uploaded files and batches here: batches go on when a server starts again.",
+        ),
+    ] = None,
     check: Annotated[
         float,
         typer.Option(
@@ -238,7 +246,7 @@ def command(
     service = Service(names[0], limits, keys(api_key), None if any_model else names, share_prefixes, quiet)
     if receipt_key is not None or receipts is not None:
         service.receipts = receipt_desk(service, receipt_key, receipts)
-    app = make_app(service, origins, [host, socket.gethostname(), *hosts])
+    app = make_app(service, origins, [host, socket.gethostname(), *hosts], files_dir=files_dir)
     load_model = load if replicas is None and ray is None else functools.partial(load_front, replicas or 1, ray, check)
     serve(lambda: load_model(model, **sizes), service, app, host, port)
 

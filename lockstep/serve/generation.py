@@ -31,6 +31,7 @@ T = TypeVar("T")
 F = TypeVar("F", bound=body.Fields)
 SequenceTokens = tuple[int, list[Token], str | None]  # the number of a sequence, its new tokens, its finish_reason
 
+PRIORITY_KEY = "lockstep.priority"  # a key of the scope of a batch's line: its priority for the engine
 SHORT_BYTES = 2048  # bodies up to here are prepared on the event loop
 FRAME_SECONDS = 1 / 60  # between events of a stream: readers cannot see more
 LONG_TOKENS = 2048  # of prompt and answer: a receipt of more takes over 3 ms to make
@@ -60,6 +61,7 @@ class Generation:
         self.num_sequences, self.num_queued_tokens, self.num_logprobs = 1, 0, 0
         self._ended_by: Exception | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self.exchange: Exchange = scope["lockstep.exchange"]
         self.exchange.generation, self._has_short_body = self, False
         self._submitted, self._ended = math.inf, math.inf
@@ -156,7 +158,12 @@ class Generation:
         self.service.admit(self, num_sequences, num_tokens, num_logprobs(prompts))
         self._prompts, self._narrowing, self._submitted = prompts, narrowing, time.monotonic()
         salt = self.service.salt(self.scope["lockstep.tenant"], cache_salt)
-        options: dict[str, Any] = dict(cache_salt=salt, prediction=prediction, receipt=self._receipts is not None)
+        options: dict[str, Any] = dict(
+            cache_salt=salt,
+            prediction=prediction,
+            receipt=self._receipts is not None,
+            priority=self.scope.get(PRIORITY_KEY, 0),
+        )
         if continuation.output_ids:  # grammars and stop sequences read all of these tokens
             await self.offload(refusing, narrowing, self._submit, prompts, options | continuation._asdict())
         else:
@@ -350,11 +357,13 @@ class Generation:
         self.service.enter(self)
         limit = self.service.limits.request_seconds
         too_long = ApiError(504, f"the answer took more than {limit:g} s", code="timeout")
-        self._timer = asyncio.get_running_loop().call_later(limit, self.end, too_long)
+        if PRIORITY_KEY not in self.scope:  # lines of a batch wait as long as they must
+            self._timer = asyncio.get_running_loop().call_later(limit, self.end, too_long)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         if self._watcher is not None:
             self._watcher.cancel()
         self.end(ClientDisconnect())

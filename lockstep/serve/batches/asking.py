@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message
 from lockstep.batch.lines import Line, response_line
 from lockstep.batch.work import Answer
 from lockstep.serve.batches.settled import settled
+from lockstep.serve.generation import PRIORITY_KEY
 from lockstep.serve.service import Service
 
 PRIORITY = 1  # of the engine's requests: those that are sent to the server have 0, and go first
@@ -101,7 +102,7 @@ class Asking:
             "client": CLIENT,
             "server": None,
             "lockstep.tenant": self._tenant,
-            "lockstep.priority": PRIORITY,
+            PRIORITY_KEY: PRIORITY,
         }
 
 

@@ -18,6 +18,7 @@ from lockstep.serve.batches.records import JOURNAL, Records, new_name
 from lockstep.serve.batches.unasked import unasked
 from lockstep.serve.batches.uploads import Uploads, full_as_507
 from lockstep.serve.errors import ApiError
+from lockstep.serve.generation import PRIORITY_KEY
 from lockstep.serve.service import Service
 
 LOOK_SECONDS = 0.05
@@ -184,7 +185,7 @@ class BatchDesk:
     def _must_make_room(self) -> bool:
         """Whether requests of others wait."""
         service = self._service
-        has_others = any(not each.scope.get("lockstep.priority") for each in service.generations)
+        has_others = any(not each.scope.get(PRIORITY_KEY) for each in service.generations)
         return has_others and service.num_sequences > service.loaded.max_requests
 
     # ------------------------------------------------------------ its end

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from multiprocessing import Pipe
 from typing import Any, Protocol
 
+WORKER = "lockstep.replicas.worker"
 CLOSE_SECONDS = 20  # for a replica to write its prefix cache to disk
 
 
@@ -42,12 +43,13 @@ class Carrier(Protocol):
 
 
 class LocalProcess(Carried):
-    """A replica in a process of this machine, in a session of its own: Ctrl-C in a terminal does not reach it."""
+    """A replica in a process of this machine, in a session of its own: Ctrl-C in a terminal does not reach it. module:
+    what it runs."""
 
-    def __init__(self, settings: Mapping[str, Any]) -> None:
+    def __init__(self, settings: Mapping[str, Any], module: str = WORKER) -> None:
         self.connection: Any  # of the two classes that `Pipe` may give
         self.connection, theirs = Pipe()
-        command = [sys.executable, "-m", "lockstep.replicas.worker", str(theirs.fileno())]
+        command = [sys.executable, "-m", module, str(theirs.fileno())]
         quiet: dict[str, Any] = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
         with theirs:
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], **quiet)

@@ -8,13 +8,15 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from lockstep import LLM
 from lockstep.engine.async_engine import AsyncEngine
 from lockstep.engine.token_stream import EngineStopped
-from lockstep.replicas.carrier import Carrier, LocalCarrier
+from lockstep.replicas.carrier import Carrier, LocalCarrier, LocalProcess
 from lockstep.replicas.fleet import Fleet, FleetLimits
 from lockstep.replicas.front import FrontModel
 from tests.replicas.proof import (
@@ -116,7 +118,10 @@ def main(carrier: Carrier | None = None) -> int:
     parser.add_argument("--replicas", type=int, default=3, help="how many at once (%(default)s)")
     parser.add_argument("--speculate", default="auto", choices=SOURCES, help="of the replicas (%(default)s)")
     parser.add_argument("--seed", type=int, default=time.time_ns() // 10**9, help="of requests and moments (the time)")
+    parser.add_argument("--broken", action="store_true", help="instead: one replica has broken memory, and is found")
     given = parser.parse_args()
+    if given.broken:
+        return find_broken(given.seed)
     logging.disable(logging.WARNING)
     print(f"seed {given.seed}", flush=True)
     of = subject()
@@ -137,6 +142,38 @@ def main(carrier: Carrier | None = None) -> int:
     made, seen = faults(front.fleet, clients, given.kills, random.Random(given.seed))
     clients.end()
     return report(front, clients, made, seen)
+
+
+class OneBroken(LocalCarrier):
+    """Starts replica 1 with broken memory, the first time."""
+
+    def __init__(self) -> None:
+        self.num_broken = 0
+
+    def start(self, number: int, settings: Mapping[str, Any]) -> LocalProcess:
+        """Starts replica `number`."""
+        if number != 1 or self.num_broken:
+            return super().start(number, settings)
+        self.num_broken += 1
+        return LocalProcess(settings, "tests.replicas.faulty")
+
+
+def find_broken(seed: int) -> int:
+    """Has replicas verify one another's answers until the broken one is taken out; returns 1 if it is not, or a sound
+    one is."""
+    logging.basicConfig(level="INFO")
+    menu = [each for each in asked(subject(), seed, NUM_WISHES) if each.wish.params.pooling is None]
+    front = FrontModel(num_replicas=3, carrier=OneBroken(), max_requests=8, check_share=0.2, progress=False)
+    fleet, broken, began, count = front.fleet, front.fleet.links[1], time.monotonic(), 0
+    while broken.state != "lost" and time.monotonic() - began < 120:
+        for each in menu[count % len(menu) :][:6]:
+            read_all(each.submit(fleet))
+            count += 1
+        time.sleep(0.3)
+    print(f"after {count} requests and {time.monotonic() - began:.1f} s: {fleet.event_counts()}, {broken.reason}")
+    is_right = broken.state == "lost" and fleet.num_lost == 1
+    front.close()
+    return int(not is_right)
 
 
 def report(front: FrontModel, clients: Clients, made: Counter[str], seen: list[float]) -> int:

@@ -6,7 +6,10 @@ from lockstep import LLM
 from lockstep.engine.async_engine import AsyncEngine
 from lockstep.replicas.fleet import FleetLimits
 from lockstep.replicas.front import FrontModel
+from lockstep.serve.app import make_app
+from lockstep.serve.service import Service
 from tests.replicas.proof import answer_all, asked, subject, wait_until
+from tests.serve.server import listening
 
 LIMITS = FleetLimits(max_moves=5, silent_seconds=1.5)
 
@@ -40,3 +43,13 @@ def menu(alone):
     made = asked(subject(), 1, 24)
     answer_all(made, alone)
     return made
+
+
+@pytest.fixture(scope="session")
+def server(front):
+    """A server of the fleet, which it does not close."""
+    service = Service("lockstep")
+    service.open(front)
+    vars(service)["close"] = lambda: None
+    with listening(service, make_app(service)) as (_, port):
+        yield f"http://127.0.0.1:{port}"

@@ -1,8 +1,11 @@
 """Streams whose replica is killed, stopped or replaced are the streams of an engine that nothing interrupts."""
 
+import json
 import os
+import re
 from dataclasses import replace
 
+import httpx
 import pytest
 
 from lockstep import SamplingParams
@@ -130,3 +133,60 @@ def test_a_replica_ends_with_its_front():
     pid = int(process.place.split()[-1])
     process.connection.close()
     assert process.why() == "ended with status 0" and not os.path.exists(f"/proc/{pid}")
+
+
+# ------------------------------------------------------------ over HTTP
+
+BODY = dict(prompt=PROMPT, max_tokens=300, temperature=0.8, ignore_eos=True, logprobs=1, receipt=True)
+
+
+def streamed(server, **body):
+    """The seed of a streamed answer, and its events, as they come."""
+    with httpx.stream("POST", f"{server}/v1/completions", json=dict(body, stream=True), timeout=60) as response:
+        yield response.headers["x-lockstep-seed"]
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                yield json.loads(line[6:])
+
+
+def joined(events):
+    choices = [event["choices"][0] for event in events if event["choices"]]
+    tokens = [pair for each in choices if each["logprobs"] for pair in zip(*each["logprobs"].values(), strict=False)]
+    return "".join(each["text"] for each in choices), tokens, choices[-1]["finish_reason"], choices[-1]["receipt"]
+
+
+def test_a_stream_over_http_goes_on_and_can_be_repeated_and_verified(fleet, server):
+    events = streamed(server, **BODY)
+    seed, found = next(events), [next(events)]
+    kill(busy(fleet))
+    found += events
+    again = streamed(server, seed=int(seed), **BODY)
+    next(again)
+    assert joined(list(again)) == joined(found)
+    text, _, reason, receipt = joined(found)
+    verdict = httpx.post(f"{server}/v1/receipts/verify", json=dict(receipt=receipt), timeout=60).json()
+    assert reason == "length" and verdict["verdict"] == "true" and verdict["text"] == text
+    body = dict(receipt=receipt, request=dict(BODY, seed=int(seed) + 1))
+    verdict = httpx.post(f"{server}/v1/receipts/verify", json=body, timeout=60).json()
+    assert verdict["verdict"] == "false" and verdict["what"] == "sampling.seed"
+
+
+def test_a_stream_that_is_given_up_says_so(fleet, server, monkeypatch):
+    monkeypatch.setattr(fleet, "limits", fleet.limits._replace(max_moves=0))
+    events = streamed(server, **BODY)
+    next(events), next(events)
+    kill(busy(fleet))
+    [*_, last] = events
+    assert last["error"]["code"] == "replicas_lost" and "1 replicas were lost" in last["error"]["message"]
+
+
+def test_metrics_and_embeddings_of_several_replicas(fleet, server, alone):
+    lines = httpx.get(f"{server}/metrics").text.splitlines()
+    assert 'lockstep_replica_up{replica="0"} 1.0' in lines and 'lockstep_replica_up{replica="1"} 1.0' in lines
+    assert any(re.fullmatch(r"lockstep_replicas_lost_total [1-9].*", line) for line in lines)
+    asked = dict(input=PROMPT, encoding_format="float")
+    found = httpx.post(f"{server}/v1/embeddings", json=asked, timeout=60).json()["data"][0]["embedding"]
+    ids = httpx.post(f"{server}/tokenize", json=dict(prompt=PROMPT)).json()["tokens"]
+    stream = alone.submit(ids, SamplingParams(pooling="last"))
+    list(stream)
+    assert found == stream.request.pool.embedding().tolist()

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 ORACLES := .venv-oracles
+RAY := .venv-ray
 DEV := .venv-dev
 # Python compiles the modules that are imported; all of torch would take a minute
 PIP_INSTALL := bin/python -m pip install -qq --disable-pip-version-check --no-compile
@@ -27,6 +28,7 @@ help:
 	@echo "make fuzz          random requests, bytes, templates, grammars and files, for FUZZ minutes (60)"
 	@echo "make attacks       the attacks of a review, one by one, and SIGTERM in the middle of them"
 	@echo "make speculation   10,000 random requests with drafts of every kind against the same without"
+	@echo "make test-ray      replicas as actors of a local Ray cluster (installs Ray into $(RAY))"
 	@echo "make test-oracles  compare with transformers, JAX, lm-eval and TICO, live (installs them and torch into $(ORACLES))"
 	@echo "make lint          check style, format and types: ruff and basedpyright"
 	@echo "make audit         ask whether locked or lowest allowed packages have known holes (needs the network)"
@@ -86,6 +88,10 @@ speculation: $(VENV)/.test
 	@$(BIN)/python -m tests.speculation --requests $(REQUESTS)
 
 # Two processes, with -j2 at the same time: beside JAX, lm-eval's server does not come to an end.
+test-ray: $(RAY)/.installed
+	@$(RAY)/bin/python -m pytest -q tests/replicas/test_ray.py
+ray: $(RAY)/.installed
+
 test-oracles: oracles-lm-eval oracles-others
 
 oracles-lm-eval: $(ORACLES)/.installed
@@ -123,7 +129,7 @@ audit: $(DEV)/.installed
 	@$(DEV)/$(AUDIT) --no-deps -r $(DEV)/lowest.txt
 
 clean:
-	rm -rf $(VENV) $(ORACLES) $(DEV) build dist *.egg-info
+	rm -rf $(VENV) $(ORACLES) $(RAY) $(DEV) build dist *.egg-info
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
@@ -146,6 +152,12 @@ $(DEV)/.installed: requirements-dev.lock
 	@echo "installing ruff, basedpyright, pip-audit and uv into $(DEV)"
 	@$(PYTHON) -m venv $(DEV)
 	@$(DEV)/$(LOCKED) requirements-dev.lock
+	@touch $@
+
+$(RAY)/.installed: pyproject.toml
+	@echo "installing lockstep and Ray into $(RAY)"
+	@$(PYTHON) -m venv $(RAY)
+	@$(RAY)/$(PIP_INSTALL) --editable '.[ray]' httpx pytest
 	@touch $@
 
 $(ORACLES)/.installed: pyproject.toml

@@ -9,18 +9,20 @@ import importlib
 import logging
 import os
 import secrets
+import socket
+import struct
 import threading
 from collections.abc import Mapping
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Listener
+from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
 from typing import Any
 
 from lockstep.replicas.carrier import Carried, Carrier
 
 LOCAL, LOOPBACK = "local", "127.0.0.1"
-START_SECONDS = 120  # for an actor to be placed and to connect
+START_SECONDS, REACH_SECONDS = 120, 5  # for an actor to be placed and to connect; for a cluster to be reached
 OBJECT_STORE_BYTES = 100 << 20  # the least that Ray takes: nothing is kept in it
-KEY_BYTES = 32
+KEY_BYTES, GREETING_SECONDS = 32, 10  # of the secret of front and replicas; for one to show that it knows it
 # no report of use to Ray's makers; none of the texts that Ray prints about workers that ended, which the fleet logs
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -53,38 +55,57 @@ class Placed(Carried):
 
 class RayCarrier(Carrier):
     """Starts replicas as actors of a Ray cluster. address: "local" starts a cluster of this process on this machine's
-    loopback interface; "auto" or HOST:PORT joins one that runs. ValueError where Ray is not installed or the cluster
-    cannot be reached.
-
-    cores: of each actor, by which Ray places them; None: an equal share of each machine is not asked for.
+    loopback interface; "auto" or HOST:PORT joins one that runs, where each actor asks for as many cores as its replica
+    has threads. ValueError where Ray is not installed or the cluster cannot be reached.
     """
 
-    def __init__(self, address: str = LOCAL, cores: float | None = None) -> None:
-        self._ray, self._cores = connected(address), cores
-        host = LOOPBACK if address == LOCAL else self._ray.util.get_node_ip_address()
-        self._key = secrets.token_bytes(KEY_BYTES)
-        self._listener = Listener((host, 0), "AF_INET", authkey=self._key)
+    def __init__(self, address: str = LOCAL) -> None:
+        self._ray, self._is_local = connected(address), address == LOCAL
+        host = LOOPBACK if self._is_local else self._ray.util.get_node_ip_address()
+        self._key, self._door = secrets.token_bytes(KEY_BYTES), socket.create_server((host, 0))
+        self._door.settimeout(START_SECONDS)
         self._starting = threading.Lock()
 
     def start(self, number: int, settings: Mapping[str, Any]) -> Placed:
         """Starts replica `number` on a machine that Ray chooses. ValueError where none has room, or it does not
         connect."""
+        cores, errors = 0 if self._is_local else settings["threads"], self._ray.exceptions
         with self._starting:  # one connects at a time, so that it is known which
-            options = dict(max_restarts=0, max_task_retries=0, num_cpus=self._cores or 0, max_concurrency=2)
+            options = dict(max_restarts=0, max_task_retries=0, num_cpus=cores, max_concurrency=2)
             actor = self._ray.remote(**options)(Actor).remote()
             try:
                 where = self._ray.get(actor.where.remote(), timeout=START_SECONDS)
-                actor.run.remote(self._listener.address, self._key, dict(settings))
-                connection = self._listener.accept()
-            except (self._ray.exceptions.RayError, AuthenticationError, OSError) as error:
-                self._ray.kill(actor, no_restart=True)
-                text = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise ValueError(f"Ray did not start it: {text}") from None
-        return Placed(self._ray, actor, connection, where)
+                actor.run.remote(self._door.getsockname(), self._key, dict(settings))
+                return Placed(self._ray, actor, self._accept(), where)
+            except errors.GetTimeoutError:
+                reason = f"no machine of the cluster had {cores} free cores within {START_SECONDS} s"
+            except (errors.RayError, OSError) as error:
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self._ray.kill(actor, no_restart=True)
+            raise ValueError(f"Ray did not start it: {reason}")
+
+    def _accept(self) -> "Connection[Any, Any]":
+        """The connection of the actor that knows the key. OSError where none comes in time."""
+        while True:
+            visitor, _ = self._door.accept()
+            visitor.settimeout(None)
+            visitor.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", GREETING_SECONDS, 0))
+            visitor.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection: Connection[Any, Any] = Connection(os.dup(visitor.fileno()))
+            try:
+                deliver_challenge(connection, self._key)
+                answer_challenge(connection, self._key)
+            except (AuthenticationError, EOFError, OSError):
+                connection.close()
+                continue
+            finally:
+                visitor.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, 0))
+                visitor.close()
+            return connection
 
     def close(self) -> None:
         """Leaves the cluster; ends one that was started here."""
-        self._listener.close()
+        self._door.close()
         self._ray.shutdown()
 
 
@@ -113,7 +134,8 @@ def connected(address: str) -> Any:
     try:
         ray: Any = importlib.import_module("ray")
     except ImportError:
-        raise ValueError("--ray needs Ray, which is not installed: pip install 'lockstep-llm[ray]'") from None
+        raise ValueError("--ray: Ray is not installed: pip install '.[ray]'") from None
+    _check_address(address)
     quiet: dict[str, Any] = dict(log_to_driver=False, logging_level=logging.ERROR)
     try:
         if address == LOCAL:
@@ -126,3 +148,17 @@ def connected(address: str) -> Any:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"--ray {address}: cannot reach a Ray cluster there: {text}") from None
     return ray
+
+
+def _check_address(address: str) -> None:
+    """ValueError for an address where nobody listens: Ray itself would try for minutes."""
+    if address in (LOCAL, "auto"):
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise ValueError(f"--ray: expected local, auto or HOST:PORT, got {address!r:.80}")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ValueError(f"--ray {address}: cannot reach a Ray cluster there: {reason}") from None

@@ -1,4 +1,4 @@
-"""Which replica a new request goes to: the one that has to compute least before the request's first token.
+"""Which replica a new request goes to: one that knows much of its prompt, and has little else to compute.
 
 Blocks of prefixes are named by the hash of all their tokens (`engine/cache/prefix.py`), and replicas tell which names
 come and go, so that the front knows exactly what each of them has. No choice changes an answer.
@@ -13,6 +13,9 @@ from lockstep.ops.attention.kv_cache import PAGE_TOKENS
 from lockstep.replicas.messages import NameChanges
 
 OPEN_TOKENS = 64  # as many tokens of a prompt weigh as much as one request that is being answered
+KNOWN_WEIGHT = (
+    3  # a token that is known weighs as much as so many that wait: to compute it elsewhere costs all replicas
+)
 
 
 class KnownBlocks:
@@ -74,4 +77,6 @@ def usable_names(request: Request) -> list[bytes]:
 
 def choose(places: Sequence[P], names: Sequence[bytes], has_states: bool) -> P:
     """The place with the fewest tokens to compute until a request's first one; of equal places the lowest number."""
-    return min(places, key=lambda place: (place.load - place.blocks.num_known(names, has_states), place.number))
+    return min(
+        places, key=lambda place: (place.load - KNOWN_WEIGHT * place.blocks.num_known(names, has_states), place.number)
+    )

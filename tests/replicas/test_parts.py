@@ -36,8 +36,8 @@ def test_a_prompt_goes_where_most_of_it_is_known():
     assert choose(places, prompt, has_states=False) is places[2]
 
 
-def test_what_waits_weighs_as_much_as_what_is_known():
-    places, prompt = [Place(0), Place(1, load=128)], names(4)
+def test_what_is_known_weighs_three_times_what_waits():
+    places, prompt = [Place(0), Place(1, load=3 * 128)], names(4)
     known(places[1], prompt[:2])
     assert choose(places, prompt, has_states=False) is places[0]
     known(places[1], prompt[2:3])

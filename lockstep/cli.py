@@ -35,7 +35,9 @@ COMMANDS = {
     "ptq show": "Show what a study has found.",
     "verify": "Verify the receipt of an answer with the model that made it.",
     "receipt key": "Make a key that signs receipts.",
+    "receipt show": "Show what a receipt or a batch says.",
     "receipt batch": "Sign the receipts of a whole run at once.",
+    "receipt extract": "Take one receipt of a batch, with what shows that it is signed.",
     "list": "List the models on this disk, and which of them can be run.",
     "inspect": "Show a model's config, tensors, program and memory.",
     "cache": "List what is kept on disk: packed weights, compiled kernels.",
@@ -52,7 +54,8 @@ def main(args=None):
     """Runs a command line; returns the exit code. args: None: the arguments of this process."""
     if args is None:
         heed_interrupts()
-    args = _joined(_helped(sys.argv[1:] if args is None else list(args))) or ["--help"]
+    args = _helped(sys.argv[1:] if args is None else list(args))
+    group, args = _group(args), _joined(args) or ["--help"]
     if (old := " ".join(args[:2])) in RENAMED and not os.path.exists(args[1]):
         return _refuse(f"{old}: this command is called lockstep {RENAMED[old]} now")
     if sys.stderr is None:  # it was closed before the start: nobody reads it
@@ -63,7 +66,7 @@ def main(args=None):
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     try:
-        return application(args)(args, prog_name="lockstep", standalone_mode=False) or 0
+        return application(args, group)(args, prog_name="lockstep", standalone_mode=False) or 0
     except UsageError as error:
         return _refuse(f"{error.format_message()} (lockstep --help lists commands and options)")
     except (KeyboardInterrupt, typer.Abort):
@@ -100,15 +103,23 @@ def _misspelt(args) -> list[str]:
     return [f"lockstep {seconds[word]}" for word in difflib.get_close_matches(args[1], seconds)]
 
 
+def _group(args) -> str:
+    """The first word of the commands that arguments such as "receipt" or "receipt --help" ask about, with a space
+    behind it; "" for other arguments."""
+    is_alone = bool(args) and args[0] not in COMMANDS and args[1:] in ([], ["-h"], ["--help"])
+    return f"{args[0]} " if is_alone and any(name.startswith(f"{args[0]} ") for name in COMMANDS) else ""
+
+
 def _joined(args):
-    """The arguments, with a command of two words joined to one argument; "bench" alone becomes "--help"."""
-    if args and args[0] not in COMMANDS and args[1:] in ([], ["-h"], ["--help"]):
-        return ["--help"] if any(name.startswith(f"{args[0]} ") for name in COMMANDS) else args
+    """The arguments, with a command of two words joined to one argument; the first word of some becomes "--help"."""
+    if _group(args):
+        return ["--help"]
     return [" ".join(args[:2]), *args[2:]] if " ".join(args[:2]) in COMMANDS else args
 
 
-def application(args):
-    """The command line's parser. The subcommand in args has its options; the others have only a name and a summary."""
+def application(args, group: str = ""):
+    """The command line's parser. The subcommand in args has its options; the others have only a name and a summary.
+    group: what the commands begin with that there are; "": all."""
     app = typer.Typer(
         add_completion=False,
         rich_markup_mode=None,
@@ -120,7 +131,7 @@ def application(args):
     subcommand = next((word for word in args if not word.startswith("-")), None)
     for name, summary in COMMANDS.items():
         module = f"lockstep.commands.{name.replace(' ', '.' if name.startswith(FOLDERS) else '_')}"
-        if importlib.util.find_spec(module):
+        if name.startswith(group) and importlib.util.find_spec(module):
             function = importlib.import_module(module).command if name == subcommand else _not_loaded
             app.command(name, short_help=summary, help=function.__doc__ or summary)(function)
     return app

@@ -296,7 +296,7 @@ class LLM(LoadedModel):
         each = self.held_to(each, schema=schema, regex=regex, grammar=grammar)
         shown = self._shows_progress if progress is None else progress
         makers = [self.new_receipt(own, receipt) for own in each]
-        ended = run_all(self, prompts, each, predictions, known, shown, receipt=bool(receipt))
+        ended = run_all(self, prompts, each, predictions, known, shown, receipt=receipt is not False)
         return [
             completion(*[stream.request for stream in streams], new_receipt=make)
             for streams, make in zip(ended, makers, strict=True)
@@ -307,11 +307,11 @@ class LLM(LoadedModel):
     def new_receipt(self, params: SamplingParams, options: "bool | ReceiptOptions") -> NewReceipt | None:
         """What makes the receipts of a prompt's samples; None where none are asked for. ValueError for params of which
         no receipt can be made."""
-        if not options:
+        if options is False:
             return None
         from lockstep.receipts import receipt  # grammars take a while to import
 
-        chosen = options if isinstance(options, receipt.ReceiptOptions) else receipt.ReceiptOptions()
+        chosen = receipt.check_options(options)
         check_params(params)
         receipt.check_receivable(params)
         return lambda request, sample: receipt.make_receipt(self.model_part, request, params, sample, chosen)
@@ -331,9 +331,9 @@ class LLM(LoadedModel):
         here. No signature is checked, see `Envelope.is_signed_by`. ReceiptError, a ValueError, for what is no receipt.
         """
         from lockstep.receipts.receipt import statement_of
-        from lockstep.receipts.verify import NOTHING
+        from lockstep.receipts.verify import check_given
 
-        verification = self.verifier.begin(statement_of(receipt), given or NOTHING)
+        verification = self.verifier.begin(statement_of(receipt), check_given(given))
         if verification.request is not None:
             run_made(self.engine, [verification.request])
         return verification.finish()

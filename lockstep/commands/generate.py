@@ -120,8 +120,8 @@ def command(
     receipt_detached: Annotated[
         bool, typer.Option("--receipt-detached", help="In the receipt: no tokens. Who verifies it needs them.")
     ] = False,
-    receipt_hides_prompt: Annotated[
-        bool, typer.Option("--receipt-hides-prompt", help="In the receipt: a salted hash in place of the prompt.")
+    receipt_hide_prompt: Annotated[
+        bool, typer.Option("--receipt-hide-prompt", help="In the receipt: a salted hash in place of the prompt.")
     ] = False,
     nonce: Annotated[
         str | None, typer.Option(metavar="TEXT", show_default=False, help="In the receipt: a text of your own.")
@@ -154,7 +154,7 @@ def command(
     )
     SamplingParams(**fields, max_tokens=num_tokens or DEFAULT_TOKENS)  # ValueError before a model is loaded
     say_what_is_unused(invoked, temperature, as_json, speculate)
-    parts = dict(tags=receipt_tags, is_detached=receipt_detached, hides_prompt=receipt_hides_prompt, nonce=nonce)
+    parts = dict(tags=receipt_tags, is_detached=receipt_detached, hides_prompt=receipt_hide_prompt, nonce=nonce)
     receipts = receipt_file(invoked, receipt, receipt_key, parts)
     needed = None if max_context else needed_context(model, text, num_tokens or DEFAULT_TOKENS)
     # a single prompt cannot reuse a prefix from memory, only from the disk
@@ -174,6 +174,9 @@ def command(
         draft=draft,
         verify_weights=verify_weights,
     )
+    source_of_seed = invoked.get_parameter_source("seed")
+    if receipts is not None and source_of_seed is not None and source_of_seed.name == "DEFAULT":
+        fields |= receipts.drawn_seed(llm, text)
     run(llm, text, num_tokens, fields, form, receipts, echo=echo, as_json=as_json)
 
 
@@ -269,13 +272,13 @@ def run(llm, text, num_tokens, fields, form, receipts, *, echo, as_json) -> None
         show(text)
     with constrained_params(llm, params, form) as params:
         stream, timing = answer(llm, ids, params, show, receipt=receipts is not None)
-    write(json.dumps(described(stream, timing)) + "\n" if as_json else "\n")
+    has_receipt = receipts and stream.request.error is None
+    made = receipts.write(llm, stream.request, params) if has_receipt else {}
+    write(json.dumps(described(stream, timing) | made) + "\n" if as_json else "\n")
     print(timing, file=sys.stderr)
     if form and stream.request.finish_reason == "length":
         cut = f"the answer was cut at {timing.num_output} tokens, perhaps before {form[0]} is fulfilled"
         print(f"lockstep: {cut}; -n N allows more", file=sys.stderr)
-    if receipts and stream.request.error is None:
-        receipts.write(llm, stream.request, params)
     llm.close()
     if stream.request.error is not None:
         raise ValueError(stream.request.error)

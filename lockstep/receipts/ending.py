@@ -1,5 +1,6 @@
 """How an answer ends: its tokens are read once more, as they were when they were chosen."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from lockstep.engine.answer_tokens import NewDetokenizer, append_token
@@ -24,7 +25,8 @@ def ending(
     new_detokenizer: NewDetokenizer,
 ) -> Ending:
     """The Ending of an answer: end tokens, stop sequences and max_tokens are looked for after each token."""
-    request, reason = Request(0, prompt_ids, params), None
+    occurring = tuple(set(params.stop_token_ids).intersection(output_ids))  # of many, each token would be looked for
+    request, reason = Request(0, prompt_ids, replace(params, stop_token_ids=occurring)), None
     for token in output_ids:
         reason = append_token(request, token, eos_ids, new_detokenizer)
         if reason is not None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 MAX_KEY_BYTES = 16 << 10
+MAX_KEY_CHARS = 4096  # of a public key's PEM text; it has 113
 BEGIN_PUBLIC = "-----BEGIN PUBLIC KEY-----"
 
 
@@ -85,9 +86,19 @@ def load_signing_key(path: str | os.PathLike[str]) -> SigningKey:
 def load_public_key(source: str | os.PathLike[str]) -> PublicKey:
     """The key in a PEM file, or in PEM text. ReceiptError for a file that cannot be read, or has no public Ed25519
     key."""
-    is_text = isinstance(source, str) and source.lstrip().startswith(BEGIN_PUBLIC)
-    name, from_pem = "public key" if is_text else str(source), _serialization().load_pem_public_key
-    data = str(source).encode() if is_text else _read(source)
+    if isinstance(source, str) and source.lstrip().startswith(BEGIN_PUBLIC):
+        return public_key(source)
+    return _public_key(_read(source), str(source))
+
+
+def public_key(text: str) -> PublicKey:
+    """The key in PEM text, which is never read as the name of a file. ReceiptError for any other text."""
+    return _public_key(text.encode(), "key")
+
+
+def _public_key(data: bytes, name: str) -> PublicKey:
+    """The key in PEM text; name: where it came from, for errors."""
+    from_pem = _serialization().load_pem_public_key
     try:
         key = from_pem(data)
     except (ValueError, _unsupported()):
@@ -104,24 +115,33 @@ def create_key(path: str | os.PathLike[str]) -> SigningKey:
     forms = encoding.Encoding.PEM, encoding.PrivateFormat.PKCS8, encoding.NoEncryption()
     public = Path(f"{path}.pub")
     try:
-        if public.exists():
+        if os.path.lexists(public):
             raise FileExistsError(public)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(made.key.private_bytes(*forms))
-        public.write_text(made.public.pem, "ascii")
+        _write_new(path, made.key.private_bytes(*forms), 0o600)
+        try:
+            _write_new(public, made.public.pem.encode("ascii"), 0o666)
+        except OSError:
+            os.unlink(path)
+            raise
     except FileExistsError:
         raise ReceiptError(f"{path}: expected a new file for the key and its .pub, one of them exists") from None
-    except OSError as error:
-        raise ReceiptError(f"{path}: the key cannot be written: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        raise ReceiptError(f"{path}: the key cannot be written: {getattr(error, 'strerror', error)}") from None
     return made
+
+
+def _write_new(path: str | os.PathLike[str], data: bytes, mode: int) -> None:
+    """Writes a file that was not there. mode: before the umask."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        file.write(data)
 
 
 def _read(path: str | os.PathLike[str]) -> bytes:
     try:
         with open(path, "rb") as file:
             return file.read(MAX_KEY_BYTES)
-    except OSError as error:
-        raise ReceiptError(f"{path}: the key cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        raise ReceiptError(f"{path!s:.200}: the key cannot be read: {getattr(error, 'strerror', error)}") from None
 
 
 def _serialization() -> Any:

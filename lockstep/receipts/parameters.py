@@ -43,7 +43,7 @@ def to_json(params: SamplingParams) -> dict[str, Any]:
     usual, made = SamplingParams(), {}
     for field in dataclasses.fields(SamplingParams):
         name, value = field.name, getattr(params, field.name)
-        if name not in ELSEWHERE and value != getattr(usual, name):
+        if name not in ELSEWHERE and _written(name, value) != _written(name, getattr(usual, name)):
             made[name] = _written(name, value)
     return made
 

@@ -4,16 +4,17 @@ import os
 import secrets
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lockstep.engine.leaves import LEAF_BYTES, Leaves
 from lockstep.engine.request import Request, SamplingParams
 from lockstep.engine.selfcheck.check import NUMERICS
-from lockstep.receipts import parameters
+from lockstep.receipts import parameters, strict_json
 from lockstep.receipts.envelope import RECEIPT, Envelope, check_type
 from lockstep.receipts.envelope import from_bytes as envelope_from_bytes
 from lockstep.receipts.errors import ReceiptError
-from lockstep.receipts.fields import ids_digest
-from lockstep.receipts.form import form_of
+from lockstep.receipts.fields import ids_digest, shown
+from lockstep.receipts.form import check_form, form_of
 from lockstep.receipts.identity import ModelPart
 from lockstep.receipts.keys import SigningKey
 from lockstep.receipts.merkle import leaf_hashes, root, root_of
@@ -48,6 +49,11 @@ class ReceiptOptions:
     key: SigningKey | None = None
 
     def __post_init__(self) -> None:
+        for name in ("tags", "is_detached", "hides_prompt"):
+            if not isinstance(getattr(self, name), bool):
+                raise ReceiptError(f"{name}: expected True or False, got {shown(getattr(self, name))}")
+        if not (self.key is None or isinstance(self.key, SigningKey)):
+            raise ReceiptError(f"key: expected a SigningKey (keys.load_signing_key), got {shown(self.key)}")
         if self.nonce is not None:
             check_nonce(self.nonce)
 
@@ -64,15 +70,30 @@ class Receipt:
         """The envelope as JSON text, which `verify` reads."""
         return self.envelope.to_bytes()
 
+    def to_fields(self) -> dict[str, Any]:
+        """The fields of an answer in JSON that have it, and the salt of a hidden prompt."""
+        salt = {} if self.salt is None else dict(receipt_salt=self.salt.hex())
+        return dict(receipt=self.envelope.to_object(), **salt)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the JSON text to a file."""
         Path(path).write_bytes(self.to_bytes() + b"\n")
 
 
+def check_options(options: Any) -> ReceiptOptions:
+    """The ReceiptOptions of a caller, who may say True for the usual ones. ReceiptError for anything else."""
+    if not (options is True or isinstance(options, ReceiptOptions)):
+        raise ReceiptError(f"receipt: expected True, False or ReceiptOptions, got {shown(options)}")
+    return ReceiptOptions() if options is True else options
+
+
 def check_receivable(params: SamplingParams) -> None:
-    """ReceiptError for parameters of a request of which no receipt can be made."""
-    parameters.to_json(params)
-    form_of(params.logits_mask)
+    """ReceiptError for parameters of a request of which no receipt can be made, or only one that nobody could read."""
+    form = form_of(params.logits_mask)
+    written = strict_json.dumps(dict(sampling=parameters.to_json(params), form=form))
+    parameters.from_json(strict_json.loads(written)["sampling"])
+    if form is not None:
+        check_form(form)
 
 
 def make_receipt(

@@ -20,9 +20,12 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 TEXT_OR_BRACKET = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{]|[\]}]', re.DOTALL)
 
 
-def loads(data: bytes | str, max_bytes: int = MAX_BYTES) -> Any:
+def loads(data: bytes | str, max_bytes: int = MAX_BYTES, *, has_reals: bool = False) -> Any:
     """The value of a JSON text: objects, arrays, strings, booleans, null and integers below 2**63. ReceiptError for
-    anything else, and for a text that is larger than max_bytes or nested more than MAX_DEPTH deep."""
+    anything else, and for a text that is larger than max_bytes or nested more than MAX_DEPTH deep.
+
+    has_reals: whether there may be real numbers, as in an answer around a receipt.
+    """
     if len(data) > max_bytes:
         raise ReceiptError(f"expected at most {max_bytes} bytes of JSON, got {len(data)}")
     try:
@@ -32,8 +35,9 @@ def loads(data: bytes | str, max_bytes: int = MAX_BYTES) -> Any:
         raise ReceiptError("expected JSON in UTF-8, got other bytes") from None
     _check_depth(text)
     try:
+        real = float if has_reals else _refused
         value = json.loads(
-            text, object_pairs_hook=_object, parse_constant=_refused, parse_float=_refused, parse_int=_integer
+            text, object_pairs_hook=_object, parse_constant=_refused, parse_float=real, parse_int=_integer
         )
     except ReceiptError:
         raise

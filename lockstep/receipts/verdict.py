@@ -12,7 +12,8 @@ class Verdict:
     code: 0: the receipt is true; 1: it is false; 2: it cannot be checked here. what: what is wrong ("token", "root",
     "finish_reason", "model", ...); "" where nothing is. position: of the first token that is wrong, counted from 0 in
     the answer (or in the prompt, where `what` says so); None where it is not known. claimed, found: the values. reason:
-    the same in one sentence. text: of the answer, as its tokens and the tokenizer give it.
+    the same in one sentence. Of a true one: text: of the answer, as its tokens and the tokenizer give it; logprobs: of
+    its tokens; prompt_logprobs: of the prompt's tokens from the second on, where they were asked for.
     """
 
     code: int
@@ -22,6 +23,8 @@ class Verdict:
     found: object = None
     reason: str = ""
     text: str = ""
+    logprobs: tuple[float, ...] = ()
+    prompt_logprobs: tuple[float, ...] = ()
 
     @property
     def is_true(self) -> bool:

@@ -9,13 +9,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from lockstep.engine.engine import Engine
 from lockstep.engine.leaves import LEAF_BYTES
 from lockstep.engine.request import Request, SamplingParams
 from lockstep.receipts import form as forms
 from lockstep.receipts.ending import Ending, ending
+from lockstep.receipts.errors import ReceiptError
+from lockstep.receipts.fields import is_token
 from lockstep.receipts.head_blocks import HeadBlocks
 from lockstep.receipts.identity import ModelPart, difference
+from lockstep.receipts.masks import MAX_SECONDS, TooMuch, known_masks
 from lockstep.receipts.merkle import root_of
 from lockstep.receipts.replay import Mismatch, Replay, Replayed
 from lockstep.receipts.statement import Statement
@@ -37,11 +42,29 @@ class Given(NamedTuple):
 
 
 NOTHING = Given()
+LEAF = np.dtype([("token", "<u4"), ("logprob", "<f4"), ("state", "V32")])  # see `engine.leaves`
+
+
+def check_given(given: Any) -> Given:
+    """The Given that a caller passes, or NOTHING for None. ReceiptError for anything else."""
+    if given is None:
+        return NOTHING
+    if not isinstance(given, Given):
+        raise ReceiptError(f"given: expected a Given (lockstep/receipts/verify.py) or None, got {given!r:.80}")
+    for name in ("prompt_ids", "output_ids"):
+        ids = getattr(given, name)
+        if ids is not None and (isinstance(ids, (str, bytes)) or not all(map(is_token, ids))):
+            raise ReceiptError(f"given.{name}: expected token ids or None, got {ids!r:.80}")
+    if given.salt is not None and not isinstance(given.salt, bytes):
+        raise ReceiptError(f"given.salt: expected bytes or None, got {given.salt!r:.80}")
+    return given
 
 
 class Verifier:
     """Verifies receipts of one loaded model. model: what receipts say of it. grammars: returns what compiles grammars
-    for it, or None where it has no tokenizer."""
+    for it, or None where it has no tokenizer. mask_seconds: that the masks of an answer's form may take."""
+
+    mask_seconds = MAX_SECONDS
 
     def __init__(self, model: ModelPart, engine: Engine, grammars: Callable[[], Grammars | None]) -> None:
         self.model, self._engine, self._grammars = model, engine, grammars
@@ -49,7 +72,7 @@ class Verifier:
 
     def begin(self, statement: Statement, given: Given = NOTHING, cache_salt: str = "") -> "Verification":
         """Checks all that takes no computing. cache_salt: see `Engine.make`."""
-        prompt_ids = list(given.prompt_ids or statement.prompt.ids or ())
+        prompt_ids = list((statement.prompt.ids or ()) if given.prompt_ids is None else given.prompt_ids)
         output_ids = list((statement.answer.ids or ()) if given.output_ids is None else given.output_ids)
         wrong = self._check_model(statement) or _check_tokens(statement, prompt_ids, given)
         if wrong is None:
@@ -62,6 +85,11 @@ class Verifier:
         found = ending(prompt_ids, output_ids, params, self._engine.eos_ids, self._engine.new_detokenizer)
         if (wrong := _check_ending(statement, found)) is not None:
             return Verification(wrong)
+        if params.logits_mask is not None:
+            try:
+                params = replace(params, logits_mask=known_masks(params.logits_mask, output_ids, self.mask_seconds))
+            except TooMuch as error:
+                return Verification(unchecked("form", f"it cannot be checked here: {error}"))
         replayed = Replayed(
             prompt_ids=prompt_ids,
             output_ids=output_ids,
@@ -120,7 +148,7 @@ class Verifier:
                 wrong = false("form", None, None, "what held the answer to its form is not what was asked for")
                 return statement.params, wrong
         elif not forms.has_texts(form):
-            wrong = unchecked("form", "the receipt leaves out its grammar: the request is needed, too (--request)")
+            wrong = unchecked("form", "the receipt leaves out its grammar: the request is needed, too")
             return statement.params, wrong
         others = forms.libraries(form) - {forms.LIBRARY}
         if others:
@@ -169,21 +197,29 @@ class Verification:
                 hint = "" if statement.answer.tags else "; a receipt with tags would tell where"
                 reason = f"the tokens are the model's, but a log-probability or hidden state is not{hint}"
                 return false(what, part.root.hex(), found.hex(), reason)
-        return Verdict(TRUE, text=self._text)
+        answer, prompt = _logprobs(replay.answer), _logprobs(replay.prompt)
+        return Verdict(TRUE, text=self._text, logprobs=answer, prompt_logprobs=prompt)
+
+
+def _logprobs(leaves: bytearray) -> tuple[float, ...]:
+    return tuple(np.frombuffer(leaves, LEAF)["logprob"].tolist())
 
 
 def _check_tokens(statement: Statement, prompt_ids: list[int], given: Given) -> Verdict | None:
     """A Verdict where tokens are missing, or are not those of the statement."""
     prompt, answer = statement.prompt, statement.answer
     if not prompt_ids:
-        hint = "its prompt, and the salt" if prompt.is_hidden else "its prompt (--request)"
-        return unchecked("prompt", f"the receipt leaves out the prompt: {hint} is needed, too")
+        needed = "it and the salt of its commitment are" if prompt.is_hidden else "it is"
+        return unchecked("prompt", f"the receipt leaves out the prompt: {needed} needed, too")
     if prompt.is_hidden and given.salt is None:
-        return unchecked("prompt", "the receipt hides the prompt: the salt of its commitment is needed, too (--salt)")
+        return unchecked("prompt", "the receipt hides the prompt: the salt of its commitment is needed, too")
     if not prompt.is_of(prompt_ids, given.salt):
-        return false("prompt", prompt.digest.hex(), None, "the prompt is another one than the receipt's")
+        salted = ", or the salt is" if prompt.is_hidden else ""
+        return false("prompt", prompt.digest.hex(), None, f"the prompt is another one than the receipt's{salted}")
     if answer.ids is None and given.output_ids is None:
-        return unchecked("answer", "the receipt leaves out the answer's tokens: the answer is needed, too (--answer)")
+        return unchecked(
+            "answer", "the receipt leaves out the answer's tokens: the token ids of the answer are needed, too"
+        )
     if given.output_ids is None:
         return None
     if len(given.output_ids) != answer.tokens:

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -19,6 +20,7 @@ from lockstep.engine.selfcheck.check import NUMERICS
 from lockstep.loading import LoadedModel
 from lockstep.native.host import UnfitMachine
 from lockstep.receipts.form import mask_of
+from lockstep.receipts.masks import SERVER_SECONDS
 from lockstep.receipts.verify import Verification, Verifier
 from lockstep.replicas.messages import (
     Asked,
@@ -56,6 +58,7 @@ class Replica:
         self._verifications: dict[int, tuple[int, Verification]] = {}  # by the id of the engine's request
         self._names = NameLog(engine.scheduler)
         self._grammars: Grammars | None = None
+        self._making, self._verifying = threading.Lock(), ThreadPoolExecutor(1, "lockstep verifier")
         self._verifier: Verifier | None = None
         self._thread = EngineThread(engine, self._advanced, self._stopped)
         threading.Thread(target=self._beat, name="lockstep beat", daemon=True).start()
@@ -72,10 +75,12 @@ class Replica:
                     found = [self._requests[number] for number in numbers if number in self._requests]
                     self._thread.send("cancel", *found)
                 case Verify() as asked:
-                    self._guarded(asked.number, lambda asked=asked: self._verify(asked))
+                    begin = self._guarded, asked.number, lambda asked=asked: self._verify(asked)
+                    self._verifying.submit(*begin)  # masks of forms may take long: requests go on meanwhile
                 case Close():
                     break
         self._ended.set()
+        self._verifying.shutdown(wait=False, cancel_futures=True)
         self._thread.close()
 
     def send(self, message: Any) -> None:
@@ -107,13 +112,15 @@ class Replica:
         return mask_of(form, self._made_grammars(), self._model.vocab_size, self._engine.eos_ids)
 
     def _made_grammars(self) -> Grammars | None:
-        if self._grammars is None and self._model.has_tokenizer:
-            self._grammars = Grammars(self._model.tokenizer, self._engine.eos_ids, self._model.vocab_size)
-        return self._grammars
+        with self._making:
+            if self._grammars is None and self._model.has_tokenizer:
+                self._grammars = Grammars(self._model.tokenizer, self._engine.eos_ids, self._model.vocab_size)
+            return self._grammars
 
     def _verify(self, asked: Verify) -> None:
         if self._verifier is None:
             self._verifier = Verifier(self._model.model_part, self._engine, self._made_grammars)
+            self._verifier.mask_seconds = SERVER_SECONDS
         given = asked.given._replace(logits_mask=self._mask(asked.form))
         begun = self._verifier.begin(asked.statement, given, asked.cache_salt)
         if begun.request is None:

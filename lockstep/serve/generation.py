@@ -56,6 +56,7 @@ class Generation:
         self._receipts: Receipts | None = None
         self._seeds: Seeds | None = None
         self.seed: int | None = None
+        self._num_ended = 0
         self._narrowing: Sequence[str] = ()
         self.model_name = service.model_name
         self.num_sequences, self.num_queued_tokens, self.num_logprobs = 1, 0, 0
@@ -218,12 +219,11 @@ class Generation:
             self._count_tokens(found)
             if self._receipts is not None:
                 await self._make_large_receipts(found, self._receipts)
+                await self._keep_receipts(found, self._receipts)
             yield found
         self.raise_if_ended()
         self._ended = time.monotonic()
         self._check_errors()
-        if self._receipts is not None and self.service.receipts.keeps_all:
-            await self.offload(self._receipts.keep, self.requests, self._prompts)
         self.service.metrics.whole_answer.add(self.exchange.seconds)
 
     async def _make_large_receipts(self, found: list[SequenceTokens], receipts: Receipts) -> None:
@@ -232,6 +232,14 @@ class Generation:
             request = self.requests[number]
             if reason is not None and len(request.prompt_ids) + len(request.output_ids) > LONG_TOKENS:
                 await self.offload(receipts.make, number, request, self._prompts)
+
+    async def _keep_receipts(self, found: list[SequenceTokens], receipts: Receipts) -> None:
+        """Keeps the receipts of all answers, once all have ended, where the server does so: a client that has seen the
+        end of its answer may leave."""
+        self._num_ended += sum(reason is not None for _, _, reason in found)
+        has_failed = any(request.finish_reason == "error" for request in self.requests)
+        if self._num_ended == len(self.requests) and not has_failed and self.service.receipts.keeps_all:
+            await self.offload(receipts.keep, self.requests, self._prompts)
 
     def _frame(self) -> float:
         """Seconds between two events of a stream: longer with many streams, as an event takes the time of several

@@ -147,6 +147,7 @@ class Service:
         """Ends the engine and the workers. A step that does not end is not waited for."""
         self.state = "closed"
         self._workers.shutdown(wait=False, cancel_futures=True)
+        self.receipts.close()
         if self.engine is not None:
             closing = threading.Thread(target=self.engine.close, daemon=True)
             closing.start()
@@ -298,15 +299,18 @@ class Service:
 
     # ------------------------------------------------------------ work beside the event loop
 
-    async def offload(self, function: Callable[..., T], *args: Any) -> T:
-        """Runs a function in a worker thread; returns its result.
+    async def offload(
+        self, function: Callable[..., T], *args: Any, workers: concurrent.futures.Executor | None = None
+    ) -> T:
+        """Runs a function in a worker thread; returns its result. workers: others than those that prepare requests.
 
         A ValueError becomes ApiError 400, Busy a 429. ApiError 503 if it takes too long: the function then runs on with
         nobody waiting for it, so it must also be bounded in itself.
         """
-        self._num_offloaded += 1
-        running = asyncio.get_running_loop().run_in_executor(self._workers, function, *args)
-        running.add_done_callback(self._offloaded)
+        is_own = workers is None
+        self._num_offloaded += is_own
+        running = asyncio.get_running_loop().run_in_executor(workers or self._workers, function, *args)
+        running.add_done_callback(lambda ended: self._offloaded(ended, is_own))
         try:
             async with asyncio.timeout(self.limits.offload_seconds):
                 return await asyncio.shield(running)
@@ -320,8 +324,8 @@ class Service:
                 503, f"preparing the request took more than {self.limits.offload_seconds:g} s", code="timeout"
             ) from None
 
-    def _offloaded(self, running: asyncio.Future[Any]) -> None:
-        self._num_offloaded -= 1
+    def _offloaded(self, running: asyncio.Future[Any], is_own: bool) -> None:
+        self._num_offloaded -= is_own
         if not running.cancelled():
             running.exception()  # so that asyncio does not warn of an exception that nobody retrieved
 

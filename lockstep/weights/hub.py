@@ -26,6 +26,7 @@ HUB_NAME = re.compile(
 HUB_ADDRESS = re.compile(r"(?:https?://)?(?:hf\.co|(?:www\.)?huggingface\.co)/(?P<page>[^?#]*)[?#]?.*", re.IGNORECASE)
 # the address of a repository, of its files at a revision, or of one of them
 HUB_PAGE = re.compile(r"(?P<repo>[^/]+/[^/]+)(?:/(?:tree|blob|resolve)/(?P<revision>[^/]+)(?:/(?P<file>.+\.gguf))?)?/?")
+BUNDLED = "bundled"  # what receipts and `lockstep list` call the bundled model
 WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 # Subfolders hold other forms of the same weights, consolidated files a vendor's own form.
 UNWANTED = ("*/*", "consolidated*")
@@ -42,14 +43,14 @@ class HubName(NamedTuple):
 
 
 def resolve_model(name: str | None, progress: OnProgress | None = None) -> Path:
-    """The folder or GGUF file that `name` means: None is the bundled model, otherwise it is a path, a hub name,
-    "ollama:NAME[:TAG]" or "lmstudio:PUBLISHER/REPOSITORY[:QUANT]".
+    """The folder or GGUF file that `name` means: None or BUNDLED is the bundled model, otherwise it is a path, a hub
+    name, "ollama:NAME[:TAG]" or "lmstudio:PUBLISHER/REPOSITORY[:QUANT]".
 
     A hub name (org/model, org/model:QUANT, org/model:file.gguf, org/model@revision, also with hf.co/ or as the address
     of a page) is downloaded into the hub's own cache; its progress is reported as ("downloading", bytes done, bytes in
     all), or without `progress` shown by the hub's client. Raises ValueError that says in one sentence what was tried.
     """
-    if name is None:
+    if name is None or (name == BUNDLED and not os.path.exists(name)):
         return _bundled_folder()
     path = Path(os.path.expanduser(name))
     if name and os.path.isdir(path):

@@ -59,7 +59,7 @@ def test_false_receipts(folder, capsys):
     request = folder / "request.json"
     request.write_text(json.dumps(dict(prompt="import os\n", max_tokens=12, temperature=0.8, seed=4)))
     code, out, _ = verify(capsys, folder / "signed", "--request", request)
-    assert code == 1 and out == "false: the request has the nonce None, the receipt 'n'\n"
+    assert code == 1 and out == 'false: the request has no nonce, the receipt the nonce "n"\n'
     body = dict(prompt="import os\n", max_tokens=12, temperature=0.8, seed=4, receipt=dict(nonce="n"))
     request.write_text(json.dumps(body))
     code, out, _ = verify(capsys, folder / "signed", "--request", request)
@@ -71,11 +71,13 @@ def test_false_receipts(folder, capsys):
 def test_a_detached_receipt_needs_the_request_and_the_answer(folder, capsys):
     receipt, answer, request = folder / "detached", folder / "answer.json", folder / "asked.json"
     capsys.readouterr()
-    options = ["--receipt-detached", "--receipt-hides-prompt", "--receipt-tags", "--json"]
+    options = ["--receipt-detached", "--receipt-hide-prompt", "--receipt-tags", "--json"]
     assert main([*ASK, *options, "--receipt", str(receipt)]) == 0
     said = capsys.readouterr()
     answer.write_text(said.out)
-    salt = said.err.rstrip().rpartition(" ")[2]
+    salt = json.loads(said.out)["receipt_salt"]
+    assert f"the prompt's salt, for whoever may verify it: {salt}" in said.err
+    assert verify(capsys, answer)[0] == 0  # it has the salt and all tokens beside the receipt
     request.write_text(json.dumps(dict(prompt="import os\n", max_tokens=12, temperature=0.8, seed=3)))
     code, out, _ = verify(capsys, receipt)
     assert code == 2 and out.startswith("not checked: the receipt leaves out the prompt")
@@ -99,10 +101,11 @@ def test_a_batch_signs_many(folder, capsys):
 
 
 @pytest.mark.parametrize("text, said", [
-    ("", "expected JSON"),
+    ("", "expected a receipt, or an answer with one, got an empty text"),
+    (" \n\n", "got an empty text"),
     ("{}", "expected a receipt, or an answer with one, got an object with nothing"),
     ('{"choices":[{"text":"a"}]}', "got an object with choices"),
-    ("[1.5]", "integers as numbers of JSON"),
+    ("[1.5]", "expected an object"),
     ('{"payloadType":"x","payload":"","signatures":[]}', "envelope.payloadType"),
 ])  # fmt: skip
 def test_what_is_no_receipt(text, said, tmp_path, capsys):
@@ -119,6 +122,7 @@ def test_options_that_are_refused(folder, tmp_path, capsys):
     said = capsys.readouterr().err
     for words in ("No such file", "the key cannot be read", "printable ASCII", "expected a new file for the key"):
         assert words.lower() in said.lower()
+    assert main([*ASK, "--receipt", "-"]) == 2 and "--receipt -: expected a file" in capsys.readouterr().err
     code, _, err = verify(capsys, folder / "signed", "--salt", "5")
     assert code == 2 and "salt: expected 64 hexadecimal digits, got '5'" in err
     assert main([*ASK, "--receipt-tags"]) == 0
@@ -172,3 +176,116 @@ def test_a_context_that_cuts_an_answer_is_told(folder, capsys):
     (folder / "body").write_text(json.dumps(body))
     code, out, _ = verify(capsys, folder / "cut", "--request", folder / "body")
     assert code == 2 and "who made it chose how many to use" in out
+
+
+def test_options_that_belong_to_another_file_are_refused(folder, capsys):
+    receipts, batch = folder / "two.jsonl", folder / "two.batch"
+    receipts.write_text((folder / "signed").read_text() * 2)
+    assert main(["receipt", "batch", str(receipts), str(batch)]) == 0
+    for path, option, value, said in (
+        (receipts, "--receipts", batch, "is no batch, which --receipts belongs to"),
+        (folder / "signed", "--receipts", "/nonexistent", "is no batch, which --receipts belongs to"),
+        (receipts, "--answer", folder / "signed", "--answer: expected a file with one receipt, got one with 2"),
+        (receipts, "--salt", "00" * 32, "--salt: expected one for each of 2 receipts, got 1"),
+    ):
+        code, out, err = verify(capsys, path, option, value)
+        assert code == 2 and not out and said in err
+    (folder / "bodies").write_text("{}\n{}\n{}\n")
+    code, _, err = verify(capsys, receipts, "--request", folder / "bodies")
+    assert code == 2 and "--request: expected one request, or a line for each of 2 receipts, got 3 lines" in err
+
+
+def test_many_receipts_have_line_numbers_and_a_summary(folder, capsys):
+    signed, false = (folder / "signed").read_text(), changed(folder, "c", finish_reason="stop").read_text()
+    (folder / "many").write_text(f"{signed}\n{false}\n{{\n{signed[:80]}{{}}\n{signed}")
+    code, out, _ = verify(capsys, folder / "many")
+    assert code == 1 and "line 1: true: 12 tokens" in out and "line 3: false: the receipt says" in out
+    assert "line 4: not checked: expected JSON" in out and out.endswith("5 receipts: 2 true, 1 false, 2 not checked\n")
+    body = dict(prompt="import os\n", max_tokens=12, temperature=0.8, seed=3, receipt=dict(nonce="n"))
+    lines = [body, body | dict(seed=5)]
+    (folder / "two").write_text(signed * 2)
+    (folder / "bodies").write_text("\n".join(map(json.dumps, lines)))
+    code, out, _ = verify(capsys, folder / "two", "--request", folder / "bodies")
+    assert code == 1 and "line 1: true" in out and "line 2: false: the request has seed 5, the receipt 3" in out
+
+
+def test_one_receipt_of_a_batch(folder, capsys):
+    receipts, batch, member = folder / "five.jsonl", folder / "five.batch", folder / "third"
+    receipts.write_text((folder / "signed").read_text() * 2 + changed(folder, "d", root="0" * 64).read_text())
+    assert main(["receipt", "batch", str(receipts), str(batch), "--receipt-key", str(folder / "key")]) == 0
+    assert main(["receipt", "extract", str(batch), str(receipts), "2", str(member)]) == 0
+    code, out, _ = verify(capsys, member, "--key", folder / "key.pub")
+    assert code == 0 and "number 2 of a batch; signed by key" in out
+    made = json.loads(member.read_text())
+    other = json.loads(receipts.read_text().splitlines()[2])
+    for change, said in (
+        (dict(index=2), "false: the receipt is not the one at its place in the batch"),
+        (dict(path=made["path"][::-1]), "not the one at its place"),
+        (dict(receipt=other), "not the one at its place"),
+        (dict(batch=made["batch"] | dict(signatures=[])), "false: the batch is not signed by key"),
+    ):
+        member.write_text(json.dumps(made | change))
+        code, out, _ = verify(capsys, member, "--key", folder / "key.pub")
+        assert code == 1 and said in out
+    for change, said in ((dict(more=1), "member.more: expected no such field"), (dict(path=["0"]), "member.path")):
+        member.write_text(json.dumps(made | change))
+        code, _, err = verify(capsys, member)
+        assert code == 2 and said in err
+    assert main(["receipt", "extract", str(batch), str(receipts), "4", str(member)]) == 2
+    assert main(["receipt", "extract", str(batch), str(folder / "signed"), "1", str(member)]) == 2
+
+
+def test_no_command_overwrites_what_it_reads(folder, capsys):
+    receipts, batch = folder / "kept.jsonl", folder / "kept.batch"
+    receipts.write_text((folder / "signed").read_text() * 2)
+    assert main(["receipt", "batch", str(receipts), str(batch)]) == 0
+    assert main(["receipt", "batch", str(receipts), str(receipts)]) == 2
+    assert main(["receipt", "extract", str(batch), str(receipts), "1", str(batch)]) == 2
+    assert "expected another file" in capsys.readouterr().err
+    assert receipts.read_text() == (folder / "signed").read_text() * 2 and "receipt-batch" in batch.read_text()
+
+
+def test_a_receipt_is_shown(folder, capsys):
+    capsys.readouterr()
+    for options, ids in (([], "12 ids (--tokens)"), (["--tokens"], 12)):
+        assert main(["receipt", "show", str(folder / "signed"), *options]) == 0
+        shown = json.loads(capsys.readouterr().out)
+        found = shown["payload"]["answer"]["ids"]
+        assert found == ids if isinstance(ids, str) else len(found) == ids
+    code, out, _ = verify(capsys, folder / "signed")
+    assert code == 0 and out.endswith(f"; receipt {shown['digest'][:16]}\n") and len(shown["keyids"]) == 1
+
+
+def test_names_of_the_model(folder, capsys):
+    for model in (["--model", "bundled"], ["bundled"]):
+        assert verify(capsys, folder / "signed", *model)[0] == 0
+    code, _, err = verify(capsys, folder / "signed", "bundled", "--model", "other")
+    assert code == 2 and "expected the model once" in err
+
+
+def test_a_group_of_commands_alone_lists_them(capsys):
+    for args in (["receipt"], ["receipt", "--help"], ["help", "receipt"]):
+        main(args)
+        out = capsys.readouterr().out
+        assert "receipt extract" in out and "generate" not in out
+
+
+def test_another_arithmetic_loads_no_model(folder, capsys, monkeypatch):
+    envelope = json.loads((folder / "signed").read_text())
+    payload = json.loads(base64.b64decode(envelope["payload"]))
+    payload["numerics"] += 1
+    envelope["payload"] = base64.b64encode(json.dumps(payload).encode()).decode()
+    (folder / "later").write_text(json.dumps(envelope))
+    monkeypatch.setattr("lockstep.commands.terminal.verification.loaded", None)
+    code, out, _ = verify(capsys, folder / "later")
+    assert code == 2 and out.startswith("not checked: the arithmetic is version")
+
+
+def test_a_nonce_draws_the_seed_as_over_http(folder, capsys):
+    asked = ["generate", "-p", "import os\n", "-n", "9", "--temperature", "0.8", "--threads", "1", "--nonce", "once"]
+    assert main([*asked, "--receipt", str(folder / "drawn")]) == 0
+    body = dict(prompt="import os\n", max_tokens=9, temperature=0.8, receipt=dict(nonce="once"))
+    (folder / "body").write_text(json.dumps(body))
+    assert verify(capsys, folder / "drawn", "--request", folder / "body")[0] == 0
+    assert main([*asked, "--receipt", str(folder / "given"), "--seed", "0"]) == 0
+    assert verify(capsys, folder / "given", "--request", folder / "body")[0] == 1

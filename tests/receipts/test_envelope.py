@@ -148,3 +148,13 @@ def test_without_the_package_a_sentence_says_what_to_install(monkeypatch):
     with pytest.raises(ReceiptError, match="need the package cryptography: pip install cryptography"):
         load_signing_key("key")
     assert envelopes.from_bytes(Envelope(b"x").to_bytes()).payload == b"x"  # unsigned receipts need no package
+
+
+def test_a_key_is_made_whole_or_not_at_all(tmp_path):
+    (tmp_path / "key.pub").symlink_to(tmp_path / "none" / "such")
+    with pytest.raises(ReceiptError, match="one of them exists"):
+        create_key(tmp_path / "key")
+    assert not (tmp_path / "key").exists()
+    for use in (load_public_key, load_signing_key, create_key):
+        with pytest.raises(ReceiptError, match=r"null byte|NUL"):
+            use("a\0b")

@@ -6,11 +6,13 @@ import pytest
 
 from lockstep.engine.request import SamplingParams
 from lockstep.llm import LLM
+from lockstep.receipts.around.asked import Asked
 from lockstep.receipts.envelope import Envelope
 from lockstep.receipts.errors import ReceiptError
 from lockstep.receipts.fields import ids_digest
 from lockstep.receipts.merkle import root_of
-from lockstep.receipts.receipt import ReceiptOptions
+from lockstep.receipts.parameters import seed_of
+from lockstep.receipts.receipt import ReceiptOptions, statement_of
 from lockstep.receipts.statement import commitment, from_bytes
 from lockstep.receipts.verify import Given
 
@@ -203,3 +205,70 @@ def test_a_receipt_of_no_tokens(llm, statement):
     empty = replaced(statement, "answer", tokens=0, ids=(), tags=b"", root=root_of(b"", 40), finish_reason="cancelled")
     assert verdict(llm, empty).is_true
     assert verdict(llm, replaced(empty, "answer", root=bytes(32))).what == "root"
+
+
+@pytest.mark.parametrize("receipt", [{"nonce": "a"}, "yes", 1, 0, None, "", {}])
+def test_what_asks_for_no_receipt_is_refused(llm, receipt):
+    with pytest.raises(ReceiptError, match="receipt: expected True, False or ReceiptOptions"):
+        llm.generate("x", SamplingParams(max_tokens=1), receipt=receipt)
+    with pytest.raises(ReceiptError, match="receipt: expected True, False or ReceiptOptions"):
+        llm.stream("x", SamplingParams(max_tokens=1), receipt=receipt)
+
+
+def test_options_of_other_types_are_refused(llm, answer):
+    for name, value in dict(tags="yes", is_detached=1, hides_prompt=None, key="file").items():
+        with pytest.raises(ReceiptError, match=f"{name}: expected"):
+            ReceiptOptions(**{name: value})
+    for given in ({"salt": b""}, 5, Given(prompt_ids="text"), Given(output_ids=[0.5]), Given(salt="00" * 32)):
+        with pytest.raises(ReceiptError, match="given"):
+            llm.verify(answer.receipt, given)
+
+
+def test_no_receipt_is_made_that_nobody_could_read(llm):
+    for params in (
+        SamplingParams(stop=tuple(f"stop {i}" for i in range(100))),
+        SamplingParams(stop=("s" * 5000,)),
+        SamplingParams(stop=("\ud800",)),
+    ):
+        with pytest.raises(ReceiptError):
+            llm.generate("x", params, receipt=True)
+
+
+def test_reasons_name_no_options_of_the_command_line(llm, statement):
+    hidden = dataclasses.replace(
+        statement.prompt, digest=commitment(b"1" * 32, statement.prompt.ids), is_hidden=True, ids=None
+    )
+    cases = [
+        (statement.detached(), {}),
+        (dataclasses.replace(statement, prompt=hidden), {}),
+        (dataclasses.replace(statement, prompt=hidden), dict(prompt_ids=statement.prompt.ids)),
+        (statement.detached(), dict(prompt_ids=statement.prompt.ids)),
+    ]
+    for each, given in cases:
+        found = verdict(llm, each, **given)
+        assert found.code == 2 and "--" not in found.reason
+    wrong = verdict(llm, cases[1][0], prompt_ids=statement.prompt.ids, salt=b"2" * 32)
+    assert wrong.code == 1 and "or the salt is" in wrong.reason
+
+
+def test_a_true_verdict_has_the_log_probabilities(llm, answer):
+    found = llm.verify(answer.receipt)
+    assert list(found.logprobs) == answer.logprobs and found.prompt_logprobs == ()
+    [scored] = llm.generate("import os", SamplingParams(max_tokens=1, prompt_logprobs=0), receipt=True)
+    assert list(llm.verify(scored.receipt).prompt_logprobs) == scored.prompt_logprobs
+
+
+def test_what_was_asked_for_from_python(llm):
+    params, ids = SamplingParams(max_tokens=6, temperature=0.8, seed=3), llm.encode("import os")
+    [made] = llm.generate("import os", params, receipt=ReceiptOptions(nonce="mine"))
+    of = statement_of(made.receipt)
+    assert Asked([(ids, params)], nonce="mine").difference(of) is None
+    for asked, what in (
+        (Asked([(ids, params)]), "nonce"),
+        (Asked([(ids[1:], params)], nonce="mine"), "prompt"),
+        (Asked([(ids, dataclasses.replace(params, temperature=0.81))], nonce="mine"), "sampling.temperature"),
+        (Asked([(ids, params)], nonce="mine", begun=[[[5]]]), "continue_from"),
+    ):
+        assert asked.difference(of).what == what
+    seeded = Asked([(ids, params)], has_seed=False, nonce="mine").difference(of)
+    assert seeded.reason == f"the request has seed {seed_of('mine', ids)}, the receipt 3"

@@ -7,6 +7,7 @@ import typer
 
 from lockstep.commands.generate import read_text
 from lockstep.commands.options import ReceiptKey
+from lockstep.commands.terminal.receipts import check_other
 
 
 def command(
@@ -15,12 +16,14 @@ def command(
     receipt_key: ReceiptKey = None,
 ) -> None:
     """Bind many receipts, such as those of an evaluation (lockstep serve --receipts FILE), by the root of one tree,
-    which one signature signs. lockstep verify FILE --receipts RECEIPTS checks them all."""
-    from lockstep.receipts.answers import answered
+    which one signature signs. lockstep verify FILE --receipts RECEIPTS checks them all, lockstep receipt extract takes
+    one of them out."""
+    from lockstep.receipts.around.files import answered
     from lockstep.receipts.batch import batch_of
     from lockstep.receipts.envelope import BATCH, Envelope
     from lockstep.receipts.keys import load_signing_key
 
+    check_other(path, receipts)
     key = None if receipt_key is None else load_signing_key(receipt_key)
     batch = batch_of([each.envelope for each in answered(read_text(receipts))])
     made = Envelope(batch.to_bytes(), BATCH)

@@ -1,21 +1,19 @@
 """Receipts on the command line: the file in which one is written, and what a verification says."""
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.commands.options import say_unused
-from lockstep.commands.terminal.output import counted
 
 if TYPE_CHECKING:
     from lockstep.engine.request import Request, SamplingParams
     from lockstep.llm import LLM
     from lockstep.receipts.receipt import ReceiptOptions
-    from lockstep.receipts.statement import Statement
-    from lockstep.receipts.verdict import Verdict
 
-PARTS = ("receipt_key", "receipt_tags", "receipt_detached", "receipt_hides_prompt", "nonce")
+PARTS = ("receipt_key", "receipt_tags", "receipt_detached", "receipt_hide_prompt", "nonce")
 
 
 @dataclass(frozen=True)
@@ -25,8 +23,16 @@ class ReceiptFile:
     path: Path
     options: "ReceiptOptions"
 
-    def write(self, llm: "LLM", request: "Request", params: "SamplingParams") -> None:
-        """Makes the receipt of a request that has ended, writes it, and says so on standard error."""
+    def drawn_seed(self, llm: "LLM", prompt: str) -> dict[str, int]:
+        """The seed that follows from the nonce, as over HTTP, for a request without one; none without a nonce."""
+        from lockstep.receipts.parameters import seed_of
+
+        nonce = self.options.nonce
+        return {} if nonce is None else dict(seed=seed_of(nonce, llm.encode(prompt)))
+
+    def write(self, llm: "LLM", request: "Request", params: "SamplingParams") -> dict[str, Any]:
+        """Makes the receipt of a request that has ended, writes it, and says so on standard error. Returns the fields
+        of an answer in JSON that have it."""
         make = llm.new_receipt(params, self.options)
         assert make is not None, "its options ask for one"
         receipt = make(request, 0)
@@ -34,6 +40,7 @@ class ReceiptFile:
         print(f"lockstep: receipt {receipt.envelope.digest[:16]} in {self.path}", file=sys.stderr)
         if receipt.salt is not None:
             print(f"lockstep: the prompt's salt, for whoever may verify it: {receipt.salt.hex()}", file=sys.stderr)
+        return dict(prompt_token_ids=request.prompt_ids, **receipt.to_fields())
 
 
 def receipt_file(invoked: Any, path: str | None, key: str | None, parts: dict[str, Any]) -> ReceiptFile | None:
@@ -42,6 +49,8 @@ def receipt_file(invoked: Any, path: str | None, key: str | None, parts: dict[st
     if path is None:
         say_unused(invoked, PARTS, "without --receipt")
         return None
+    if path == "-":
+        raise ValueError("--receipt -: expected a file; on standard output is the answer, with --json and its receipt")
     from lockstep.receipts.keys import load_signing_key
     from lockstep.receipts.receipt import ReceiptOptions
 
@@ -51,12 +60,7 @@ def receipt_file(invoked: Any, path: str | None, key: str | None, parts: dict[st
     return ReceiptFile(Path(path), made)
 
 
-def told(verdict: "Verdict", statement: "Statement") -> str:
-    """A verification's outcome in one line."""
-    if not verdict.is_true:
-        return f"{'false' if verdict.code == 1 else 'not checked'}: {verdict.reason}"
-    params, answer = statement.params, statement.answer
-    choice = f"temperature {params.temperature:g}, seed {params.seed}" if params.temperature else "greedy"
-    sample = f", sample {statement.sample} of {params.n}" if params.n > 1 else ""
-    tokens = f"{counted(answer.tokens, 'token')} after a prompt of {statement.prompt.tokens}"
-    return f"true: {tokens}, {choice}{sample}, ended by {answer.finish_reason}"
+def check_other(path: str, *read: str) -> None:
+    """ValueError for a file to be written that is one of those that are read."""
+    if os.path.exists(path) and any(os.path.exists(each) and os.path.samefile(path, each) for each in read):
+        raise ValueError(f"{path}: expected another file to write to than one that is read")

@@ -49,6 +49,25 @@ class KnownFields(Fields):
         return value
 
 
+class OnlyFields(Fields):
+    """Fields of a body, or of an object in it, that are all: another one may be a misspelt one, so it is refused.
+
+    inside: see KnownFields.
+    """
+
+    inside: ClassVar[str] = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_others(cls, value: Any) -> Any:
+        """ApiError 400 that names the first field that is none of these."""
+        for name in value if isinstance(value, dict) else ():
+            if name not in cls.model_fields:
+                allowed = ", ".join(cls.model_fields)
+                raise wrong_field(cls.inside + name[:40], f"no such field, expected one of {allowed}", "unknown_field")
+        return value
+
+
 def _only(*values: object, instead: str = "") -> RefusedField:
     """A field of which null and these values are neutral."""
 
@@ -170,6 +189,7 @@ EMBEDDING = {name: PROMPT[name] for name in OF_PROMPTS.split()} | {
     "embed_dtype": _only("float32"),
     "endianness": _only("native", "little"),
     "padding": _only("do_not_pad"),
+    "receipt": _only(False, instead="an embedding has no receipt"),
     "use_activation": _only(True, instead="use normalize"),
 }
 

@@ -9,10 +9,10 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from lockstep.engine.request import MIN_TEMPERATURE, SamplingParams
 from lockstep.serve.errors import check_most, not_allowed, wrong_field
-from lockstep.serve.fields.body import Items, SimpleOr, Whole, integral, shown
+from lockstep.serve.fields.body import Items, Whole, integral, shown
 from lockstep.serve.fields.known import GENERATION, KnownFields
 from lockstep.serve.fields.prediction import PredictionFields
-from lockstep.serve.fields.receipt import ReceiptFields
+from lockstep.serve.fields.receipt import Receipt
 from lockstep.serve.limits import Limits
 
 INT64: dict[str, Any] = dict(ge=-(1 << 63), le=(1 << 63) - 1)
@@ -79,7 +79,7 @@ class SamplingFields(KnownFields):
     bad_words: Items[str] | None = None
     cache_salt: CacheSalt | None = None
     prediction: PredictionFields | None = None
-    receipt: SimpleOr[bool, ReceiptFields] | None = None
+    receipt: Receipt | None = None
 
     @property
     def num_samples(self) -> int:

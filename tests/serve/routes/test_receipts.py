@@ -162,7 +162,7 @@ def test_what_is_no_receipt(server, body, said):
 
 def test_what_no_receipt_is_made_of(server):
     for receipt, said in (
-        ("yes", "receipt: expected true or false"),
+        ("yes", "receipt: expected true, false or an object with any of tags, detached, hide_prompt, nonce"),
         (dict(nonce="\n"), "nonce"),
         (dict(tags=1), "tags"),
     ):

@@ -106,18 +106,21 @@ def model_part(llm: ModelSource, name: str | None = None) -> ModelPart:
     return ModelPart(
         name=(llm.path.name if name is None else name)[:MAX_NAME_CHARS],
         content=llm.content.wait(),
-        formats=_digest(sorted((weight.name, weight.format) for weight in weights)),
+        formats=digest_of(sorted((weight.name, weight.format) for weight in weights)),
         weights=model.weights,
         kv_dtype=model.kv_dtype,
         eos=tuple(sorted(llm.engine.eos_ids)),
         context=llm.engine.model.max_context,
         plan=model.plan or None,
-        tokenizer=None if tokenizer is None else _digest([tokenizer.backend.to_str(), dict(tokenizer.special_tokens)]),
-        chat_template=_digest(templates) if templates else None,
+        tokenizer=None
+        if tokenizer is None
+        else digest_of([tokenizer.backend.to_str(), dict(tokenizer.special_tokens)]),
+        chat_template=digest_of(templates) if templates else None,
     )
 
 
-def _digest(value: Any) -> str:
+def digest_of(value: Any) -> str:
+    """SHA-256 of a value's JSON, 64 hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

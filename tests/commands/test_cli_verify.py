@@ -289,3 +289,15 @@ def test_a_nonce_draws_the_seed_as_over_http(folder, capsys):
     assert verify(capsys, folder / "drawn", "--request", folder / "body")[0] == 0
     assert main([*asked, "--receipt", str(folder / "given"), "--seed", "0"]) == 0
     assert verify(capsys, folder / "given", "--request", folder / "body")[0] == 1
+
+
+def test_lines_of_a_batch_of_requests(folder, capsys):
+    receipt = json.loads((folder / "signed").read_text())
+    body = dict(object="text_completion", choices=[dict(index=0, finish_reason="length", receipt=receipt)])
+    lines = [
+        dict(id="1", custom_id="a", response=dict(status_code=200, body=body), error=None),
+        dict(id="2", custom_id="b", response=dict(status_code=400, body=dict(error="no")), error=None),
+    ]
+    (folder / "output.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    code, out, _ = verify(capsys, folder / "output.jsonl")
+    assert code == 2 and "line 1: true" in out and "line 2: not checked: expected a receipt, or an answer" in out

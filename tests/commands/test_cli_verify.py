@@ -270,15 +270,20 @@ def test_a_group_of_commands_alone_lists_them(capsys):
         assert "receipt extract" in out and "generate" not in out
 
 
-def test_another_arithmetic_loads_no_model(folder, capsys, monkeypatch):
+@pytest.mark.parametrize("part, name, value, said", [
+    ("", "numerics", 99, "not checked: the arithmetic is version 99"),
+    ("model", "content", "0" * 64, "not checked: another model: the content of its files is 000000000000..."),
+])  # fmt: skip
+def test_another_arithmetic_and_another_model_load_none(part, name, value, said, folder, capsys, monkeypatch):
     envelope = json.loads((folder / "signed").read_text())
     payload = json.loads(base64.b64decode(envelope["payload"]))
-    payload["numerics"] += 1
+    (payload[part] if part else payload)[name] = value
+    payload["model"]["weights"] = "q4_0"  # in which it would be packed
     envelope["payload"] = base64.b64encode(json.dumps(payload).encode()).decode()
     (folder / "later").write_text(json.dumps(envelope))
     monkeypatch.setattr("lockstep.commands.terminal.verification.loaded", None)
     code, out, _ = verify(capsys, folder / "later")
-    assert code == 2 and out.startswith("not checked: the arithmetic is version")
+    assert code == 2 and out.startswith(said)
 
 
 def test_a_nonce_draws_the_seed_as_over_http(folder, capsys):

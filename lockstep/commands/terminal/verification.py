@@ -3,13 +3,13 @@
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lockstep.commands.generate import read_text
 from lockstep.commands.options import load
 from lockstep.commands.terminal.output import counted, shown
-from lockstep.engine.selfcheck.check import NUMERICS
+from lockstep.progress import Progress
 from lockstep.receipts.verdict import FALSE, TRUE, UNCHECKED, Verdict
 
 if TYPE_CHECKING:
@@ -67,16 +67,36 @@ def verify_all(files: Files, model: str | None, **options: Any) -> int:
         public = None  # the batch's signature stands for those of its receipts
     items, unread = items_of(found, files)
     codes += [say(UNCHECKED, f"{each.place}: not checked: {each.reason}") for each in unread]
-    for item in [each for each in items if each.statement.numerics != NUMERICS]:  # no model changes that
-        items.remove(item)
-        reason = f"the arithmetic is version {item.statement.numerics}, here it is version {NUMERICS}"
-        codes.append(say(UNCHECKED, f"{placed(item)}not checked: {reason}"))
+    own = content_of(model) if items else ""
+    for item in list(items):
+        reason = difference_at_once(item.statement, own)
+        if reason is not None:
+            items.remove(item)
+            codes.append(say(UNCHECKED, f"{placed(item)}not checked: {reason}"))
     if items:
         with loaded(model, [item.statement for item in items], **options) as llm:
             codes += [check_one(llm, item, public) for item in items]
     if len(found) > 1:
         say_summary(codes[-len(found) :])
     return FALSE if FALSE in codes else max(codes)
+
+
+def content_of(model: str | None) -> str:
+    """The content hash of a model, which is not loaded for it."""
+    from lockstep.models.checkpoint import open_checkpoint
+    from lockstep.weights.hub import resolve_model
+
+    with Progress() as progress:
+        return open_checkpoint(resolve_model(model, progress)).content.wait(progress)
+
+
+def difference_at_once(statement: "Statement", content: str) -> str | None:
+    """Why a statement cannot be checked here, where that is known before a model is loaded, and perhaps packed, in the
+    formats that it names; None otherwise. content: of the model here."""
+    from lockstep.receipts.identity import difference
+
+    found = difference(statement.numerics, statement.model, replace(statement.model, content=content))
+    return found and found[3]
 
 
 def check_batch(
@@ -185,7 +205,7 @@ def check_one(llm: "LLM", item: Item, public: "PublicKey | None") -> int:
         notes = [told_true(item.statement), *within, *notes, *signed_words(signed, public)]
         words = f"{'; '.join(notes)}; receipt {envelope.digest[:16]}"
     else:
-        words = verdict.reason + (OPTIONS.get(verdict.what, "") if verdict.code == UNCHECKED else "")
+        words = verdict.reason + (OPTIONS.get(verdict.what, "") if verdict.reason.endswith("needed, too") else "")
     return say(verdict.code, f"{place}{WORDS[verdict.code]}: {words}")
 
 

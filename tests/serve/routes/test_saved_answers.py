@@ -50,6 +50,7 @@ def ask(server, name, **more):
 @pytest.fixture
 def verify(tmp_path, capsys, llm, monkeypatch):
     """A function that verifies a text: (exit code, what is said). It loads no model: it has one."""
+    monkeypatch.setattr(verification, "content_of", lambda _: llm.content.wait())
     monkeypatch.setattr(verification, "loaded", lambda *_, **__: contextlib.nullcontext(llm))
 
     def run(text, *options):

@@ -51,7 +51,7 @@ def salt_of(text: str) -> bytes:
     """The salt of a commitment, written as hexadecimal digits. ReceiptError for anything else."""
     try:
         salt = bytes.fromhex(text)
-    except ValueError:
+    except (ValueError, TypeError):
         salt = b""
     if len(salt) != SALT_BYTES:
         raise ReceiptError(f"salt: expected {2 * SALT_BYTES} hexadecimal digits, got {shown(text)}")

@@ -23,6 +23,13 @@ def joined(text: str) -> dict[str, Any]:
     for event in events:
         if event.get("type") in ("error", "response.failed") or isinstance(event.get("error"), dict):
             raise ReceiptError(f"the stream ended with an error: {json.dumps(event)[:200]}")
+    try:
+        return _put_together(events)
+    except (AttributeError, TypeError):  # values of other types than the API's
+        raise ReceiptError("expected the events of a stream of the API") from None
+
+
+def _put_together(events: list[dict[str, Any]]) -> dict[str, Any]:
     if any("choices" in event for event in events):
         return _of_choices(events)
     kinds = {str(event.get("type")) for event in events}

@@ -89,11 +89,8 @@ def _logprobs(value: Any) -> list[Any] | None:
 
 def _has_more(value: Any) -> bool:
     known = _dict(value)
-    content = _list(known.get("content")) or []
-    alternatives = _list(known.get("top_logprobs")) or []
-    return any(_dict(each).get("top_logprobs") for each in content) or any(
-        len(_dict(each)) > 1 for each in alternatives
-    )
+    content = [_dict(each).get("top_logprobs") for each in _list(known.get("content")) or []]
+    return any(content) or any(_list(known.get("top_logprobs")) or [])
 
 
 def _ending(value: Any) -> str | None:

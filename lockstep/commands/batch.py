@@ -19,11 +19,13 @@ from lockstep.commands.options import (
     KvDtype,
     OpSwaps,
     PlanFile,
+    RayAddress,
+    Replicas,
     Speculate,
     Threads,
     VerifyWeights,
     Weights,
-    load,
+    loader,
     say_unused,
 )
 from lockstep.commands.serve import model_names
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from lockstep.batch.finished import Finished
     from lockstep.batch.journal import Journal
     from lockstep.batch.work import Counts, Work
-    from lockstep.llm import LLM
+    from lockstep.loading import LoadedModel
     from lockstep.serve.limits import Limits
     from lockstep.serve.service import Service
 
@@ -113,6 +115,8 @@ def command(
     plan: PlanFile = None,
     draft: Draft = None,
     verify_weights: VerifyWeights = False,
+    replicas: Replicas = None,
+    ray: RayAddress = None,
     op: OpSwaps = None,
 ) -> None:
     """Answer all requests of a file, in OpenAI's form for batches: see docs/batch.md.
@@ -146,7 +150,7 @@ def command(
             wait_for_content=True,
             verify_weights=verify_weights,
         )
-        counts = run(files, load(model, **sizes), names[0], None if any_model else names, limits)
+        counts = run(files, loader(replicas, ray)(model, **sizes), names[0], None if any_model else names, limits)
         if output_file == "-":
             copy_to_standard_output(files.output)
     if counts.failed:
@@ -233,7 +237,7 @@ def copy_to_standard_output(path: Path) -> None:
 # ------------------------------------------------------------ the run
 
 
-def run(files: Files, llm: "LLM", name: str, names: list[str] | None, limits: "Limits") -> "Counts":
+def run(files: Files, llm: "LoadedModel", name: str, names: list[str] | None, limits: "Limits") -> "Counts":
     """Answers the lines that have no answer yet, and writes the output."""
     from lockstep.batch.work import Work
     from lockstep.serve.batches.line_reader import LineReader, identity_of, most_line_bytes

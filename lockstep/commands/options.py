@@ -1,5 +1,6 @@
 """Options that several commands share, and `load`, which loads a model with them."""
 
+import functools
 import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -132,6 +133,46 @@ def say_unused(invoked: typer.Context, names: Iterable[str], why: str) -> None:
         source = invoked.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             print(f"lockstep: {options[name]} has no effect {why}", file=sys.stderr)
+
+
+Replicas = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=256,
+        show_default="none, the engine runs in this process",
+        help="Processes with an engine each. The answers of one that dies go on, byte for byte, in the others.",
+    ),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        show_default="none, replicas are processes of this machine",
+        help="Have Ray carry the replicas: local (a cluster of its own here), auto or HOST:PORT.",
+    ),
+]
+
+
+def loader(replicas: int | None, ray: str | None, check_share: float = 0.0) -> Callable[..., "LoadedModel"]:
+    """`load`, or a function like it that gives the model replicas: processes of this machine or of a Ray cluster.
+    check_share: see `Fleet`."""
+    if replicas is None and ray is None:
+        return load
+
+    def load_front(model: str | None, **options: Any) -> "LoadedModel":
+        from lockstep.replicas.front import FrontModel
+
+        carrier = None
+        if ray is not None:
+            from lockstep.replicas.ray_carrier import RayCarrier
+
+            carrier = RayCarrier(ray)
+        count = replicas or 1
+        kind = functools.partial(FrontModel, num_replicas=count, carrier=carrier, check_share=check_share)
+        return load_as(kind, model, num_replicas=1 if ray else count, **options)
+
+    return load_front
 
 
 def load(model: str | None, **options: Any) -> "LLM":

@@ -1,7 +1,6 @@
 """`lockstep serve`: answer requests over HTTP."""
 
 import contextlib
-import functools
 import logging
 import os
 import socket
@@ -18,14 +17,15 @@ from lockstep.commands.options import (
     ModelName,
     OpSwaps,
     PlanFile,
+    RayAddress,
     ReceiptKey,
+    Replicas,
     Speculate,
     Threads,
     VerifyWeights,
     Weights,
     context_words,
-    load,
-    load_as,
+    loader,
 )
 from lockstep.commands.terminal.output import counted
 
@@ -162,23 +162,8 @@ def command(
             metavar="FILE", show_default="none", help="Add a receipt of each answer to this file, a line each."
         ),
     ] = None,
-    replicas: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=256,
-            show_default="none, the engine runs in the server's process",
-            help="Processes with an engine each. The answers of one that dies go on, byte for byte, in the others.",
-        ),
-    ] = None,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            show_default="none, replicas are processes of this machine",
-            help="Have Ray carry the replicas: local (a cluster of its own here), auto or HOST:PORT.",
-        ),
-    ] = None,
+    replicas: Replicas = None,
+    ray: RayAddress = None,
     files_dir: Annotated[
         str | None,
         typer.Option(
@@ -247,21 +232,8 @@ def command(
     if receipt_key is not None or receipts is not None:
         service.receipts = receipt_desk(service, receipt_key, receipts)
     app = make_app(service, origins, [host, socket.gethostname(), *hosts], files_dir=files_dir)
-    load_model = load if replicas is None and ray is None else functools.partial(load_front, replicas or 1, ray, check)
+    load_model = loader(replicas, ray, check)
     serve(lambda: load_model(model, **sizes), service, app, host, port)
-
-
-def load_front(replicas: int, ray: str | None, check: float, model: str | None, **sizes: Any) -> "LoadedModel":
-    """A model whose engines are replicas, processes of this machine or of a Ray cluster. See `load_as`."""
-    from lockstep.replicas.front import FrontModel
-
-    carrier = None
-    if ray is not None:
-        from lockstep.replicas.ray_carrier import RayCarrier
-
-        carrier = RayCarrier(ray)
-    kind = functools.partial(FrontModel, num_replicas=replicas, carrier=carrier, check_share=check)
-    return load_as(kind, model, num_replicas=1 if ray else replicas, **sizes)
 
 
 def receipt_desk(service: "Service", key: str | None, path: str | None) -> "ReceiptDesk":

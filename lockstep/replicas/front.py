@@ -107,6 +107,11 @@ class FrontModel(LoadedModel):
         with reporting(progress) as report:
             self.fleet.start(report)
 
+    @property
+    def max_requests(self) -> int:
+        """The most sequences that are computed at once, by all replicas together."""
+        return self._num_replicas * self.engine.limits.max_requests
+
     def stream_engine(self) -> Fleet:
         """The replicas, which run requests."""
         return self.fleet

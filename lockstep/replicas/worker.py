@@ -3,6 +3,7 @@
 The process ends when the connection does: a front that was killed leaves no replica behind.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -180,6 +181,7 @@ class _Progress:
 
 def run_replica(connection: Any, settings: dict[str, Any]) -> None:
     """Loads a model and runs its replica until the front ends it. settings: arguments of LoadedModel."""
+    logging.getLogger("lockstep.model").setLevel(logging.ERROR)  # the front warns of the same
     try:
         model = LoadedModel(**settings, progress=_Progress(connection))
     except (ValueError, OSError, MemoryError, UnfitMachine) as error:

@@ -16,7 +16,7 @@ SOURCES := pyproject.toml $(wildcard lockstep/*.py lockstep/*/*.py lockstep/*/*/
 BIN := $(VENV)/bin
 LOCKSTEP := $(BIN)/lockstep
 
-.PHONY: help demo test test-targets test-formats soak fuzz attacks speculation test-oracles oracles-lm-eval oracles-others oracles dev lint lock audit clean
+.PHONY: help demo test test-targets test-formats soak fuzz attacks speculation test-ray ray test-oracles oracles-lm-eval oracles-others oracles dev lint lock audit clean
 .DEFAULT_GOAL := help
 
 help:
@@ -57,7 +57,7 @@ demo: $(VENV)/.installed
 	@echo "$(LOCKSTEP) list shows the models that are on this disk already."
 
 # A process for each core. In the order of their names, files that take long come early: no process ends long after others.
-BUDGET ?= 1080
+BUDGET ?= 1140
 test: $(VENV)/.test
 	@LOCKSTEP_TEST_BUDGET=$(BUDGET) $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 

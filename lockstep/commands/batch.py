@@ -119,7 +119,7 @@ def command(
     ray: RayAddress = None,
     op: OpSwaps = None,
 ) -> None:
-    """Answer all requests of a file, in OpenAI's form for batches: see docs/batch.md.
+    """Answer all requests of a file, in OpenAI's form for batches: see docs/serving/batch.md.
 
     A line of IN.jsonl is {"custom_id", "method": "POST", "url", "body"}; OUT.jsonl gets a line for each, in the same
     order. A run that was interrupted goes on when it is started again. Exit code 0: all lines were answered; 1: some

@@ -135,6 +135,8 @@ def connected(address: str) -> Any:
         ray: Any = importlib.import_module("ray")
     except ImportError:
         raise ValueError("--ray: Ray is not installed: pip install '.[ray]'") from None
+    if ray.is_initialized():  # within a cluster's own process
+        return ray
     _check_address(address)
     quiet: dict[str, Any] = dict(log_to_driver=False, logging_level=logging.ERROR)
     try:

@@ -47,7 +47,7 @@ class EventStream:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-        comments = asyncio.create_task(self._keep_alive(send, scope["lockstep.has_ended"]))
+        comments = asyncio.create_task(self._keep_alive(send, scope.get("lockstep.has_ended") or asyncio.Event()))
         try:
             async with contextlib.aclosing(self._events):
                 await self._send_all(send, scope["path"])

@@ -1,0 +1,1 @@
+"""Servers that Ray Serve deploys on the machines of a cluster."""

@@ -72,7 +72,7 @@ class Fleet(ReportingEngine):
         self._identity, self._carrier, self._settings = identity, carrier, settings
         self._has_states, self.limits = has_states, limits
         self._changed, self._restarting = threading.Event(), threading.Lock()
-        self._homes: dict[int, Link] = {}  # of each stream that runs
+        self._open: dict[int, Running] = {}  # streams, by the id of the front's request
         self._replacements = Replacements(num_replicas, limits.max_starts)
         self._is_closing, self._error = False, None
         self._progress: OnProgress | None = None
@@ -177,6 +177,7 @@ class Fleet(ReportingEngine):
         for each in given:
             groups.setdefault(tuple(each.request.prompt_ids), []).append(each)
         for group in groups.values():
+            self._open.update((each.request.id, each) for each in group)
             links = self._working()
             if not links:
                 for each in group:
@@ -185,30 +186,30 @@ class Fleet(ReportingEngine):
                 continue
             names = usable_names(group[0].request)
             link = choose(links, names, self._has_states)
-            self._homes.update((each.number, link) for each in group)
             link.give(group, link.blocks.num_known(names, self._has_states))
 
     def _cancel(self, streams: Iterable[TokenStream]) -> None:
         ended = []
         with self._lock:
             for stream in streams:
-                number = stream.request.id
-                link = self._homes.pop(number, None)
-                waiting = [each for each in self._waiting if each.number == number]
-                if link is None and not waiting:
+                each = self._open.pop(stream.request.id, None)
+                if each is None:
                     continue
-                if link is not None:
-                    link.drop(number)
-                    link.send(Cancel([number]))
-                self._waiting = [each for each in self._waiting if each.number != number]
+                if each.home is None:
+                    self._waiting.remove(each)
+                else:
+                    each.home.send(Cancel([each.number]))
+                    each.home.drop(each.number)
                 stream.request.finish_reason = "cancelled"
                 ended.append(stream.advance())
         wake(ended)
 
     def _drop(self, link: Link, number: int) -> Running | None:
         """Takes a stream from its replica, which has it no more."""
-        self._homes.pop(number, None)
-        return link.drop(number)
+        found = link.drop(number)
+        if found is not None:
+            del self._open[found.request.id]
+        return found
 
     # ------------------------------------------------------------ what replicas say
 
@@ -343,6 +344,7 @@ class Fleet(ReportingEngine):
         for link in self.links.values():
             left += [each for number in list(link.streams) if (each := self._drop(link, number)) is not None]
         self._waiting = []
+        self._open.clear()
         wake([each.stream.fail(error) for each in left])
 
     def _watch(self) -> None:
@@ -364,7 +366,9 @@ class Fleet(ReportingEngine):
                 elif link.state in (STUCK, LEAVING) and silent > self.limits.kill_seconds:
                     link.carried.kill()
             late = [each for each in self._waiting if now - each.waits_since > self.limits.wait_seconds]
-            self._waiting = [each for each in self._waiting if each not in late]
+            for each in late:
+                self._waiting.remove(each)
+                del self._open[each.request.id]
             self._verifications.check_one(self._working())
             due = self._replacements.take_due()
         text = f"no replica was ready for {self.limits.wait_seconds:g} s"

@@ -1,5 +1,6 @@
 """The front's side of one replica: its connection, what is known of it, and the streams that it runs."""
 
+import itertools
 import logging
 import queue
 import threading
@@ -20,18 +21,25 @@ from lockstep.replicas.updates import known_answer
 
 MOVED_PRIORITY = 1 << 40  # requests that were moved go ahead of all others
 STARTING, READY, STUCK, LEAVING, LOST = "starting", "ready", "stuck", "leaving", "lost"
+NUMBERS = itertools.count(1)
 log = logging.getLogger("lockstep.replicas")
 
 
 @dataclass(eq=False)
 class Running:
-    """A stream that a replica runs, or that waits for one. number: the id of the front's request. form: of its
-    logits_mask. num_moves: how many replicas were lost with it. waits_since: time.monotonic(), while it waits.
-    is_checked: whether another replica is to verify it; drops_leaves: whether its leaves are only for that."""
+    """A stream that a replica runs, or that waits for one.
+
+    form: of its logits_mask. home: the replica that has it; number: by which both sides know it there, another one each
+    time that it is given away: what an earlier replica, or the same one before, still says of it is nobody's.
+    num_moves: how many replicas were lost with it. waits_since: time.monotonic(), while it waits. is_checked: whether
+    another replica is to verify it; drops_leaves: whether its leaves are only for that.
+    """
 
     stream: TokenStream
     form: dict[str, Any] | None
     prediction: list[int]
+    home: "Link | None" = None
+    number: int = 0
     num_moves: int = 0
     waits_since: float = 0.0
     is_checked: bool = False
@@ -41,11 +49,6 @@ class Running:
     def request(self) -> Request:
         """The front's request, which has all that is known of the answer."""
         return self.stream.request
-
-    @property
-    def number(self) -> int:
-        """By which front and replica know it."""
-        return self.request.id
 
     def asked(self) -> Asked:
         """What a replica needs to go on with it."""
@@ -113,6 +116,7 @@ class Link:
     def give(self, given: list[Running], num_known: int) -> None:
         """Has the replica run streams. num_known: tokens of their prompt that it need not compute."""
         for each in given:
+            each.home, each.number = self, next(NUMBERS)
             self.streams[each.number] = each
             load = OPEN_TOKENS + max(0, each.request.num_tokens - num_known)
             self._loads[each.number] = load
@@ -129,6 +133,7 @@ class Link:
         """Takes a stream away, if the replica has it."""
         found = self.streams.pop(number, None)
         if found is not None:
+            found.home = None
             self.load -= self._loads.pop(number)
             self.blocks.stop_expecting(usable_names(found.request))
         return found

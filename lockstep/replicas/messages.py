@@ -16,8 +16,8 @@ from lockstep.receipts.verify import Given
 
 
 class Asked(NamedTuple):
-    """A request of one sample. number: by which both sides know it. params: without a logits_mask, which `form` makes
-    again (`receipts.form`). known: what is known of its answer."""
+    """A request of one sample. number: by which both sides know it, see `link.Running`. params: without a logits_mask,
+    which `form` makes again (`receipts.form`). known: what is known of its answer."""
 
     number: int
     prompt_ids: array

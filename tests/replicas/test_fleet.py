@@ -66,6 +66,20 @@ def test_a_replica_that_hangs_loses_its_streams_and_works_again(fleet, menu):
     check(menu, [each.submit(fleet) for each in menu])
 
 
+def test_a_replica_that_hung_gets_its_own_streams_back(fleet, menu):
+    streams = [each.submit(fleet) for each in menu]
+    hung = busy(fleet)
+    stop(hung)
+    try:
+        wait_until(lambda: hung.state == "stuck")
+        for other in ready_links(fleet):
+            kill(other)
+        wait_until(lambda: not ready_links(fleet))
+    finally:
+        go_on(hung)
+    check(menu, streams)
+
+
 def test_all_replicas_are_replaced_while_streams_go_on(fleet, menu):
     before = [link.ready.pid for link in ready_links(fleet)]
     streams = [each.submit(fleet) for each in menu]

@@ -1,10 +1,12 @@
-"""Replicas carried by Ray (https://www.ray.io): actors on the machines of a cluster. The only file that imports ray.
+"""Replicas and other work carried by Ray (https://www.ray.io): actors on the machines of a cluster. The only file that
+imports ray.
 
-Ray places the actors and starts their processes; tokens do not go through it. Each actor connects to the front, so that
-all its streams share one message a step, and the end of a process is seen as fast as on this machine. Whoever can reach
-the front's port needs its key: front and replicas are one trust domain, as a Ray cluster is.
+Ray places the actors and starts their processes; tokens do not go through it. Each actor connects to the process that
+started it, so that all streams of a replica share one message a step, and its end is seen as fast as on this machine.
+Whoever can reach the port needs its key: all these processes are one trust domain, as a Ray cluster is.
 """
 
+import contextlib
 import importlib
 import logging
 import os
@@ -12,12 +14,14 @@ import secrets
 import socket
 import struct
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
 from typing import Any
 
 from lockstep.replicas.carrier import Carried, Carrier
+from lockstep.replicas.worker import run_replica
 
 LOCAL, LOOPBACK = "local", "127.0.0.1"
 START_SECONDS, REACH_SECONDS = 120, 5  # for an actor to be placed and to connect; for a cluster to be reached
@@ -32,7 +36,7 @@ QUIET = {
 
 
 class Placed(Carried):
-    """A replica in an actor. connection: a socket to it."""
+    """A function that runs in an actor. connection: a socket to it."""
 
     def __init__(self, ray: Any, actor: Any, connection: Any, place: str) -> None:
         self._ray, self._actor = ray, actor
@@ -49,14 +53,17 @@ class Placed(Carried):
         return "killed" if self._was_killed else "its process or its machine ended"
 
     def wait(self, seconds: float) -> None:
-        """Ends the actor. Its last words are read by the connection's end, so nothing is waited for twice."""
+        """Waits until the actor has ended its connection, for at most some seconds; then kills it."""
+        with contextlib.suppress(EOFError, OSError):
+            deadline = time.monotonic() + seconds
+            while self.connection.poll(max(0.0, deadline - time.monotonic())):
+                self.connection.recv()
         self.kill()
 
 
-class RayCarrier(Carrier):
-    """Starts replicas as actors of a Ray cluster. address: "local" starts a cluster of this process on this machine's
-    loopback interface; "auto" or HOST:PORT joins one that runs, where each actor asks for as many cores as its replica
-    has threads. ValueError where Ray is not installed or the cluster cannot be reached.
+class RayCluster:
+    """Runs functions in actors. address: "local" starts a cluster of this process on this machine's loopback interface;
+    "auto" or HOST:PORT joins one that runs. ValueError where Ray is not installed or the cluster cannot be reached.
     """
 
     def __init__(self, address: str = LOCAL) -> None:
@@ -66,16 +73,17 @@ class RayCarrier(Carrier):
         self._door.settimeout(START_SECONDS)
         self._starting = threading.Lock()
 
-    def start(self, number: int, settings: Mapping[str, Any]) -> Placed:
-        """Starts replica `number` on a machine that Ray chooses. ValueError where none has room, or it does not
+    def start(self, function: Callable[..., object], *args: Any, cores: int) -> Placed:
+        """Runs function(connection, *args), which a module has under its name, on a machine that Ray chooses. cores:
+        that it needs of a cluster that is not this machine's own. ValueError where none has room, or it does not
         connect."""
-        cores, errors = 0 if self._is_local else settings["threads"], self._ray.exceptions
+        cores, errors = 0 if self._is_local else cores, self._ray.exceptions
         with self._starting:  # one connects at a time, so that it is known which
             options = dict(max_restarts=0, max_task_retries=0, num_cpus=cores, max_concurrency=2)
             actor = self._ray.remote(**options)(Actor).remote()
             try:
                 where = self._ray.get(actor.where.remote(), timeout=START_SECONDS)
-                actor.run.remote(self._door.getsockname(), self._key, dict(settings))
+                actor.run.remote(self._door.getsockname(), self._key, function, args)
                 return Placed(self._ray, actor, self._accept(), where)
             except errors.GetTimeoutError:
                 reason = f"no machine of the cluster had {cores} free cores within {START_SECONDS} s"
@@ -109,19 +117,33 @@ class RayCarrier(Carrier):
         self._ray.shutdown()
 
 
+class RayCarrier(Carrier):
+    """Starts replicas as actors of a Ray cluster. address: see RayCluster; in one that runs, each asks for as many
+    cores as it has threads."""
+
+    def __init__(self, address: str = LOCAL) -> None:
+        self._cluster = RayCluster(address)
+
+    def start(self, number: int, settings: Mapping[str, Any]) -> Placed:
+        """Starts replica `number`. ValueError where Ray cannot."""
+        return self._cluster.start(run_replica, dict(settings), cores=settings["threads"])
+
+    def close(self) -> None:
+        """Leaves the cluster."""
+        self._cluster.close()
+
+
 class Actor:
-    """What Ray runs: a replica that connects to its front."""
+    """What Ray runs: a function with a connection to the process that started it."""
 
     def where(self) -> str:
         """Where it runs, for people."""
         return f"process {os.getpid()} of {os.uname().nodename}"
 
-    def run(self, address: tuple[str, int], key: bytes, settings: dict[str, Any]) -> None:
-        """Runs until the front ends it, or the connection does; then the process ends."""
-        from lockstep.replicas.worker import run_replica
-
+    def run(self, address: tuple[str, int], key: bytes, function: Callable[..., object], args: Sequence[Any]) -> None:
+        """Runs the function until it returns or the connection ends; then the process ends."""
         try:
-            run_replica(Client(address, "AF_INET", authkey=key), settings)
+            function(Client(address, "AF_INET", authkey=key), *args)
         except (EOFError, OSError):
             pass
         os._exit(0)

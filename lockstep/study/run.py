@@ -28,7 +28,7 @@ from lockstep.study.scoring.subject import Subject
 from lockstep.study.summary import Figures, study_record
 from lockstep.study.trial_bench import FLOAT_TRIAL, Outcome
 from lockstep.study.trials import Study
-from lockstep.study.workers import Workers
+from lockstep.study.workers import Elsewhere, Workers
 
 CLEARLY = 3.0  # standard errors by which a trial must be worse than the best to be stopped early
 LEAST_WINDOWS = 4  # with fewer windows a standard error is too uncertain to stop a trial
@@ -41,12 +41,13 @@ OnStep = Callable[..., object]
 @dataclass(frozen=True)
 class RunOptions:
     """How a study is run, which changes no bit of its results. threads: of all jobs together. on_step: see OnStep. say:
-    called with lines for the user."""
+    called with lines for the user. elsewhere: starts the jobs on other machines, with `threads` each; None: here."""
 
     jobs: int = 1
     threads: int = 1
     on_step: OnStep = lambda *_: None
     say: Callable[[str], object] = lambda line: None
+    elsewhere: Elsewhere | None = None
 
 
 def run_study(folder: Path, study: Study, subject: Subject, team: Team, options: RunOptions) -> list[dict[str, Any]]:
@@ -60,7 +61,7 @@ def run_study(folder: Path, study: Study, subject: Subject, team: Team, options:
         check_same(folder, study)
         save_ids(folder, study)
         stats = _calibrated(folder, study, subject, team, options)
-        with Workers(study, subject, stats, options.jobs, options.threads, team) as workers:
+        with Workers(study, subject, stats, options.jobs, options.threads, team, options.elsewhere) as workers:
             return _Run(folder, study, subject, stats, workers, options).run()
 
 

@@ -6,11 +6,10 @@ import contextlib
 import multiprocessing
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from lockstep.ptq.observers import Stat
 from lockstep.runtime.threads import Team
@@ -21,34 +20,84 @@ from lockstep.study.trials import Study
 SECONDS_TO_END = 5
 
 
+class Started(Protocol):
+    """A process that runs rounds. connection: to it."""
+
+    connection: Any
+
+    def kill(self) -> object:
+        """Ends it at once."""
+        ...
+
+    def why(self) -> str:
+        """Why it ended, after its connection has: a few words."""
+        ...
+
+
+class Elsewhere(Protocol):
+    """What starts processes on other machines (`replicas.ray_carrier.RayCluster`)."""
+
+    def start(self, function: Callable[..., object], *args: Any, cores: int) -> Started:
+        """Runs function(connection, *args)."""
+        ...
+
+
+class LocalProcess:
+    """A process of this machine."""
+
+    def __init__(self, *args: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection: Any
+        self.connection, theirs = context.Pipe()
+        self._process: BaseProcess = context.Process(target=work, args=(theirs, *args), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def kill(self) -> None:
+        """Ends it."""
+        self._process.terminate()
+        self._process.join(SECONDS_TO_END)
+
+    def why(self) -> str:
+        """Its exit code."""
+        self._process.join(SECONDS_TO_END)
+        return f"exit code {self._process.exitcode}"
+
+
 class Workers:
     """A context: `jobs` processes, each with a rig of its own and its share of the threads.
 
     subject: the model in this process, which does all work if jobs is 1. Other processes are started with the first
-    round.
+    round: on this machine, or elsewhere, where each has all the threads.
     """
 
     def __init__(
-        self, study: Study, subject: Subject, stats: Mapping[str, Stat], jobs: int, threads: int, team: Team
+        self,
+        study: Study,
+        subject: Subject,
+        stats: Mapping[str, Stat],
+        jobs: int,
+        threads: int,
+        team: Team,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
         self._study, self._subject, self._stats, self._team = study, subject, stats, team
-        self._jobs, self._threads = jobs, max(1, threads // jobs)
-        self._bench: Bench | None = None
-        self._started: list[tuple[BaseProcess, Any]] = []
+        self._jobs, self._threads = jobs, threads if elsewhere else max(1, threads // jobs)
+        self._cluster, self._bench = elsewhere, None
+        self._started: list[Started] = []
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for process, connection in self._started:
-            connection.close()
-            process.terminate()
-        for process, _ in self._started:
-            process.join(SECONDS_TO_END)
+        for each in self._started:
+            each.connection.close()
+        for each in self._started:
+            each.kill()
 
     def round(self, windows: Sequence[int], trials: Sequence[int]) -> Iterator[Outcome]:
         """The outcomes of `Bench.round`, each of all windows together."""
-        if self._jobs == 1:
+        if self._jobs == 1 and self._cluster is None:
             self._bench = self._bench or Bench(self._study, self._subject, self._stats, self._team)
             return self._bench.round(windows, trials)
         return self._elsewhere(windows, trials)
@@ -60,23 +109,18 @@ class Workers:
                     self._started.append(self._start())
         shares = [list(windows[i :: self._jobs]) for i in range(self._jobs)]
         busy = [worker for worker, share in zip(self._started, shares, strict=True) if share]
-        for (process, connection), share in zip(self._started, shares, strict=True):
+        for worker, share in zip(self._started, shares, strict=True):
             if share:
                 try:
-                    connection.send((share, list(trials)))
+                    worker.connection.send((share, list(trials)))
                 except OSError:
-                    raise _lost(process) from None
+                    raise _lost(worker) from None
         for _ in range(len(trials) + 1):
-            yield _joined([_received(process, connection) for process, connection in busy])
+            yield _joined([_received(worker) for worker in busy])
 
-    def _start(self) -> tuple[BaseProcess, Any]:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        args = self._study, self._stats, self._threads, theirs
-        process = context.Process(target=_work, args=args, daemon=True)
-        process.start()
-        theirs.close()
-        return process, ours
+    def _start(self) -> Started:
+        args = self._study, self._stats, self._threads
+        return LocalProcess(*args) if self._cluster is None else self._cluster.start(work, *args, cores=self._threads)
 
 
 @contextlib.contextmanager
@@ -111,25 +155,25 @@ def _joined(parts: Sequence[Outcome]) -> Outcome:
     return made
 
 
-def _lost(process: BaseProcess) -> OSError:
-    process.join(SECONDS_TO_END)
-    return OSError(f"a process of the study ended before its work was done (exit code {process.exitcode})")
+def _lost(worker: Started) -> OSError:
+    return OSError(f"a process of the study ended before its work was done ({worker.why()})")
 
 
-def _received(process: BaseProcess, connection: Connection) -> Outcome:
+def _received(worker: Started) -> Outcome:
     try:
-        found: Any = connection.recv()
+        found: Any = worker.connection.recv()
     except (EOFError, OSError):
-        raise _lost(process) from None
+        raise _lost(worker) from None
     if isinstance(found, Exception):
         raise found
     return found
 
 
-def _work(study: Study, stats: Mapping[str, Stat], threads: int, connection: Connection) -> None:
+def work(connection: Any, study: Study, stats: Mapping[str, Stat], threads: int) -> None:
     """Runs the rounds that a process is sent, until the other end of its connection is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which ends this one
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which ends this one
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     with (
         contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError),
         contextlib.closing(Team(threads)) as team,

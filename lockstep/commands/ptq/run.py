@@ -3,12 +3,16 @@
 import contextlib
 import pathlib
 import sys
-from typing import Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lockstep.commands.options import Threads
 from lockstep.progress import Progress
+
+if TYPE_CHECKING:
+    from lockstep.replicas.ray_carrier import RayCluster
 
 
 def command(
@@ -19,6 +23,14 @@ def command(
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, max=64, help="Processes that share the windows of a round.")] = 1,
     threads: Threads = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            show_default="none, jobs are processes of this machine",
+            help="Have Ray carry the jobs, --threads each: local (a cluster of its own here), auto or HOST:PORT.",
+        ),
+    ] = None,
     change: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Overrides a value of the recipe, as evaluate.windows=8."),
@@ -40,8 +52,8 @@ def command(
         with Progress() as progress:
             study, subject = assembled(read, progress)
             keep_recipe(folder, read)
-        with made_team(threads) as team, Progress() as progress:
-            options = RunOptions(jobs, team.num_threads, progress.step, say)
+        with made_team(threads) as team, cluster(ray) as elsewhere, Progress() as progress:
+            options = RunOptions(jobs, team.num_threads, progress.step, say, elsewhere)
             trials = run_study(folder, study, subject, team, options)
     ranked = ranking(trials)
     if ranked:
@@ -51,6 +63,18 @@ def command(
         raise ValueError(f"{folder}: none of the {len(trials)} trials could run, for the reasons above")
     if read.top and not (folder / "confirm.jsonl").exists():
         print(f"lockstep ptq confirm {folder} runs the best {read.top} head by head, as hardware does", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def cluster(ray: str | None) -> "Iterator[RayCluster | None]":
+    """A context with a Ray cluster; None without an address."""
+    if ray is None:
+        yield None
+        return
+    from lockstep.replicas.ray_carrier import RayCluster
+
+    with contextlib.closing(RayCluster(ray)) as made:
+        yield made
 
 
 @contextlib.contextmanager

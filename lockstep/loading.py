@@ -196,6 +196,7 @@ class LoadedModel:
         verify_weights: bool = False,
         on_tokenizer: Callable[[Tokenizer], object] | None = None,
         num_engines: int = 1,
+        claims_kv: bool = True,
     ) -> None:
         if not isinstance(speculate, str):
             raise ValueError(
@@ -212,6 +213,7 @@ class LoadedModel:
             speculate=speculate if speculate in SOURCES else MODEL,
             draft=draft,
             num_engines=num_engines,
+            claims_kv=claims_kv,
         )
         weights = "f32" if plan is not None and weights == "auto" else weights
         self._generation_config, self._shows_progress = generation_config, progress is True

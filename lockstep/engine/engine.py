@@ -96,7 +96,7 @@ class Engine(RequestMaker):
                 prepare, model=model, draft=draft_model, speculate=options.speculate, progress=progress
             )
             self.runner = Runner(model, self.team, limits, swaps, num_drafts=num_drafts, prepare=ready)
-            if options.kv_tokens is not None:
+            if options.kv_tokens is not None and options.claims_kv:
                 for array in self.runner.caches.values():
                     array.fill(0)  # the system gives memory at the first touch: better now than within a request
             selfcheck.check(self.runner.program, self.runner.executor.backend)

@@ -30,9 +30,9 @@ class EngineOptions:
     Steps. max_step_tokens, max_requests: the most tokens and requests of one step. threads: None: one for each core.
 
     KV cache. kv_tokens: its tokens, all requests together; layers with a window keep only those that requests may see.
-    The memory is claimed at once. None: enough for max_requests full contexts, up to 2 GiB, but at least for one full
-    context (see cache/size.py), claimed as it is used. num_engines: how many engines of these options share this
-    machine's free memory.
+    The memory is claimed at once, or, if not claims_kv, as it is used. None: enough for max_requests full contexts, up
+    to 2 GiB, but at least for one full context (see cache/size.py), claimed as it is used. num_engines: how many
+    engines of these options share this machine's free memory.
 
     Prefix cache. prefix_cache: whether a request uses what others computed for the same first tokens. state_bytes:
     memory for kept recurrent states, for models that have such states. state_every: tokens from one kept state to the
@@ -60,6 +60,7 @@ class EngineOptions:
     speculate: str = "off"
     draft: int | None = None
     num_engines: int = 1
+    claims_kv: bool = True
 
     def __post_init__(self) -> None:
         for name, low in LOWEST.items():
@@ -70,8 +71,9 @@ class EngineOptions:
         choices = (*SOURCES, MODEL)
         if not (isinstance(self.speculate, str) and self.speculate in choices):
             raise ValueError(f"speculate: expected one of {', '.join(choices)}, got {self.speculate!r:.80}")
-        if not isinstance(self.prefix_cache, bool):
-            raise ValueError(f"prefix_cache: expected True or False, got {self.prefix_cache!r}")
+        for name in ("prefix_cache", "claims_kv"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.cache_dir is not None and not (isinstance(self.cache_dir, (str, os.PathLike)) and str(self.cache_dir)):
             raise ValueError(f"cache_dir: expected a folder or None, got {self.cache_dir!r}")
         if self.state_every % PAGE_TOKENS:

@@ -120,6 +120,7 @@ class FrontModel(LoadedModel):
         """The arguments of each replica's LoadedModel: sizes are as the front has worked them out."""
         limits = self.engine.limits
         sizes = dict(kv_tokens=limits.num_pages * PAGE_TOKENS, max_context=self.max_context)
+        sizes["claims_kv"] = options.get("kv_tokens") is not None
         if options.get("cache_dir") is not None:
             sizes["cache_dir"] = os.path.abspath(options["cache_dir"])
         skipped = ("on_tokenizer", "needs_text", "needs_chat", "generation_config", "verify_weights")

@@ -165,6 +165,8 @@ class Service:
         """Why the engine does not work, or None."""
         if self.engine is None:
             return None
+        if isinstance(self.engine.error, ReplicasLost):
+            return str(self.engine.error)
         if self.engine.error is not None:
             return "the engine stopped, the log says why"
         if self.engine.seconds_in_step > self.limits.stuck_seconds:

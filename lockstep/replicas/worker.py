@@ -43,6 +43,7 @@ from lockstep.text.grammars.structured import Grammars
 
 BEAT_SECONDS = 0.25
 PROGRESS_SECONDS = 0.1
+log = logging.getLogger("lockstep.replicas")
 
 
 class Replica:
@@ -146,8 +147,11 @@ class Replica:
             self._tell(Step(updates, self._names.changes()))
 
     def _stopped(self, error: BaseException, _: list[Request]) -> None:
+        """Ends the process where a step failed: the front sees that at once, and starts a fresh one."""
         if not self._ended.is_set():
-            self._tell(Failed(f"{type(error).__name__}: {error}"))
+            log.error("the engine stopped", exc_info=error)
+            self._tell(Failed(f"its engine stopped: {type(error).__name__}: {error}"))
+            os._exit(1)
 
     def _tell(self, message: Any) -> None:
         try:

@@ -1,10 +1,11 @@
-"""How often the MTP head of the bundled model guesses right, by depth, along the model's own continuations.
+"""How often a model's MTP head guesses right, by depth, along the model's own continuations.
 
-    python bench/bench_acceptance.py [--prompts 60] [--tokens 64]
+    python bench/bench_acceptance.py [--model FOLDER] [--prompts 60] [--tokens 64]
 
-Prompts are 192 tokens of files of this Python's library that the model was not trained on. Each answer is computed
-without drafts; from every position in it the head guesses up to seven tokens. Printed is how often the guess at each
-depth is right if the guesses before it are: with the noise with which the model samples, and with another seed's.
+Without --model it is the bundled one. Prompts are 192 tokens of files of this Python's library that the bundled model
+was not trained on. Each answer is computed without drafts; from every position in it the head guesses up to seven
+tokens. Printed is how often the guess at each depth is right if the guesses before it are: with the noise with which
+the model samples, and with another seed's.
 """
 
 import argparse
@@ -76,10 +77,11 @@ def acceptance(llm: LLM, prompts: list[list[int]], tokens: int, temperature: flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
     parser.add_argument("--prompts", type=int, default=60)
     parser.add_argument("--tokens", type=int, default=64)
     args = parser.parse_args()
-    llm = LLM(speculate="mtp", draft=DEPTHS)
+    llm = LLM(args.model, speculate="mtp", draft=DEPTHS)
     prompts = prompts_of(llm, args.prompts)
     for temperature in (0.0, 0.8, 1.0):
         for noise, other_seed in (("the model's noise", 0), ("other noise", 7919)):

@@ -1,5 +1,5 @@
-"""Check the training code: the chunked delta rule and the fused loss against their definitions, the model against
-transformers."""
+"""Check the training code: the chunked delta rule, the fused losses and the MTP head's chains against their
+definitions, the model against transformers."""
 
 import tempfile
 from pathlib import Path
@@ -13,6 +13,7 @@ from head_loss import head_loss
 from models import MODELS, make_model
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
+from train_mtp import ChainSteps, Distillation
 
 
 def worst_difference(results, expected):
@@ -96,6 +97,40 @@ def check_fused_loss():
     assert worst_difference(*results) < 5e-3
 
 
+@torch.no_grad()
+def check_chains(model, num_tokens=96, first=60, depths=3):
+    """Chains from every position from `first` on at once, against each alone, one pair after the other."""
+    given, ids, worst = torch.randn(2, num_tokens, model.c.hidden_size), torch.randint(4096, (2, num_tokens)), 0.0
+    embedded, steps, count = model.model.embed_tokens(ids), ChainSteps(Steps(), first), num_tokens - depths - first
+    alone = [given[:, : first + i + 1] for i in range(count)]
+    hidden = model.mtp(given, embedded, steps)[:, first : first + count]
+    for depth in range(depths):
+        here = slice(first + depth, first + depth + count)
+        hidden = model.mtp(hidden, embedded[:, here], steps, here.start) if depth else hidden
+        for i in range(count):
+            expected = model.mtp(alone[i], embedded[:, : alone[i].shape[1]], Steps())[:, -1:]
+            worst = max(worst, worst_difference([hidden[:, i : i + 1]], [expected]))
+            alone[i] = torch.cat([alone[i], expected], dim=1)
+    print(f"chains of the MTP head, together against alone: {worst:.1e}")
+    assert worst < 1e-4
+
+
+def check_distillation():
+    hidden, head = torch.randn(300, 256), torch.randn(4096, 256) / 16
+    targets, weights, came = torch.randn(300, 4096).softmax(-1), torch.rand(300), torch.randint(4096, (300,))
+
+    def plain(h):
+        return (F.cross_entropy(h @ head.T, targets, reduction="none") * weights).sum()
+
+    def fused(h):
+        return Distillation.apply(h, head, targets, weights, came)[0]
+
+    inputs, direction = [hidden.requires_grad_()], torch.ones(())
+    difference = worst_difference(*[value_and_gradients(loss, inputs, direction) for loss in (fused, plain)])
+    print(f"distillation, fused against cross_entropy, value and gradient: {difference:.1e}")
+    assert difference < 1e-5
+
+
 def check_transformers(model):
     """With random norms and gates too: at their initial values a forgotten +1 or a swapped gate could hide."""
     for p in model.parameters():
@@ -118,6 +153,8 @@ def main():
     check_fused()
     check_fused_loss()
     check_head_loss(make_model("llama"))
+    check_distillation()
+    check_chains(make_model("qwen3_5_text"))
     for name in MODELS:
         check_transformers(make_model(name))
 

@@ -72,8 +72,8 @@ def heads(x, num_heads, num_value_heads):
 
 @cache
 def library(name):
-    """A C++ file of this folder, compiled for this machine once, and loaded."""
-    source = Path(__file__).with_name(name)
+    """A C++ file of native/, compiled for this machine once, and loaded."""
+    source = Path(__file__).parent / "native" / name
     key = hashlib.sha256(source.read_bytes() + Path("/proc/cpuinfo").read_bytes()[:1500]).hexdigest()[:16]
     path = source.parent / "__pycache__" / f"{source.stem}-{key}.so"
     if not path.exists():

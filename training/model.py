@@ -150,11 +150,11 @@ class GatedAttention(nn.Module):
         return self.o_proj((out * gate.sigmoid()).flatten(2))
 
 
-def rotary_tables(c, num_tokens, device):
-    """Cosines and sines, [T, 1, channels / 2]."""
+def rotary_tables(c, num_tokens, device, start=0):
+    """Cosines and sines of the positions from start on, [T, 1, channels / 2]."""
     size = int(c.head_dim * c.partial_rotary_factor)
     frequency = c.rope_theta ** (-torch.arange(0, size, 2, device=device).float() / size)
-    angle = torch.arange(num_tokens, device=device).float()[:, None, None] * frequency
+    angle = (start + torch.arange(num_tokens, device=device)).float()[:, None, None] * frequency
     return angle.cos(), angle.sin()
 
 
@@ -225,8 +225,8 @@ class MtpHead(nn.Module):
         self.layers = nn.ModuleList([Layer(c, "full_attention")])
         self.norm = OffsetNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, hidden_BTD, next_embedding_BTD, steps):
-        rope = rotary_tables(self.c, hidden_BTD.shape[1], hidden_BTD.device)
+    def forward(self, hidden_BTD, next_embedding_BTD, steps, start=0):
+        rope = rotary_tables(self.c, hidden_BTD.shape[1], hidden_BTD.device, start)
         parts = [self.pre_fc_norm_embedding(next_embedding_BTD, steps), self.pre_fc_norm_hidden(hidden_BTD, steps)]
         return self.norm.add(*self.layers[0](self.fc(torch.cat(parts, dim=-1)), None, rope, steps), steps)[1]
 

@@ -128,7 +128,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"enum
 def test_an_answer_has_the_form_that_is_asked_for(tmp_path, capsys):
     path = tmp_path / "schema.json"
     path.write_text(json.dumps(SCHEMA))
-    assert run("-p", "x = ", "--json-schema", str(path), "--speculate", "lookup") == 0
+    assert run("-p", "# JSON\n", "--json-schema", str(path), "--speculate", "lookup") == 0
     jsonschema.validate(json.loads(capsys.readouterr().out), SCHEMA)
     assert run("-p", "x", "-n", "2", "--regex", "[0-9]{9}") == 0
     out, err = capsys.readouterr()

@@ -14,7 +14,12 @@ from lockstep.text.tool_calls.events import Arguments, CallStart, Content, Reaso
 
 WEATHER = dict(
     name="weather",
-    parameters={"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]},
+    parameters={
+        "type": "object",
+        "properties": {"city": {"enum": ["Rome", "Oslo"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    },
 )
 ASKED = [dict(role="user", content="Is it warm in Rome?")]
 SHORT = SamplingParams(max_tokens=64)

@@ -98,7 +98,7 @@ def test_wrong_drafts_delay_no_request(menu, company, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def sequence(menu, tmp_path_factory):
     """(wishes, their OneByOne without drafts, the folder in which prefixes were kept)."""
-    asked, folder = wishes(menu.subject, 5, 10), tmp_path_factory.mktemp("off")
+    asked, folder = wishes(menu.subject, 6, 10), tmp_path_factory.mktemp("off")
     return asked, one_by_one(menu.subject, asked, folder), folder
 
 

@@ -134,11 +134,11 @@ def test_the_bundled_head_guesses_what_its_model_says(engine, bundled):
     from lockstep.llm import LLM
 
     llm = LLM(threads=1, max_context=256)
-    prompts = code_prompts(llm.encode, 10)
+    prompts = code_prompts(llm.encode, 25)
     llm.engine.close()
-    for params, least in ((dict(temperature=0.0), (0.8, 0.7)), (dict(temperature=0.8), (0.6, 0.5))):
+    for params, least in ((dict(temperature=0.0), (0.8, 0.75)), (dict(temperature=0.8), (0.65, 0.6))):
         found = acceptance(engine(bundled, draft=2, max_requests=10), prompts, **params)
-        assert found[0, 1] > 400
+        assert found[0, 1] > 1000
         assert (found[:2, 0] / found[:2, 1] >= least).all(), found[:2]
 
 

@@ -71,7 +71,7 @@ def test_every_sampling_field_reaches_the_engine(server, llm, changed):
 
 
 def test_ignore_eos_goes_on_to_max_tokens(server, llm):
-    prompt = "def f(x):"
+    prompt = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     found = post(server, prompt=prompt, max_tokens=200, temperature=0, ignore_eos=True).json()
     assert found["usage"]["completion_tokens"] == 200 > len(generated(llm, prompt, max_tokens=200).token_ids)
 

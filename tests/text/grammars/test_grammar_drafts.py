@@ -61,7 +61,7 @@ def asked(grammars, plain):
             SamplingParams(max_tokens=60, logits_mask=grammars.mask(PERSON), temperature=1.0, seed=3, logprobs=2),
             SamplingParams(max_tokens=70, logits_mask=grammars.mask(LINES), min_tokens=40, repetition_penalty=0.9),
             SamplingParams(max_tokens=50, logits_mask=grammars.mask(THOUGHT), temperature=0.8, seed=4, min_tokens=45),
-            SamplingParams(max_tokens=60, logits_mask=grammars.mask(CALL, 1, begin), temperature=1.0, seed=5, **free),
+            SamplingParams(max_tokens=60, logits_mask=grammars.mask(CALL, 1, begin), temperature=1.0, seed=6, **free),
         ]
 
     return make

@@ -46,7 +46,7 @@ endef
 export PROMPT
 
 demo: $(VENV)/.installed
-	@$(LOCKSTEP) generate --echo -p "$$PROMPT" -n 110 --temperature 0.6 --top-p 0.95 --repetition-penalty 1.1 --seed 5
+	@$(LOCKSTEP) generate --echo -p "$$PROMPT" -n 110 --temperature 0.6 --top-p 0.95 --repetition-penalty 1.1 --seed 1
 	@echo
 	@$(LOCKSTEP) parity
 	@echo

@@ -92,6 +92,11 @@ class StreamEngine(ABC):
     def close(self) -> None:
         """Ends the engine after its running step; open streams raise EngineStopped."""
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is an engine that runs requests; else they wait for one."""
+        return True
+
     def replica_reports(self) -> list[ReplicaReport]:
         """What is to be known of each engine, where there are several; else nothing."""
         return []

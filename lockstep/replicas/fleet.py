@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import Any
 
 from lockstep.engine.making import RequestMaker
 from lockstep.engine.token_stream import EngineStopped, TokenStream, wake
@@ -20,6 +20,7 @@ from lockstep.receipts.statement import Statement
 from lockstep.receipts.verdict import Verdict, unchecked
 from lockstep.receipts.verify import NOTHING, Given
 from lockstep.replicas.carrier import CLOSE_SECONDS, Carrier
+from lockstep.replicas.limits import DEFAULTS, FleetLimits
 from lockstep.replicas.link import LEAVING, LOST, READY, STARTING, STUCK, Link, Running, running
 from lockstep.replicas.messages import Beat, Cancel, Close, Failed, Loading, Ready, Refusal, Step, Update, Verified
 from lockstep.replicas.replacements import Replacements
@@ -30,22 +31,6 @@ from lockstep.replicas.verifying import ReplicasLost
 
 LOOK_SECONDS = 0.05  # between looks at the replicas
 log = logging.getLogger("lockstep.replicas")
-
-
-class FleetLimits(NamedTuple):
-    """max_moves: how many lost replicas a request survives: one that kills its replicas must not kill all of them.
-    silent_seconds: without a sign of life, after which a replica counts as stuck; kill_seconds: after which it is
-    killed. wait_seconds: how long a stream waits for a replica. max_starts: failed starts in a row after which a
-    replica is given up."""
-
-    max_moves: int = 2
-    silent_seconds: float = 5.0
-    kill_seconds: float = 30.0
-    wait_seconds: float = 60.0
-    max_starts: int = 3
-
-
-DEFAULTS = FleetLimits()
 
 
 class Fleet(ReportingEngine):
@@ -84,6 +69,7 @@ class Fleet(ReportingEngine):
         """Starts all replicas, the first one alone: it compiles and packs what the others then find. ValueError, which
         says why, where one cannot start."""
         self._progress = progress
+        self._watcher.start()
         try:
             for numbers in ([0], range(1, len(self._replacements))):
                 for number in numbers:
@@ -94,7 +80,6 @@ class Fleet(ReportingEngine):
             self.close()
             raise
         self._progress = None
-        self._watcher.start()
 
     def _wait_for(self, number: int) -> None:
         link = self.links[number]
@@ -116,9 +101,12 @@ class Fleet(ReportingEngine):
             self._fail_all(EngineStopped("the engine is closed"))
             links = list(self.links.values())
         for link in links:
+            if link.state == STUCK:
+                link.carried.kill()
             link.send(Close())
+        until = time.monotonic() + CLOSE_SECONDS
         for link in links:
-            link.carried.wait(CLOSE_SECONDS)
+            link.carried.wait(max(0.0, until - time.monotonic()))
         self._carrier.close()
 
     def restart(self) -> None:
@@ -132,7 +120,9 @@ class Fleet(ReportingEngine):
             self._restarting.release()
 
     def _replace_all(self) -> None:
+        self._replacements.revive()
         for number in list(self.links):
+            self._wait_while_starting()
             with self._lock:
                 old = self.links[number]
                 if self._is_closing or old.state not in (READY, STUCK):
@@ -141,8 +131,15 @@ class Fleet(ReportingEngine):
                 old.state = LEAVING
                 self._move(old, is_lost=False)
                 old.send(Close())
-            while not self._is_closing and (self.links[number] is old or self.links[number].state == STARTING):
+            while not self._is_closing and self.links[number] is old:
                 time.sleep(LOOK_SECONDS)
+            self._wait_while_starting()
+            if self.links[number].state != READY:
+                raise ValueError(f"replica {number} did not start again, so the others are left as they are")
+
+    def _wait_while_starting(self) -> None:
+        while not self._is_closing and any(link.state == STARTING for link in list(self.links.values())):
+            time.sleep(LOOK_SECONDS)
 
     @property
     def error(self) -> BaseException | None:
@@ -365,6 +362,9 @@ class Fleet(ReportingEngine):
                     self._stick(link, silent)
                 elif link.state in (STUCK, LEAVING) and silent > self.limits.kill_seconds:
                     link.carried.kill()
+                elif link.state == STARTING and silent > self.limits.start_seconds:
+                    link.reason = f"it said nothing for {silent:.0f} s while it started"
+                    link.carried.kill()
             late = [each for each in self._waiting if now - each.waits_since > self.limits.wait_seconds]
             for each in late:
                 self._waiting.remove(each)
@@ -373,8 +373,8 @@ class Fleet(ReportingEngine):
             due = self._replacements.take_due()
         text = f"no replica was ready for {self.limits.wait_seconds:g} s"
         wake([each.stream.fail(ReplicasLost(text)) for each in late])
-        for number in due:
-            self._restart(number)
+        for number in due:  # a carrier may take its time
+            threading.Thread(target=self._restart, args=[number], name="lockstep replica", daemon=True).start()
 
     def _stick(self, link: Link, silent: float) -> None:
         """A replica gives no sign of life: its streams go on elsewhere, and it gets no new ones until it is heard."""
@@ -382,6 +382,7 @@ class Fleet(ReportingEngine):
         link.state = STUCK
         link.send(Cancel(list(link.streams)))
         self._move(link, is_lost=True)
+        self._verifications.move(link, self._working())
 
     def _restart(self, number: int) -> None:
         if self._is_closing:

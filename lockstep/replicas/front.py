@@ -17,7 +17,8 @@ from lockstep.native.host import num_cores
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS
 from lockstep.progress import OnProgress, reporting
 from lockstep.replicas.carrier import Carrier, LocalCarrier
-from lockstep.replicas.fleet import DEFAULTS, Fleet, FleetLimits
+from lockstep.replicas.fleet import Fleet
+from lockstep.replicas.limits import DEFAULTS, FleetLimits
 
 MAX_REPLICAS = 256
 

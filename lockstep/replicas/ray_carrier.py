@@ -16,6 +16,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
 from typing import Any
@@ -25,6 +26,7 @@ from lockstep.replicas.worker import run_replica
 
 LOCAL, LOOPBACK = "local", "127.0.0.1"
 START_SECONDS, REACH_SECONDS = 120, 5  # for an actor to be placed and to connect; for a cluster to be reached
+END_SECONDS = 10  # for a cluster to end
 OBJECT_STORE_BYTES = 100 << 20  # the least that Ray takes: nothing is kept in it
 KEY_BYTES, GREETING_SECONDS = 32, 10  # of the secret of front and replicas; for one to show that it knows it
 # no report of use to Ray's makers; none of the texts that Ray prints about workers that ended, which the fleet logs
@@ -32,6 +34,7 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",  # or its front, and all else, would go before a replica
 }
 
 
@@ -67,11 +70,30 @@ class RayCluster:
     """
 
     def __init__(self, address: str = LOCAL) -> None:
-        self._ray, self._is_local = connected(address), address == LOCAL
+        self._is_local, self._ends = address == LOCAL, threading.Event()
+        self._ray = self._connected(address)
         host = LOOPBACK if self._is_local else self._ray.util.get_node_ip_address()
         self._key, self._door = secrets.token_bytes(KEY_BYTES), socket.create_server((host, 0))
         self._door.settimeout(START_SECONDS)
         self._starting = threading.Lock()
+
+    def _connected(self, address: str) -> Any:
+        """The module ray, connected in a thread that lives until `close`: the processes of a cluster end with the
+        thread that started it."""
+        found: Future[Any] = Future()
+
+        def live() -> None:
+            try:
+                found.set_result(connected(address))
+            except BaseException as error:
+                found.set_exception(error)
+            else:
+                self._ends.wait()
+                found.result().shutdown()
+
+        self._life = threading.Thread(target=live, name="lockstep ray", daemon=True)
+        self._life.start()
+        return found.result()
 
     def start(self, function: Callable[..., object], *args: Any, cores: int) -> Placed:
         """Runs function(connection, *args), which a module has under its name, on a machine that Ray chooses. cores:
@@ -114,7 +136,8 @@ class RayCluster:
     def close(self) -> None:
         """Leaves the cluster; ends one that was started here."""
         self._door.close()
-        self._ray.shutdown()
+        self._ends.set()
+        self._life.join(END_SECONDS)
 
 
 class RayCarrier(Carrier):

@@ -37,6 +37,12 @@ class Replacements:
         self._start_at[number] = time.monotonic() + (min(LONGEST_PAUSE, 2.0**failed) if failed else 0.0)
         return True
 
+    def revive(self) -> None:
+        """Gives replicas that were given up another chance, at once."""
+        for number in self.given_up:
+            self._failed[number], self._start_at[number] = 0, time.monotonic()
+        self.given_up.clear()
+
     def take_due(self) -> list[int]:
         """The replicas whose time has come."""
         now = time.monotonic()

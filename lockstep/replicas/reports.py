@@ -19,15 +19,17 @@ class LostCounts:
 
     def __init__(self) -> None:
         self._events: dict[int, Counter[str]] = {}
+        self.drafts: dict[str, DraftCounts] = {}
 
     def add(self, link: Link) -> None:
         """A replica has ended."""
         events = {name: count for name, count in link.counts.items() if name not in NOW}
         self._events.setdefault(link.number, Counter()).update(events)
+        _add_drafts(self.drafts, link)
 
     def of(self, link: Link) -> dict[str, int]:
         """The counts of a replica, its predecessors' events included."""
-        own = link.counts if link.state == READY else {}
+        own = link.counts if link.state != LOST else {}
         made = Counter(self._events.get(link.number, {}))
         made.update(own)
         return dict(made)
@@ -41,15 +43,26 @@ def summed(links: Iterable[Link], lost: LostCounts) -> dict[str, int]:
     return dict(sums)
 
 
-def summed_drafts(links: Iterable[Link]) -> dict[str, DraftCounts]:
-    """The counts of drafts of all replicas that run, by source."""
-    sums: dict[str, DraftCounts] = {}
+def summed_drafts(links: Iterable[Link], lost: LostCounts) -> dict[str, DraftCounts]:
+    """The counts of drafts of all replicas, by source, those that have ended included."""
+    sums = {source: _copied(counts) for source, counts in lost.drafts.items()}
     for link in links:
-        for source, counts in link.draft_counts.items():
-            into = sums.setdefault(source, DraftCounts())
-            into.drafted = [a + b for a, b in zip(into.drafted, counts.drafted, strict=True)]
-            into.right = [a + b for a, b in zip(into.right, counts.right, strict=True)]
+        if link.state != LOST:
+            _add_drafts(sums, link)
     return sums
+
+
+def _add_drafts(sums: dict[str, DraftCounts], link: Link) -> None:
+    for source, counts in link.draft_counts.items():
+        into = sums.setdefault(source, DraftCounts())
+        into.drafted = [a + b for a, b in zip(into.drafted, counts.drafted, strict=True)]
+        into.right = [a + b for a, b in zip(into.right, counts.right, strict=True)]
+
+
+def _copied(counts: DraftCounts) -> DraftCounts:
+    made = DraftCounts()
+    made.drafted, made.right = list(counts.drafted), list(counts.right)
+    return made
 
 
 def reports(links: Iterable[Link], lost: LostCounts) -> list[ReplicaReport]:
@@ -79,6 +92,12 @@ class ReportingEngine(StreamEngine):
             links = [link for link in self.links.values() if link.state != LOST]
             return min((link.seconds_in_step if link.state == READY else now - link.heard for link in links), default=0)
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether a replica runs requests."""
+        with self._lock:
+            return bool(self._working())
+
     def counts(self) -> dict[str, int]:
         """The sums of the replicas' counts, see Engine. Streams without a replica wait."""
         with self._lock:
@@ -88,7 +107,7 @@ class ReportingEngine(StreamEngine):
     def draft_counts(self) -> dict[str, DraftCounts]:
         """The sums of the replicas' counts of drafts, by source."""
         with self._lock:
-            return summed_drafts(self._working())
+            return summed_drafts(self.links.values(), self._lost)
 
     def replica_reports(self) -> list[ReplicaReport]:
         """What is to be known of each replica."""

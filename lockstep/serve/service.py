@@ -181,6 +181,8 @@ class Service:
             return "failed", self.trouble, None
         if self.state != "ready":
             return self.state, REFUSED.get(self.state), LOADING_RETRY if self.state == "loading" else None
+        if self.engine is not None and not self.engine.is_ready:
+            return "starting", "no replica is ready, fresh ones are started", LOADING_RETRY
         if self.num_sequences >= self.max_open_sequences:
             return "full", f"{self.num_sequences} sequences are being answered or wait", self._retry_after()
         return "ready", None, None

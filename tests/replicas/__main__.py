@@ -18,8 +18,9 @@ from lockstep import LLM
 from lockstep.engine.async_engine import AsyncEngine
 from lockstep.engine.token_stream import EngineStopped
 from lockstep.replicas.carrier import Carrier, LocalCarrier, LocalProcess
-from lockstep.replicas.fleet import Fleet, FleetLimits
+from lockstep.replicas.fleet import Fleet
 from lockstep.replicas.front import FrontModel
+from lockstep.replicas.limits import FleetLimits
 from tests.replicas.proof import (
     Asked,
     answer_all,

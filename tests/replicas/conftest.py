@@ -4,8 +4,8 @@ import pytest
 
 from lockstep import LLM
 from lockstep.engine.async_engine import AsyncEngine
-from lockstep.replicas.fleet import FleetLimits
 from lockstep.replicas.front import FrontModel
+from lockstep.replicas.limits import FleetLimits
 from lockstep.serve.app import make_app
 from lockstep.serve.service import Service
 from tests.replicas.proof import answer_all, asked, subject, wait_until

@@ -9,8 +9,8 @@ import pytest
 
 from lockstep import LLM
 from lockstep.engine.async_engine import AsyncEngine
-from lockstep.replicas.fleet import FleetLimits
 from lockstep.replicas.front import FrontModel
+from lockstep.replicas.limits import FleetLimits
 from tests.replicas.proof import (
     answer_all,
     asked,

@@ -17,8 +17,11 @@ from lockstep.commands.options import (
     Draft,
     GenerationConfig,
     KvDtype,
+    KvTokens,
+    LargestContext,
     OpSwaps,
     PlanFile,
+    PrefixCache,
     RayAddress,
     Replicas,
     Speculate,
@@ -87,25 +90,9 @@ def command(
     max_requests: Annotated[int, typer.Option(min=1, help="Most sequences in a step.")] = 32,
     max_step_tokens: Annotated[int, typer.Option(min=1, help="Most tokens in a step.")] = 512,
     max_body_mb: Annotated[int, typer.Option(min=1, max=1024, help="Megabytes of a request's body.")] = 8,
-    kv_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            show_default="what all requests of a step need, up to 2 GiB, or one full context",
-            help="Tokens of KV cache in all.",
-        ),
-    ] = None,
-    prefix_cache: Annotated[
-        bool, typer.Option(help="Reuse the KV cache of earlier requests with the same first tokens.")
-    ] = True,
-    max_context: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            show_default="the model's, as far as memory holds it",
-            help="Tokens that a prompt and its answer may have.",
-        ),
-    ] = None,
+    kv_tokens: KvTokens = None,
+    prefix_cache: PrefixCache = True,
+    max_context: LargestContext = None,
     generation_config: GenerationConfig = "auto",
     weights: Weights = "auto",
     kv_dtype: KvDtype = None,

@@ -35,6 +35,23 @@ MaxContext = Annotated[
     int | None,
     typer.Option(min=1, help="Tokens that prompt and answer may have together.", show_default="what is needed"),
 ]
+LargestContext = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        show_default="the model's, as far as memory holds it",
+        help="Tokens that a prompt and its answer may have.",
+    ),
+]
+KvTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        show_default="what all requests of a step need, up to 2 GiB, or one full context",
+        help="Tokens of KV cache in all.",
+    ),
+]
+PrefixCache = Annotated[bool, typer.Option(help="Reuse the KV cache of earlier requests with the same first tokens.")]
 GenerationConfig = Annotated[
     str,
     typer.Option(

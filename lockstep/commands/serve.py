@@ -14,9 +14,12 @@ from lockstep.commands.options import (
     Draft,
     GenerationConfig,
     KvDtype,
+    KvTokens,
+    LargestContext,
     ModelName,
     OpSwaps,
     PlanFile,
+    PrefixCache,
     RayAddress,
     ReceiptKey,
     Replicas,
@@ -109,25 +112,9 @@ def command(
         float, typer.Option(min=0.1, help="Seconds that answers may go on after a signal to end.")
     ] = 30,
     stuck_timeout: Annotated[float, typer.Option(min=1, help="Seconds of one step that make /health red.")] = 120,
-    kv_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            show_default="what all requests of a step need, up to 2 GiB, or one full context",
-            help="Tokens of KV cache in all.",
-        ),
-    ] = None,
-    prefix_cache: Annotated[
-        bool, typer.Option(help="Reuse the KV cache of earlier requests with the same first tokens.")
-    ] = True,
-    max_context: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            show_default="the model's, as far as memory holds it",
-            help="Tokens that a prompt and its answer may have.",
-        ),
-    ] = None,
+    kv_tokens: KvTokens = None,
+    prefix_cache: PrefixCache = True,
+    max_context: LargestContext = None,
     log_level: Annotated[
         str,
         typer.Option(

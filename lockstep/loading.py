@@ -197,6 +197,7 @@ class LoadedModel:
         on_tokenizer: Callable[[Tokenizer], object] | None = None,
         num_engines: int = 1,
         claims_kv: bool = True,
+        spare_requests: int = 0,
     ) -> None:
         if not isinstance(speculate, str):
             raise ValueError(
@@ -214,6 +215,7 @@ class LoadedModel:
             draft=draft,
             num_engines=num_engines,
             claims_kv=claims_kv,
+            spare_requests=spare_requests,
         )
         weights = "f32" if plan is not None and weights == "auto" else weights
         self._generation_config, self._shows_progress = generation_config, progress is True
@@ -305,7 +307,7 @@ class LoadedModel:
     @property
     def max_requests(self) -> int:
         """The most sequences that are computed in one step; further requests wait in the queue."""
-        return self.engine.limits.max_requests
+        return self.engine.limits.max_requests - self.engine.limits.num_spare
 
     @property
     def vocab_size(self) -> int:

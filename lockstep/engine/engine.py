@@ -84,11 +84,11 @@ class Engine(RequestMaker):
         super().__init__(model, frozenset(model.config.eos_ids) if eos_ids is None else eos_ids, new_detokenizer)
         num_drafts = options.num_drafts
         model.drafts_by_mtp(options.speculate)  # ValueError for "mtp" where the model has no MTP head
-        rows = max(PROMPT_ROWS, options.max_requests * (1 + num_drafts) if num_drafts else 0)
-        num_sampled = max(options.max_requests, min(options.max_step_tokens, rows))
+        rows = max(PROMPT_ROWS, options.num_slots * (1 + num_drafts) if num_drafts else 0)
+        num_sampled = max(options.num_slots, min(options.max_step_tokens, rows))
         pages = num_pages(model, options, draft_model)
         groups = page_groups(model.recorded, pages, options)
-        limits = Limits(options.max_step_tokens, options.max_requests, pages, num_sampled, groups)
+        limits = Limits(options.max_step_tokens, options.num_slots, pages, num_sampled, groups, options.spare_requests)
         self.limits, self.team = limits, Team(options.threads or num_cores())
         self._lock = threading.RLock()  # a step may cancel requests: a logits_mask is a caller's function
         try:

@@ -10,6 +10,7 @@ MANY = (1 << 31) - 1
 LOWEST = {
     "max_step_tokens": 1,
     "max_requests": 1,
+    "spare_requests": 0,
     "kv_tokens": PAGE_TOKENS,
     "threads": 1,
     "state_bytes": 0,
@@ -27,7 +28,8 @@ MAY_BE_NONE = ("kv_tokens", "threads", "prompt_state_from", "draft")
 class EngineOptions:
     """Options of an engine. ValueError for a value that is not allowed.
 
-    Steps. max_step_tokens, max_requests: the most tokens and requests of one step. threads: None: one for each core.
+    Steps. max_step_tokens, max_requests: the most tokens and requests of one step. spare_requests: how many requests
+    that another engine began may run beside max_requests of this one's own. threads: None: one for each core.
 
     KV cache. kv_tokens: its tokens, all requests together; layers with a window keep only those that requests may see.
     The memory is claimed at once, or, if not claims_kv, as it is used. None: enough for max_requests full contexts, up
@@ -49,6 +51,7 @@ class EngineOptions:
 
     max_step_tokens: int = 512
     max_requests: int = 16
+    spare_requests: int = 0
     kv_tokens: int | None = None
     threads: int | None = None
     prefix_cache: bool = True
@@ -78,6 +81,11 @@ class EngineOptions:
             raise ValueError(f"cache_dir: expected a folder or None, got {self.cache_dir!r}")
         if self.state_every % PAGE_TOKENS:
             raise ValueError(f"state_every: expected a multiple of {PAGE_TOKENS}, got {self.state_every}")
+
+    @property
+    def num_slots(self) -> int:
+        """The most requests of one step, those included that another engine began."""
+        return self.max_requests + self.spare_requests
 
     @property
     def num_drafts(self) -> int:

@@ -243,6 +243,7 @@ class Request:
     is_fault: bool = False  # whether the error lies with the model or the machine, and not with the request
     priority: int = 0  # the lowest number goes first; among equals the earlier request
     cache_salt: str = ""  # only requests with the same salt share cached prefixes
+    is_moved: bool = False  # whether another engine began it, and somebody waits for its next token
     admitted: float | None = None  # time.monotonic() when it first got a slot
     num_preemptions: int = 0
     acceptance: Acceptance | None = None  # made with the first draft, where the number of drafts follows what pays

@@ -42,7 +42,8 @@ class Span:
 class Limits:
     """The largest step (tokens, requests, sampled rows), and the pages of KV cache of layers without a window.
 
-    groups: the pages of each group; empty: every group has num_pages, and no window.
+    groups: the pages of each group; empty: every group has num_pages, and no window. num_spare: of the requests, how
+    many can only be such as another engine began.
     """
 
     max_step_tokens: int = 512
@@ -50,6 +51,7 @@ class Limits:
     num_pages: int = 64
     max_sampled: int = 8
     groups: tuple[PageGroup, ...] = ()
+    num_spare: int = 0
 
 
 class Runnable(Protocol):

@@ -11,7 +11,9 @@ A request is admitted when there is a free slot and a page for each 64 of its kn
 each running request; it takes further pages as it grows. When a running request needs a page and none is free, the
 running request of the lowest rank is preempted: it gives back its pages and its slot, waits again, and computes its
 known tokens once more (less what the prefix cache still has). No request is preempted for a waiting one, whatever its
-priority.
+priority, but for one that was moved: another engine began it and is gone, and its reader waits for the next token. For
+such requests there are spare slots, which others do not get; and where slots or pages lack, requests that have yet to
+give their first token are preempted, those of the lowest rank first.
 
 Layers with a window need no pages for keys before the window. For these layers a request takes pages step by step, for
 as many tokens as leave the other running requests their pages, and gives back the pages that no later token sees. It is
@@ -154,15 +156,33 @@ class Scheduler:
         """Places waiting requests in order of rank. None overtakes a request that waits for memory; a request whose
         prefix a running one is computing is passed over."""
         index = 0
-        while index < len(self.waiting) and self.free_slots:
+        while index < len(self.waiting):
             request = self.waiting[index]
-            if self.prefix and self.prefix.is_being_computed(request):
+            if not self._has_slot(request):
+                if not self._make_way(request):
+                    return
+            elif self.prefix and self.prefix.is_being_computed(request):
                 index += 1
             elif self._place(request):
                 del self.waiting[index]
                 insort(self.running, request, key=rank)
-            else:
+            elif not self._make_way(request):
                 return
+
+    def _has_slot(self, request: Request) -> bool:
+        return len(self.free_slots) > (0 if request.is_moved else self.limits.num_spare)
+
+    def _make_way(self, request: Request) -> bool:
+        """Preempts, for a request that was moved, the last running one after it in rank that has yet to give a token;
+        False if there is none."""
+        if not request.is_moved:
+            return False
+        young = (r for r in reversed(self.running) if not r.is_moved and len(r.output_ids) == r.num_given)
+        last = next(young, None)
+        if last is None or rank(last) < rank(request):
+            return False
+        self.preempt(last)
+        return True
 
     def _place(self, request: Request) -> bool:
         """Gives a request its slot and pages for all its known tokens; False, and nothing changed, if there are too

@@ -101,7 +101,7 @@ class Fleet(ReportingEngine):
             self._fail_all(EngineStopped("the engine is closed"))
             links = list(self.links.values())
         for link in links:
-            if link.state == STUCK:
+            if link.state in (STUCK, STARTING):  # it would not hear that it is to end, or only later
                 link.carried.kill()
             link.send(Close())
         until = time.monotonic() + CLOSE_SECONDS

@@ -7,6 +7,7 @@ from lockstep.engine.cache.prefix import model_identity, name_blocks
 from lockstep.engine.cache.size import num_pages, page_groups, request_bytes
 from lockstep.engine.making import RequestMaker
 from lockstep.engine.model import Model
+from lockstep.engine.options import DEFAULTS as DEFAULT_SIZES
 from lockstep.engine.options import EngineOptions
 from lockstep.engine.request import Request
 from lockstep.engine.runner import Limits
@@ -92,6 +93,9 @@ class FrontModel(LoadedModel):
             raise ValueError(f"replicas: expected 1 to {MAX_REPLICAS}, got {num_replicas}")
         self._num_replicas = num_replicas
         options["threads"] = options.get("threads") or max(1, num_cores() // num_replicas)
+        if num_replicas > 1:  # places for the streams of one that is lost
+            own = options.get("max_requests", DEFAULT_SIZES.max_requests)
+            options["spare_requests"] = -(-own // (num_replicas - 1))
         super().__init__(model, progress=progress, num_engines=num_replicas, **options)
         settings = self._settings(model, options)
         has_states = request_bytes(self.model.recorded, 0) > 0
@@ -111,7 +115,7 @@ class FrontModel(LoadedModel):
     @property
     def max_requests(self) -> int:
         """The most sequences that are computed at once, by all replicas together."""
-        return self._num_replicas * self.engine.limits.max_requests
+        return self._num_replicas * super().max_requests
 
     def stream_engine(self) -> Fleet:
         """The replicas, which run requests."""
@@ -130,5 +134,6 @@ class FrontModel(LoadedModel):
     def _new_engine(self, options: EngineOptions, *_: Any) -> FrontEngine:
         pages = num_pages(self.model, options, self._draft)
         groups = page_groups(self.model.recorded, pages, options)
-        limits = Limits(options.max_step_tokens, options.max_requests, pages, options.max_requests, groups)
+        slots = options.num_slots
+        limits = Limits(options.max_step_tokens, slots, pages, slots, groups, options.spare_requests)
         return FrontEngine(self.model, options, limits, self._eos_ids(), self._detokenizers())

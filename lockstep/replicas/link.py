@@ -53,7 +53,8 @@ class Running:
     def asked(self) -> Asked:
         """What a replica needs to go on with it."""
         request = self.request
-        priority = request.priority - (MOVED_PRIORITY if self.num_moves else 0)
+        has_begun = request.admitted is not None
+        priority = request.priority - (MOVED_PRIORITY if self.num_moves or has_begun else 0)
         params = replace(request.params, logits_mask=None)
         return Asked(
             number=self.number,
@@ -64,6 +65,7 @@ class Running:
             prediction=array("i", self.prediction),
             priority=priority,
             cache_salt=request.cache_salt,
+            is_moved=has_begun,
         )
 
 

@@ -17,7 +17,8 @@ from lockstep.receipts.verify import Given
 
 class Asked(NamedTuple):
     """A request of one sample. number: by which both sides know it, see `link.Running`. params: without a logits_mask,
-    which `form` makes again (`receipts.form`). known: what is known of its answer."""
+    which `form` makes again (`receipts.form`). known: what is known of its answer. is_moved: whether another replica
+    began it."""
 
     number: int
     prompt_ids: array
@@ -27,6 +28,7 @@ class Asked(NamedTuple):
     prediction: array
     priority: int
     cache_salt: str
+    is_moved: bool
 
 
 class Submit(NamedTuple):

@@ -106,6 +106,7 @@ class Replica:
             asked.prediction.tolist(),
             priority=asked.priority,
             cache_salt=asked.cache_salt,
+            is_moved=asked.is_moved,
         )
         self._sent[made.id], self._requests[asked.number] = Sent(asked.number, made), made
         self._thread.send("submit", made)

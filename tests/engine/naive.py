@@ -50,13 +50,14 @@ class Naive:
     """Requests are dicts; `tokens` are all that are known, the salt in front of them is part of what a page holds;
     `pages` are {block: page} of each group."""
 
-    def __init__(self, budget, num_slots, groups, caches=True):
-        self.budget, self.slots, self.caches, self.preempted = budget, list(range(num_slots)), caches, 0
+    def __init__(self, budget, num_slots, groups, caches=True, num_spare=0):
+        self.budget, self.slots, self.caches = budget, list(range(num_slots)), caches
+        self.num_spare, self.preempted, self.made_way = num_spare, 0, 0
         self.groups = [NaiveGroup(*group) for group in groups]
         self.promised = {}  # prefix -> the running request that computes it
         self.requests = []
 
-    def add(self, name, prompt, max_tokens, priority, salt):
+    def add(self, name, prompt, max_tokens, priority, salt, is_moved=False):
         self.requests.append(
             dict(
                 name=name,
@@ -67,6 +68,8 @@ class Naive:
                 computed=0,
                 pages=[],
                 slot=None,
+                is_moved=is_moved,
+                num_given=len(prompt),
             )
         )
         self.requests.sort(key=lambda r: (r["priority"], r["name"]))
@@ -88,14 +91,21 @@ class Naive:
         r.update(pages=[], slot=None, computed=0)
 
     def admit(self):
-        for r in [r for r in self.requests if r["slot"] is None]:
-            if not self.slots:
+        passed = []
+        while waiting := [r for r in self.requests if r["slot"] is None and r["name"] not in passed]:
+            r = waiting[0]
+            if not self.has_slot(r):
+                if self.make_way(r):
+                    continue
                 return
             if any(p in self.promised and self.promised[p]["priority"] <= r["priority"] for p in self.usable(r)):
+                passed.append(r["name"])
                 continue
             first, found = self.longest(self.usable(r))
             r["stops"][1] = self.known(self.usable(r))
             if not all(self.has_room(i, r, blocks) for i, blocks in enumerate(found)):
+                if self.make_way(r):
+                    continue
                 return
             pages = [
                 {b: group.share(page) for b, page in blocks.items()}
@@ -107,6 +117,20 @@ class Naive:
                     pages[block] = group.take()
             for prefix in self.usable(r)[first:]:
                 self.promised.setdefault(prefix, r)
+
+    def has_slot(self, r):
+        return len(self.slots) > (0 if r["is_moved"] else self.num_spare)
+
+    def make_way(self, r):
+        """Preempts, for a request that was moved, the last one after it that has given no token; False without one."""
+        after = [o for o in self.running() if (o["priority"], o["name"]) > (r["priority"], r["name"])]
+        young = [o for o in after if not o["is_moved"] and len(o["tokens"]) == o["num_given"]]
+        if not r["is_moved"] or not young:
+            return False
+        self.preempted += 1
+        self.made_way += 1
+        self.give_back(young[-1])
+        return True
 
     def known(self, prefixes):
         """How many of the first blocks the layers without a window have."""

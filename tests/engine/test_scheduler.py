@@ -12,6 +12,7 @@ from lockstep.engine.cache.prefix import PrefixCache, block_name, first_name
 from lockstep.engine.request import Request, SamplingParams, sample_seed, samples
 from lockstep.engine.runner import Limits
 from lockstep.engine.scheduler import Scheduler
+from lockstep.replicas.link import MOVED_PRIORITY
 from tests.engine.naive import Naive
 
 # a prompt is one of four texts, cut to a length, so that prompts share prefixes
@@ -85,8 +86,9 @@ def test_plans_equal_those_of_a_naive_scheduler_with_windows(budget, num_slots, 
     compare(budget, num_slots, groups, caches, steps)
 
 
+@pytest.mark.parametrize("num_spare", [0, 1])
 @pytest.mark.parametrize("windows", [(), ((8, 24),), ((10, 65), (14, 130))])
-def test_plans_equal_those_of_a_naive_scheduler_under_load(windows):
+def test_plans_equal_those_of_a_naive_scheduler_under_load(windows, num_spare):
     seen, rng = Counter(), random.Random(0)
     for _ in range(20 if windows else 40):
         steps = []
@@ -101,22 +103,28 @@ def test_plans_equal_those_of_a_naive_scheduler_under_load(windows):
                 )
                 for _ in range(rng.randint(1, 2))
             ]
-            steps.append((arrivals, [rng.randrange(6)] * rng.randrange(2), rng.randint(1, 60)))
-        compare(rng.randint(20, 200), rng.randint(2, 4), [(rng.randint(6, 10), 0), *windows], True, steps, seen)
+            steps.append((arrivals, [rng.randrange(6)] * rng.randrange(2), rng.randint(1, 20 if num_spare else 60)))
+        num_slots, num_pages = num_spare + rng.randint(2, 4), rng.randint(6, 10)
+        budget = rng.randint(20, 60 if num_spare else 200)
+        compare(budget, num_slots, [(num_pages, 0), *windows], True, steps, seen, num_spare)
     few = 5 if windows else 20  # a request that would lack pages of a window is not admitted
     assert all(seen[what] > few for what in ("preempted", "evicted", "found", "recovered")), seen
+    assert not num_spare or seen["made_way"] > 5, seen
 
 
-def compare(budget, num_slots, groups, caches, steps, seen=None):
+def compare(budget, num_slots, groups, caches, steps, seen=None, num_spare=0):
     """Takes both schedulers through the same arrivals and ends; every plan must be equal. groups: (pages, window) of
-    each. seen: a Counter of events."""
+    each. seen: a Counter of events. num_spare: spare slots; every third request was moved then."""
     made = tuple(PageGroup(*group) for group in groups)
-    scheduler = Scheduler(Limits(budget, num_slots, 0, num_slots, made), cached if caches else None)
-    naive, names = Naive(budget, num_slots, groups, caches), 0
+    limits = Limits(budget, num_slots, 0, num_slots, made, num_spare)
+    scheduler = Scheduler(limits, cached if caches else None)
+    naive, names = Naive(budget, num_slots, groups, caches, num_spare), 0
     for arrivals, ends, num_steps in steps:
         for text, prompt, max_tokens, priority, salt in arrivals:
-            scheduler.add(request(names, TEXTS[text][:prompt], max_tokens, priority=priority, cache_salt=salt))
-            naive.add(names, TEXTS[text][:prompt], max_tokens, priority, salt)
+            is_moved = num_spare > 0 and names % 3 == 2
+            of = dict(priority=priority - MOVED_PRIORITY * is_moved, is_moved=is_moved)
+            scheduler.add(request(names, TEXTS[text][:prompt], max_tokens, cache_salt=salt, **of))
+            naive.add(names, TEXTS[text][:prompt], max_tokens, salt=salt, **of)
             names += 1
         for _ in range(num_steps):
             both_step(scheduler, naive, budget)
@@ -131,6 +139,7 @@ def compare(budget, num_slots, groups, caches, steps, seen=None):
         counts = scheduler.prefix.counts
         seen.update(
             preempted=naive.preempted,
+            made_way=naive.made_way,
             evicted=scheduler.pages.num_evicted,
             found=counts.hit_tokens,
             recovered=counts.recovered_tokens,

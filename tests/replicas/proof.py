@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from lockstep.engine.token_stream import Token, TokenStream
 from lockstep.receipts.errors import ReceiptError
 from lockstep.receipts.form import form_of
 from lockstep.replicas.fleet import Fleet
-from lockstep.replicas.link import READY, Link
+from lockstep.replicas.link import READY, Link, Running
 from tests.resume.proof import with_stops
 from tests.speculation.subjects import Subject, bundled
 from tests.speculation.wishes import Wish, wishes
@@ -148,18 +149,41 @@ def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
         time.sleep(0.002)
 
 
-def gaps(link: Link, fleet: Fleet, seconds: float = 5.0) -> list[float]:
-    """Kills a replica; returns after how many seconds each of its streams had another token, or ended."""
-    before = {each.request: len(each.request.output_ids) for each in list(link.streams.values())}
-    made, began = [], time.monotonic()
+class Gap(NamedTuple):
+    """How long a stream stood still after a kill. num_tokens: how many its new replica was given to compute with it, of
+    all streams that came from the killed one; cached ones count, too."""
+
+    seconds: float
+    num_tokens: int
+
+
+def gaps(link: Link, fleet: Fleet, seconds: float = 5.0) -> list[Gap]:
+    """Kills a replica; returns the Gap of each stream that it had begun, until the next token or the end."""
+    streams = list(link.streams.values())
+    before = {each: len(each.request.output_ids) for each in streams if each.request.output_ids}
+    made, homes, began = dict[Running, float](), dict[Running, Link | None](), time.monotonic()
     kill(link)
-    while before and time.monotonic() - began < seconds:
-        for request, count in list(before.items()):
-            if len(request.output_ids) > count or request.finish_reason is not None:
-                made.append(time.monotonic() - began)
-                del before[request]
+    while len(made) < len(before) and time.monotonic() - began < seconds:
+        for each in streams:
+            if each.home not in (None, link):
+                homes[each] = each.home
+        for each, count in before.items():
+            request = each.request
+            if each not in made and (len(request.output_ids) > count or request.finish_reason is not None):
+                made[each] = time.monotonic() - began
         time.sleep(0.001)
-    return made + [seconds] * len(before)
+    tokens = Counter[Link | None]()
+    for each, home in homes.items():
+        tokens[home] += each.request.num_tokens
+    return [Gap(made.get(each, seconds), tokens[homes.get(each)]) for each in before]
+
+
+def prefill_speed(engine: StreamEngine, num_prompts: int = 8, num_tokens: int = 256) -> float:
+    """How many tokens of prompts that nothing has computed before an engine computes in a second."""
+    rng, began = np.random.default_rng(), time.monotonic()
+    prompts = rng.integers(100, 400, (num_prompts, num_tokens)).tolist()
+    read_all(engine.submit_all([(prompt, SamplingParams(max_tokens=1)) for prompt in prompts]))
+    return num_prompts * num_tokens / (time.monotonic() - began)
 
 
 def moments(fleet: Fleet) -> Counter[str]:

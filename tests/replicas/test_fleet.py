@@ -53,6 +53,20 @@ def test_a_replica_is_killed_and_then_the_one_that_took_its_streams(fleet, menu)
     wait_until(lambda: fleet.counts()["running"] == fleet.counts()["waiting"] == 0)
 
 
+def test_streams_of_a_full_replica_go_on_at_once_in_another_full_one(fleet, front):
+    streams = [fleet.submit(front.encode(PROMPT), replace(LONG, max_tokens=1000, seed=seed)) for seed in range(16)]
+    wait_until(lambda: all(len(stream.request.output_ids) > 2 for stream in streams))
+    lost, other = ready_links(fleet)
+    known = {each.request: len(each.request.output_ids) for each in running(lost)}
+    own = [each.request for each in running(other)]
+    assert len(known) == len(own) == 8
+    kill(lost)
+    wait_until(lambda: all(len(request.output_ids) > count for request, count in known.items()))
+    assert [request.finish_reason for request in own] == [None] * 8
+    for stream in streams:
+        stream.cancel()
+
+
 def test_a_replica_that_hangs_loses_its_streams_and_works_again(fleet, menu):
     streams = [each.submit(fleet) for each in menu]
     hung = busy(fleet)

@@ -96,7 +96,7 @@ def _group_pages(window: int, num_pages: int, options: "EngineOptions") -> int:
     included, and a step of one prompt beside them; never more than the layers without a window."""
     if not window:
         return num_pages
-    decoding = options.max_requests * most_pages(window + options.num_drafts)
+    decoding = options.num_slots * most_pages(window + options.num_drafts)
     return min(num_pages, decoding + pages_for(options.max_step_tokens - 1))
 
 
@@ -137,11 +137,11 @@ def num_pages(model: "Model", options: "EngineOptions", draft: "Model | None" = 
     per_context, needed = pages_for(model.max_context), needs(model, options, draft)
     if options.kv_tokens is None:
         most = min(CACHE_BYTES, _free_for_pages(needed, options))
-        return max(per_context, min(per_context * options.max_requests, _pages_in(needed, most, options)))
+        return max(per_context, min(per_context * options.num_slots, _pages_in(needed, most, options)))
     count, memory = pages_for(options.kv_tokens), _physical_bytes()
-    of_cache, of_requests = cache_bytes(needed, count, options), options.max_requests * needed.request
+    of_cache, of_requests = cache_bytes(needed, count, options), options.num_slots * needed.request
     if of_cache + of_requests > memory:
-        beside = f", of which {options.max_requests} requests take {of_requests / 2**30:.1f}" if of_requests else ""
+        beside = f", of which {options.num_slots} requests take {of_requests / 2**30:.1f}" if of_requests else ""
         enough = _pages_in(needed, max(0, memory - of_requests), options) * PAGE_TOKENS
         raise ValueError(
             f"kv_tokens: {options.kv_tokens} tokens take {of_cache / 2**30:.1f} GiB; this machine has "
@@ -167,7 +167,7 @@ def _free_for_pages(needed: Needs, options: "EngineOptions") -> int:
     """Bytes that KV pages may take beside the weights, the requests' states and the kept states."""
     of_states = options.state_bytes if needed.has_states and options.prefix_cache else 0
     of_engine = (available_bytes() - needed.weights) // SHARE // options.num_engines  # which share their weights
-    return max(0, of_engine - options.max_requests * needed.request - of_states)
+    return max(0, of_engine - options.num_slots * needed.request - of_states)
 
 
 def weight_bytes(*programs: Program) -> int:

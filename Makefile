@@ -16,6 +16,12 @@ SOURCES := pyproject.toml $(wildcard lockstep/*.py lockstep/*/*.py lockstep/*/*/
 BIN := $(VENV)/bin
 LOCKSTEP := $(BIN)/lockstep
 
+# Tests start hundreds of processes. Where an environment forbids .pyc files, as containers like to, each would compile
+# again all that it imports.
+TESTS := test test-targets test-formats soak fuzz attacks speculation test-ray oracles-lm-eval oracles-others
+$(TESTS): export PYTHONDONTWRITEBYTECODE :=
+$(TESTS): export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/pycache
+
 .PHONY: help demo test test-targets test-formats soak fuzz attacks speculation test-ray ray test-oracles oracles-lm-eval oracles-others oracles dev lint lock audit clean
 .DEFAULT_GOAL := help
 

@@ -25,6 +25,7 @@ ROOT = pathlib.Path(__file__).parents[3]
 
 REFERENCE, CPU, PER_TOKEN = (BACKENDS[name] for name in ("reference", "cpu", "per_token"))
 MIXED = [1, 65, 7, 130, 1], [1, 65, 1027, 1090, 2050]  # new tokens and context in all, of each request
+FEWER = [1, 65, 7, 3, 1], [1, 65, 130, 1090, 2050]  # for wide heads, as the definition takes seconds
 
 
 class Batch:
@@ -157,7 +158,7 @@ def tolerance(batch):
 
 @pytest.mark.parametrize("name", CASES)
 def test_kernel_equals_definition(name):
-    batch = Batch(*MIXED, **CASES[name])
+    batch = Batch(*(FEWER if CASES[name]["K"] >= 256 else MIXED), **CASES[name])
     expected = batch.run(REFERENCE)
     for num_threads in (1, 2, 5):
         for result, want in zip(batch.run(CPU, num_threads), expected, strict=True):

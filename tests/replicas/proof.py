@@ -1,6 +1,7 @@
 """Answers of a fleet whose replicas die, hang and make room, against the same answers of one engine that nothing
 interrupts."""
 
+import contextlib
 import os
 import signal
 import time
@@ -125,20 +126,23 @@ def ready_links(fleet: Fleet) -> list[Link]:
 
 def kill(link: Link) -> None:
     """Kills a replica's process."""
-    assert link.ready is not None
-    os.kill(link.ready.pid, signal.SIGKILL)
+    _signal(link, signal.SIGKILL)
 
 
 def stop(link: Link) -> None:
     """Stops a replica's process, until `go_on`."""
-    assert link.ready is not None
-    os.kill(link.ready.pid, signal.SIGSTOP)
+    _signal(link, signal.SIGSTOP)
 
 
 def go_on(link: Link) -> None:
     """Lets a stopped process go on."""
+    _signal(link, signal.SIGCONT)
+
+
+def _signal(link: Link, number: signal.Signals) -> None:
     assert link.ready is not None
-    os.kill(link.ready.pid, signal.SIGCONT)
+    with contextlib.suppress(ProcessLookupError):  # its fleet ended it first
+        os.kill(link.ready.pid, number)
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:

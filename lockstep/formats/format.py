@@ -9,6 +9,7 @@ import numpy as np
 from lockstep.formats.parts import blocks as blk
 from lockstep.formats.parts.layout import offset
 from lockstep.formats.parts.panels import PANEL, Placed
+from lockstep.formats.parts.powers import E8M0
 from lockstep.formats.parts.products import Product
 
 LINE_BYTES = 64  # of a cache line
@@ -114,10 +115,20 @@ class Format:
         return self.stored.block.itemsize
 
     @property
-    def scale_offsets(self) -> tuple[int, ...]:
-        """The bytes of a stored block at which its float16 scales lie."""
+    def scale_fields(self) -> tuple[tuple[int, np.dtype], ...]:
+        """Where the scales of a stored block lie, and their dtypes, float16 or E8M0."""
         fields = self.stored.block.fields or {}
-        return tuple(begin for kind, begin, *_ in fields.values() if kind == np.float16)
+        return tuple((begin, kind) for kind, begin, *_ in fields.values() if kind in (np.float16, E8M0))
+
+    def put_scales(self, blocks: np.ndarray, scales: Any) -> None:
+        """Sets all scales of stored blocks, uint8 [..., block_bytes], to float32 numbers that broadcast to [...].
+
+        Scales without a sign get magnitudes, rounded to powers of two.
+        """
+        for begin, kind in self.scale_fields:
+            values = np.broadcast_to(np.asarray(scales, np.float32), blocks.shape[:-1])
+            rounded = (np.abs(values) if kind == E8M0 else values).astype(kind)
+            blocks[..., begin : begin + kind.itemsize] = np.ascontiguousarray(rounded)[..., None].view(np.uint8)
 
     def panel_bytes(self, width: int) -> int:
         """Bytes of a packed panel of `width` weights for each of its features, its scales included."""

@@ -75,7 +75,7 @@ def fields(format: Format, part: StoredRows, rows: slice) -> tuple[np.ndarray, .
 
 def _check_scales(unpacked: tuple[np.ndarray, ...], part: StoredRows, rows: slice) -> None:
     for field in unpacked:
-        if field.dtype == np.float16:
+        if field.dtype.kind == "f":
             check_finite(part, field, rows.start or 0, "block scales")
 
 

@@ -5,6 +5,7 @@ import numpy as np
 from lockstep.formats import BLOCK_FORMATS
 from lockstep.formats.parts.blocks import as_blocks
 from lockstep.formats.parts.finite import check_finite
+from lockstep.formats.parts.powers import E8M0, checked_halves
 from lockstep.weights.tensor import StoredTensor
 
 # By format: without the sign, a float whose bits are at least this number is infinite or NaN.
@@ -37,6 +38,8 @@ def _check(tensor: StoredTensor, piece: np.ndarray, first_row: int) -> None:
     for name in blocks.dtype.names or ():
         if blocks.dtype[name] == np.float16:
             _check_floats(tensor, np.ascontiguousarray(blocks[name]), "f16", first_row, "block scales")
+        if blocks.dtype[name] == E8M0:
+            check_finite(tensor, checked_halves(blocks[name]), first_row, "block scales")
 
 
 def _check_floats(tensor: StoredTensor, values: np.ndarray, format: str, first_row: int, what: str) -> None:

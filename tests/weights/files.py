@@ -13,7 +13,7 @@ PACKING = {
 }  # fmt: skip
 GGML_TYPE = {
     "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "q4_k": 12, "q5_k": 13, "q6_k": 14,
-    "iq4_nl": 20, "iq4_xs": 23, "bf16": 30,
+    "iq4_nl": 20, "iq4_xs": 23, "bf16": 30, "mxfp4": 39,
 }  # fmt: skip
 SAFETENSORS_DTYPE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "uint8": "U8"}
 

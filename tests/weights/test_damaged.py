@@ -33,8 +33,8 @@ def table(format):
         block = BLOCK_FORMATS[format]
         shape = 70, 256 // block.block_size, block.block_bytes
         blocks = np.random.default_rng(2).integers(0, 256, shape, np.uint8)
-        for at in block.scale_offsets:
-            blocks[..., at + 1] &= 0x3B
+        for at, kind in block.scale_fields:
+            blocks[..., at + kind.itemsize - 1] &= 0x3B
         data = blocks.reshape(70, -1)
     else:
         data = WEIGHTS.astype({"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}[format])
@@ -46,8 +46,8 @@ def spoil(tensor, row, column, bits):
     raw = tensor.data.view(np.uint8).reshape(70, -1)
     size = {"f32": 4, "f16": 2, "bf16": 2}.get(tensor.format)
     block = BLOCK_FORMATS.get(tensor.format)
-    at = column * size if size else block.block_bytes * column + block.scale_offsets[-1]
-    raw[row, at : at + (size or 2)] = np.frombuffer(bits.tobytes(), np.uint8)
+    at = column * size if size else block.block_bytes * column + block.scale_fields[-1][0]
+    raw[row, at : at + bits.nbytes] = np.frombuffer(bits.tobytes(), np.uint8)
 
 
 @pytest.mark.parametrize("format", ["f32", "f16", "bf16", *BLOCK_FORMATS])
@@ -56,8 +56,8 @@ def test_a_bad_place_of_a_table_is_named(format, negative, monkeypatch):
     monkeypatch.setattr(finite, "PIECE_BYTES", 3000)
     good = table(format)
     assert (finite.finite_bytes(good) == good.data.view(np.uint8).reshape(70, -1)).all()
-    dtype = {"f32": np.float32, "bf16": ml_dtypes.bfloat16}.get(format, np.float16)
     plain = format not in BLOCK_FORMATS
+    dtype = table(format).data.dtype if plain else BLOCK_FORMATS[format].scale_fields[-1][1]
     column = 0 if not plain and BLOCK_FORMATS[format].block_size == 256 else 1
     for value in (np.inf, np.nan):
         bad = table(format)

@@ -28,10 +28,9 @@ def stored(name, shape, format):
 
 
 def blocks(generator: np.random.RandomState, shape: tuple[int, ...], format: Format) -> np.ndarray:
-    """Blocks of a format: random bytes, with the format's made-up float16 scales."""
+    """Blocks of a format: random bytes, with the format's made-up scales."""
     data = generator.randint(0, 256, (shape[0], shape[1] // format.block_size, format.block_bytes)).astype(np.uint8)
-    for at in format.scale_offsets:
-        data[..., at : at + 2] = np.array([format.made_up_scale], np.float16).view(np.uint8)
+    format.put_scales(data, format.made_up_scale)
     return data.reshape(shape[0], -1)
 
 

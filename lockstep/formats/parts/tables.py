@@ -1,7 +1,7 @@
 """Codes of 4 bits that stand for entries of a table of sixteen integers: what formats with such tables share.
 
-A table is int8 [16], ascending, each entry once. A panel holds the codes (`LOW_BITS`); a kernel looks up their entries
-and multiplies these as codes of 8 bits.
+A table is int8 [16]. That of a panel is ascending, whatever the order of the codes in a file; an entry may stand in it
+twice. A panel holds the codes (`LOW_BITS`); a kernel looks up their entries and multiplies these as codes of 8 bits.
 """
 
 import numpy as np
@@ -16,6 +16,9 @@ from lockstep.native.simd import bit_and, load_u8, shift_right
 # the table of GGML's IQ4 formats: its steps grow with the magnitude
 NONLINEAR = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
 NONLINEAR_WORDS = words_of(NONLINEAR)
+# twice the floats with two bits of exponent and one of fraction, by their codes; and the same as an ascending table
+TWICE_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
+TWICE_E2M1_WORDS, ASCENDING_E2M1 = words_of(TWICE_E2M1), np.sort(TWICE_E2M1)
 
 
 def entries(packed: np.ndarray, table: np.ndarray) -> np.ndarray:
@@ -24,7 +27,7 @@ def entries(packed: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 
 def codes_of(values: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """The codes of entries, uint8."""
+    """The codes of entries in an ascending table, uint8."""
     return np.searchsorted(table, values).astype(np.uint8)
 
 
@@ -44,6 +47,12 @@ def table_dots(s, i, start, table):
 def nonlinear(row_B, at, i):
     """The entry of weight i of a block of 32 whose codes start at byte `at`."""
     return np.float32(NONLINEAR[low_bits(row_B, at, i)])
+
+
+@definition
+def twice_e2m1(row_B, at, i):
+    """The same in the table `TWICE_E2M1`."""
+    return np.float32(TWICE_E2M1[low_bits(row_B, at, i)])
 
 
 @inlined

@@ -16,6 +16,7 @@ from lockstep.ops.elementwise.activations_cpu import store_q8, store_rounded
 from lockstep.ops.elementwise.gates import GATES
 from lockstep.ops.linear.experts import ExpertGated, ExpertLinear, ExpertRows, ExpertScatter, gated_kind, pair_at
 from lockstep.ops.linear.linear_cpu import ALL_PANELS, COLS, LAYOUTS, constants, multiply_rows, rows_at_once
+from lockstep.ops.linear.tile import scale_bytes
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import COUNTER, num_rows
 
@@ -70,7 +71,7 @@ def _linear(op, step, thread, num_threads):
         ROW_BYTES(a.width),
         a.width // BLOCK * PANEL_BYTES,
     )
-    at_once = rows_at_once(row_bytes)
+    at_once, scale_stride = rows_at_once(row_bytes), scale_bytes(FORMAT, K)
     num_claims, counter = (num_panels + CLAIM - 1) // CLAIM, peek(op + 8 * COUNTER, int64)
     claim = fetch_add(counter, 1)
     while claim < a.num_experts * num_claims:
@@ -79,14 +80,14 @@ def _linear(op, step, thread, num_threads):
         for s in range(start, stop, at_once):
             for p in range(first, min(first + CLAIM, num_panels), COLS):
                 panel = e * num_panels + p
-                codes, scales = a.weight.codes + panel_bytes * panel, a.weight.d + K * panel
+                codes, scales = a.weight.codes + panel_bytes * panel, a.weight.d + scale_stride * panel
                 multiply_rows(
                     FORMAT,
                     FEW,
                     Rows(a.x + row_bytes * s, row_bytes),
-                    Panels(codes, panel_bytes, scales, K, K),
+                    Panels(codes, panel_bytes, scales, scale_stride, K),
                     Output(a.out + 64 * (num_panels * s + p), 0, 64 * num_panels, num_panels - p, 0),
-                    Ahead(codes + panel_bytes * COLS, scales + K * COLS, ALL_PANELS),
+                    Ahead(codes + panel_bytes * COLS, scales + scale_stride * COLS, ALL_PANELS),
                     min(at_once, stop - s),
                 )
         claim = fetch_add(counter, 1)

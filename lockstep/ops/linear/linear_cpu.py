@@ -21,7 +21,7 @@ from lockstep.native.simd import peek
 from lockstep.native.targets import wide_registers
 from lockstep.ops.linear.grouped_linear import GroupedLinear
 from lockstep.ops.linear.linear import Linear
-from lockstep.ops.linear.tile import linear_tile
+from lockstep.ops.linear.tile import linear_tile, scale_bytes
 from lockstep.runtime.backend import Implementation, Layout
 from lockstep.runtime.step import COUNTER, num_rows
 
@@ -150,6 +150,7 @@ def multiply_claim(format, few, multiply, rows_of, a, sizes, claim):
     """Computes a claim of the layer `a`, some rows and a part of K at a time. multiply: makes the tiles, as
     `multiply_rows`; rows_of: finds the rows of a panel, as `whole_rows`."""
     K, row_bytes, panel_bytes = a.in_features, sizes.row_bytes, sizes.panel_bytes
+    scale_stride = scale_bytes(format, K)
     for t in range(claim.first_row, claim.end_row, sizes.rows_at_once):
         panel_after = claim.first_panel if t + sizes.rows_at_once < claim.end_row else claim.next_panel
         for p in range(claim.first_panel, claim.end_panel, COLS):
@@ -157,15 +158,17 @@ def multiply_claim(format, few, multiply, rows_of, a, sizes, claim):
             x = rows_of(a, row_bytes, p)
             for k in range(0, K, sizes.part_of_k):
                 next_k, p_ahead = (k + sizes.part_of_k, p) if k + sizes.part_of_k < K else (0, next_p)
-                codes, scales = a.weight.codes + panel_bytes * p + panel_bytes * k // K, a.weight.d + K * p + k
+                codes = a.weight.codes + panel_bytes * p + panel_bytes * k // K
+                scales = a.weight.d + scale_stride * p + scale_bytes(format, k)
                 codes_ahead = a.weight.codes + panel_bytes * p_ahead + panel_bytes * next_k // K
+                scales_ahead = a.weight.d + scale_stride * p_ahead + scale_bytes(format, next_k)
                 multiply(
                     format,
                     few,
                     Rows(x.address + x.stride * t + row_bytes * k // K, x.stride),
-                    Panels(codes, panel_bytes, scales, K, min(sizes.part_of_k, K - k)),
+                    Panels(codes, panel_bytes, scales, scale_stride, min(sizes.part_of_k, K - k)),
                     output_at(a, t, p, sizes.num_panels, k, next_k == 0),
-                    Ahead(codes_ahead, a.weight.d + K * p_ahead + next_k, ALL_PANELS),
+                    Ahead(codes_ahead, scales_ahead, ALL_PANELS),
                     min(sizes.rows_at_once, claim.end_row - t),
                 )
 

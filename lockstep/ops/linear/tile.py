@@ -38,6 +38,21 @@ def linear_tile(context, format, shape, num_rows, x, w, out, ahead):
     return types.void(format, shape, types.int64, x, w, out, ahead), codegen
 
 
+@primitive()
+def scale_bytes(context, format, num_weights):
+    """Bytes of the scales of num_weights weights of each feature, in a format whose scales are a stream of their own.
+
+    format: its name, a literal. num_weights: a multiple of 32.
+    """
+
+    def codegen(ctx, b, sig, args):
+        made = FORMATS[format.literal_value]
+        blocks = b.udiv(args[1], ir.Constant(I64, made.stored.size))
+        return b.mul(blocks, ir.Constant(I64, made.packed.scales.itemsize if made.packed.scales else 0))
+
+    return types.int64(format, types.int64), codegen
+
+
 def _tile(b, magic, format, height, panels, operands):
     x, w, out, ahead = operands
     lanes = lanes_per_vector(FORMATS[format].product.rows is QUANTIZED, targets.int_dot(magic))

@@ -16,7 +16,7 @@ VOCABULARY = 50
 
 
 def table(format, width):
-    """A table with every code and sign, float16 denormals among the block scales."""
+    """A table with every code and sign, denormals among the block scales."""
     if not FORMATS[format].is_quantized:
         values = RNG.standard_normal((VOCABULARY, width)) * 10.0 ** RNG.integers(-7, 3, (VOCABULARY, width))
         data = values.astype(FORMATS[format].stored.block)
@@ -29,8 +29,9 @@ def table(format, width):
 
 def _finite_scales(data, format):
     blocks = data.reshape(-1, format.block_bytes)
-    for high_byte in (at + 1 for at in format.scale_offsets):
-        blocks[:, high_byte] = np.where(blocks[:, high_byte] & 0x7C == 0x7C, 0, blocks[:, high_byte])
+    for at, kind in format.scale_fields:
+        high, infinite = (at + 1, 0x7C) if kind == np.float16 else (at, 0xFC)  # the byte with an exponent
+        blocks[:, high] = np.where(blocks[:, high] & infinite == infinite, 0, blocks[:, high])
 
 
 def run(backend, stored, ids, scale=1.0, num_threads=1):

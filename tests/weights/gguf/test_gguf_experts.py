@@ -51,9 +51,7 @@ def random_blocks(format, shape, rng):
     block = BLOCK_FORMATS[format]
     blocks = rng.integers(0, 256, (*shape[:-1], shape[-1] // block.block_size, block.block_bytes), np.uint8)
     size = 1e-4 if block.block_size == 256 else 4e-3
-    for at in block.scale_offsets:
-        scales = rng.uniform(size, 2 * size, blocks.shape[:-1]).astype("<f2")
-        blocks[..., at : at + 2] = scales[..., None].view(np.uint8)
+    block.put_scales(blocks, rng.uniform(size, 2 * size, blocks.shape[:-1]))
     return blocks.reshape(*shape[:-1], -1)
 
 

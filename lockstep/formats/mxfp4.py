@@ -49,6 +49,15 @@ def unpack(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return blk.joined(entries(blocks["codes"], TWICE_E2M1)), checked_halves(blocks["e"])
 
 
+def from_pairs(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Rows of blocks, uint8 [rows, bytes], from Hugging Face's two arrays: codes uint8 [rows, blocks, 16], two
+    neighbours a byte, the first in its low nibble, and scales e, uint8 [rows, blocks]."""
+    blocks = np.empty(scales.shape, BLOCK)
+    pairs = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*scales.shape, 32)
+    blocks["e"], blocks["codes"] = scales.view(E8M0), pairs[..., :16] | pairs[..., 16:] << 4
+    return blocks.view(np.uint8)
+
+
 def decode(blocks: np.ndarray) -> np.ndarray:
     """float32 [num, 32]. Error: none, each product is exact in float32."""
     return blk.scaled(entries(blocks["codes"], TWICE_E2M1), halves(blocks["e"]))

@@ -1,26 +1,58 @@
 """Recording a mixture of experts."""
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from lockstep.formats.choice import compute_format
 from lockstep.formats.parts.rows import ROW_FORMATS
 from lockstep.models.model_config import Experts
 from lockstep.models.record import Recorder
-from lockstep.ops.linear.experts import ExpertGated, ExpertLinear, ExpertRows, ExpertScatter
+from lockstep.ops.linear.experts import ExpertBias, ExpertGated, ExpertLinear, ExpertRows, ExpertScatter
 from lockstep.ops.linear.linear import PREPARATION
 from lockstep.ops.linear.moe import CombineExperts, GroupExperts, Route
 from lockstep.runtime.program import Tensor, Weight
+from lockstep.weights.tensor import StoredTensor
 
 
-def experts(ops: Recorder, x: Tensor, shape: Experts, label: str) -> Tensor:
+class ExpertMatrices(NamedTuple):
+    """The stored tensors of a layer's experts: rows [width, D] of gate and up, expert after expert; rows [D, width] of
+    down; and their biases [experts, rows], in parts side by side, if the experts have biases."""
+
+    gate_up: Sequence[StoredTensor]
+    down: Sequence[StoredTensor]
+    gate_up_bias: Sequence[StoredTensor] = ()
+    down_bias: Sequence[StoredTensor] = ()
+
+
+Matrices = Callable[[Recorder, str, Experts, int], ExpertMatrices]  # called with the label of the experts and D
+
+
+def one_by_one(ops: Recorder, label: str, shape: Experts, D: int) -> ExpertMatrices:
+    """A tensor for each matrix, and one for the biases of all experts."""
+
+    def each(names: Sequence[str], rows: int, width: int) -> list[StoredTensor]:
+        names = [f"{label}.{e}.{name}_proj.weight" for e in range(shape.num_experts) for name in names]
+        return [ops.stored(name, rows, width) for name in names]
+
+    def biases(names: Sequence[str], rows: int) -> list[StoredTensor]:
+        return [ops.stored(f"{label}.{name}_proj_bias", shape.num_experts, rows) for name in names if shape.bias]
+
+    gate_up, down = each(("gate", "up"), shape.width, D), each(("down",), D, shape.width)
+    return ExpertMatrices(gate_up, down, biases(("gate", "up"), shape.width), biases(("down",), D))
+
+
+def experts(
+    ops: Recorder, x: Tensor, shape: Experts, label: str, router: str = "gate", matrices: Matrices = one_by_one
+) -> Tensor:
     """A mixture of experts: each row goes through the MLPs of its most probable experts, whose outputs are added up,
-    each multiplied by the router's weight.
+    each multiplied by the router's weight. router: the name of its projection. matrices: finds those of the experts.
 
     D: hidden size, E: experts, X: experts per token.
     """
     D, E, X = x.width, shape.num_experts, shape.num_per_token
     tensor, emit = ops.program.tensor, ops.program.emit
-    logits = ops.linear(x, [(f"{label}.gate", E)])
+    stored = matrices(ops, f"{label}.experts", shape, D)
+    logits = ops.linear(x, [(f"{label}.{router}", E)], bias=shape.bias)
     counts = dict(num_experts=E, top_k=X)
     route = Route(
         expert_ids=tensor(f"{label}.expert_ids", x.rows, X, "i32"),
@@ -37,15 +69,18 @@ def experts(ops: Recorder, x: Tensor, shape: Experts, label: str) -> Tensor:
         **counts,
     )
     order, grouping = emit(group), dict(expert_start=group.expert_start, **counts)
-    gate_up, down = _weights(ops, label, shape, D)
+    gate_up, down = _weights(ops, label, shape, D, stored)
     prepared = _prepared_rows(ops, f"{label}.expert_rows", x.rows, X, gate_up.format, D)
     h = emit(ExpertRows(x=x, order=order, **prepared))
     out = tensor(f"{label}.experts.gate_up", x.rows, X * 2 * shape.width)
     h = emit(ExpertLinear(out=out, x=h, weight=gate_up, width=D, features=2 * shape.width, **grouping))
+    biased = dict(order=order, expert_ids=route.expert_ids, **counts)
+    h = _with_biases(ops, h, stored.gate_up_bias, 2 * shape.width, biased)
     prepared = _prepared_rows(ops, f"{label}.experts.act", x.rows, X, down.format, shape.width)
     h = emit(ExpertGated(x=h, activation=shape.activation, **prepared))
     out = tensor(f"{label}.experts.down", x.rows, X * D)
     h = emit(ExpertLinear(out=out, x=h, weight=down, width=shape.width, features=D, **grouping))
+    h = _with_biases(ops, h, stored.down_bias, D, biased)
     y = tensor(f"{label}.experts", x.rows, X * D)
     y = emit(ExpertScatter(out=y, x=h, order=order, width=D, top_k=X))
     out = tensor(f"{label}.combined", x.rows, D)
@@ -59,17 +94,25 @@ def _prepared_rows(ops: Recorder, label: str, rows: str, top_k: int, format: str
     return dict(out=out, width=width, top_k=top_k, preparation=PREPARATION[format])
 
 
-def _weights(ops: Recorder, label: str, shape: Experts, D: int) -> tuple[Weight, Weight]:
+def _with_biases(ops: Recorder, x: Tensor, parts: Sequence[StoredTensor], width: int, operands: Any) -> Tensor:
+    """x plus the biases of each row's expert, [experts, width] in parts side by side; x itself if there are none."""
+    if not parts:
+        return x
+    name = "|".join(part.name for part in parts)
+    weight = Weight(name, "f32", (operands["num_experts"], width), tuple(parts))
+    out = ops.program.tensor(f"{x.name}.biased", x.rows, x.width)
+    return ops.program.emit(ExpertBias(out=out, x=x, bias=weight, width=width, **operands))
+
+
+def _weights(ops: Recorder, label: str, shape: Experts, D: int, stored: ExpertMatrices) -> tuple[Weight, Weight]:
     """Two weights: gate and up of all experts, expert after expert, and down of all experts.
 
     Each weight has one format: where the formats of its parts differ, it is packed as q8_0.
     """
 
-    def joined(names: tuple[str, ...], rows: int, width: int) -> Weight:
-        each = [f"{label}.experts.{e}.{n}_proj.weight" for e in range(shape.num_experts) for n in names]
-        parts = tuple(ops.stored(name, rows, width) for name in each)
+    def joined(name: str, parts: Sequence[StoredTensor], rows: int, width: int) -> Weight:
         formats = {compute_format(p.format, ops.weights, width) for p in parts}
         format = formats.pop() if len(formats) == 1 else "q8_0"
-        return Weight(f"{label}.experts.{'_'.join(names)}", format, (len(parts) * rows, width), parts)
+        return Weight(f"{label}.experts.{name}", format, (shape.num_experts * rows, width), tuple(parts))
 
-    return joined(("gate", "up"), shape.width, D), joined(("down",), D, shape.width)
+    return joined("gate_up", stored.gate_up, 2 * shape.width, D), joined("down", stored.down, D, shape.width)

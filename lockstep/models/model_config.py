@@ -26,7 +26,8 @@ class Heads:
     """The attention heads of a layer.
 
     scale: of the products of queries and keys. rope: None for heads that are not rotated. window: keys that a token
-    sees, itself included; 0: all. soft_cap: c of c tanh(score / c); 0: scores are not capped.
+    sees, itself included; 0: all. soft_cap: c of c tanh(score / c); 0: scores are not capped. sinks: each head has a
+    score without a value, which joins its softmax.
     """
 
     num_heads: int
@@ -38,6 +39,7 @@ class Heads:
     soft_cap: float = 0.0
     qkv_bias: bool = False
     o_bias: bool = False
+    sinks: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,15 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts, each a gated MLP without biases. renormalise: a token's expert weights sum to 1."""
+    """A mixture of experts, each a gated MLP. renormalise: a token's expert weights sum to 1. bias: the router and all
+    matrices of the experts have biases."""
 
     num_experts: int
     num_per_token: int
     width: int
     renormalise: bool
     activation: str = "silu"
+    bias: bool = False
 
 
 @dataclass(frozen=True)

@@ -268,6 +268,7 @@ class Recorder:
                 scale=heads.scale,
                 window=heads.window,
                 soft_cap=heads.soft_cap,
+                sinks=self.constant(f"{label}.sinks", H) if heads.sinks else None,
                 **shape,
                 **gate,
             )

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from lockstep.models.config import Config, text_config
 from lockstep.models.families.gemma3 import GEMMA3
+from lockstep.models.families.gpt_oss import GPT_OSS
 from lockstep.models.families.llama import LLAMA
 from lockstep.models.families.mistral import MISTRAL
 from lockstep.models.families.qwen2 import QWEN2
@@ -24,6 +25,7 @@ FAMILIES: Mapping[str, Family] = {
     "smollm3": SMOLLM3,
     "qwen3_5": QWEN3_5,
     "gemma3": GEMMA3,
+    "gpt_oss": GPT_OSS,
 }
 BY_MODEL_TYPE = {model_type: family for family in FAMILIES.values() for model_type in family.model_types}
 ARCHITECTURES: Mapping[str, Architecture] = {f.gguf.name: f.gguf for f in FAMILIES.values() if f.gguf}

@@ -77,6 +77,23 @@ class StoredTensor:
         return data.astype(np.float32)
 
 
+@dataclass(frozen=True)
+class MadeTensor(StoredTensor):
+    """A tensor whose rows are made of other tensors when they are read. data: zeros that take no memory. make: called
+    with a slice of rows, returns these as stored."""
+
+    make: Callable[[slice], np.ndarray]
+
+    @classmethod
+    def of(cls, name: str, format: str, shape: tuple[int, ...], make: Callable[[slice], np.ndarray]) -> "MadeTensor":
+        """The tensor of these rows."""
+        stored, dtype = stored_shape(format, shape)
+        return cls(name, format, shape, np.broadcast_to(np.zeros(1, dtype), stored), make)
+
+    def read(self, rows: slice = slice(None)) -> np.ndarray:
+        return self.make(rows)
+
+
 class TensorMap(Mapping[str, StoredTensor]):
     """Tensors by Hugging Face name, each loaded when it is looked up.
 

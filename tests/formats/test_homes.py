@@ -11,8 +11,9 @@ from lockstep.formats import BLOCK_FORMATS
 FOLDER = Path(formats.__file__).parent
 OTHERS = {p: p.read_text("utf-8").lower() for p in FOLDER.parent.rglob("*.py") if FOLDER not in p.parents}
 
-GRIDS, FILE_NAMES = Path("ptq/spec.py"), Path("weights/sources/quants.py")
-SAME_WORD = {"mxfp4": {GRIDS, FILE_NAMES}}  # where a format's name stands for something else
+GRIDS, FILE_NAMES, FOLDERS = Path("ptq/spec.py"), Path("weights/sources/quants.py"), Path("models/families/gpt_oss.py")
+# where a format's name stands for something else, or for the way in which a model's folders store it
+SAME_WORD = {"mxfp4": {GRIDS, FILE_NAMES, FOLDERS}}
 
 
 @pytest.mark.parametrize("name", [name for name, format in BLOCK_FORMATS.items() if format.stored.encode is None])

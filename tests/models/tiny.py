@@ -72,6 +72,8 @@ def _attention(c):
         made.update({f"{p}_proj.bias": (n,) for p, n in rows.items()})
     if c.get("attention_bias"):
         made["o_proj.bias"] = (c["hidden_size"],)
+    if kind == "gpt_oss":
+        made["sinks"] = (H,)
     if kind.startswith("qwen3") or is_gemma(c):
         made.update({"q_norm.weight": (K,), "k_norm.weight": (K,)})
     return made
@@ -101,6 +103,8 @@ def _mlp(c, layer):
             "down_proj.weight": (c["hidden_size"], ffn),
         }
 
+    if c["model_type"] == "gpt_oss":
+        return _stacked(c)
     dense = layer in c.get("mlp_only_layers", []) or (layer + 1) % c.get("decoder_sparse_step", 1)
     if c["model_type"] != "qwen3_moe" or dense:
         made = swiglu(c["intermediate_size"])
@@ -111,13 +115,31 @@ def _mlp(c, layer):
     return {"gate.weight": (c["num_experts"], c["hidden_size"]), **experts}
 
 
+def _stacked(c):
+    """Experts as gpt-oss has them: stacked, inputs before outputs, gate and up in one matrix."""
+    E, width, ffn = c["num_local_experts"], c["hidden_size"], c["intermediate_size"]
+    return {
+        "router.weight": (E, width),
+        "router.bias": (E,),
+        "experts.gate_up_proj": (E, width, 2 * ffn),
+        "experts.gate_up_proj_bias": (E, 2 * ffn),
+        "experts.down_proj": (E, ffn, width),
+        "experts.down_proj_bias": (E, width),
+    }
+
+
 def interval(name, shape, config):
     """The bounds between which a tensor's values are drawn."""
     kind, leaf = text_part(config)["model_type"], name.split(".")[-2]
     if leaf.endswith("norm"):
         is_offset = kind.startswith(("qwen3_5", "gemma")) and "linear_attn" not in name
         return (-0.5, 0.5) if is_offset else (0.5, 1.5)
-    fixed = {"A_log": (-1.5, 1.5), "dt_bias": (-2.0, 1.0), "bias": (-0.5, 0.5)}
+    fixed = {"A_log": (-1.5, 1.5), "dt_bias": (-2.0, 1.0), "bias": (-0.5, 0.5), "sinks": (-1.0, 3.0)}
+    fixed |= {f"{matrix}_proj_bias": (-0.5, 0.5) for matrix in ("gate_up", "down")}
+    stacked = {"gate_up_proj": 4.0, "down_proj": 0.25}  # so that gates and values pass the limits of 7
+    if name.split(".")[-1] in stacked:
+        bound = stacked[name.split(".")[-1]] * (3.0 / shape[-2]) ** 0.5
+        return -bound, bound
     if name.split(".")[-1] in fixed:
         return fixed[name.split(".")[-1]]
     gain = {

@@ -5,6 +5,7 @@ line in GATES, from which its ops are derived: the product, the product with pre
 """
 
 from lockstep.native.kernel import inlined
+from lockstep.ops.elementwise.clamped_swiglu import clamped_swiglu_gate
 from lockstep.ops.elementwise.gelu import gelu_tanh_gate
 from lockstep.ops.math import silu
 
@@ -18,4 +19,4 @@ def silu_gate(gate, up):
     return silu(gate) * up
 
 
-GATES = {"silu": silu_gate, "gelu_tanh": gelu_tanh_gate}
+GATES = {"silu": silu_gate, "gelu_tanh": gelu_tanh_gate, "clamped_swiglu": clamped_swiglu_gate}

@@ -6,6 +6,7 @@ weights are read once:
 
     ExpertRows      row s = the prepared input of the token that pair order[s] belongs to
     ExpertLinear    out[s] = x[s] W[e]^T, where e is the expert of row s
+    ExpertBias      out[s] = x[s] + bias[e]
     ExpertGated     row s = activation(gate) * up, prepared
     ExpertScatter   y[order[s]] = x[s], back to the order of pairs
 
@@ -25,8 +26,8 @@ from lockstep.ops.elementwise.activations import check_rows, quantize_row, round
 from lockstep.ops.elementwise.gated_mul import check_gate
 from lockstep.ops.elementwise.gates import GATES
 from lockstep.ops.linear.linear import LAYOUTS, PREPARATION, PRODUCTS, constants
-from lockstep.runtime.backend import Implementation
-from lockstep.runtime.operands import Operands, output, packed, rows
+from lockstep.runtime.backend import Implementation, Layout
+from lockstep.runtime.operands import Operands, constant, output, packed, rows
 from lockstep.runtime.program import Tensor, Weight
 from lockstep.runtime.step import num_rows
 
@@ -77,6 +78,23 @@ class ExpertLinear(Operands):
 
     def flops(self, context):
         return 2 * self.top_k * self.width * self.features
+
+
+class ExpertBias(Operands):
+    """out[s] = x[s] + bias[e], with the expert e of the pair order[s]."""
+
+    in_place = True
+    out: Tensor = output("top_k * width")
+    x: Tensor = rows("top_k * width")
+    order: Tensor = rows("top_k", dtype="i32")
+    expert_ids: Tensor = rows("top_k", dtype="i32")
+    bias: Weight = constant("num_experts, width")
+    width: int
+    num_experts: int
+    top_k: int
+
+    def flops(self, context):
+        return self.top_k * self.width
 
 
 class ExpertGated(ExpertPreparation):
@@ -146,6 +164,31 @@ def _scatter(op, step, thread, num_threads):
         put_f32(plain_row(a.x + 4 * a.width * s, a.width), a.out + 4 * a.width * pair_at(a.order, s))
 
 
+def side_by_side(weight):
+    """The weight layout of biases: those of all parts, [experts, their rows], side by side."""
+    return (np.concatenate([part.finite_f32() for part in weight.parts], axis=1),)
+
+
+BIASES = Layout("expert biases", side_by_side)
+
+
+@definition
+def add_bias(x_K, bias_K, out_K):
+    """Shapes: x, bias, out [K] float32. Error: half an ulp. Order: one addition per element."""
+    for k in range(x_K.size):
+        out_K[k] = x_K[k] + bias_K[k]
+
+
+@kernel
+def _bias(op, step, thread, num_threads):
+    a = ExpertBias.read(op)
+    row_bytes = 4 * a.width
+    for s in range(num_rows(op, step) * a.top_k if thread == 0 else 0):
+        e = pair_at(a.expert_ids, pair_at(a.order, s))
+        x, bias = plain_row(a.x + row_bytes * s, a.width), plain_row(a.bias + row_bytes * e, a.width)
+        add_bias(x, bias, plain_row(a.out + row_bytes * s, a.width))
+
+
 def _linear(op, step, thread, num_threads):
     a = ExpertLinear.read(op)
     K, N = a.width, a.features
@@ -157,7 +200,7 @@ def _linear(op, step, thread, num_threads):
 
 
 PUTS = {"f32": put_f32, "bf16": round_row, "q8": quantize_row}
-REFERENCE = {"expert_scatter": Implementation(_scatter)}
+REFERENCE = {"expert_scatter": Implementation(_scatter), "expert_bias": Implementation(_bias, BIASES)}
 for _rows_of in ROW_FORMATS.values():
     _name, _constants = _rows_of.name, dict(PUT=PUTS[_rows_of.name], ROW_BYTES=_rows_of.num_bytes)
     globals()[f"_rows_{_name}"] = variant(_rows, f"_rows_{_name}", **_constants)

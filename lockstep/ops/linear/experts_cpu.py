@@ -14,7 +14,16 @@ from lockstep.native.numbers import int64
 from lockstep.native.simd import load, peek, store
 from lockstep.ops.elementwise.activations_cpu import store_q8, store_rounded
 from lockstep.ops.elementwise.gates import GATES
-from lockstep.ops.linear.experts import ExpertGated, ExpertLinear, ExpertRows, ExpertScatter, gated_kind, pair_at
+from lockstep.ops.linear.experts import (
+    BIASES,
+    ExpertBias,
+    ExpertGated,
+    ExpertLinear,
+    ExpertRows,
+    ExpertScatter,
+    gated_kind,
+    pair_at,
+)
 from lockstep.ops.linear.linear_cpu import ALL_PANELS, COLS, LAYOUTS, constants, multiply_rows, rows_at_once
 from lockstep.ops.linear.tile import scale_bytes
 from lockstep.runtime.backend import Implementation
@@ -62,6 +71,18 @@ def scatter(op, step, thread, num_threads):
             store(out + i, load(x + i))
 
 
+@kernel
+def bias(op, step, thread, num_threads):
+    """Rows are dealt to threads in turn; the width is a multiple of 16."""
+    a = ExpertBias.read(op)
+    row_bytes = 4 * a.width
+    for s in range(thread, num_rows(op, step) * a.top_k, num_threads):
+        x, out = a.x + row_bytes * s, a.out + row_bytes * s
+        row = a.bias + row_bytes * pair_at(a.expert_ids, pair_at(a.order, s))
+        for i in range(0, row_bytes, 64):
+            store(out + i, load(x + i) + load(row + i))
+
+
 def _linear(op, step, thread, num_threads):
     """The thread's share of all experts' products."""
     a = ExpertLinear.read(op)
@@ -94,7 +115,7 @@ def _linear(op, step, thread, num_threads):
 
 
 STORES = {"f32": store_plain, "bf16": store_rounded, "q8": store_q8}
-CPU = {"expert_scatter": Implementation(scatter)}
+CPU = {"expert_scatter": Implementation(scatter), "expert_bias": Implementation(bias, BIASES)}
 for _rows_of in ROW_FORMATS.values():
     _name, _constants = _rows_of.name, dict(STORE=STORES[_rows_of.name], ROW_BYTES=_rows_of.num_bytes)
     globals()[f"rows_{_name}"] = variant(_rows, f"rows_{_name}", **_constants)

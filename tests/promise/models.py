@@ -9,6 +9,7 @@ from lockstep.models.checkpoint import open_checkpoint
 from lockstep.weights.hub import resolve_model
 from lockstep.weights.store import WeightStore
 from tests.models import tiny
+from tests.models.cases import CASES as CASES_OF_MODELS
 from tests.models.cases import case, hybrid, windowed
 from tests.promise.trace import Sequence, trace
 
@@ -19,6 +20,7 @@ CONFIGS = {
     "qwen2": case("qwen2", max_position_embeddings=4096),
     "mistral_window": case("mistral", sliding_window=70, max_position_embeddings=4096),
     "gemma3": windowed(sliding_window=70, max_position_embeddings=4096),
+    "gpt_oss": {**CASES_OF_MODELS["gpt_oss"], "sliding_window": 70, "max_position_embeddings": 4096},
     "qwen3_windows": case(
         "qwen3",
         head_dim=32,
@@ -55,6 +57,7 @@ CASES = [
     Case("mistral_window", "bf16", "f32", (5, 63, 260)),
     Case("gemma3", "f32", "f32", (1, 71, 200)),
     Case("gemma3", "q4_0", "q8", (5, 150)),
+    Case("gpt_oss", "f32", "bf16", (1, 71, 200)),
     Case("bundled", "auto", "bf16", (1, 17, 150)),
     Case("bundled", "f32", "f32", (2, 90)),
     Case("bundled", "q8_0", "bf16", (1, 66, 150)),

@@ -9,7 +9,7 @@ from lockstep.formats.parts import products
 from lockstep.formats.parts.rows import ROW_FORMATS
 from lockstep.ops.elementwise.gates import GATES
 from lockstep.ops.linear import experts, experts_cpu
-from lockstep.ops.linear.experts import ExpertGated, ExpertLinear, ExpertRows, ExpertScatter
+from lockstep.ops.linear.experts import ExpertBias, ExpertGated, ExpertLinear, ExpertRows, ExpertScatter
 from lockstep.ops.linear.linear import PREPARATION
 from lockstep.runtime.program import Tensor, Weight
 from lockstep.weights.tensor import StoredTensor
@@ -92,6 +92,22 @@ def test_a_row_is_that_of_an_ordinary_linear_layer():
         e = int(np.searchsorted(start[0], s, "right")) - 1
         pair = int(order.reshape(-1)[s])
         same_bits(row, np.array([products.dot_f32(x[pair // X], w) for w in parts[e].data], np.float32))
+
+
+@pytest.mark.parametrize("T", [1, 7, 33])
+def test_biases(T):
+    """Each row gets those of its expert, of all parts side by side."""
+    random, (order, start) = np.random.RandomState(T), routed(T, 6)
+    ids, biases = np.empty((T, X), np.int32), random.standard_normal((E, N)).astype(np.float32)
+    for e in range(E):
+        ids.reshape(-1)[order.reshape(-1)[start[0, e] : start[0, e + 1]]] = e
+    widths, at = {"gate": 64, "up": 32}, {"gate": slice(64), "up": slice(64, N)}
+    parts = [StoredTensor(name, "f32", (E, width), biases[:, at[name]].copy()) for name, width in widths.items()]
+    x, weight = random.standard_normal((T, X * N)).astype(np.float32), Weight("biases", "f32", (E, N), tuple(parts))
+    shape = dict(width=N, num_experts=E, top_k=X)
+    out = both(ExpertBias, T, x=x, order=order, expert_ids=ids, bias=weight, **shape)
+    expected = x.reshape(-1, N) + biases[ids.reshape(-1)[order.reshape(-1)]]
+    same_bits(out.reshape(-1, N), expected)
 
 
 def test_rows_that_are_not_prepared_for_the_weights_are_refused():

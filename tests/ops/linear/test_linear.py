@@ -208,9 +208,9 @@ def test_nan_weight_is_refused():
 @pytest.mark.parametrize(
     "variant, cpu, formats",
     [
-        ("native", "haswell", ["q8_0", "q5_0", "q5_1", "iq4_nl", "iq4_xs"]),
+        ("native", "haswell", ["q8_0", "q5_0", "q5_1", "iq4_nl", "iq4_xs", "mxfp4"]),
         ("generic", "", ["q6_k", "q5_0", "iq4_nl"]),
-        ("avx512", "", ["q8_0", "q4_k", "q6_k", "q5_1", "iq4_xs", "bf16"]),
+        ("avx512", "", ["q8_0", "q4_k", "q6_k", "q5_1", "iq4_xs", "mxfp4", "bf16"]),
     ],
 )
 def test_other_targets_give_the_same_bits(variant, cpu, formats, tmp_path):

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from lockstep.text import reasoning
+from lockstep.text import channels, reasoning
+from lockstep.text.channels import ChannelParser
 from lockstep.text.grammars import structured
 from lockstep.text.grammars.structured import Grammars
 from lockstep.text.reasoning import PlainParser, ThoughtParser
@@ -75,6 +76,7 @@ class ChatModel:
         template = "\n".join(tokenizer.chat_templates.values())
         self._abilities, self._without_tools = abilities_of(tokenizer), abilities_of(tokenizer, with_tools=False)
         self.style, self._thinks = self._abilities.style, reasoning.thinks(template)
+        self._has_channels = channels.has_channels(template)
         hello = [dict(role="user", content="Hello.")]
         self.thinking = reasoning.thinking_switch(functools.partial(tokenizer.render_chat, hello))
         added = tokenizer.backend.get_added_tokens_decoder()
@@ -92,11 +94,14 @@ class ChatModel:
         uses_tools, opened = bool(conversation.tools.tools), reasoning.is_open(prompt)
         options: dict[str, Any] = dict(logits_mask=self.mask(conversation, prompt, num_samples))
         marks = (self.style.begin, *self.style.after) if uses_tools else ()
+        marks += channels.MARKS if self._has_channels else ()
         if self._special.keys() & {*marks, *((reasoning.OPEN, reasoning.CLOSE) if self._thinks else ())}:
             options["skip_special_tokens"] = False  # the parser needs the marks in the text
 
         def new_parser():
             parser = CallParser(self.style, conversation.tools) if uses_tools else PlainParser()
+            if self._has_channels:
+                return ChannelParser(parser, channels.beginning(prompt), uses_tools)
             return ThoughtParser(parser, opened) if self._thinks else parser
 
         ids = self._tokenizer.encode(prompt, add_special_tokens=False, max_tokens=self._max_context)
@@ -111,6 +116,8 @@ class ChatModel:
             messages = [m | dict(role="system") if m["role"] == "developer" else m for m in messages]
         if self.style.begin == MISTRAL.begin:
             messages = [with_short_ids(message) for message in messages]
+        if self._has_channels:
+            messages = [channels.with_thinking(message) for message in messages]
         messages = adapted(messages, use, abilities)
         if not conversation.continues:
             return rendered(self._tokenizer, abilities, messages, use.tools, add_generation_prompt=asks, **variables)
@@ -127,24 +134,29 @@ class ChatModel:
         if not use.must_call and grammar is None:
             return self._mask_of_free_calls(use, prompt, num_samples) if use.tools else None
         parts = [*(["calls"] if use.tools else []), *(["@answer"] if not use.must_call else [])]
-        if grammar is not None and parts == ["@answer"] and not self._before_answer(Lark(self._special), prompt):
+        if grammar is not None and parts == ["@answer"] and not self._around_answer(Lark(self._special), prompt, "")[0]:
             with structured.errors_about(conversation.form):
                 return self.grammars.mask(grammar, num_samples)
 
         def mask_with(tools):
             rules = Lark(self._special)
-            rules.rule("start", self._before_answer(rules, prompt), f"({' | '.join(parts)})")
+            before, answer = self._around_answer(rules, prompt, "@answer" if "@answer" in parts else "")
+            options = [answer if part == "@answer" else part for part in parts]
+            rules.rule("start", before, f"({' | '.join(options)})")
             if tools:
                 self._add_calls(rules, tools, use.parallel and self._abilities.several_calls)
             return self.grammars.mask(structured.compose(rules.text, None if use.must_call else grammar), num_samples)
 
         return self._with_enforceable(use.callable, mask_with, conversation.form if grammar else "tools")
 
-    def _before_answer(self, rules: Lark, prompt: str) -> str:
-        """The expression for a thought before the answer, whose rules are added to `rules`; empty if there is none."""
+    def _around_answer(self, rules: Lark, prompt: str, answer: str) -> tuple[str, str]:
+        """The expressions for a thought before the answer, empty if there is none, and for the answer's text, whose
+        rules are added to `rules`. answer: the expression of the text itself; empty: there is none."""
+        if self._has_channels:
+            return channels.add_rules(rules, channels.beginning(prompt), answer)
         if not self._thinks or reasoning.is_closed(prompt):
-            return ""
-        return reasoning.add_rules(rules, reasoning.is_open(prompt))
+            return "", answer
+        return reasoning.add_rules(rules, reasoning.is_open(prompt)), answer
 
     def _mask_of_free_calls(self, use: ToolUse, prompt: str, num_samples: int) -> Mask:
         """A mask for tool_choice "auto": free text, but after the mark of a call comes a valid call.

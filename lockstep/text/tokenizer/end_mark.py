@@ -12,6 +12,18 @@ if TYPE_CHECKING:
     from lockstep.text.tokenizer.tokenizer import Tokenizer
 
 
+RETURN, CALL, CHANNEL, END = "<|return|>", "<|call|>", "<|channel|>", "<|end|>"
+
+
+def with_channel_ends(tokenizer: "Tokenizer") -> frozenset[int]:
+    """The end tokens of a tokenizer. If it is one of Harmony's channels, an answer ends with a call, too, and not with
+    each of its messages."""
+    added = {token.content: token_id for token_id, token in tokenizer.backend.get_added_tokens_decoder().items()}
+    if not {RETURN, CALL, CHANNEL} <= added.keys():
+        return tokenizer.eos_ids
+    return tokenizer.eos_ids - {added.get(END)} | {added[RETURN], added[CALL]}
+
+
 def end_mark(tokenizer: "Tokenizer") -> int | None:
     """The added token that the chat template writes right after an assistant's text; None where it writes none."""
     if not tokenizer.has_chat_template:

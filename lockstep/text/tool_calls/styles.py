@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lockstep.text.tool_calls import hermes, llama, mistral, xml
+from lockstep.text.tool_calls import harmony, hermes, llama, mistral, xml
 from lockstep.text.tool_calls.readers import Calls, Reader
 
 
@@ -45,11 +45,14 @@ XML = Style(
 MISTRAL = Style("mistral", "[TOOL_CALLS]", mistral.read, mistral.rules)
 MISTRAL_NAMED = Style("mistral_named", "[TOOL_CALLS]", mistral.read, mistral.named_rules)
 LLAMA = Style("llama", "<|python_tag|>", llama.read, llama.rules, after=(";",), first="{")
-STYLES = (HERMES, XML, MISTRAL, MISTRAL_NAMED, LLAMA)
+HARMONY = Style("harmony", harmony.BEGIN, harmony.read, harmony.rules, after=(harmony.CALL,), end=harmony.CALL)
+STYLES = (HERMES, XML, MISTRAL, MISTRAL_NAMED, LLAMA, HARMONY)
 
 
 def style_of(template):
     """The Style that a chat template teaches; None if the template does not mention tools."""
+    if harmony.CHANNEL in template and harmony.MESSAGE in template:
+        return HARMONY
     if "<tool_call>" in template:
         return XML if "<function=" in template else HERMES
     if "[TOOL_CALLS]" in template:

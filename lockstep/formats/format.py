@@ -13,6 +13,7 @@ from lockstep.formats.parts.powers import E8M0
 from lockstep.formats.parts.products import Product
 
 LINE_BYTES = 64  # of a cache line
+F16 = np.dtype("<f2")
 SCALES = np.dtype([("d", "<f2", PANEL)])  # of a panel, for 32 weights of each feature
 
 
@@ -118,7 +119,7 @@ class Format:
     def scale_fields(self) -> tuple[tuple[int, np.dtype], ...]:
         """Where the scales of a stored block lie, and their dtypes, float16 or E8M0."""
         fields = self.stored.block.fields or {}
-        return tuple((begin, kind) for kind, begin, *_ in fields.values() if kind in (np.float16, E8M0))
+        return tuple((begin, kind) for kind, begin, *_ in fields.values() if kind in (F16, E8M0))
 
     def put_scales(self, blocks: np.ndarray, scales: Any) -> None:
         """Sets all scales of stored blocks, uint8 [..., block_bytes], to float32 numbers that broadcast to [...].

@@ -56,7 +56,7 @@ def twice_e2m1(row_B, at, i):
 
 
 @inlined
-def load_entries(address, words):
+def load_entries(address, words) -> tuple:
     """The first and the last 16 entries of a block of 32, from the address of its codes; words: the table's."""
     codes = load_u8(address)
     low, high = words

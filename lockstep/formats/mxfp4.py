@@ -27,7 +27,6 @@ from lockstep.formats.parts.powers import (
 )
 from lockstep.formats.parts.products import CODES as PRODUCT
 from lockstep.formats.parts.tables import (
-    ASCENDING_E2M1,
     TWICE_E2M1,
     TWICE_E2M1_WORDS,
     codes_of,
@@ -64,14 +63,14 @@ def decode(blocks: np.ndarray) -> np.ndarray:
 
 
 def arrange(values: np.ndarray, d: np.ndarray) -> Placed:
-    return {"codes": (nibble_pairs, codes_of(values, ASCENDING_E2M1)), "d": (k_major, bytes_of(d))}
+    return {"codes": (nibble_pairs, codes_of(values, TWICE_E2M1)), "d": (k_major, bytes_of(d))}
 
 
 def tile(s):
     """acc = fma(float(dot), w_scale * a_scale, acc)."""
 
     def block(i, acc):
-        dots = table_dots(s, i, s.b.mul(i, s.int(PANEL.itemsize)), ASCENDING_E2M1)
+        dots = table_dots(s, i, s.b.mul(i, s.int(PANEL.itemsize)), TWICE_E2M1)
         return scale_add(s, acc, dots, power_scales(s, i), i)
 
     return s.blocks(32, block, PANEL.itemsize, POWERS.itemsize)

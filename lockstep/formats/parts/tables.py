@@ -1,7 +1,7 @@
 """Codes of 4 bits that stand for entries of a table of sixteen integers: what formats with such tables share.
 
-A table is int8 [16]. That of a panel is ascending, whatever the order of the codes in a file; an entry may stand in it
-twice. A panel holds the codes (`LOW_BITS`); a kernel looks up their entries and multiplies these as codes of 8 bits.
+A table is int8 [16]. A panel holds the codes (`LOW_BITS`); a kernel looks up their entries, which it multiplies as
+codes of 8 bits. Features that fill up a panel have codes of 0 and scales of zero bytes: one of both must mean zero.
 """
 
 import numpy as np
@@ -16,9 +16,9 @@ from lockstep.native.simd import bit_and, load_u8, shift_right
 # the table of GGML's IQ4 formats: its steps grow with the magnitude
 NONLINEAR = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
 NONLINEAR_WORDS = words_of(NONLINEAR)
-# twice the floats with two bits of exponent and one of fraction, by their codes; and the same as an ascending table
+# twice the floats with two bits of exponent and one of fraction
 TWICE_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
-TWICE_E2M1_WORDS, ASCENDING_E2M1 = words_of(TWICE_E2M1), np.sort(TWICE_E2M1)
+TWICE_E2M1_WORDS = words_of(TWICE_E2M1)
 
 
 def entries(packed: np.ndarray, table: np.ndarray) -> np.ndarray:
@@ -27,8 +27,10 @@ def entries(packed: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 
 def codes_of(values: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """The codes of entries in an ascending table, uint8."""
-    return np.searchsorted(table, values).astype(np.uint8)
+    """The codes of entries, int8 of any shape, as uint8; of an entry that stands in the table twice, the first."""
+    codes = np.zeros(256, np.uint8)
+    codes[table[::-1].view(np.uint8)] = np.arange(len(table))[::-1]
+    return codes[values.view(np.uint8)]
 
 
 def table_dots(s, i, start, table):

@@ -76,6 +76,7 @@ def run(table, format, x, parts, residual=None, num_threads=1):
     rows = dict(x=prepared(format, x)) | ({} if residual is None else dict(residual=shifted(residual)))
     out = run_op(table, Linear, num_threads=num_threads, weight=weight, format=format, **rows, **sizes)["out"]
     assert np.isnan(out[:, :32]).all() and np.isnan(out[:, 32 + width :]).all(), "wrote outside its columns"
+    assert residual is not None or not out[:, 32 + N : 32 + width].any(), "columns that fill up a panel are not zero"
     return out[:, 32 : 32 + N]
 
 

@@ -1,5 +1,7 @@
 """The tensors that a recorded program reads are those that `tiny` writes down from the checkpoints' own conventions."""
 
+import math
+
 import pytest
 
 from lockstep.models.recording import record_on
@@ -13,9 +15,19 @@ FLAT = {name: config for name, config in CASES.items() if "text_config" not in c
 
 @pytest.mark.parametrize("name", FLAT)
 def test_a_recorded_model_tells_the_shapes_of_its_tensors(name):
-    ops = AnyTensor()
+    """Stacked experts are told one by one, as GGUF files' are: of them only the numbers of weights are compared."""
+    ops, expected = AnyTensor(), tiny.shapes(CASES[name])
     record_on(ops, model_config(CASES[name]))
-    assert ops.shapes == tiny.shapes(CASES[name])
+    if "mlp.experts.gate_up_proj" not in " ".join(expected):
+        assert ops.shapes == expected
+    found = [split(shapes) for shapes in (ops.shapes, expected)]
+    assert found[0] == found[1]
+
+
+def split(shapes):
+    """(shapes of all tensors but the experts', weights of the experts)."""
+    others = {name: shape for name, shape in shapes.items() if ".experts." not in name}
+    return others, sum(math.prod(shape) for name, shape in shapes.items() if name not in others)
 
 
 @pytest.mark.parametrize("format", ["f32", "q8_0"])

@@ -40,7 +40,7 @@ OPTIONS = {
 USUAL_FILL = -120.0
 NUM_NEAREST = 3
 INNER = (*SITES, *(f"{name}.{site}" for name in ("q", "k") for site in INPUTS), "v.all")  # sites inside attention
-WINDOWED = "attention with a window or a soft cap has no sites inside; "
+WINDOWED = "attention with a window, a soft cap or sinks has no sites inside; "
 FORM = "lockstep plan 1\n"  # begins the hashed text; another number when the same plan gives other bits
 
 

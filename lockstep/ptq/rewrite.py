@@ -305,7 +305,8 @@ class _Rewriter:
 
     def _attention(self, op: Attention) -> None:
         layer, H = layer_of(op.out.name), op.num_heads
-        if "attention" in self._treatment.inside and not (op.window or op.soft_cap):  # no op rounds those
+        is_plain = not (op.window or op.soft_cap) and op.sinks is None  # no op rounds those
+        if "attention" in self._treatment.inside and is_plain:
             self._need_f32(op, layer)
             existing = [s for s in rounded_attention.SITES if s != "pv" or op.gate is not None]
             existing = [s for s in existing if s != "qk.masked" or self._treatment.additive]

@@ -170,7 +170,7 @@ def test_a_text_part_may_leave_out_its_model_type(name):
 
 OUTSIDE = dict.fromkeys(("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"))
 REFUSED = [
-    (case("gpt2"), "model_type 'gpt2' is not supported; supported are gemma3_text, llama, mistral"),
+    (case("gpt2"), "model_type 'gpt2' is not supported; supported are gemma3_text, gpt_oss, llama, mistral"),
     (case(None), "model_type None is not supported"),
     (case("llama", attention_multiplier=0.5), "config key 'attention_multiplier' (value 0.5) is not supported"),
     (case("llama", logits_scaling=8.0), "'logits_scaling'"),

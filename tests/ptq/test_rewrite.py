@@ -10,6 +10,9 @@ from lockstep.ops.rounded.inputs import RoundedInputs
 from lockstep.ops.rounded.silu_mul import RoundedSiluMul
 from lockstep.ptq.plan import Plan
 from lockstep.ptq.rewrite import INSIDE, Treatment, component, layer_of, rounded, sites_of
+from tests.models import tiny
+from tests.models.cases import CASES
+from tests.models.running import load
 from tests.study.models import recorded
 
 
@@ -112,6 +115,15 @@ def test_components(name, short):
     assert component(name) == short
 
 
+def test_attention_with_sinks_stays_as_it_is(tmp_path):
+    """Taken apart, it would lose them."""
+    config = CASES["gpt_oss"]
+    program = load(tiny.write(tmp_path, config, tiny.tensors(config, 1)), kv_dtype="f32").recorded
+    made = rounded(program, Treatment(inside=INSIDE)).program
+    found = [[op.sinks for op in ops if isinstance(op, Attention)] for ops in (made.ops, program.ops)]
+    assert found[0] == found[1] and len(found[0]) == 3 and None not in found[0]
+
+
 @pytest.mark.parametrize("name", ["window", "some windows"])
 def test_attention_with_a_window_has_no_sites_inside_and_all_others(name):
     program = recorded(name).recorded
@@ -123,5 +135,5 @@ def test_attention_with_a_window_has_no_sites_inside_and_all_others(name):
     assert not within & windowed and (within if name == "some windows" else not within)
     made = rounded(program, Treatment(inside=INSIDE))
     assert {layer_of(op.out.name) for op in made.program.ops if isinstance(op, Attention)} == windowed
-    with pytest.raises(ValueError, match=r"attention with a window or a soft cap has no sites inside"):
+    with pytest.raises(ValueError, match=r"attention with a window, a soft cap or sinks has no sites inside"):
         Plan([(f"L{min(windowed)}.qk", "u8")]).resolve(sites)

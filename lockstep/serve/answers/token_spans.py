@@ -21,22 +21,27 @@ class TokenSpanParser:
 
     def finish(self, is_cut: bool = False):
         """The last events, of text that the parser held back. is_cut: whether the answer reached its token limit."""
-        return [self._with_tokens(event, 0) for event in self._parser.finish(is_cut)]
+        return self._all_with_tokens(self._parser.finish(is_cut), 0)
 
     def _push(self, token):
         begin = len(self._text)
         self._text += token.text
         self._tokens.append((begin, len(self._text), token))
         events = self._parser.push(token.text) if token.text else []
-        return [self._with_tokens(event, len(token.text)) for event in events]
+        return self._all_with_tokens(events, len(token.text))
 
-    def _with_tokens(self, event, newest_length):
+    def _all_with_tokens(self, events, newest_length):
+        return [self._with_tokens(event, newest_length, at == len(events)) for at, event in enumerate(events, 1)]
+
+    def _with_tokens(self, event, newest_length, is_last):
         """The event, a Content with its Tokens. newest_length: characters of the newest token, the only one whose text
-        may continue after an event of a tool call."""
+        may continue after an event of a tool call. is_last: no event follows; it is the end of the text, if it can be,
+        since marks before it may hold the same letters."""
         if not isinstance(event, (Content, Reasoning)):
             self._drop_text(max(0, len(self._text) - newest_length))
             return event
-        begin = max(0, self._text.find(event.text))
+        find = self._text.rfind if is_last and self._text.endswith(event.text) else self._text.find
+        begin = max(0, find(event.text))
         end = begin + len(event.text)
         tokens = [
             token

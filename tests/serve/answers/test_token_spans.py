@@ -6,6 +6,7 @@ import pytest
 
 from lockstep.engine.token_stream import Token
 from lockstep.serve.answers.token_spans import TokenSpanParser
+from lockstep.text.channels import ChannelParser
 from lockstep.text.reasoning import PlainParser, ThoughtParser
 from lockstep.text.tool_calls.events import Content
 from lockstep.text.tool_calls.parser import CallParser
@@ -66,3 +67,11 @@ def test_tokens_without_text_belong_to_the_character_that_they_begin():
         ("\u00e9", [1, 2, 3]),
         ("b", [4]),
     ]
+
+
+def test_letters_of_marks_are_not_those_of_the_text():
+    marks = "<|channel|> analysis <|message|> a s <|end|> <|start|> assistant <|channel|> final <|message|> a l".split()
+    placed = TokenSpanParser(ChannelParser(PlainParser()))
+    events = placed.push([Token(i, i, 0.0, None, text) for i, text in enumerate(marks)]) + placed.finish()
+    texts = [event for event in events if isinstance(event, Content)]
+    assert [(event.text, [token.index for token in event.tokens]) for event in texts] == [("a", [11]), ("l", [12])]

@@ -211,6 +211,7 @@ PATTERNS = {
     "llama-bpe": gguf_tokenizer.LLAMA3,
     "qwen2": gguf_tokenizer.QWEN2,
     "qwen35": gguf_tokenizer.QWEN35,
+    "gpt-4o": gguf_tokenizer.O200K,
 }
 
 
@@ -238,6 +239,7 @@ WORDS = {
     "qwen35": ["It", "'s", " ", "1", "2", "3", "4", "5", " I", "'M", " x", "\n\n", " y", "  "],
     "smollm": ["It", "'s", " ", "1", "2", "3", "4", "5", " I", "'", "M", " x", "\n\n", " y", "  "],
     "tekken": ["It", "'s", " ", "1", "2", "3", "4", "5", " I", "'M", " x", "\n\n", " y", "  "],
+    "gpt-4o": ["It's", " ", "123", "45", " I'M", " x", "\n\n", " y", "  "],
 }
 
 

@@ -66,7 +66,8 @@ class Lookup(NamedTuple):
 class Format:
     """A weight format.
 
-    gguf_type: GGML's number of the format. zero: the zero point of codes, as `unpack` has them. tile: emits the product
+    gguf_type: GGML's number of the format. zero: the zero point of codes, as `unpack` has them. table: the
+    integers that codes stand for, int8; None: codes are multiplied themselves. tile: emits the product
     of a tile of prepared rows and panels, for a `tiles.Site`. fallback: the format of rows that its blocks, or those of
     prepared rows, do not fill. is_choice: whether `--weights` may name it. few_rows: up to this many rows share each
     panel while it streams by, where registers hold sixteen lanes; more rows are bound by arithmetic, or by loads.
@@ -82,6 +83,7 @@ class Format:
     lookup: Lookup
     fallback: str | None = None
     zero: int = 0
+    table: np.ndarray | None = None
     is_choice: bool = False
     few_rows: int = 8
     flushes: bool = False

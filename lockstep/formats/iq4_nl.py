@@ -18,7 +18,6 @@ from lockstep.formats.parts.scalars import half
 from lockstep.formats.parts.tables import (
     NONLINEAR,
     NONLINEAR_WORDS,
-    codes_of,
     entries,
     load_entries,
     nonlinear,
@@ -33,12 +32,12 @@ PANEL = np.dtype([("codes", LOW_BITS)])
 
 
 def unpack(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Entries int8 [..., K] and scales float16 [..., K / 32]."""
-    return blk.joined(entries(blocks["codes"], NONLINEAR)), blocks["d"]
+    """Codes uint8 [..., K] and scales float16 [..., K / 32]."""
+    return blk.joined(blk.nibbles(blocks["codes"])), blocks["d"]
 
 
-def arrange(values: np.ndarray, d: np.ndarray) -> Placed:
-    return {"codes": (nibble_pairs, codes_of(values, NONLINEAR)), "d": (k_major, d)}
+def arrange(codes: np.ndarray, d: np.ndarray) -> Placed:
+    return {"codes": (nibble_pairs, codes), "d": (k_major, d)}
 
 
 def tile(s):
@@ -76,5 +75,6 @@ IQ4_NL = Format(
     tile=tile,
     lookup=Lookup(weight, store_block, 32),
     fallback="f32",
+    table=NONLINEAR,
     made_up_scale=2.0**-11,
 )

@@ -23,7 +23,6 @@ from lockstep.formats.parts.scalars import byte, half, nibble
 from lockstep.formats.parts.tables import (
     NONLINEAR,
     NONLINEAR_WORDS,
-    codes_of,
     entries,
     load_entries,
     nonlinear,
@@ -40,9 +39,8 @@ PANEL = np.dtype([("d", "<f4", FEATURES), ("sc", "i1", (8, FEATURES)), ("codes",
 
 
 def unpack(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Entries int8 [..., K], scales int8 -32..31 [..., K / 32] and d float16 [..., K / 256]."""
-    values = entries(blocks["codes"], NONLINEAR)
-    return blk.joined(blk.joined(values)), blk.joined(_scales(blocks)), blocks["d"]
+    """Codes uint8 [..., K], scales int8 -32..31 [..., K / 32] and d float16 [..., K / 256]."""
+    return blk.joined(blk.joined(blk.nibbles(blocks["codes"]))), blk.joined(_scales(blocks)), blocks["d"]
 
 
 def _scales(blocks: np.ndarray) -> np.ndarray:
@@ -57,9 +55,9 @@ def decode(blocks: np.ndarray) -> np.ndarray:
     return (scale[:, :, None] * entries(blocks["codes"], NONLINEAR).astype(np.float32)).reshape(-1, 256)
 
 
-def arrange(values: np.ndarray, sc: np.ndarray, d: np.ndarray) -> Placed:
+def arrange(codes: np.ndarray, sc: np.ndarray, d: np.ndarray) -> Placed:
     return {
-        "codes": (nibble_pairs, codes_of(values, NONLINEAR)),
+        "codes": (nibble_pairs, codes),
         "sc": (k_major, sc),
         "d": (k_major, d.astype(np.float32)),
     }
@@ -142,5 +140,6 @@ IQ4_XS = Format(
     tile=tile,
     lookup=Lookup(weight, store_block, 256),
     fallback="bf16",
+    table=NONLINEAR,
     made_up_scale=2.0**-16,
 )

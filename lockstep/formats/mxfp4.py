@@ -29,7 +29,6 @@ from lockstep.formats.parts.products import CODES as PRODUCT
 from lockstep.formats.parts.tables import (
     TWICE_E2M1,
     TWICE_E2M1_WORDS,
-    codes_of,
     entries,
     load_entries,
     table_dots,
@@ -44,8 +43,8 @@ PANEL = np.dtype([("codes", LOW_BITS)])
 
 
 def unpack(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Entries int8 [..., K] and scales float32 [..., K / 32], infinite where a weight might be."""
-    return blk.joined(entries(blocks["codes"], TWICE_E2M1)), checked_halves(blocks["e"])
+    """Codes uint8 [..., K] and scales float32 [..., K / 32], infinite where a weight might be."""
+    return blk.joined(blk.nibbles(blocks["codes"])), checked_halves(blocks["e"])
 
 
 def from_pairs(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -62,8 +61,8 @@ def decode(blocks: np.ndarray) -> np.ndarray:
     return blk.scaled(entries(blocks["codes"], TWICE_E2M1), halves(blocks["e"]))
 
 
-def arrange(values: np.ndarray, d: np.ndarray) -> Placed:
-    return {"codes": (nibble_pairs, codes_of(values, TWICE_E2M1)), "d": (k_major, bytes_of(d))}
+def arrange(codes: np.ndarray, d: np.ndarray) -> Placed:
+    return {"codes": (nibble_pairs, codes), "d": (k_major, bytes_of(d))}
 
 
 def tile(s):
@@ -101,5 +100,6 @@ MXFP4 = Format(
     tile=tile,
     lookup=Lookup(weight, store_block, 32),
     fallback="f32",
+    table=TWICE_E2M1,
     made_up_scale=2.0**-8,
 )

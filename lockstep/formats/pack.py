@@ -102,11 +102,15 @@ def _shaped(arrange: Arrange, shape: tuple[int, ...]) -> Arrange:
 def defined(format: Format, weight: Weight) -> tuple[np.ndarray, ...]:
     """A weight as definitions read it: the fields of all rows, and zeros up to whole panels.
 
-    Codes are int8, less the format's zero point; other fields are float32, unless they are int8.
+    Codes are int8, less the format's zero point or looked up in its table; other fields are float32, unless they are
+    int8.
     """
     pieces = [fields(format, part, slice(None)) for part in weight.parts]
     codes, *rest = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
-    codes = codes.astype(np.int8) - np.int8(format.zero) if format.is_quantized else codes.astype(np.float32)
+    if format.table is not None:
+        codes = format.table[codes]
+    else:
+        codes = codes.astype(np.int8) - np.int8(format.zero) if format.is_quantized else codes.astype(np.float32)
     rest = [a if a.dtype == np.int8 else a.astype(np.float32) for a in rest]
     return tuple(np.pad(a, ((0, padded_width(len(a)) - len(a)), (0, 0))) for a in (codes, *rest))
 

@@ -26,13 +26,6 @@ def entries(packed: np.ndarray, table: np.ndarray) -> np.ndarray:
     return table[blk.nibbles(packed)]
 
 
-def codes_of(values: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """The codes of entries, int8 of any shape, as uint8; of an entry that stands in the table twice, the first."""
-    codes = np.zeros(256, np.uint8)
-    codes[table[::-1].view(np.uint8)] = np.arange(len(table))[::-1]
-    return codes[values.view(np.uint8)]
-
-
 def table_dots(s, i, start, table):
     """Dots of block i with the entries whose codes begin `start` bytes into the panels."""
     constant_table, pairs = table_of(table.astype(np.int16) + (128 if "vnni" in s.int_dot else 0)), {}

@@ -51,10 +51,13 @@ def add_rules(lark: Lark, begun: str, answer: str) -> tuple[str, str]:
     return thought, lark.rule("final", *header, answer) if answer else ""
 
 
-def with_thinking(message: dict) -> dict:
-    """A message whose thought has the name that templates give it; beside a text they refuse it."""
-    thought = message.get("reasoning_content")
-    return message | dict(thinking=thought) if thought and not message.get("content") else message
+def as_templates_want(message: dict) -> dict:
+    """A message whose thought has the name that templates give it; beside a text, they refuse it. A text of None, which
+    they cannot search for marks, becomes an empty one."""
+    if message["role"] != "assistant":
+        return message
+    thought, content = message.get("reasoning_content"), message.get("content") or ""
+    return message | dict(content=content) | (dict(thinking=thought) if thought and not content else {})
 
 
 class ChannelParser:

@@ -117,7 +117,7 @@ class ChatModel:
         if self.style.begin == MISTRAL.begin:
             messages = [with_short_ids(message) for message in messages]
         if self._has_channels:
-            messages = [channels.with_thinking(message) for message in messages]
+            messages = [channels.as_templates_want(message) for message in messages]
         messages = adapted(messages, use, abilities)
         if not conversation.continues:
             return rendered(self._tokenizer, abilities, messages, use.tools, add_generation_prompt=asks, **variables)

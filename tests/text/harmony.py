@@ -16,7 +16,8 @@ Reasoning: {{ reasoning_effort or "medium" }}<|end|>
 {%- set last = namespace(name=none) %}
 {%- for m in messages %}
   {%- if m.role == "assistant" %}
-    {%- if "<|channel|>" in (m.content or "") %}{{ raise_exception("marks in a text") }}{% endif %}
+    {%- if "content" in m and "<|channel|>" in m.content %}{{ raise_exception("marks in a text") }}{% endif %}
+    {%- if "thinking" in m and "<|channel|>" in m.thinking %}{{ raise_exception("marks in a thought") }}{% endif %}
     {%- if m.tool_calls %}
       {%- if m.content and m.thinking %}{{ raise_exception("both content and thinking") }}{% endif %}
       {%- if m.content or m.thinking %}

@@ -76,8 +76,12 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts, each a gated MLP. renormalise: a token's expert weights sum to 1. bias: the router and all
-    matrices of the experts have biases."""
+    """A mixture of experts, gated MLPs of one width.
+
+    renormalise: a token's expert weights sum to 1. bias: the router and all matrices of the experts have biases.
+    shared_width: of one more expert, which all tokens share and which a sigmoid gates, without biases; 0: there is
+    none. transposed: matrices of stacked experts are stored [inputs, outputs], unless their shape says otherwise.
+    """
 
     num_experts: int
     num_per_token: int
@@ -85,6 +89,8 @@ class Experts:
     renormalise: bool
     activation: str = "silu"
     bias: bool = False
+    shared_width: int = 0
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,8 +150,8 @@ def checked(config: ModelConfig) -> ModelConfig:
             _check_heads(layer.mixer)
         if isinstance(layer.mlp, Mlp):
             _check_multiple("ffn_width", layer.mlp.width, 16)
-        elif layer.mlp.width % 16:
-            raise ValueError(f"experts of width {layer.mlp.width} are not supported: it must be a multiple of 16")
+        elif wrong := [width for width in (layer.mlp.width, layer.mlp.shared_width) if width % 16]:
+            raise ValueError(f"experts of width {wrong[0]} are not supported: it must be a multiple of 16")
     return config
 
 

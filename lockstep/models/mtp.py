@@ -1,4 +1,4 @@
-"""The multi-token-prediction (MTP) head of Qwen3.5: a small model that drafts the token after the next one.
+"""The multi-token-prediction (MTP) head of Qwen3.5 and its kin: a small model that drafts the token after the next one.
 
     x = fc [norm(embed(token at t + 1)), norm(hidden state at t)];  x = decoder layer(x)
     hidden = norm(x);  logits = head of the model (hidden): of the token at t + 2
@@ -12,7 +12,7 @@ from lockstep.formats import FORMATS
 from lockstep.formats.choice import compute_format
 from lockstep.models.decoder import own_head
 from lockstep.models.families.qwen3_5 import OFFSET, layer
-from lockstep.models.model_config import Experts, ModelConfig
+from lockstep.models.model_config import ModelConfig
 from lockstep.models.record import Norm, Recorder
 from lockstep.models.recording import text_prefix
 from lockstep.ops.linear.output_rows import output_rows_only
@@ -25,12 +25,7 @@ FEW_TOKENS = 32768
 
 def has_mtp(config: ModelConfig, tensors: TensorMap) -> bool:
     """Whether a checkpoint has an MTP head that is supported."""
-    return len(config.mtp_layers) == 1 and not has_experts(config) and "mtp.fc.weight" in tensors
-
-
-def has_experts(config: ModelConfig) -> bool:
-    """Whether a layer of the MTP head has experts."""
-    return any(isinstance(layer.mlp, Experts) for layer in config.mtp_layers)
+    return len(config.mtp_layers) == 1 and "mtp.fc.weight" in tensors
 
 
 def check_mtp(config: ModelConfig, tensors: TensorMap) -> None:
@@ -42,11 +37,8 @@ def check_mtp(config: ModelConfig, tensors: TensorMap) -> None:
             f"speculate: mtp needs a checkpoint with an MTP head; this one has {num_layers} MTP layers in "
             f"its config and {tensor} tensor mtp.fc.weight"
         )
-    if num_layers > 1 or has_experts(config):
-        raise ValueError(
-            f"speculate: mtp is supported with one MTP layer and no experts, this checkpoint has "
-            f"{num_layers}{' with experts' if has_experts(config) else ''}"
-        )
+    if num_layers > 1:
+        raise ValueError(f"speculate: mtp is supported with one MTP layer, this checkpoint has {num_layers}")
 
 
 class HeadRecorder(Recorder):

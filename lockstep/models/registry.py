@@ -10,6 +10,7 @@ from lockstep.models.families.mistral import MISTRAL
 from lockstep.models.families.qwen2 import QWEN2
 from lockstep.models.families.qwen3 import QWEN3
 from lockstep.models.families.qwen3_5 import QWEN3_5
+from lockstep.models.families.qwen3_5_moe import QWEN3_5_MOE
 from lockstep.models.families.qwen3_moe import QWEN3_MOE
 from lockstep.models.families.smollm3 import SMOLLM3
 from lockstep.models.family import Family
@@ -24,6 +25,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_moe": QWEN3_MOE,
     "smollm3": SMOLLM3,
     "qwen3_5": QWEN3_5,
+    "qwen3_5_moe": QWEN3_5_MOE,
     "gemma3": GEMMA3,
     "gpt_oss": GPT_OSS,
 }

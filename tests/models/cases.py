@@ -50,6 +50,19 @@ def hybrid(**changes):
     return {**made, **changes}
 
 
+def hybrid_experts(**changes):
+    """qwen3_5_moe: qwen3_5 with experts in place of MLPs, one of which all tokens share."""
+    made = hybrid(
+        model_type="qwen3_5_moe_text",
+        num_experts=16,
+        num_experts_per_tok=3,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=48,
+    )
+    del made["intermediate_size"]
+    return {**made, **changes}
+
+
 VISION = {
     "model_type": "qwen3_5_vision",
     "depth": 1,
@@ -126,6 +139,12 @@ CASES = {
     "qwen3_5": hybrid(),
     "qwen3_5_tied_equal_heads": hybrid(tie_word_embeddings=True, linear_num_value_heads=2, linear_value_head_dim=16),
     "qwen3_5_nested": nested(hybrid(num_hidden_layers=8, layer_types=HYBRID * 2, num_attention_heads=8)),
+    "qwen3_5_moe": hybrid_experts(),
+    "qwen3_5_moe_nested": nested(
+        hybrid_experts(num_experts=6, num_experts_per_tok=2, tie_word_embeddings=True, num_key_value_heads=1),
+        "qwen3_5_moe",
+        {**VISION, "model_type": "qwen3_5_moe_vision"},
+    ),
     "qwen3_moe": case(
         "qwen3_moe",
         head_dim=32,

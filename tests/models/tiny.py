@@ -106,13 +106,18 @@ def _mlp(c, layer):
     if c["model_type"] == "gpt_oss":
         return _stacked(c)
     dense = layer in c.get("mlp_only_layers", []) or (layer + 1) % c.get("decoder_sparse_step", 1)
-    if c["model_type"] != "qwen3_moe" or dense:
+    if "num_experts" not in c or dense:
         made = swiglu(c["intermediate_size"])
         rows = {name.replace(".weight", ".bias"): shape[:1] for name, shape in made.items()}
         return made | (rows if c.get("mlp_bias") else {})
     one = swiglu(c["moe_intermediate_size"])
     experts = {f"experts.{e}.{k}": v for e in range(c["num_experts"]) for k, v in one.items()}
-    return {"gate.weight": (c["num_experts"], c["hidden_size"]), **experts}
+    made = {"gate.weight": (c["num_experts"], c["hidden_size"]), **experts}
+    if "shared_expert_intermediate_size" in c:
+        shared = swiglu(c["shared_expert_intermediate_size"])
+        made |= {f"shared_expert.{k}": v for k, v in shared.items()}
+        made["shared_expert_gate.weight"] = (1, c["hidden_size"])
+    return made
 
 
 def _stacked(c):
@@ -148,6 +153,7 @@ def interval(name, shape, config):
         "in_proj_a": 2.0,
         "in_proj_b": 2.0,
         "gate": 2.0,
+        "shared_expert_gate": 2.0,
         "lm_head": 2.0,
         "conv1d": 1.0,
     }

@@ -6,7 +6,7 @@ from lockstep.new_files import scratch_folder
 from tests.models import tiny
 from tests.promise.models import Case, load
 
-CASES = Case("qwen3_5", "q8_0", "bf16"), Case("qwen3_5", "q8_0", "q8")
+CASES = Case("qwen3_5", "q8_0", "bf16"), Case("qwen3_5", "q8_0", "q8"), Case("qwen3_5_moe", "q8_0", "bf16")
 
 
 def digest(case, folder):

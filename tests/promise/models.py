@@ -10,7 +10,7 @@ from lockstep.weights.hub import resolve_model
 from lockstep.weights.store import WeightStore
 from tests.models import tiny
 from tests.models.cases import CASES as CASES_OF_MODELS
-from tests.models.cases import case, hybrid, windowed
+from tests.models.cases import case, hybrid, hybrid_experts, windowed
 from tests.promise.trace import Sequence, trace
 
 LONG = 2150  # past two spans of attention (1024 keys each)
@@ -21,6 +21,9 @@ CONFIGS = {
     "mistral_window": case("mistral", sliding_window=70, max_position_embeddings=4096),
     "gemma3": windowed(sliding_window=70, max_position_embeddings=4096),
     "gpt_oss": {**CASES_OF_MODELS["gpt_oss"], "sliding_window": 70, "max_position_embeddings": 4096},
+    "qwen3_5_moe": hybrid_experts(
+        num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], max_position_embeddings=4096
+    ),
     "qwen3_windows": case(
         "qwen3",
         head_dim=32,
@@ -58,6 +61,7 @@ CASES = [
     Case("gemma3", "f32", "f32", (1, 71, 200)),
     Case("gemma3", "q4_0", "q8", (5, 150)),
     Case("gpt_oss", "f32", "bf16", (1, 71, 200)),
+    Case("qwen3_5_moe", "q8_0", "bf16", (1, 66, 150)),
     Case("bundled", "auto", "bf16", (1, 17, 150)),
     Case("bundled", "f32", "f32", (2, 90)),
     Case("bundled", "q8_0", "bf16", (1, 66, 150)),

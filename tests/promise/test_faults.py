@@ -20,6 +20,7 @@ CASES = [
     Case("qwen3_5", "q4_0", "q8"),
     Case("mistral_window", "bf16", "q8"),
     Case("gemma3", "q8_0", "bf16"),
+    Case("qwen3_5_moe", "f32", "bf16"),
 ]
 LENGTHS = (9, 70)
 PROMPT = np.random.RandomState(5).randint(0, 90, 20).tolist()
@@ -38,8 +39,9 @@ def model(request, tmp_path_factory):
 
 
 def outputs(program):
-    """The outputs of an op that other ops may read."""
-    return places(program, lambda op: op.shared)
+    """The outputs of an op that other ops may read, without places of experts: a wrong one would end the process."""
+    is_place = lambda op, tensor: op.kind in ("route", "group_experts") and tensor.dtype == "i32"
+    return places(program, lambda op: [tensor for tensor in op.shared if not is_place(op, tensor)])
 
 
 def plant(monkeypatch, model, kind, operand, word):

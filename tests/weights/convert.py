@@ -19,6 +19,10 @@ COMMON_STEMS = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
     "mlp.gate": "ffn_gate_inp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
     "linear_attn.in_proj_qkv": "attn_qkv",
     "linear_attn.in_proj_z": "attn_gate",
     "linear_attn.in_proj_a": "ssm_alpha",
@@ -85,6 +89,24 @@ def convert_qwen35(name: str, array: np.ndarray, num_keys: int, num_values: int,
         return tile(array, 1)
     is_norm = "norm" in name.split(".")[-2] and "linear_attn" not in name
     return array.astype(np.float32) + np.float32(1) if is_norm else array
+
+
+def stacked_experts(tensors: dict[str, np.ndarray], num_layers: int, fused: bool) -> dict[str, np.ndarray]:
+    """The experts' matrices as GGUF stacks them, one below the other in one tensor, by GGUF's name.
+
+    fused: gate and up in one tensor, as newer files have them.
+    """
+    stacks: dict[str, list[np.ndarray]] = {}
+    for name, array in tensors.items():
+        if ".experts." in name:
+            place, part = name.split(".mlp.experts.")[0], name.split(".")[-2].removesuffix("_proj")
+            layer = int(place.rpartition(".")[2]) + (num_layers if place.startswith("mtp.") else 0)
+            stacks.setdefault(f"blk.{layer}.ffn_{part}_exps.weight", []).append(array)
+    made = {name: np.stack(arrays) for name, arrays in stacks.items()}
+    for name in [name for name in made if fused and "ffn_gate_exps" in name]:
+        both = [made.pop(name), made.pop(name.replace("gate", "up"))]
+        made[name.replace("gate", "gate_up")] = np.concatenate(both, 1)
+    return made
 
 
 def metadata(architecture: str, **values: object) -> dict[str, tuple[int, object]]:

@@ -13,7 +13,7 @@ import numpy as np
 from lockstep.formats.mxfp4 import MXFP4, from_pairs
 from lockstep.models.config import Config, check_keys, layer_types, need, need_float
 from lockstep.models.decoder import decoder
-from lockstep.models.experts import ExpertMatrices, experts, one_by_one
+from lockstep.models.experts import ExpertMatrices, experts, usual_matrices
 from lockstep.models.families.llama_like import (
     biases,
     heads_of,
@@ -97,7 +97,7 @@ def matrices(ops: Recorder, label: str, shape: Experts, D: int) -> ExpertMatrice
     elif f"{label}.gate_up_proj" in ops.tensors:
         stack = columns_of
     else:
-        return one_by_one(ops, label, shape, D)
+        return usual_matrices(ops, label, shape, D)
     both = ops.stored(f"{label}.gate_up_proj_bias", E, 2 * F)
     return ExpertMatrices(
         stack(ops, f"{label}.gate_up_proj", (E, 2 * F, D), 2),

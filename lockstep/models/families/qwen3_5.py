@@ -17,7 +17,7 @@ from lockstep.models.families.llama_like import (
 )
 from lockstep.models.family import Family
 from lockstep.models.gated_delta import gated_delta
-from lockstep.models.model_config import Layer, LinearAttention, ModelConfig
+from lockstep.models.model_config import Experts, Layer, LinearAttention, Mlp, ModelConfig
 from lockstep.models.record import Norm, Recorder
 from lockstep.models.rope_config import MROPE
 from lockstep.models.tiny import BASE
@@ -38,15 +38,28 @@ KEYS = ["attention_bias", "layer_types", "full_attention_interval", "mtp_num_hid
 def read(config: Config) -> ModelConfig:
     """The ModelConfig."""
     check_keys(config, KEYS, free=["partial_rotary_factor"])
-    attention = Layer(heads_of(config, {"partial": 0.25, "ignored": MROPE}, **biases(config)), mlp_of(config))
-    linear = Layer(delta_rule(config), attention.mlp)
+    layers, mtp_layers = layers_of(config, mlp_of(config))
+    return model_of(config, layers, mtp_layers=mtp_layers)
+
+
+def layers_of(config: Config, mlp: Mlp | Experts, mtp_layers: int = 0) -> tuple[list[Layer], tuple[Layer, ...]]:
+    """The layers, and those of the MTP head; mtp_layers: how many it has if the config does not say."""
+    check_output_gate(config)
+    attention = Layer(heads_of(config, {"partial": 0.25, "ignored": MROPE}, **biases(config)), mlp)
+    linear = Layer(delta_rule(config), mlp)
     interval = optional(config, "full_attention_interval", 4)
     types = layer_types(config, "full_attention", "linear_attention") or [
         "full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(num_layers(config))
     ]
-    mtp_layers = (attention,) * optional(config, "mtp_num_hidden_layers", 0, low=0)
     layers = [attention if layer_type == "full_attention" else linear for layer_type in types]
-    return model_of(config, layers, mtp_layers=mtp_layers)
+    return layers, (attention,) * optional(config, "mtp_num_hidden_layers", mtp_layers, low=0)
+
+
+def check_output_gate(config: Config) -> None:
+    """ValueError for another activation of the gate in the norm of the delta rule's heads than silu."""
+    gate = config.get("output_gate_type")
+    if gate not in (None, "silu", "swish"):
+        raise ValueError(f"config key 'output_gate_type': {gate!r} is not supported, only 'silu' or 'swish'")
 
 
 def delta_rule(config: Config) -> LinearAttention:
@@ -106,7 +119,7 @@ def gguf_config(config: dict, keys: Keys, names: Container[str]) -> dict:
     """Adds biases, layer types and the numbers of the gated delta rule."""
     num_value_heads, inner_size = keys.integer("ssm.time_step_rank"), keys.integer("ssm.inner_size")
     if num_value_heads == 0 or inner_size % num_value_heads:
-        raise ValueError(f"qwen35.ssm.inner_size {inner_size} is not {num_value_heads} heads of one size")
+        raise ValueError(f"ssm.inner_size {inner_size} is not {num_value_heads} heads of one size")
     return gguf_rope(config, keys) | {
         **has_biases(names, "attention_bias"),
         "layer_types": gguf_layer_types(keys, config["num_hidden_layers"]),
@@ -144,7 +157,7 @@ def gguf_layer_types(keys: Keys, num_layers: int) -> list[str]:
     if recurrent is None and interval > 0:
         recurrent = [(layer + 1) % interval != 0 for layer in range(num_layers)]
     if not isinstance(recurrent, list) or len(recurrent) < num_layers:
-        raise ValueError(f"qwen35.attention.recurrent_layers must tell {num_layers} layers, found {recurrent!r}")
+        raise ValueError(f"attention.recurrent_layers must tell {num_layers} layers, found {recurrent!r}")
     return ["linear_attention" if flag else "full_attention" for flag in recurrent[:num_layers]]
 
 

@@ -2,7 +2,7 @@
 
 route:    probability = softmax(logits[t]);  the top_k experts and their probabilities
 group:    the (token, rank) pairs in order of expert, so that an expert's weights are read once
-combine:  out[t] = sum over ranks r of weight[t, r] * y[t, r]
+combine:  out[t] = sum over ranks r of weight[t, r] * y[t, r], plus sigmoid(gate[t]) * shared[t] of a shared expert
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from lockstep.native.kernel import definition, kernel
 from lockstep.native.machine import float_array, int_array
 from lockstep.native.numbers import carray
 from lockstep.native.simd import fma
-from lockstep.ops.math import ZERO, exp, tree_sum
+from lockstep.ops.math import ZERO, exp, sigmoid, tree_sum
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.operands import Operands, output, rows
 from lockstep.runtime.program import Tensor
@@ -42,13 +42,26 @@ class GroupExperts(Operands):
 
 
 class CombineExperts(Operands):
-    """out[t] = sum over ranks r of weights[t, r] * y[t, r]."""
+    """out[t] = sum over ranks r of weights[t, r] * y[t, r], and of an expert that all tokens share, if there is one, in
+    addition sigmoid(gate) * shared_y[t]; its gate is column gate_column of gates."""
 
     out: Tensor = output("width")
     weights: Tensor = rows("top_k")
     y: Tensor = rows("top_k * width")
+    shared_y: Tensor | None = rows("width", optional=True)
+    gates: Tensor | None = rows("gates_width", optional=True)
     width: int
     top_k: int
+    gates_width: int = 0
+    gate_column: int = 0
+
+    def check(self):
+        has_column = self.gates is not None and self.gate_column < self.gates_width
+        if (self.shared_y is None) != (self.gates is None) or (self.shared_y is not None and not has_column):
+            raise ValueError(
+                f"CombineExperts: expected a shared expert and its gate, or neither, got shared_y {self.shared_y} and "
+                f"column {self.gate_column} of gates {self.gates}"
+            )
 
 
 @definition
@@ -131,6 +144,22 @@ def combine_experts(weights_TX, y_TXD, out_TD):
             out_TD[t, i] = acc
 
 
+@definition
+def add_shared_expert(shared_TD, gate_T, out_TD):
+    """Adds the output of the expert that all tokens share, times the sigmoid of its gate, to out.
+
+    Shapes: shared, out [T, D] float32; gate [T].
+    Error: below 3 ulp of the product, and one rounding of the sum.
+    Order: sigmoid as in `ops/math.py`; out = fma(sigmoid(gate), shared, out).
+    Source: transformers, Qwen3NextSparseMoeBlock.
+    """
+    T, D = shared_TD.shape
+    for t in range(T):
+        share = sigmoid(gate_T[t])
+        for i in range(D):
+            out_TD[t, i] = fma(share, shared_TD[t, i], out_TD[t, i])
+
+
 @kernel
 def _route(op, step, thread, num_threads):
     if thread == 0:
@@ -154,7 +183,11 @@ def _combine(op, step, thread, num_threads):
         a, T = CombineExperts.read(op), num_rows(op, step)
         weights_TX = carray(float_array(a.weights), (T, a.top_k))
         y_TXD = carray(float_array(a.y), (T, a.top_k, a.width))
-        combine_experts(weights_TX, y_TXD, carray(float_array(a.out), (T, a.width)))
+        out_TD = carray(float_array(a.out), (T, a.width))
+        combine_experts(weights_TX, y_TXD, out_TD)
+        if a.shared_y:
+            gates_TW = carray(float_array(a.gates), (T, a.gates_width))
+            add_shared_expert(carray(float_array(a.shared_y), (T, a.width)), gates_TW[:, a.gate_column], out_TD)
 
 
 REFERENCE = {

@@ -6,7 +6,7 @@ from lockstep.native.kernel import inlined, kernel
 from lockstep.native.numbers import float32, int32
 from lockstep.native.simd import fma, lane_numbers, lanes, load, peek, poke, store, sum_lanes, to_f32, where_below
 from lockstep.ops.linear.moe import CombineExperts, GroupExperts, Route
-from lockstep.ops.math import ZERO, exp
+from lockstep.ops.math import ZERO, exp, sigmoid
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import num_rows
 
@@ -97,14 +97,18 @@ def count_experts(start, ids, E, num_pairs):
 def combine_experts(op, step, thread, num_threads):
     """Blocks of every row are dealt to threads in turn."""
     a = CombineExperts.read(op)
-    D, X = a.width, a.top_k
+    D, X, share = a.width, a.top_k, ZERO
     num_blocks = (D + BLOCK - 1) // BLOCK
     for task in range(thread, num_rows(op, step) * num_blocks, num_threads):
         t, first = task // num_blocks, task % num_blocks * BLOCK
+        if a.shared_y:
+            share = sigmoid(peek(a.gates + 4 * (a.gates_width * t + a.gate_column), float32))
         for i in range(first, min(first + BLOCK, D), 16):
             acc = lanes(ZERO)
             for r in range(X):
                 acc = fma(peek(a.weights + 4 * (X * t + r), float32), load(a.y + 4 * (D * (X * t + r) + i)), acc)
+            if a.shared_y:
+                acc = fma(share, load(a.shared_y + 4 * (D * t + i)), acc)
             store(a.out + 4 * (D * t + i), acc)
 
 

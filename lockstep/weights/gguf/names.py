@@ -37,6 +37,14 @@ EXPERTS: Mapping[str, str] = {
     "ffn_up_exps": "mlp.experts.{expert}.up_proj",
     "ffn_down_exps": "mlp.experts.{expert}.down_proj",
 }
+# The expert that all tokens share; older files have gate and up of the others as two tensors, newer ones as one.
+SHARED_EXPERT: Mapping[str, str] = {
+    "ffn_gate_up_exps.weight": "mlp.experts.gate_up_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
 DENSE = {**ATTENTION, **MLP, "ffn_norm": "post_attention_layernorm"}
 
 # Tensors whose content is a part of the config.

@@ -25,6 +25,16 @@ class Undo:
         return tensor
 
 
+class OneRow(Undo):
+    """A vector [K] as a matrix of one row, [1, K]."""
+
+    def info(self, info: TensorInfo) -> TensorInfo:
+        return replace(info, shape=(1, *info.shape[-1:]))
+
+    def apply(self, tensor: StoredTensor) -> StoredTensor:
+        return replace(tensor, shape=(1, *tensor.shape[-1:]), data=tensor.data.reshape(1, -1))
+
+
 @dataclass(frozen=True)
 class HalfSplitRows(Undo):
     """Moves the rows of rotary pairs, adjacent (2i, 2i + 1) in GGUF, back to half a head apart."""

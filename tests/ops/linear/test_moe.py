@@ -30,9 +30,9 @@ def group(backend, ids, experts, num_threads=1):
     return run_op(backend, GroupExperts, num_threads=num_threads, expert_ids=ids, **sizes)
 
 
-def combine(backend, weights, y, num_threads=1):
+def combine(backend, weights, y, num_threads=1, **shared):
     T, X, D = y.shape
-    operands = dict(weights=weights, y=y.reshape(T, X * D), width=D, top_k=X)
+    operands = dict(weights=weights, y=y.reshape(T, X * D), width=D, top_k=X, **shared)
     return run_op(backend, CombineExperts, num_threads=num_threads, **operands)["out"]
 
 
@@ -80,6 +80,27 @@ def test_combine(num_tokens, top_k, width):
     np.testing.assert_allclose(expected, np.einsum("tx,txd->td", weights.astype(np.float64), y), atol=2e-6)
 
 
+@pytest.mark.parametrize("num_tokens,top_k,width", [(1, 1, 16), (2, 8, 48), (7, 3, 1040)])
+def test_combine_with_a_shared_expert(num_tokens, top_k, width):
+    weights = RNG.random((num_tokens, top_k)).astype(np.float32)
+    y, shared = (RNG.standard_normal((num_tokens, *n, width)).astype(np.float32) for n in ((top_k,), ()))
+    gates = np.full((num_tokens, 32), np.nan, np.float32)  # only one column is read
+    gates[:, 17] = np.linspace(-200, 200, num_tokens) if num_tokens > 2 else RNG.standard_normal(num_tokens)
+    operands = dict(shared_y=shared, gates=gates, gates_width=32, gate_column=17)
+    expected = combine(moe.REFERENCE, weights, y, **operands)
+    same_bits(combine(moe_cpu.CPU, weights, y, num_threads=3, **operands), expected)
+    share = 1 / (1 + np.exp(-gates[:, 17:18].astype(np.float64)))
+    exact = np.einsum("tx,txd->td", weights.astype(np.float64), y) + share * shared
+    np.testing.assert_allclose(expected, exact, atol=3e-6)
+
+
+@pytest.mark.parametrize("left_out", [{"gates": None}, {"shared_y": None}, {"gate_column": 16}])
+def test_a_shared_expert_has_a_gate(left_out):
+    operands = dict(shared_y=np.ones((1, 16), np.float32), gates=np.ones((1, 16), np.float32), gates_width=16)
+    with pytest.raises(ValueError, match="CombineExperts: expected a shared expert and its gate, or neither"):
+        combine(moe.REFERENCE, np.ones((1, 1), np.float32), np.ones((1, 1, 16), np.float32), **operands | left_out)
+
+
 def test_definitions_compiled_equal_interpreted():
     logits, ids, weights = logits_of(2, 20), np.empty((2, 3), np.int32), np.empty((2, 3), np.float32)
     interpreted(moe.route)(logits, 3, True, ids, weights)
@@ -92,3 +113,6 @@ def test_definitions_compiled_equal_interpreted():
     y, summed = RNG.standard_normal((2, 3, 16)).astype(np.float32), np.empty((2, 16), np.float32)
     interpreted(moe.combine_experts)(weights, y, summed)
     same_bits(combine(moe.REFERENCE, weights, y), summed)
+    gates, shared = RNG.standard_normal((2, 16)).astype(np.float32), y[:, 0].copy()
+    interpreted(moe.add_shared_expert)(shared, gates[:, 0], summed)
+    same_bits(combine(moe.REFERENCE, weights, y, shared_y=shared, gates=gates, gates_width=16), summed)

@@ -1,0 +1,44 @@
+"""Tensors that are others in another order: a stack as one matrix; a matrix of a stack, transposed; chosen rows."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from lockstep.weights.tensor import PLAIN_FORMATS, MadeTensor, StoredTensor
+
+
+def flattened(stack: StoredTensor) -> StoredTensor:
+    """A stack [matrices, rows, K] as one matrix [matrices * rows, K]."""
+    count, height = stack.shape[0] * stack.shape[1], stack.shape[1]
+    shape, data = (count, *stack.shape[2:]), stack.data.reshape(count, -1)
+    if not isinstance(stack, MadeTensor):
+        return replace(stack, shape=shape, data=data)
+
+    def read(rows: slice) -> np.ndarray:
+        start, stop, _ = rows.indices(count)
+        first = start // height
+        whole = stack.read(slice(first, -(-stop // height))).reshape(-1, data.shape[1])
+        return whole[start - first * height : stop - first * height]
+
+    return MadeTensor.of(stack.name, stack.format, shape, read)
+
+
+def transposed(stack: StoredTensor, index: int) -> MadeTensor:
+    """Matrix number `index` of a stack [matrices, K, N], as [N, K]. ValueError for a stack of blocks."""
+    if stack.format not in PLAIN_FORMATS:
+        raise ValueError(f"tensor {stack.name!r}: {stack.format} blocks cannot be transposed")
+    read = lambda rows: np.ascontiguousarray(stack.read(slice(index, index + 1))[0].T[rows])
+    return MadeTensor.of(f"{stack.name}.{index}", stack.format, (stack.shape[2], stack.shape[1]), read)
+
+
+def gathered(whole: StoredTensor, name: str, order: np.ndarray) -> MadeTensor:
+    """The rows `order` [rows] of a tensor, in this order and under this name."""
+    read = lambda rows: np.concatenate([whole.read(run) for run in _runs(order[rows])])
+    return MadeTensor.of(name, whole.format, (len(order), *whole.shape[1:]), read)
+
+
+def _runs(order: np.ndarray) -> list[slice]:
+    """Runs of rows that lie together, in order; order: at least one row."""
+    ends = np.flatnonzero(np.diff(order, append=-2) != 1) + 1
+    starts = np.concatenate([[0], ends[:-1]])
+    return [slice(int(order[a]), int(order[b - 1]) + 1) for a, b in zip(starts, ends, strict=True)]

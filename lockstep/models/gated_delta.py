@@ -1,22 +1,34 @@
 """Recording the token mixer of a gated delta rule layer."""
 
+from collections.abc import Callable
+
 from lockstep.formats.parts.panels import padded_width
 from lockstep.models.model_config import LinearAttention
 from lockstep.models.record import Recorder
 from lockstep.ops.recurrent.gated_delta import DeltaInputs, GatedDelta
 from lockstep.ops.recurrent.gated_norm import GatedNorm
 from lockstep.runtime.program import Tensor, Weight
+from lockstep.weights.tensor import StoredTensor
+
+Projections = Callable[[Recorder, LinearAttention, str, int], list[StoredTensor]]
 
 
-def gated_delta(ops: Recorder, x: Tensor, shape: LinearAttention, label: str, eps: float) -> Tensor:
+def projections(ops: Recorder, shape: LinearAttention, label: str, width: int) -> list[StoredTensor]:
+    """The projections of queries, keys and values, of the gate z, of b and of a: four tensors of the checkpoint."""
+    rows = dict(qkv=shape.conv_channels, z=shape.v_width, b=shape.num_v_heads, a=shape.num_v_heads)
+    return [ops.stored(f"{label}.in_proj_{part}.weight", n, width) for part, n in rows.items()]
+
+
+def gated_delta(
+    ops: Recorder, x: Tensor, shape: LinearAttention, label: str, eps: float, projected: Projections = projections
+) -> Tensor:
     """The gated delta rule, from hidden rows x to normed and gated value heads [T, H V]. eps: of the norm of heads.
 
-    C: channels of the convolution, J: its taps, H: value heads, V: the size of a value head.
+    projected: gives the four projections. C: channels of the convolution, J: its taps, H: value heads, V: the size of a
+    value head.
     """
     C, H, V, J = shape.conv_channels, shape.num_v_heads, shape.v_head_dim, shape.conv_width
-    names = [(f"{label}.in_proj_{p}", n) for p, n in (("qkv", C), ("z", shape.v_width), ("b", H), ("a", H))]
-    parts = [ops.stored(f"{name}.weight", n, x.width) for name, n in names]
-    proj = ops.projected(x, parts, label)
+    proj = ops.projected(x, projected(ops, shape, label, x.width), label)
     state = ops.program.cache(f"{label}.state", "state", "f32", (H, V // 16, shape.k_head_dim, 16))
     history = ops.program.cache(f"{label}.conv_state", "state", "f32", (J - 1, C))
     taps = ops.stored(f"{label}.conv1d.weight", C, 1, J)

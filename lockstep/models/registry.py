@@ -12,6 +12,7 @@ from lockstep.models.families.qwen3 import QWEN3
 from lockstep.models.families.qwen3_5 import QWEN3_5
 from lockstep.models.families.qwen3_5_moe import QWEN3_5_MOE
 from lockstep.models.families.qwen3_moe import QWEN3_MOE
+from lockstep.models.families.qwen3_next import QWEN3_NEXT
 from lockstep.models.families.smollm3 import SMOLLM3
 from lockstep.models.family import Family
 from lockstep.models.model_config import ModelConfig
@@ -26,6 +27,7 @@ FAMILIES: Mapping[str, Family] = {
     "smollm3": SMOLLM3,
     "qwen3_5": QWEN3_5,
     "qwen3_5_moe": QWEN3_5_MOE,
+    "qwen3_next": QWEN3_NEXT,
     "gemma3": GEMMA3,
     "gpt_oss": GPT_OSS,
 }

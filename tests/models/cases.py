@@ -63,6 +63,11 @@ def hybrid_experts(**changes):
     return {**made, **changes}
 
 
+def next_hybrid(**changes):
+    """qwen3_next: qwen3_5_moe with two fused projections of the delta rule, and some layers without experts."""
+    return hybrid_experts(**{"model_type": "qwen3_next", "intermediate_size": 80, "mlp_only_layers": [1], **changes})
+
+
 VISION = {
     "model_type": "qwen3_5_vision",
     "depth": 1,
@@ -144,6 +149,10 @@ CASES = {
         hybrid_experts(num_experts=6, num_experts_per_tok=2, tie_word_embeddings=True, num_key_value_heads=1),
         "qwen3_5_moe",
         {**VISION, "model_type": "qwen3_5_moe_vision"},
+    ),
+    "qwen3_next": next_hybrid(),
+    "qwen3_next_not_renormalised": next_hybrid(
+        norm_topk_prob=False, linear_num_value_heads=6, linear_value_head_dim=16, mlp_only_layers=[]
     ),
     "qwen3_moe": case(
         "qwen3_moe",

@@ -11,6 +11,7 @@ import zlib
 import ml_dtypes
 import numpy as np
 
+HYBRID = ("qwen3_5", "qwen3_next")  # beginnings of model types with delta rule layers
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
@@ -65,7 +66,7 @@ def _mtp(c, layer):
 def _attention(c):
     K = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
     H, G, kind = c["num_attention_heads"], c["num_key_value_heads"], c["model_type"]
-    rows = {"q": H * K * (2 if kind.startswith("qwen3_5") else 1), "k": G * K, "v": G * K}
+    rows = {"q": H * K * (2 if kind.startswith(HYBRID) else 1), "k": G * K, "v": G * K}
     made = {f"{p}_proj.weight": (n, c["hidden_size"]) for p, n in rows.items()}
     made["o_proj.weight"] = (c["hidden_size"], H * K)
     if kind == "qwen2" or c.get("attention_bias"):
@@ -82,11 +83,10 @@ def _attention(c):
 def _delta(c):
     H, V, width = c["linear_num_value_heads"], c["linear_value_head_dim"], c["hidden_size"]
     channels = 2 * c["linear_num_key_heads"] * c["linear_key_head_dim"] + H * V
+    apart = {"in_proj_qkv": channels, "in_proj_z": H * V, "in_proj_b": H, "in_proj_a": H}
+    fused = {"in_proj_qkvz": channels + H * V, "in_proj_ba": 2 * H}
     return {
-        "in_proj_qkv.weight": (channels, width),
-        "in_proj_z.weight": (H * V, width),
-        "in_proj_b.weight": (H, width),
-        "in_proj_a.weight": (H, width),
+        **{f"{n}.weight": (rows, width) for n, rows in (fused if c["model_type"] == "qwen3_next" else apart).items()},
         "conv1d.weight": (channels, 1, c["linear_conv_kernel_dim"]),
         "A_log": (H,),
         "dt_bias": (H,),
@@ -137,7 +137,7 @@ def interval(name, shape, config):
     """The bounds between which a tensor's values are drawn."""
     kind, leaf = text_part(config)["model_type"], name.split(".")[-2]
     if leaf.endswith("norm"):
-        is_offset = kind.startswith(("qwen3_5", "gemma")) and "linear_attn" not in name
+        is_offset = kind.startswith((*HYBRID, "gemma")) and "linear_attn" not in name
         return (-0.5, 0.5) if is_offset else (0.5, 1.5)
     fixed = {"A_log": (-1.5, 1.5), "dt_bias": (-2.0, 1.0), "bias": (-0.5, 0.5), "sinks": (-1.0, 3.0)}
     fixed |= {f"{matrix}_proj_bias": (-0.5, 0.5) for matrix in ("gate_up", "down")}
@@ -152,6 +152,7 @@ def interval(name, shape, config):
         "k_proj": 1.6,
         "in_proj_a": 2.0,
         "in_proj_b": 2.0,
+        "in_proj_ba": 2.0,
         "gate": 2.0,
         "shared_expert_gate": 2.0,
         "lm_head": 2.0,

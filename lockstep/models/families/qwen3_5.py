@@ -16,7 +16,7 @@ from lockstep.models.families.llama_like import (
     self_attention,
 )
 from lockstep.models.family import Family
-from lockstep.models.gated_delta import gated_delta
+from lockstep.models.gated_delta import Projections, gated_delta, projections
 from lockstep.models.model_config import Experts, Layer, LinearAttention, Mlp, ModelConfig
 from lockstep.models.record import Norm, Recorder
 from lockstep.models.rope_config import MROPE
@@ -25,7 +25,16 @@ from lockstep.runtime.program import Tensor
 from lockstep.weights.gguf.architecture import Architecture, has_biases
 from lockstep.weights.gguf.keys import Keys
 from lockstep.weights.gguf.names import ATTENTION, HEAD_NORMS, MLP
-from lockstep.weights.gguf.undo import ConvChannels, DecayLog, GroupedColumns, GroupedRows, MinusOne, Undo, ValueHeads
+from lockstep.weights.gguf.undo import (
+    ConvChannels,
+    DecayLog,
+    GroupedColumns,
+    GroupedRows,
+    MinusOne,
+    OneRow,
+    Undo,
+    ValueHeads,
+)
 
 OFFSET = 1.0  # of every norm except the norm of the delta rule's heads
 DELTA = """linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim
@@ -77,14 +86,21 @@ def delta_rule(config: Config) -> LinearAttention:
 # ------------------------------------------------------------ a layer
 
 
-def layer(ops: Recorder, x: Tensor, config: ModelConfig, shape: Layer, label: str) -> Tensor:
-    """One layer, with either token mixer."""
+def layer(
+    ops: Recorder,
+    x: Tensor,
+    config: ModelConfig,
+    shape: Layer,
+    label: str,
+    projected: Projections = projections,
+) -> Tensor:
+    """One layer, with either token mixer. projected: gives the projections of the delta rule."""
     norm = Norm(config.rms_eps, OFFSET)
 
     def mixer(h: Tensor) -> Tensor:
         if not isinstance(shape.mixer, LinearAttention):
             return self_attention(ops, h, shape.mixer, f"{label}.self_attn", head_norms=norm, gated=True)
-        heads = gated_delta(ops, h, shape.mixer, f"{label}.linear_attn", config.rms_eps)
+        heads = gated_delta(ops, h, shape.mixer, f"{label}.linear_attn", config.rms_eps, projected)
         return ops.linear(heads, [(f"{label}.linear_attn.out_proj", h.width)])
 
     return pre_norm(ops, x, label, norm, mixer, mlp=lambda h: feed_forward(ops, h, shape.mlp, f"{label}.mlp"))
@@ -167,6 +183,11 @@ def undo(name: str, config: Mapping) -> Undo:
     if heads.num_key_heads == 0 or heads.num_value_heads % heads.num_key_heads:
         raise ValueError(f"{heads.num_value_heads} value heads do not divide over {heads.num_key_heads} key heads")
     num_query_key_rows = 2 * heads.num_key_heads * config["linear_key_head_dim"]
+    return undo_of(name, heads, num_query_key_rows)
+
+
+def undo_of(name: str, heads: ValueHeads, num_query_key_rows: int) -> Undo:
+    """The Undo of a tensor. heads: how conversion ordered the value heads, whose rows come after queries' and keys'."""
     stem = name.removesuffix(".weight").rpartition(".")[2]
     if stem == "A_log":
         return DecayLog(heads)
@@ -174,6 +195,8 @@ def undo(name: str, config: Mapping) -> Undo:
         return ConvChannels(heads, num_query_key_rows)
     if stem.endswith("norm") or "_norm_" in stem:
         return Undo() if ".linear_attn." in name else MinusOne()
+    if stem == "shared_expert_gate":
+        return OneRow()
     if heads.num_key_heads == heads.num_value_heads:
         return Undo()
     return regrouping(stem, heads, num_query_key_rows)

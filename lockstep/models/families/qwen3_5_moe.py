@@ -1,6 +1,6 @@
 """Qwen3.5-MoE (Qwen3.5 and Qwen3.6 35B-A3B): Qwen3.5 with experts in place of MLPs, one of which all tokens share."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from dataclasses import replace
 from functools import partial
 
@@ -8,14 +8,13 @@ from lockstep.models.config import Config, check_keys, need
 from lockstep.models.decoder import decoder
 from lockstep.models.families import qwen3_5
 from lockstep.models.families.llama_like import model_of
-from lockstep.models.families.qwen3_5 import MTP_NAMES, OFFSET, layer, layers_of
+from lockstep.models.families.qwen3_5 import MTP_NAMES, OFFSET, layer, layers_of, undo
 from lockstep.models.families.qwen3_moe import experts_of
 from lockstep.models.family import Family
 from lockstep.models.model_config import Experts, ModelConfig
 from lockstep.weights.gguf.architecture import Architecture
 from lockstep.weights.gguf.keys import Keys
 from lockstep.weights.gguf.names import EXPERTS, SHARED_EXPERT
-from lockstep.weights.gguf.undo import OneRow, Undo
 
 EXPERT_KEYS = "num_experts num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size".split()
 
@@ -50,11 +49,6 @@ def gguf_experts(keys: Keys) -> dict:
         "moe_intermediate_size": keys.integer("expert_feed_forward_length"),
         "shared_expert_intermediate_size": keys.integer("expert_shared_feed_forward_length"),
     }
-
-
-def undo(name: str, config: Mapping) -> Undo:
-    """Conversion stored the gate of the shared expert as a vector, and the rest as in Qwen3.5."""
-    return OneRow() if name.endswith(".shared_expert_gate.weight") else qwen3_5.undo(name, config)
 
 
 QWEN3_5_MOE = Family(

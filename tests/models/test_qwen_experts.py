@@ -3,14 +3,15 @@
 import numpy as np
 import pytest
 
-from lockstep.models.model_config import Experts, LinearAttention, Rope
+from lockstep.models.families import qwen3_next
+from lockstep.models.model_config import Experts, LinearAttention, Mlp, Rope
 from lockstep.models.registry import model_config
 from lockstep.ops.linear.experts import ExpertLinear
 from lockstep.ops.linear.moe import CombineExperts
 from tests.golden.record_models import GOLDEN
 from tests.models import published_qwen as p
 from tests.models import tiny
-from tests.models.cases import CASES, SEED, hybrid_experts
+from tests.models.cases import CASES, SEED, hybrid_experts, next_hybrid
 from tests.models.running import load, logits_of
 from tests.models.test_mutations import is_red, mapped, params, run
 
@@ -23,6 +24,20 @@ def test_published_configs():
     attention = made.layers[3].mixer
     assert (attention.num_heads, attention.num_kv_heads, attention.rope) == (16, 2, Rope(64, 1e7))
     assert made.mtp_layers == made.layers[3:4] and not made.tied and made.eos_ids == (248044,)
+
+
+def test_published_config_of_qwen3_next():
+    made = model_config(p.QWEN3_NEXT_80B_A3B)
+    assert [layer.kind for layer in made.layers] == (["linear attention"] * 3 + ["attention"]) * 12
+    assert {layer.mlp for layer in made.layers} == {Experts(512, 10, 512, True, shared_width=512)}
+    assert made.layers[0].mixer == LinearAttention(16, 32, 128, 128, 4)
+    assert made.layers[3].mixer.rope == Rope(64, 1e7) and made.mtp_layers == made.layers[3:4]
+
+
+def test_layers_of_qwen3_next_without_experts():
+    made = model_config(next_hybrid(decoder_sparse_step=2, mlp_only_layers=[3]))
+    assert [layer.mlp for layer in made.layers] == [Mlp(80), made.layers[1].mlp, Mlp(80), Mlp(80)]
+    assert made.layers[1].mlp == made.mtp_layers[0].mlp == Experts(16, 3, 32, True, shared_width=48)
 
 
 def test_expert_weights_always_sum_to_one():
@@ -146,3 +161,34 @@ def test_a_mistake_in_the_weights_is_seen(mistake, golden, tmp_path):
     changed = {n: to(a, arrays, n, {}) if (to := mapped(n, changes)) else a for n, a in arrays.items()}
     assert any(changed[n] is not arrays[n] for n in arrays)
     is_red(run(tmp_path, "qwen3_5_moe", changed), golden, "qwen3_5_moe")
+
+
+# ------------------------------------------------------------ Qwen3-Next's fused projections
+
+columns_of = qwen3_next.columns_of
+SPLITS = {
+    "values and their gates swapped": lambda rows, *w: swapped(columns_of(rows, *w), 2, 3),
+    "queries and keys swapped": lambda rows, *w: swapped(columns_of(rows, *w), 0, 1),
+    "b and a swapped": lambda rows, *w: swapped(columns_of(rows, *w), -2, -1) if len(w) == 2 else columns_of(rows, *w),
+    "rows read as if they were not grouped": lambda rows, *w: columns_of(
+        rows.reshape(1, -1), *(len(rows) * n for n in w)
+    ),
+}
+
+
+def swapped(parts, first, second):
+    """The parts with two of them swapped, if there are as many."""
+    if len(parts) > max(first, second):
+        parts[first], parts[second] = parts[second], parts[first]
+    return parts
+
+
+@pytest.mark.parametrize("mistake", SPLITS)
+def test_a_wrong_order_of_rows_is_seen(mistake, golden, tmp_path, monkeypatch):
+    monkeypatch.setattr(qwen3_next, "columns_of", SPLITS[mistake])
+    is_red(run(tmp_path, "qwen3_next", ops=lambda op: op), golden, "qwen3_next")
+
+
+def test_experts_of_qwen3_next_renormalised_by_mistake_are_seen(golden, tmp_path):
+    name = "qwen3_next_not_renormalised"
+    is_red(run(tmp_path, name, ops=params(["route"], renormalise=True)), golden, name)

@@ -8,10 +8,12 @@ from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.ops.linear.experts import ExpertLinear
 from tests.engine.speculation.test_drafts import answer, run
 from tests.engine.speculation.test_mtp import drop, loaded
-from tests.models.cases import hybrid_experts
+from tests.models.cases import hybrid_experts, next_hybrid
 from tests.models.test_qwen_experts import stacked
 
 CONFIG = hybrid_experts(max_position_embeddings=4096, mtp_num_hidden_layers=1)
+
+NEXT = next_hybrid(max_position_embeddings=4096, mtp_num_hidden_layers=1)
 
 
 def restack(arrays):
@@ -21,9 +23,13 @@ def restack(arrays):
     arrays.update(made)
 
 
-@pytest.mark.parametrize("change", [lambda arrays: None, restack], ids=["one by one", "stacked"])
-def test_no_answer_changes(change, tmp_path):
-    model, answers = loaded(tmp_path, CONFIG, change), []
+@pytest.mark.parametrize(
+    "config, change",
+    [(CONFIG, lambda arrays: None), (CONFIG, restack), (NEXT, restack)],
+    ids=["one by one", "stacked", "qwen3_next"],
+)
+def test_no_answer_changes(config, change, tmp_path):
+    model, answers = loaded(tmp_path, config, change), []
     for options in (dict(speculate="off"), dict(speculate="mtp", draft=3)):
         engine = Engine(model, EngineOptions(threads=1, max_requests=3, kv_tokens=64 * 40, **options))
         requests = run(engine)

@@ -8,11 +8,14 @@ from lockstep.models.families.gpt_oss import GPT_OSS
 from lockstep.models.families.llama import LLAMA
 from lockstep.models.families.mistral import MISTRAL
 from lockstep.models.families.qwen2 import QWEN2
+from lockstep.models.families.qwen2_vl import QWEN2_VL
 from lockstep.models.families.qwen3 import QWEN3
 from lockstep.models.families.qwen3_5 import QWEN3_5
 from lockstep.models.families.qwen3_5_moe import QWEN3_5_MOE
 from lockstep.models.families.qwen3_moe import QWEN3_MOE
 from lockstep.models.families.qwen3_next import QWEN3_NEXT
+from lockstep.models.families.qwen3_vl import QWEN3_VL
+from lockstep.models.families.qwen3_vl_moe import QWEN3_VL_MOE
 from lockstep.models.families.smollm3 import SMOLLM3
 from lockstep.models.family import Family
 from lockstep.models.model_config import ModelConfig
@@ -28,6 +31,9 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_5": QWEN3_5,
     "qwen3_5_moe": QWEN3_5_MOE,
     "qwen3_next": QWEN3_NEXT,
+    "qwen2_vl": QWEN2_VL,
+    "qwen3_vl": QWEN3_VL,
+    "qwen3_vl_moe": QWEN3_VL_MOE,
     "gemma3": GEMMA3,
     "gpt_oss": GPT_OSS,
 }

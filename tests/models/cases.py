@@ -96,6 +96,26 @@ SIGLIP = {
 }
 
 
+QWEN2_VISION = {
+    "depth": 1,
+    "embed_dim": 32,
+    "hidden_size": 64,
+    "num_heads": 2,
+    "mlp_ratio": 1,
+}
+QWEN2_5_VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "fullatt_block_indexes": [0],
+}
+QWEN3_VISION = {**VISION, "model_type": "qwen3_vl", "deepstack_visual_indexes": [0]}
+MROPE = {"type": "mrope", "mrope_section": [4, 2, 2]}
+INTERLEAVED_MROPE = {"mrope_interleaved": True, "mrope_section": [8, 4, 4], "rope_type": "default"}
+
+
 def windowed(**changes):
     """gemma3_text: scores not scaled by the head size, two ropes, and one full layer per two layers with a window."""
     made = case(
@@ -198,6 +218,38 @@ CASES = {
         layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
         sliding_window=12,
         rope_scaling={**YARN, "truncate": False, "factor": 32.0, "original_max_position_embeddings": 16},
+    ),
+    "qwen2_vl": case("qwen2_vl", rope_scaling=MROPE, use_sliding_window=False, vision_config=QWEN2_VISION),
+    "qwen2_5_vl_window": nested(
+        case(
+            "qwen2_5_vl_text",
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0, "mrope_section": [4, 2, 2]},
+            use_sliding_window=True,
+            sliding_window=9,
+            max_window_layers=1,
+        ),
+        "qwen2_5_vl",
+        {**QWEN2_5_VISION, "model_type": "qwen2_5_vl"},
+    ),
+    "qwen3_vl": nested(
+        case("qwen3_vl_text", head_dim=32, rope_scaling=INTERLEAVED_MROPE, tie_word_embeddings=True),
+        "qwen3_vl",
+        QWEN3_VISION,
+    ),
+    "qwen3_vl_moe": nested(
+        case(
+            "qwen3_vl_moe_text",
+            head_dim=32,
+            rope_scaling=INTERLEAVED_MROPE,
+            num_experts=16,
+            num_experts_per_tok=3,
+            moe_intermediate_size=48,
+            norm_topk_prob=True,
+            num_key_value_heads=1,
+            mlp_only_layers=[1],
+        ),
+        "qwen3_vl_moe",
+        {**QWEN3_VISION, "model_type": "qwen3_vl_moe"},
     ),
     "gemma3": windowed(),
     "gemma3_nested": nested(WITH_DEFAULTS, "gemma3", SIGLIP),

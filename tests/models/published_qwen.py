@@ -1,6 +1,6 @@
 """config.json of published Qwen checkpoints with experts or vision, without keys that are the same in all."""
 
-from tests.models.published import QWEN3_5_0_8B
+from tests.models.published import QWEN2_5_0_5B, QWEN3_0_6B, QWEN3_5_0_8B
 
 _TEXT = {k: v for k, v in QWEN3_5_0_8B["text_config"].items() if k not in ("intermediate_size", "mlp_only_layers")}
 QWEN3_5_35B_A3B = {
@@ -66,4 +66,69 @@ QWEN3_NEXT_80B_A3B = {
     "use_cache": True,
     "use_sliding_window": False,
     "vocab_size": 151936,
+}
+_VISION_TOKENS = {
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_end_token_id": 151653,
+    "vision_start_token_id": 151652,
+}
+QWEN2_5_VL_3B = {
+    **QWEN2_5_0_5B,
+    **_VISION_TOKENS,
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 128000,
+    "max_window_layers": 70,
+    "model_type": "qwen2_5_vl",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 36,
+    "rope_scaling": {"mrope_section": [16, 24, 24], "type": "mrope"},
+    "vision_config": {"depth": 32, "hidden_act": "silu", "hidden_size": 1280, "out_hidden_size": 2048},
+    "vision_token_id": 151654,
+}
+_VL_TEXT = {k: v for k, v in QWEN3_0_6B.items() if not k.endswith(("sliding_window", "window_layers"))}
+_VL_TEXT |= {
+    "max_position_embeddings": 262144,
+    "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+    "rope_theta": 5000000,
+}
+del _VL_TEXT["architectures"]
+QWEN3_VL_2B = {
+    **_VISION_TOKENS,
+    "architectures": ["Qwen3VLForConditionalGeneration"],
+    "model_type": "qwen3_vl",
+    "text_config": {
+        **_VL_TEXT,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "model_type": "qwen3_vl_text",
+        "num_hidden_layers": 28,
+    },
+    "tie_word_embeddings": True,
+    "transformers_version": "4.57.0.dev0",
+    "vision_config": {"deepstack_visual_indexes": [5, 11, 17], "depth": 24, "model_type": "qwen3_vl"},
+}
+QWEN3_VL_30B_A3B = {
+    **QWEN3_VL_2B,
+    "architectures": ["Qwen3VLMoeForConditionalGeneration"],
+    "model_type": "qwen3_vl_moe",
+    "text_config": {
+        **_VL_TEXT,
+        "decoder_sparse_step": 1,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_vl_moe_text",
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+    },
+    "tie_word_embeddings": False,
+    "vision_config": {"deepstack_visual_indexes": [8, 16, 24], "depth": 27, "model_type": "qwen3_vl_moe"},
 }

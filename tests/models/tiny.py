@@ -69,7 +69,7 @@ def _attention(c):
     rows = {"q": H * K * (2 if kind.startswith(HYBRID) else 1), "k": G * K, "v": G * K}
     made = {f"{p}_proj.weight": (n, c["hidden_size"]) for p, n in rows.items()}
     made["o_proj.weight"] = (c["hidden_size"], H * K)
-    if kind == "qwen2" or c.get("attention_bias"):
+    if kind.startswith("qwen2") or c.get("attention_bias"):
         made.update({f"{p}_proj.bias": (n,) for p, n in rows.items()})
     if c.get("attention_bias"):
         made["o_proj.bias"] = (c["hidden_size"],)
@@ -112,6 +112,9 @@ def _mlp(c, layer):
         return made | (rows if c.get("mlp_bias") else {})
     one = swiglu(c["moe_intermediate_size"])
     experts = {f"experts.{e}.{k}": v for e in range(c["num_experts"]) for k, v in one.items()}
+    if c["model_type"].startswith("qwen3_vl_moe"):  # stacked, and transposed
+        E, D, width = c["num_experts"], c["hidden_size"], c["moe_intermediate_size"]
+        experts = {"experts.gate_up_proj": (E, D, 2 * width), "experts.down_proj": (E, width, D)}
     made = {"gate.weight": (c["num_experts"], c["hidden_size"]), **experts}
     if "shared_expert_intermediate_size" in c:
         shared = swiglu(c["shared_expert_intermediate_size"])
@@ -142,7 +145,7 @@ def interval(name, shape, config):
     fixed = {"A_log": (-1.5, 1.5), "dt_bias": (-2.0, 1.0), "bias": (-0.5, 0.5), "sinks": (-1.0, 3.0)}
     fixed |= {f"{matrix}_proj_bias": (-0.5, 0.5) for matrix in ("gate_up", "down")}
     stacked = {"gate_up_proj": 4.0, "down_proj": 0.25}  # so that gates and values pass the limits of 7
-    if name.split(".")[-1] in stacked:
+    if kind == "gpt_oss" and name.split(".")[-1] in stacked:
         bound = stacked[name.split(".")[-1]] * (3.0 / shape[-2]) ** 0.5
         return -bound, bound
     if name.split(".")[-1] in fixed:

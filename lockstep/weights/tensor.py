@@ -94,28 +94,6 @@ class MadeTensor(StoredTensor):
         return self.make(rows)
 
 
-@dataclass(frozen=True)
-class GatheredTensor(StoredTensor):
-    """Rows of another tensor in an order of their own, read when asked for. Of `data` only the shape counts."""
-
-    whole: StoredTensor
-    order: np.ndarray
-
-    @classmethod
-    def of(cls, whole: StoredTensor, name: str, order: np.ndarray) -> "GatheredTensor":
-        """The rows `order` [rows] of a tensor, in this order and under this name."""
-        shape = (len(order), *whole.shape[1:])
-        stored, dtype = stored_shape(whole.format, shape)
-        return cls(name, whole.format, shape, np.broadcast_to(np.zeros(1, dtype), stored), whole, order)
-
-    def read(self, rows: slice = slice(None)) -> np.ndarray:
-        order = self.order[rows]
-        ends = np.flatnonzero(np.diff(order, append=-2) != 1) + 1  # of runs of rows that lie together
-        starts = np.concatenate([[0], ends[:-1]])
-        runs = [slice(int(order[a]), int(order[b - 1]) + 1) for a, b in zip(starts, ends, strict=True)]
-        return np.concatenate([self.whole.read(run) for run in runs])
-
-
 class TensorMap(Mapping[str, StoredTensor]):
     """Tensors by Hugging Face name, each loaded when it is looked up.
 

@@ -1,5 +1,7 @@
 """The text parts of Qwen models that also see: their configs, their names, experts that are stored transposed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -112,11 +114,12 @@ def apart(arrays):
 def test_experts_that_are_not_turned_are_seen(golden, tmp_path, monkeypatch):
     """Their bytes read in the order of a stack that is not transposed."""
 
-    class Straight(experts.TransposedTensor):
-        def read(self, rows=slice(None)):
-            return super().read().T.reshape(self.shape)[rows]
+    def straight(stack, index):
+        matrix = experts_transposed(stack, index)
+        return replace(matrix, make=lambda rows: matrix.read().T.reshape(matrix.shape)[rows])
 
-    monkeypatch.setattr(experts, "TransposedTensor", Straight)
+    experts_transposed = experts.transposed
+    monkeypatch.setattr(experts, "transposed", straight)
     is_red(run(tmp_path, "qwen3_vl_moe"), golden, "qwen3_vl_moe")
 
 

@@ -24,7 +24,8 @@ from lockstep.models.record import Recorder
 from lockstep.weights.gguf.architecture import Architecture
 from lockstep.weights.gguf.keys import Keys
 from lockstep.weights.gguf.undo import Undo, ValueHeads
-from lockstep.weights.tensor import GatheredTensor, StoredTensor
+from lockstep.weights.rearranged import gathered
+from lockstep.weights.tensor import StoredTensor
 
 KEYS = [*qwen3_5.KEYS, *qwen3_5_moe.EXPERT_KEYS, "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"]
 FREE = ["partial_rotary_factor", "decoder_sparse_step", "mlp_only_layers"]
@@ -47,7 +48,7 @@ def by_key_head(ops: Recorder, shape: LinearAttention, label: str, width: int) -
     K, V = shape.k_head_dim, per_key * shape.v_head_dim
     ba = ops.stored(f"{label}.in_proj_ba.weight", 2 * H, width)
     b, a = columns_of(np.arange(2 * H).reshape(G, -1), per_key, per_key)
-    gates = [GatheredTensor.of(ba, f"{label}.in_proj_{n}.weight", rows) for n, rows in (("b", b), ("a", a))]
+    gates = [gathered(ba, f"{label}.in_proj_{n}.weight", rows) for n, rows in (("b", b), ("a", a))]
     if f"{label}.in_proj_qkv.weight" in ops.tensors:
         rows = (("qkv", shape.conv_channels), ("z", shape.v_width))
         return [*(ops.stored(f"{label}.in_proj_{n}.weight", count, width) for n, count in rows), *gates]
@@ -55,7 +56,7 @@ def by_key_head(ops: Recorder, shape: LinearAttention, label: str, width: int) -
     whole = ops.stored(f"{label}.in_proj_qkvz.weight", num_rows, width)
     q, k, v, z = columns_of(np.arange(num_rows).reshape(G, -1), K, K, V, V)
     orders = (("qkv", np.concatenate([q, k, v])), ("z", z))
-    return [*(GatheredTensor.of(whole, f"{label}.in_proj_{n}.weight", order) for n, order in orders), *gates]
+    return [*(gathered(whole, f"{label}.in_proj_{n}.weight", order) for n, order in orders), *gates]
 
 
 def columns_of(rows: np.ndarray, *widths: int) -> list[np.ndarray]:

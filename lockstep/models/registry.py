@@ -38,7 +38,9 @@ FAMILIES: Mapping[str, Family] = {
     "gpt_oss": GPT_OSS,
 }
 BY_MODEL_TYPE = {model_type: family for family in FAMILIES.values() for model_type in family.model_types}
-ARCHITECTURES: Mapping[str, Architecture] = {f.gguf.name: f.gguf for f in FAMILIES.values() if f.gguf}
+ARCHITECTURES: Mapping[str, Architecture] = {
+    name: architecture for f in FAMILIES.values() if f.gguf for name, architecture in f.gguf.by_name().items()
+}
 
 
 def family_of(model_type: object) -> Family:

@@ -1,5 +1,6 @@
 """The text part of Qwen2-VL and Qwen2.5-VL: Qwen2. Older configs have its keys beside those of vision.
 
+Ollama names the architecture of Qwen2.5-VL qwen25vl.
 In text all parts of a position are equal: M-RoPE is plain rope.
 """
 
@@ -37,5 +38,7 @@ QWEN2_VL = Family(
     model_types=("qwen2_vl_text", "qwen2_vl", "qwen2_5_vl_text", "qwen2_5_vl"),
     read=read,
     record=partial(decoder, layer=layer),
-    gguf=Architecture("qwen2vl", "qwen2_vl_text", "Qwen2VLForConditionalGeneration", DENSE, gguf_config),
+    gguf=Architecture(
+        "qwen2vl", "qwen2_vl_text", "Qwen2VLForConditionalGeneration", DENSE, gguf_config, also=("qwen25vl",)
+    ),
 )

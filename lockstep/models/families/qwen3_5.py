@@ -122,6 +122,7 @@ NAMES = {
     "ssm_norm": "linear_attn.norm",
     "ssm_a": "linear_attn.A_log",
     "ssm_dt.bias": "linear_attn.dt_bias",
+    "ssm_dt": "linear_attn.dt_bias",  # as Ollama names it
 }
 MTP_NAMES = {
     "nextn.eh_proj": "mtp.fc",
@@ -131,8 +132,11 @@ MTP_NAMES = {
 }
 
 
-def gguf_config(config: dict, keys: Keys, names: Container[str]) -> dict:
-    """Adds biases, layer types and the numbers of the gated delta rule."""
+def gguf_config(config: dict, keys: Keys, names: Container[str], reordered: bool = True) -> dict:
+    """Adds biases, layer types and the numbers of the gated delta rule. reordered: whether conversion reorders value
+    heads, as it does for this architecture."""
+    if keys.flag("ssm.v_head_reordered", reordered) != reordered:
+        raise ValueError(f"ssm.v_head_reordered is {not reordered}, which is not supported in this architecture")
     num_value_heads, inner_size = keys.integer("ssm.time_step_rank"), keys.integer("ssm.inner_size")
     if num_value_heads == 0 or inner_size % num_value_heads:
         raise ValueError(f"ssm.inner_size {inner_size} is not {num_value_heads} heads of one size")

@@ -40,10 +40,11 @@ def gguf_config(config: dict, keys: Keys, names: Container[str]) -> dict:
 
 
 def gguf_experts(keys: Keys) -> dict:
-    """The numbers of the experts."""
+    """The numbers of the experts. Only Ollama's files have norm_top_k_prob: llama.cpp always renormalises."""
     if keys.integer("expert_shared_count", 1) != 1:
         raise ValueError("expert_shared_count is not 1: experts that all tokens share are supported one by one only")
     return {
+        "norm_topk_prob": keys.flag("norm_top_k_prob", True),
         "num_experts": keys.integer("expert_count"),
         "num_experts_per_tok": keys.integer("expert_used_count"),
         "moe_intermediate_size": keys.integer("expert_feed_forward_length"),

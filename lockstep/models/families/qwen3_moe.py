@@ -57,13 +57,13 @@ def with_dense_layers(layers: Sequence[Layer], config: Config) -> list[Layer]:
 
 
 def gguf_config(config: dict, keys: Keys, names: Container[str]) -> dict:
-    """Adds biases and experts. GGUF does not record norm_topk_prob: llama.cpp always renormalises."""
+    """Adds biases and experts. Only Ollama's files have norm_top_k_prob: llama.cpp always renormalises."""
     return config | {
         **has_biases(names, "attention_bias"),
         "num_experts": keys.integer("expert_count"),
         "num_experts_per_tok": keys.integer("expert_used_count"),
         "moe_intermediate_size": keys.integer("expert_feed_forward_length", config["intermediate_size"]),
-        "norm_topk_prob": True,
+        "norm_topk_prob": keys.flag("norm_top_k_prob", True),
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     }

@@ -70,10 +70,9 @@ NAMES = {**qwen3_5_moe.NAMES, "ssm_in": "linear_attn.in_proj_qkvz", "ssm_ba": "l
 
 
 def gguf_config(config: dict, keys: Keys, names: Container[str]) -> dict:
-    """Adds the numbers of the delta rule and of the experts. GGUF does not record norm_topk_prob: llama.cpp always
-    renormalises."""
-    made = qwen3_5.gguf_config(config, keys, names) | gguf_experts(keys)
-    return made | {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    """Adds the numbers of the delta rule and of the experts, which all layers have."""
+    made = qwen3_5.gguf_config(config, keys, names, reordered=False) | gguf_experts(keys)
+    return made | {"decoder_sparse_step": 1, "mlp_only_layers": []}
 
 
 def undo(name: str, config: Mapping) -> Undo:

@@ -33,11 +33,11 @@ def gguf_config(config: dict, keys: Keys, names: Container[str]) -> dict:
     return qwen3_moe.gguf_config(config, keys, names)
 
 
+# Gate and up of all experts in one tensor would not be transposed, which its shape need not tell.
+NAMES = {name: hf for name, hf in qwen3_moe.NAMES.items() if "gate_up" not in name}
 QWEN3_VL_MOE = Family(
     model_types=("qwen3_vl_moe_text", "qwen3_vl_moe"),
     read=read,
     record=partial(decoder, layer=layer),
-    gguf=Architecture(
-        "qwen3vlmoe", "qwen3_vl_moe_text", "Qwen3VLMoeForConditionalGeneration", qwen3_moe.NAMES, gguf_config
-    ),
+    gguf=Architecture("qwen3vlmoe", "qwen3_vl_moe_text", "Qwen3VLMoeForConditionalGeneration", NAMES, gguf_config),
 )

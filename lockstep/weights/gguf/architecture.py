@@ -1,7 +1,7 @@
 """`Architecture`: what a model family declares about its GGUF files: name, config, tensor names, undoing conversion."""
 
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lockstep.weights.gguf.keys import Keys
 from lockstep.weights.gguf.undo import Undo
@@ -21,11 +21,11 @@ def _unchanged(name: str, config: Mapping) -> Undo:
 class Architecture:
     """A GGUF architecture.
 
-    name: the value of `general.architecture`. model_type, class_name: of the Hugging Face model. names: tensor names
-    within a block, GGUF's -> Hugging Face's; see `names.py`. config: completes a config.json, called with (the keys
-    that all architectures have, the file's metadata, the names of its tensors). undo: (Hugging Face name, config.json)
-    -> how to undo what conversion did to the tensor. mtp_names: as names, in blocks that are multi-token-prediction
-    layers.
+    name: the value of `general.architecture`. also: its other values, in files that differ in nothing else. model_type,
+    class_name: of the Hugging Face model. names: tensor names within a block, GGUF's -> Hugging Face's; see `names.py`.
+    config: completes a config.json, called with (the keys that all architectures have, the file's metadata, the names
+    of its tensors). undo: (Hugging Face name, config.json) -> how to undo what conversion did to the tensor. mtp_names:
+    as names, in blocks that are multi-token-prediction layers.
     """
 
     name: str
@@ -35,6 +35,11 @@ class Architecture:
     config: Callable[[dict, Keys, Container[str]], dict] = _no_own_keys
     undo: Callable[[str, Mapping], Undo] = _unchanged
     mtp_names: Mapping[str, str] = field(default_factory=dict)
+    also: tuple[str, ...] = ()
+
+    def by_name(self) -> Mapping[str, "Architecture"]:
+        """The architecture under each of its names."""
+        return {self.name: self, **{name: replace(self, name=name) for name in self.also}}
 
 
 Architectures = Mapping[str, Architecture]  # by name

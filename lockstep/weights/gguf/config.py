@@ -58,7 +58,7 @@ def _common(
         "intermediate_size": keys.integer("feed_forward_length", 0),
         "num_hidden_layers": num_layers,
         "num_attention_heads": num_heads,
-        "num_key_value_heads": keys.integer("attention.head_count_kv", num_heads),
+        "num_key_value_heads": keys.integer("attention.head_count_kv", num_heads, but=0),
         "head_dim": head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": keys.integer("context_length"),

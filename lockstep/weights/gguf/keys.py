@@ -10,6 +10,10 @@ import numpy as np
 
 MAX_FLOAT32 = 3.4e38
 HARMLESS = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "expert_feed_forward_length"}
+# Keys of images, which Ollama has in the same file as those of text, and of positions that are equal in all text.
+HARMLESS |= {"image_token_id", "vision_start_token_id", "vision_end_token_id"}
+HARMLESS |= {"mrope_sections", "rope.mrope_section", "rope.mrope_interleaved"}
+VISION = "vision."
 # Values that change nothing: a key with this value need not be read.
 USUAL = {
     "expert_count": 0,
@@ -33,11 +37,11 @@ class Keys:
     def __contains__(self, key: str) -> bool:
         return self._prefix + key in self._metadata
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        """An integer of at least 0; for a per-layer array, the value all layers share."""
+    def integer(self, key: str, default: int | None = None, but: int | None = None) -> int:
+        """An integer of at least 0; for a per-layer array, the value all layers share, or all but those with `but`."""
         value = self._get(key, default)
         if isinstance(value, np.ndarray):
-            value = self._shared(key, value)
+            value = self._shared(key, value[value != but] if (value != but).any() else value)
         if type(value) is not int or value < 0 or value > 1 << 40:
             raise ValueError(f"{self._where}: {self._prefix}{key} must be a whole number, found {value!r}")
         return value
@@ -69,11 +73,18 @@ class Keys:
             raise ValueError(f"{self._where}: {self._prefix}{key} must be a string, found {value!r}")
         return value
 
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise ValueError(f"{self._where}: {self._prefix}{key} must be true or false, found {value!r}")
+        return value
+
     def check_all_used(self) -> None:
         """Raise ValueError that names the keys that were not read and are not harmless."""
         known = self._used | HARMLESS
         keys = [key.removeprefix(self._prefix) for key in self._metadata if key.startswith(self._prefix)]
-        unknown = [key for key in keys if key not in known and not self._is_usual(key)]
+        unknown = [k for k in keys if k not in known and not k.startswith(VISION) and not self._is_usual(k)]
         if unknown:
             named = ", ".join(f"{self._prefix}{key}" for key in unknown)
             raise ValueError(f"{self._where}: metadata not supported: {named}")

@@ -30,16 +30,17 @@ MLP: Mapping[str, str] = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# Stacked [experts, rows, columns] in GGUF, one tensor per expert in Hugging Face checkpoints.
+# Stacked [experts, rows, columns] in GGUF, one tensor per expert in Hugging Face checkpoints. Newer files may have gate
+# and up of all experts in one tensor, as newer checkpoints.
 EXPERTS: Mapping[str, str] = {
     "ffn_gate_inp": "mlp.gate",
     "ffn_gate_exps": "mlp.experts.{expert}.gate_proj",
     "ffn_up_exps": "mlp.experts.{expert}.up_proj",
     "ffn_down_exps": "mlp.experts.{expert}.down_proj",
-}
-# The expert that all tokens share; older files have gate and up of the others as two tensors, newer ones as one.
-SHARED_EXPERT: Mapping[str, str] = {
     "ffn_gate_up_exps.weight": "mlp.experts.gate_up_proj",
+}
+# The expert that all tokens share.
+SHARED_EXPERT: Mapping[str, str] = {
     "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
     "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
@@ -49,15 +50,17 @@ DENSE = {**ATTENTION, **MLP, "ffn_norm": "post_attention_layernorm"}
 
 # Tensors whose content is a part of the config.
 IGNORED = {"rope_freqs.weight"}
+# Ollama's files have vision in them, and some a draft head under its Hugging Face names, which is not read.
+NOT_TEXT = ("v.", "mm.", "mtp.")
 
 
 def hf_name(architecture: Architecture, name: str, num_layers: int) -> str | None:
-    """The Hugging Face name of GGUF tensor `name`; None for a tensor that is a part of the config.
+    """The Hugging Face name of GGUF tensor `name`; None for a tensor that is a part of the config or of vision.
 
     Blocks from `num_layers` on are multi-token-prediction layers. Names of stacked experts contain "{expert}". Raises
     ValueError for a name that the architecture does not have.
     """
-    if name in IGNORED:
+    if name in IGNORED or name.startswith(NOT_TEXT):
         return None
     block = re.fullmatch(r"blk\.(\d{1,6})\.(.+)", name)
     hf = _layer_name(architecture, int(block[1]), block[2], num_layers) if block else _renamed(TOP, name)

@@ -32,13 +32,15 @@ def checkpoint_tensors(seed=3):
     return {name: array.astype(ml_dtypes.bfloat16) for name, array in tiny.tensors(CONFIG, seed).items()}
 
 
-def write_qwen35moe(path, tensors, fused=False, **values):
+def write_qwen35moe(path, tensors, fused=False, rename=("", ""), others=None, **values):
+    """rename: a part of GGUF's names, and what takes its place. others: more tensors."""
     named = convert.stacked_experts(tensors, 4, fused)
     for name, array in tensors.items():
         if ".experts." not in name:
             array = convert.convert_qwen35(name, array, 2, 4, 64)
             array = array[0] if "shared_expert_gate" in name else array
             named[convert.gguf_name(name, 4, "post_attention_norm")] = stored(name, array)
+    named = {name.replace(*rename): array for name, array in named.items()} | (others or {})
     metadata = convert.metadata("qwen35moe", **METADATA | values)
     return write(path, gguf_bytes(metadata, plain_tensors(named)))
 
@@ -74,11 +76,34 @@ def test_the_head_of_a_file_drafts(fused, tmp_path):
     assert answers[0].output_ids == answers[1].output_ids and answers[1].num_drafted > 30
 
 
+OLLAMA = dict(
+    block_count=4, nextn_predict_layers=0, attention__head_count_kv=[0, 0, 0, 2], feed_forward_length=0,
+    rope__dimension_sections=[11, 11, 10], rope__mrope_section=[11, 11, 10], mrope_sections=[11, 11, 10],
+    rope__mrope_interleaved=True, ssm__v_head_reordered=True, norm_top_k_prob=True, image_token_id=7,
+    vision_start_token_id=8, vision_end_token_id=9, vision__block_count=1, vision__image_mean=[1, 1, 1])  # fmt: skip
+
+
+def test_a_file_of_ollama(tmp_path):
+    """It has vision, a draft head under its Hugging Face names, kv heads layer by layer, and keys of its own."""
+    tensors, ids = checkpoint_tensors(), tiny.prompt(CONFIG, 20)
+    text = {name: array for name, array in tensors.items() if not name.startswith("mtp.")}
+    others = {f"{name}.weight": np.ones(4, np.float32) for name in ("v.blk.0.norm1", "mm.0", "mtp.fc")}
+    path = write_qwen35moe(tmp_path / "m.gguf", text, rename=("ssm_dt.bias", "ssm_dt"), others=others, **OLLAMA)
+    config = model_config(open_checkpoint(path).config)
+    assert config.layers == model_config(CONFIG).layers and not config.mtp_layers
+    folder = tiny.write(tmp_path / "hf", CONFIG, tensors, "BF16")
+    found, expected = (logits_of(load(p), ids) for p in (path, folder))
+    assert np.abs(found - expected).max() < 1e-5
+
+
 @pytest.mark.parametrize(
     "values, message",
     [
         ({"expert_count": 15}, "expected a stack of 15 experts' matrices"),
         ({"expert_shared_count": 2}, "expert_shared_count is not 1"),
+        ({"attention__head_count_kv": [0, 0, 2, 4, 2]}, "attention.head_count_kv differs between layers"),
+        ({"ssm__v_head_reordered": False}, "ssm.v_head_reordered is False, which is not supported"),
+        ({"ssm__v_head_reordered": 1}, "ssm.v_head_reordered must be true or false, found 1"),
         ({"expert_weights_scale": 2.5}, "metadata not supported: qwen35moe.expert_weights_scale"),
     ],
     ids=str,

@@ -20,6 +20,7 @@ SIZES = dict(
 HEADS = dict(attention__key_length=32, attention__value_length=32, n_deepstack_layers=1)
 EXPERTS = dict(expert_count=16, expert_used_count=3, expert_feed_forward_length=48, attention__head_count_kv=1)
 FILES = {
+    "qwen2_vl of ollama": ("qwen25vl", dict(vision__block_count=2)),
     "qwen2_vl": ("qwen2vl", dict(rope__dimension_sections=[4, 2, 2, 0])),
     "qwen3_vl": ("qwen3vl", dict(rope__dimension_sections=[8, 4, 4, 0], **HEADS)),
     "qwen3_vl_moe": ("qwen3vlmoe", dict(rope__dimension_sections=[8, 4, 4, 0], **HEADS, **EXPERTS)),
@@ -37,7 +38,8 @@ def all_with_experts(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_gguf_file_computes_what_its_checkpoint_does(name, tmp_path):
-    config, (architecture, values) = all_with_experts(name), FILES[name]
+    (architecture, values), name = FILES[name], name.split()[0]
+    config = all_with_experts(name)
     tensors = {n: array.astype(ml_dtypes.bfloat16) for n, array in tiny.tensors(config, 3).items()}
     named = convert.stacked_experts(apart(tensors), 3, False)
     for n, array in apart(tensors).items():

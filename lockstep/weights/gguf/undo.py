@@ -29,6 +29,8 @@ class OneRow(Undo):
     """A vector [K] as a matrix of one row, [1, K]."""
 
     def info(self, info: TensorInfo) -> TensorInfo:
+        if math.prod(info.shape[:-1]) != 1:
+            raise ValueError("expected one row")
         return replace(info, shape=(1, *info.shape[-1:]))
 
     def apply(self, tensor: StoredTensor) -> StoredTensor:

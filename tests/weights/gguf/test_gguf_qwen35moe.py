@@ -8,6 +8,7 @@ from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.model import load_model
 from lockstep.engine.request import SamplingParams
 from lockstep.models.checkpoint import open_checkpoint
+from lockstep.models.recording import record
 from lockstep.models.registry import model_config
 from lockstep.weights.store import WeightStore
 from tests.models import tiny
@@ -15,6 +16,7 @@ from tests.models.cases import hybrid_experts
 from tests.models.running import load, logits_of
 from tests.weights import convert
 from tests.weights.files import gguf_bytes, plain_tensors, write
+from tests.weights.fuzz import mutations
 from tests.weights.gguf.gguf_models import assert_same_qwen35, stored
 
 CONFIG = hybrid_experts(mtp_num_hidden_layers=1)
@@ -117,3 +119,22 @@ def test_a_fused_stack_of_another_number_is_named(tmp_path):
     path = write_qwen35moe(tmp_path / "m.gguf", checkpoint_tensors(), True, expert_count=15)
     with pytest.raises(ValueError, match=r"ffn_down_exps\.weight.*: expected a stack of 15 experts' matrices"):
         open_checkpoint(path)
+
+
+def test_a_gate_of_several_rows_is_named(tmp_path):
+    others = {"blk.0.ffn_gate_inp_shexp.weight": np.zeros((2, 64), np.float32)}
+    path = write_qwen35moe(tmp_path / "m.gguf", checkpoint_tensors(), others=others)
+    with pytest.raises(ValueError, match=r"'blk\.0\.ffn_gate_inp_shexp\.weight' \[2, 64\]: expected one row"):
+        open_checkpoint(path)
+
+
+def test_damaged_files_only_raise_value_errors(tmp_path):
+    content = write_qwen35moe(tmp_path / "m.gguf", checkpoint_tensors(), True).read_bytes()
+    head = content.index(b"token_embd.weight") + 9000
+
+    def read(path):
+        path.write_bytes(path.read_bytes() + content[head:])
+        opened = open_checkpoint(path)
+        record(model_config(opened.config), opened.tensors)
+
+    mutations(content[:head], tmp_path / "m.gguf", read, rounds=60, seed=5)

@@ -111,6 +111,9 @@ def stacked_experts(tensors: dict[str, np.ndarray], num_layers: int, fused: bool
     return made
 
 
+NO_VOCABULARY = {"tokenizer.ggml.model": (STRING, "no_vocab")}  # llama.cpp reads files without a tokenizer then
+
+
 def metadata(architecture: str, **values: object) -> dict[str, tuple[int, object]]:
     """GGUF metadata of an architecture. values: keys have "__" for "."."""
     pairs = {"general.architecture": (STRING, architecture)}

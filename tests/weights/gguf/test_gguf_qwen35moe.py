@@ -19,12 +19,13 @@ from tests.weights.files import gguf_bytes, plain_tensors, write
 from tests.weights.fuzz import mutations
 from tests.weights.gguf.gguf_models import assert_same_qwen35, stored
 
-CONFIG = hybrid_experts(mtp_num_hidden_layers=1)
+CONFIG = hybrid_experts(mtp_num_hidden_layers=1, linear_key_head_dim=32)  # llama.cpp wants heads of one size
 METADATA = dict(
-    block_count=5, nextn_predict_layers=1, context_length=256, embedding_length=64, attention__head_count=4,
+    vocab_size=96, block_count=5, nextn_predict_layers=1,
+    context_length=256, embedding_length=64, attention__head_count=4,
     attention__head_count_kv=2, attention__key_length=32, attention__value_length=32, rope__dimension_count=16,
     rope__freq_base=500.0, rope__dimension_sections=[11, 11, 10, 0], attention__layer_norm_rms_epsilon=0.01,
-    ssm__conv_kernel=4, ssm__state_size=16, ssm__group_count=2, ssm__time_step_rank=4, ssm__inner_size=128,
+    ssm__conv_kernel=4, ssm__state_size=32, ssm__group_count=2, ssm__time_step_rank=4, ssm__inner_size=128,
     full_attention_interval=4, expert_count=16, expert_used_count=3, expert_feed_forward_length=32,
     expert_shared_feed_forward_length=48)  # fmt: skip
 
@@ -39,11 +40,11 @@ def write_qwen35moe(path, tensors, fused=False, rename=("", ""), others=None, **
     named = convert.stacked_experts(tensors, 4, fused)
     for name, array in tensors.items():
         if ".experts." not in name:
-            array = convert.convert_qwen35(name, array, 2, 4, 64)
+            array = convert.convert_qwen35(name, array, 2, 4, 128)
             array = array[0] if "shared_expert_gate" in name else array
             named[convert.gguf_name(name, 4, "post_attention_norm")] = stored(name, array)
     named = {name.replace(*rename): array for name, array in named.items()} | (others or {})
-    metadata = convert.metadata("qwen35moe", **METADATA | values)
+    metadata = convert.metadata("qwen35moe", **METADATA | values) | convert.NO_VOCABULARY
     return write(path, gguf_bytes(metadata, plain_tensors(named)))
 
 

@@ -14,7 +14,7 @@ from tests.weights.files import gguf_bytes, plain_tensors, write
 from tests.weights.gguf.gguf_models import stored
 from tests.weights.gguf.test_gguf_qwen35moe import METADATA
 
-CONFIG = next_hybrid(mlp_only_layers=[])
+CONFIG = next_hybrid(mlp_only_layers=[], linear_key_head_dim=32)
 SIZES = {k: v for k, v in METADATA.items() if k not in ("nextn_predict_layers", "rope__dimension_sections")}
 
 
@@ -30,8 +30,8 @@ def converted(name, array, fused):
     gguf = convert.gguf_name(name, 4, "post_attention_norm")
     if "in_proj_qkvz" not in name or fused:
         return [(gguf, array)]
-    heads = np.split(array, 2)  # of each key head 16 rows of queries, 16 of keys, 64 of values, 64 of their gates
-    q, k, v, z = (np.concatenate([head[a:b] for head in heads]) for a, b in ((0, 16), (16, 32), (32, 96), (96, 160)))
+    heads = np.split(array, 2)  # of each key head 32 rows of queries, 32 of keys, 64 of values, 64 of their gates
+    q, k, v, z = (np.concatenate([head[a:b] for head in heads]) for a, b in ((0, 32), (32, 64), (64, 128), (128, 192)))
     return [(gguf.replace("ssm_in", "attn_qkv"), np.concatenate([q, k, v])), (gguf.replace("ssm_in", "attn_gate"), z)]
 
 
@@ -39,7 +39,8 @@ def write_qwen3next(path, tensors, fused=False, **values):
     named = convert.stacked_experts(tensors, 4, False)
     for name in (name for name in tensors if ".experts." not in name):
         named |= {gguf: stored(name, array) for gguf, array in converted(name, tensors[name], fused)}
-    metadata = convert.metadata("qwen3next", **SIZES | dict(block_count=4, feed_forward_length=80) | values)
+    sizes = SIZES | dict(block_count=4, feed_forward_length=80)
+    metadata = convert.metadata("qwen3next", **sizes | values) | convert.NO_VOCABULARY
     return write(path, gguf_bytes(metadata, plain_tensors(named)))
 
 

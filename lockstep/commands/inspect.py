@@ -99,6 +99,7 @@ def config_table(checkpoint, config):
             table.add_row("layers", str(len(value)))
             sorts = Counter((layer.kind, layer.mixer) for layer in value)
             sorts += Counter((_mlp(layer), layer.mlp) for layer in value)
+            sorts += Counter(("experts beside it", layer.experts) for layer in value if layer.experts is not None)
             for (kind, sort), count in sorts.items():
                 table.add_row(f"  {count} x {kind}", _plain(sort))
         elif field.name == "mtp_layers":

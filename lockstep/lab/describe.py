@@ -11,7 +11,7 @@ from lockstep.engine.speculation.drafts import MOST_BY_ITSELF
 from lockstep.formats import FORMATS
 from lockstep.formats.parts.panels import num_panels
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS
-from lockstep.ops.elementwise.embed import Embed
+from lockstep.ops.elementwise.embed import Embed, MappedEmbed
 from lockstep.runtime.program import DTYPES, Tensor, Weight
 
 LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
@@ -95,17 +95,18 @@ def collapsed(costs):
 def memory(program, mtp=None):
     """Bytes of memory by use, {name: bytes}.
 
-    packed_weights, embedding (as stored), constants; kv_cache_per_token: of layers that see all keys;
-    windows_per_request: of layers with a window; state_per_request: recurrent states; drafts_per_request: memory for
-    drafts, with the default number of drafts; mtp_weights and mtp_cache_per_token: of the MTP head, whose recorded
-    program is `mtp` (None: no head).
+    packed_weights, embedding (as stored, without tables that stay in their file), constants; kv_cache_per_token: of
+    layers that see all keys; windows_per_request: of layers with a window; state_per_request: recurrent states;
+    drafts_per_request: memory for drafts, with the default number of drafts; mtp_weights and mtp_cache_per_token: of
+    the MTP head, whose recorded program is `mtp` (None: no head).
     """
     linear = {w.name: w for op in program.ops if is_linear(op) for w in op.inputs if isinstance(w, Weight)}
     tables = {w.name: w for op in program.ops if isinstance(op, Embed) for w in op.inputs}
+    in_file = {w.name for op in program.ops if isinstance(op, MappedEmbed) for w in op.inputs}
     small = [w for w in program.weights() if w.name not in linear and w.name not in tables]
     return dict(
         packed_weights=sum(map(packed_bytes, linear.values())),
-        embedding=sum(p.data.nbytes for w in tables.values() for p in w.parts),
+        embedding=sum(p.data.nbytes for w in tables.values() if w.name not in in_file for p in w.parts),
         constants=sum(4 * math.prod(w.shape) for w in small),
         kv_cache_per_token=_cache_per_token(program),
         windows_per_request=_windows_per_request(program),

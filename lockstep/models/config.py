@@ -56,6 +56,11 @@ def _within(config: Config, key: str, types: type | tuple[type, ...], low: float
     return value
 
 
+def cap_of(config: Config, key: str) -> float:
+    """A soft cap, c of c tanh(x / c); 0 for one that is absent."""
+    return 0.0 if config.get(key) is None else need_float(config, key, 1e-3, 1e6)
+
+
 def optional(config: Config, key: str, default: int, low: int = 1) -> int:
     """An integer of a config, or the default where it is absent."""
     return default if config.get(key) is None else need(config, key, low=low)

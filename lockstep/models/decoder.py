@@ -1,6 +1,6 @@
 """A decoder around its layers: embedding, final norm and head. Each family records the layers in its own way.
 
-    x = embed(token);  each layer: x = layer(x);  logits = head(norm(x)) of the rows that sample
+    x = embed(token);  each layer: x = layer(x);  logits = head(norm(x)), capped in some families, of sampled rows
 
 A step also returns hidden states, norm(x), of the rows whose request asks for an embedding.
 """
@@ -36,14 +36,16 @@ def decoder(
 
 
 def head(ops: Recorder, x: Tensor, config: ModelConfig, prefix: str) -> Tensor:
-    """Logits of the rows that sample. A head in the checkpoint wins over a config that ties it to the embedding.
+    """Logits of the rows that sample, capped if the config has a cap. A head in the checkpoint wins over a config that
+    ties it to the embedding.
 
     A headless model (see `can_generate`) takes the embedding as its head, because every program has one.
     """
     name = own_head(ops.tensors)
     if name is None:
         name = f"{prefix}embed_tokens.weight" if config.tied or config.headless else HEAD
-    return ops.product(x, [ops.stored(name, config.vocab_size, config.hidden_size)], "logits")
+    logits = ops.product(x, [ops.stored(name, config.vocab_size, config.hidden_size)], "logits")
+    return ops.soft_cap(logits, config.logit_cap) if config.logit_cap else logits
 
 
 def own_head(tensors: Mapping[str, StoredTensor]) -> str | None:

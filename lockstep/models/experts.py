@@ -60,24 +60,33 @@ def _stacked(ops: Recorder, name: str, shape: Experts, rows: int, width: int) ->
 
 
 def experts(
-    ops: Recorder, x: Tensor, shape: Experts, label: str, router: str = "gate", matrices: Matrices = usual_matrices
+    ops: Recorder,
+    x: Tensor,
+    shape: Experts,
+    label: str,
+    router: str = "gate",
+    matrices: Matrices = usual_matrices,
+    logits: Tensor | None = None,
+    scale: Weight | None = None,
 ) -> Tensor:
     """A mixture of experts: each row goes through the MLPs of its most probable experts, whose outputs are added up,
     each multiplied by the router's weight. An expert that all rows share is added, multiplied by its gate.
 
     router: the name of its projection. matrices: finds those of the experts.
 
-    D: hidden size, E: experts, X: experts per token.
+    logits: of the router; None: x times its projection. scale: a factor [E] for each expert's weights. D: hidden
+    size, E: experts, X: experts per token.
     """
     D, E, X = x.width, shape.num_experts, shape.num_per_token
     tensor, emit = ops.program.tensor, ops.program.emit
     stored = matrices(ops, f"{label}.experts", shape, D)
-    logits = _logits(ops, x, shape, label, router)
+    logits = logits or _logits(ops, x, shape, label, router)
     counts = dict(num_experts=E, top_k=X)
     route = Route(
         expert_ids=tensor(f"{label}.expert_ids", x.rows, X, "i32"),
         weights=tensor(f"{label}.weights", x.rows, X),
         logits=logits,
+        scale=scale,
         renormalise=shape.renormalise,
         width=logits.width,
         **counts,

@@ -27,7 +27,9 @@ class Heads:
 
     scale: of the products of queries and keys. rope: None for heads that are not rotated. window: keys that a token
     sees, itself included; 0: all. soft_cap: c of c tanh(score / c); 0: scores are not capped. sinks: each head has a
-    score without a value, which joins its softmax.
+    score without a value, which joins its softmax. own_values: there is a projection of values; without it they are the
+    keys, before norm and rope. norms_values: values are divided by their root mean square. keys_of: the number of the
+    layer whose keys and values are read; None: the layer has its own.
     """
 
     num_heads: int
@@ -40,6 +42,9 @@ class Heads:
     qkv_bias: bool = False
     o_bias: bool = False
     sinks: bool = False
+    own_values: bool = True
+    norms_values: bool = False
+    keys_of: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,10 +100,13 @@ class Experts:
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer."""
+    """One decoder layer. experts: beside an MLP. input_width: of an input of its own for each token, from a second
+    embedding; 0: none."""
 
     mixer: Heads | LinearAttention
     mlp: Mlp | Experts
+    experts: Experts | None = None
+    input_width: int = 0
 
     @property
     def kind(self) -> str:
@@ -116,7 +124,7 @@ class ModelConfig:
     """A model, in the numbers that all families have. Sizes in elements. tied: the head shares the embedding's matrix.
 
     mtp_layers: of its multi-token-prediction head. headless: the model class ends with the final norm, as in embedding
-    models.
+    models. logit_cap: c of c tanh(logit / c); 0: logits are not capped.
     """
 
     model_type: str
@@ -129,6 +137,7 @@ class ModelConfig:
     eos_ids: tuple[int, ...]
     mtp_layers: tuple[Layer, ...] = ()
     headless: bool = False
+    logit_cap: float = 0.0
 
     @property
     def num_layers(self) -> int:
@@ -150,8 +159,11 @@ def checked(config: ModelConfig) -> ModelConfig:
             _check_heads(layer.mixer)
         if isinstance(layer.mlp, Mlp):
             _check_multiple("ffn_width", layer.mlp.width, 16)
-        elif wrong := [width for width in (layer.mlp.width, layer.mlp.shared_width) if width % 16]:
-            raise ValueError(f"experts of width {wrong[0]} are not supported: it must be a multiple of 16")
+        for experts in (layer.mlp, layer.experts):
+            widths = (experts.width, experts.shared_width) if isinstance(experts, Experts) else ()
+            if wrong := [width for width in widths if width % 16]:
+                raise ValueError(f"experts of width {wrong[0]} are not supported: it must be a multiple of 16")
+        _check_multiple("input_width", layer.input_width, 16)
     return config
 
 

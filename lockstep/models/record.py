@@ -5,32 +5,49 @@ are checked here, once. Nothing here depends on the family: differences between 
 """
 
 import itertools
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from lockstep.formats import FORMATS
 from lockstep.formats.choice import compute_format
 from lockstep.formats.parts.panels import padded_width
 from lockstep.models.model_config import Heads, Mlp, Rope
 from lockstep.ops.attention.attention import Attention
-from lockstep.ops.attention.kv_cache import ELEMENTS, AttentionInputs, page_shapes
+from lockstep.ops.attention.kv_cache import ELEMENTS, AttentionInputs, AttentionQueries, page_shapes
 from lockstep.ops.attention.rope import RopeTables
-from lockstep.ops.elementwise.add import Add
+from lockstep.ops.elementwise.add import Add, AddScaled
 from lockstep.ops.elementwise.add_bias import AddBias
 from lockstep.ops.elementwise.concat import Concat
-from lockstep.ops.elementwise.embed import Embed
+from lockstep.ops.elementwise.embed import Embed, MappedEmbed
 from lockstep.ops.elementwise.gated_mul import GatedMul
 from lockstep.ops.elementwise.rms_norm import RmsNorm
 from lockstep.ops.elementwise.select_rows import SelectRows, selected_rows
 from lockstep.ops.linear.linear import Linear
-from lockstep.runtime.program import Program, Table, Tensor, Weight
+from lockstep.ops.sampling.soft_cap import SoftCap
+from lockstep.runtime.program import CacheArray, Program, Table, Tensor, Weight
 from lockstep.weights.tensor import StoredTensor
 
-# Tensors of a checkpoint that the text model does not read: draft heads and vision towers.
-NOT_TEXT = ("mtp.", "model.visual.", "visual.", "model.vision_tower.", "vision_tower.", "model.multi_modal_projector.",
-            "multi_modal_projector.")  # fmt: skip
+# Tensors of a checkpoint that the text model does not read: draft heads, towers of images and sound.
+NOT_TEXT = tuple(
+    f"{prefix}{part}."
+    for prefix in ("", "model.")
+    for part in (
+        "mtp",
+        "visual",
+        "vision_tower",
+        "vision_embedder",
+        "embed_vision",
+        "multi_modal_projector",
+        "audio_tower",
+        "embed_audio",
+    )
+)
 
+LAYER_NUMBER = re.compile(r"(?<=\blayers\.)\d+")
 NO_ROPE = Rope(2, 1.0)  # placeholder tables for heads that are not rotated, which never read them
 
 
@@ -69,6 +86,10 @@ class Recorder:
             raise ValueError(f"tensor {name!r}: expected shape {list(shape)}, found {list(tensor.shape)}")
         return tensor
 
+    def ignore(self, *names: str) -> None:
+        """Takes tensors of the checkpoint as used: those that some conversions keep, and no model reads."""
+        self._used.update(names)
+
     def check_all_used(self) -> None:
         """ValueError for a checkpoint with tensors that no op reads: its config describes another model."""
         unused = [
@@ -79,6 +100,16 @@ class Recorder:
                 f"tensor {unused[0]!r} (and {len(unused) - 1} more) is not used by a model as its config "
                 f"describes it; the result would differ"
             )
+
+    def scaled_constant(self, name: str, factor: float, *shape: int) -> Weight:
+        """A small tensor times a number, rounded to float32 once."""
+
+        def make() -> Weight:
+            stored = self.stored(name, *shape)
+            data = (stored.finite_f32().astype(np.float64) * factor).astype(np.float32)
+            return Weight(f"{name}.scaled", "f32", shape, (StoredTensor(f"{name}.scaled", "f32", shape, data),))
+
+        return self._once((name, factor), make)
 
     def constant(self, name: str, *shape: int) -> Weight:
         """A small tensor (norm weight, bias) as float32."""
@@ -92,19 +123,24 @@ class Recorder:
 
     # ------------------------------------------------------------ ops
 
-    def embed(self, name: str, vocab_size: int, width: int, scale: float = 1.0) -> Tensor:
-        """Rows of an embedding matrix, times scale."""
+    def embed(
+        self, name: str, vocab_size: int, width: int, scale: float = 1.0, label: str = "embed", in_file: bool = False
+    ) -> Tensor:
+        """Rows of an embedding matrix, times scale. in_file: the matrix is so large that it stays in its file."""
         table = self.stored(name, vocab_size, width)
         if table.format not in FORMATS:
             raise ValueError(f"tensor {name!r}: format {table.format} is not supported, only {', '.join(FORMATS)}")
-        out = self.program.tensor("embed", "T", width)
+        out = self.program.tensor(label, "T", width)
         weight = Weight(name, table.format, table.shape, (table,))
-        return self.program.emit(Embed(out=out, table=weight, width=width, scale=scale))
+        return self.program.emit((MappedEmbed if in_file else Embed)(out=out, table=weight, width=width, scale=scale))
 
     def rms_norm(self, x: Tensor, name: str, eps: float, offset: float = 0.0, label: str | None = None) -> Tensor:
         """x / rms(x) * (weight + offset), row by row."""
-        out = self.program.tensor(label or name.removesuffix(".weight"), x.rows, x.width)
-        weight = self.constant(name, x.width)
+        return self.rms_norm_by(x, self.constant(name, x.width), label or name.removesuffix(".weight"), eps, offset)
+
+    def rms_norm_by(self, x: Tensor, weight: Weight, label: str, eps: float, offset: float = 0.0) -> Tensor:
+        """`rms_norm`, given the weight itself."""
+        out = self.program.tensor(label, x.rows, x.width)
         return self.program.emit(RmsNorm(out=out, x=x, weight=weight, width=x.width, eps=eps, offset=offset))
 
     def linear(
@@ -180,6 +216,11 @@ class Recorder:
         out = self.program.tensor(f"{y.name}.residual", x.rows, x.width)
         return self.program.emit(Add(out=out, x=x, y=y, width=x.width))
 
+    def add_scaled(self, x: Tensor, y: Tensor, factor: str) -> Tensor:
+        """(x + y) times a number of the checkpoint, the tensor `factor`; the result is named after y."""
+        out = self.program.tensor(f"{y.name}.residual", x.rows, x.width)
+        return self.program.emit(AddScaled(out=out, x=x, y=y, factor=self.constant(factor, 1), width=x.width))
+
     def gated_mlp(self, x: Tensor, mlp: Mlp, label: str) -> Tensor:
         """down(activation(gate x) * (up x)), each with a bias if `mlp.bias`."""
         names = [(f"{label}.{p}_proj", mlp.width) for p in ("gate", "up")]
@@ -191,6 +232,11 @@ class Recorder:
         """activation(first half of the row) * second half."""
         out = self.program.tensor(f"{label}.act", x.rows, x.width // 2)
         return self.program.emit(GatedMul(out=out, x=x, width=out.width, activation=activation))
+
+    def soft_cap(self, logits: Tensor, cap: float) -> Tensor:
+        """cap * tanh(logits / cap)."""
+        out = self.program.tensor(f"{logits.name}.capped", logits.rows, logits.width)
+        return self.program.emit(SoftCap(out=out, logits=logits, width=logits.width, cap=cap))
 
     def select_rows(self, x: Tensor, label: str, rows: str) -> Tensor:
         """The rows of x that have an output ("O"), that sample ("R") or that are embedded ("E")."""
@@ -229,36 +275,43 @@ class Recorder:
         """
         H, G, K = heads.num_heads, heads.num_kv_heads, heads.head_dim
         q_stride = 2 * K if gated else K
-        names = [(f"{label}.{p}_proj", n) for p, n in (("q", H * q_stride), ("k", G * K), ("v", G * K))]
-        qkv = self.linear(x, names, f"{label}.qkv", heads.qkv_bias)
-        k_pages, v_pages = (
-            self.program.cache(f"{label}.{p}_pages", "pages", ELEMENTS[self.kv_dtype], shape, heads.window)
-            for p, shape in zip("kv", page_shapes(G, K, self.kv_dtype), strict=True)
-        )
-        shape = dict(k_pages=k_pages, v_pages=v_pages, page_group=k_pages.group)
-        shape |= dict(num_heads=H, num_kv_heads=G, head_dim=K)
+        parts = [("q", H * q_stride)] + [(p, G * K) for p in ("kv" if heads.own_values else "k")]
+        parts = parts if heads.keys_of is None else parts[:1]
+        qkv = self.linear(x, [(f"{label}.{p}_proj", n) for p, n in parts], f"{label}.qkv", heads.qkv_bias)
+        k_pages, v_pages = self._pages(heads, label)
+        kv = dict(k_pages=k_pages, v_pages=v_pages, page_group=k_pages.group, num_kv_heads=G)
         cos, sin = self.rope_tables(heads.rope or NO_ROPE)
         norm = head_norms or Norm(0.0)
-        q = self.program.emit(
-            AttentionInputs(
-                q=self.program.tensor(f"{label}.q", "T", H * K),
-                x=qkv,
-                cos=cos,
-                sin=sin,
-                q_norm=self.constant(f"{label}.q_norm.weight", K) if head_norms else None,
-                k_norm=self.constant(f"{label}.k_norm.weight", K) if head_norms else None,
-                rope_dim=heads.rope.dim if heads.rope else 0,
-                row_width=qkv.width,
-                q_offset=0,
-                q_stride=q_stride,
-                k_offset=H * q_stride,
-                v_offset=H * q_stride + G * K,
-                eps=norm.eps,
-                norm_offset=norm.offset,
-                bf16=self.kv_dtype == "bf16",
-                **shape,
-            )
+        queries = dict(
+            q=self.program.tensor(f"{label}.q", "T", H * K),
+            x=qkv,
+            cos=cos,
+            sin=sin,
+            q_norm=self.constant(f"{label}.q_norm.weight", K) if head_norms else None,
+            num_heads=H,
+            head_dim=K,
+            rope_dim=heads.rope.dim if heads.rope else 0,
+            row_width=qkv.width,
+            eps=norm.eps,
+            norm_offset=norm.offset,
         )
+        if heads.keys_of is not None:
+            assert not gated, label
+            q = self.program.emit(AttentionQueries(**queries))
+        else:
+            q = self.program.emit(
+                AttentionInputs(
+                    k_norm=self.constant(f"{label}.k_norm.weight", K) if head_norms else None,
+                    q_offset=0,
+                    q_stride=q_stride,
+                    k_offset=H * q_stride,
+                    v_offset=H * q_stride + G * K * heads.own_values,
+                    norms_values=heads.norms_values,
+                    bf16=self.kv_dtype == "bf16",
+                    **queries,
+                    **kv,
+                )
+            )
         gate = dict(gate=qkv, gate_width=qkv.width, gate_offset=K, gate_stride=q_stride) if gated else {}
         return self.program.emit(
             Attention(
@@ -269,10 +322,23 @@ class Recorder:
                 window=heads.window,
                 soft_cap=heads.soft_cap,
                 sinks=self.constant(f"{label}.sinks", H) if heads.sinks else None,
-                **shape,
+                num_heads=H,
+                head_dim=K,
+                **kv,
                 **gate,
             )
         )
+
+    def _pages(self, heads: Heads, label: str) -> list[CacheArray]:
+        """The pages of a layer's keys and of its values: its own, or those of the layer `heads.keys_of`."""
+        if heads.keys_of is not None:
+            owner = LAYER_NUMBER.sub(str(heads.keys_of), label)
+            return [self.program.cache_named(f"{owner}.{p}_pages") for p in "kv"]
+        shapes = page_shapes(heads.num_kv_heads, heads.head_dim, self.kv_dtype)
+        return [
+            self.program.cache(f"{label}.{p}_pages", "pages", ELEMENTS[self.kv_dtype], shape, heads.window)
+            for p, shape in zip("kv", shapes, strict=True)
+        ]
 
     # ------------------------------------------------------------ projections side by side
 

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 
 from lockstep.models.config import Config, text_config
+from lockstep.models.families.gemma2 import GEMMA2
 from lockstep.models.families.gemma3 import GEMMA3
+from lockstep.models.families.gemma4 import GEMMA4
 from lockstep.models.families.gpt_oss import GPT_OSS
 from lockstep.models.families.llama import LLAMA
 from lockstep.models.families.mistral import MISTRAL
@@ -36,6 +38,8 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_vl_moe": QWEN3_VL_MOE,
     "gemma3": GEMMA3,
     "gpt_oss": GPT_OSS,
+    "gemma2": GEMMA2,
+    "gemma4": GEMMA4,
 }
 BY_MODEL_TYPE = {model_type: family for family in FAMILIES.values() for model_type in family.model_types}
 ARCHITECTURES: Mapping[str, Architecture] = {

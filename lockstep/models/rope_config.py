@@ -14,6 +14,7 @@ ROPE_KEYS = {  # by rope type: required parameters, and optional ones
     "linear": (("factor",), ()),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), (OLD_CONTEXT,)),
     "yarn": (("factor",), (OLD_CONTEXT, *YARN)),
+    "proportional": ((), ("factor",)),
 }
 ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 MROPE = {"mrope_section", "mrope_interleaved"}  # for text all three position components are equal
@@ -47,6 +48,8 @@ def rope(
     if rope_type == "yarn" and rope_theta <= 1:
         raise ValueError(f"rope parameter 'rope_theta': expected more than 1 with rope type 'yarn', got {rope_theta}")
     share = _first("partial_rotary_factor", partial or 1.0, given, config)
+    if rope_type == "proportional":
+        numbers["partial_rotary_factor"], share = _turning(head_dim, share), 1.0
     if partial is None and share != 1:
         raise ValueError(f"rope parameter 'partial_rotary_factor': {share} is not supported, only 1")
     scaling = RopeScaling(kind=rope_type, **_with_old_context(config, rope_type, numbers))
@@ -85,6 +88,13 @@ def _rope_dim(head_dim: int, share: float) -> int:
             f"be an even number up to {head_dim}"
         )
     return rope_dim
+
+
+def _turning(head_dim: int, share: float) -> float:
+    """The share of a head's channels whose pairs turn; ValueError unless they are some of them, and not more."""
+    if not 2 <= int(head_dim * share) <= head_dim:
+        raise ValueError(f"rope parameter 'partial_rotary_factor': {share} of {head_dim} channels is not supported")
+    return share
 
 
 def _rope_object(config: Config, key: str) -> Config:

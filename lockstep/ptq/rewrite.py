@@ -272,6 +272,8 @@ class _Rewriter:
 
     def _inputs(self, op: AttentionInputs) -> None:
         layer, K = layer_of(op.q.name), op.head_dim
+        if op.norms_values:
+            raise ValueError(f"layer {layer}: plans for models whose values are normed (Gemma 4) are not supported")
         self._columns.pop(op.x, None)
         heads = [("q", op.q_offset, op.q_stride, op.num_heads)]
         if op.q_stride == 2 * K:

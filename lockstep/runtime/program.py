@@ -168,6 +168,10 @@ class Program:
         self.caches.append(array)
         return array
 
+    def cache_named(self, name: str) -> CacheArray:
+        """The declared cache of a name."""
+        return next(cache for cache in self.caches if cache.name == name)
+
     def windows(self) -> list[int]:
         """The window of each group of pages, by its number."""
         return list(dict.fromkeys(cache.window for cache in self.caches if cache.kind == "pages"))

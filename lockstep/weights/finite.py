@@ -11,6 +11,9 @@ from lockstep.weights.tensor import StoredTensor
 # By format: without the sign, a float whose bits are at least this number is infinite or NaN.
 INFINITY = {"f32": (np.uint32, 0x7F800000), "f16": (np.uint16, 0x7C00), "bf16": (np.uint16, 0x7F80)}
 PIECE_BYTES = 4 << 20
+# The layout of tables that are so large that they stay in the checkpoint's file, as long as it cannot change: mapped
+# under a lease. Where there is no lease, they are kept like other tables (`store.py`).
+MAPPED_BYTES = "mapped stored bytes"
 
 
 def finite_bytes(tensor: StoredTensor) -> np.ndarray:

@@ -19,6 +19,7 @@ import struct
 import threading
 import weakref
 from collections import deque
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,12 +30,20 @@ FAILED = ctypes.c_void_p(-1).value
 log = logging.getLogger("lockstep.weights")
 
 
+class _Held(NamedTuple):
+    """A map: its bytes, its first byte in the file, and the file's descriptor, None once a copy has replaced it."""
+
+    size: int
+    start: int
+    descriptor: int | None
+
+
 class LeasedMaps:
     """Maps files under leases. A thread watches the leases, and lives as long as any of the maps."""
 
     def __init__(self):
         self._lock = threading.RLock()  # reentrant: a finalizer may drop a map while this thread makes another
-        self._held: dict[int, tuple[int, int | None]] = {}  # address: (size, descriptor, or None after the copy)
+        self._held: dict[int, _Held] = {}  # by address
         self._dropped: deque[int] = deque()  # addresses that nobody reads any more
         self._thread: threading.Thread | None = None
 
@@ -43,8 +52,10 @@ class LeasedMaps:
         """Whether the watching thread runs."""
         return self._thread is not None
 
-    def map(self, descriptor: int) -> np.ndarray | None:
-        """The whole of an open file as read-only uint8 [size], mapped until the array is garbage-collected.
+    def map(self, descriptor: int, start: int = 0, size: int | None = None) -> np.ndarray | None:
+        """Bytes of an open file as read-only uint8 [size], mapped until the array is garbage-collected.
+
+        start, size: which bytes; all of the file without them.
 
         None if there is no lease: a process has the file open for writing, it belongs to another user, it is empty, or
         the system or the file system has no leases.
@@ -54,24 +65,25 @@ class LeasedMaps:
         duplicate = os.dup(descriptor)
         try:
             with self._lock:
-                return self._map(duplicate)
+                return self._map(duplicate, start, os.fstat(duplicate).st_size - start if size is None else size)
         except OSError:
             os.close(duplicate)
             self._wake()
             return None
 
-    def _map(self, descriptor: int) -> np.ndarray:
+    def _map(self, descriptor: int, start: int, size: int) -> np.ndarray:
         fcntl.fcntl(descriptor, F_SETOWN_EX, struct.pack("ii", F_OWNER_TID, self._watcher_id()))
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-        size = os.fstat(descriptor).st_size
-        address = _mmap(size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor)
-        self._held[address] = size, descriptor
-        memory = (ctypes.c_uint8 * size).from_address(address)
+        before = start % mmap.ALLOCATIONGRANULARITY  # a map begins with a page
+        held = _Held(size + before, start - before, descriptor)
+        address = _mmap(held.size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, held.start)
+        self._held[address] = held
+        memory = (ctypes.c_uint8 * held.size).from_address(address)
         # Not at the process's end, when threads may still read; the system frees the memory.
         weakref.finalize(memory, self._drop, address).atexit = False
         array = np.frombuffer(memoryview(memory), np.uint8)
         array.flags.writeable = False
-        return array
+        return array[before:]
 
     def _drop(self, address: int) -> None:
         self._dropped.append(address)
@@ -103,25 +115,26 @@ class LeasedMaps:
             signal.sigwaitinfo({signal.SIGIO})
             while self._dropped:
                 self._unmap(self._dropped.popleft())
-            for address, (size, descriptor) in list(self._held.items()):
-                if descriptor is not None and fcntl.fcntl(descriptor, fcntl.F_GETLEASE) != fcntl.F_RDLCK:
-                    self._replace(address, size, descriptor)
+            for address, held in list(self._held.items()):
+                if held.descriptor is not None and fcntl.fcntl(held.descriptor, fcntl.F_GETLEASE) != fcntl.F_RDLCK:
+                    self._replace(address, held, held.descriptor)
             with self._lock:
                 if not self._held:
                     self._thread = None
                     return
 
     def _unmap(self, address: int) -> None:
-        size, descriptor = self._held.pop(address)
-        _libc().munmap(address, size)
-        if descriptor is not None:
-            os.close(descriptor)
+        held = self._held.pop(address)
+        _libc().munmap(address, held.size)
+        if held.descriptor is not None:
+            os.close(held.descriptor)
 
-    def _replace(self, address: int, size: int, descriptor: int) -> None:
+    def _replace(self, address: int, held: _Held, descriptor: int) -> None:
         """Replaces a map by a copy, then gives the lease back, so that the file may be changed."""
+        size = held.size
         try:
             copy = _mmap(size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
-            _read(descriptor, memoryview((ctypes.c_uint8 * size).from_address(copy)).cast("B"))
+            _read(descriptor, memoryview((ctypes.c_uint8 * size).from_address(copy)).cast("B"), held.start)
             _check(_libc().mprotect(copy, size, mmap.PROT_READ))
             _check(_libc().mremap(copy, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, address))
             fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)  # fails if the kernel has stopped waiting
@@ -133,14 +146,14 @@ class LeasedMaps:
                 "its next step",
                 error,
             )
-        self._held[address] = size, None
+        self._held[address] = held._replace(descriptor=None)
         os.close(descriptor)
 
 
-def _read(descriptor: int, into: memoryview) -> None:
+def _read(descriptor: int, into: memoryview, start: int) -> None:
     position = 0
     while position < len(into):
-        num_read = os.preadv(descriptor, [into[position:]], position)
+        num_read = os.preadv(descriptor, [into[position:]], start + position)
         if num_read == 0:
             raise OSError(f"the file ends after {position} of {len(into)} bytes")
         position += num_read
@@ -156,8 +169,8 @@ def _libc() -> ctypes.CDLL:
     return libc
 
 
-def _mmap(size: int, protection: int, flags: int, descriptor: int) -> int:
-    return _check(_libc().mmap(None, size, protection, flags, descriptor, 0))
+def _mmap(size: int, protection: int, flags: int, descriptor: int, start: int = 0) -> int:
+    return _check(_libc().mmap(None, size, protection, flags, descriptor, start))
 
 
 def _check(result: int | None) -> int:

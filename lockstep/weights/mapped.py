@@ -5,11 +5,14 @@ Only headers are read through a map, because touching a page of a file that was 
 while its header is parsed, or before a metadata array (a tokenizer's) is first read.
 """
 
+import contextlib
 import json
 import mmap
 import os
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -69,6 +72,31 @@ def descriptor_of(array: np.ndarray) -> int:
     file = _mapped_file(array)
     assert file is not None, array.shape
     return file.descriptor
+
+
+class Place(NamedTuple):
+    """Where an array lies: an open file, and its first byte there."""
+
+    descriptor: int
+    start: int
+
+
+def place_of(array: np.ndarray) -> Place | None:
+    """Where an array lies in a mapped file; None for one in memory, or one whose elements are not side by side."""
+    file = _mapped_file(array)
+    if file is None or not array.flags.c_contiguous:
+        return None
+    return Place(file.descriptor, array.ctypes.data - np.frombuffer(file, np.uint8).ctypes.data)
+
+
+@contextlib.contextmanager
+def own_descriptor(descriptor: int) -> Iterator[int]:
+    """A file opened once more, with leases of its own, as long as the `with` lasts. OSError if that is impossible."""
+    opened = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY)
+    try:
+        yield opened
+    finally:
+        os.close(opened)
 
 
 def _mapped_file(array: np.ndarray) -> MappedFile | None:

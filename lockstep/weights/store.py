@@ -30,7 +30,9 @@ from lockstep.user_cache import (
 )
 from lockstep.weights import packed_cache, packed_file
 from lockstep.weights.checkpoint import Checkpoint
+from lockstep.weights.finite import MAPPED_BYTES
 from lockstep.weights.leased_map import LeasedMaps
+from lockstep.weights.mapped import own_descriptor, place_of
 
 # Layouts with these suffixes are kept on disk; the others are small. Embedding tables (stored bytes) are kept, too:
 # they were checked when they were packed, and no step reads the checkpoint's file, which might be truncated.
@@ -115,6 +117,8 @@ class PackedStore(WeightStore):
         name = layout.name
         if not name.endswith(KEPT):
             return super().make(weight, layout)
+        if name == MAPPED_BYTES and (mapped := self._mapped(weight)) is not None:
+            return (mapped,)
         what = described(weight, name)
         arrays, work = self._load(what), "loading"
         if arrays is None:
@@ -122,6 +126,18 @@ class PackedStore(WeightStore):
             self._keep(what, arrays)
         self._report(work, weight)
         return arrays
+
+    def _mapped(self, weight: Weight) -> np.ndarray | None:
+        """The bytes of a weight where they lie in the checkpoint's file, uint8 [rows, bytes per row]; None without a
+        lease, or if the file has changed."""
+        [part] = weight.parts
+        if (place := place_of(part.data)) is None:
+            return None
+        with contextlib.suppress(OSError), own_descriptor(place.descriptor) as descriptor:
+            mapped = self._maps.map(descriptor, place.start, part.data.nbytes)
+            if mapped is not None and self._is_unchanged():
+                return mapped.reshape(part.shape[0], -1)
+        return None
 
     def expect(self, wanted: Iterable[tuple[Weight, Layout]]) -> None:
         """Counts the bytes of the weights that are to be packed, and of those that are packed already."""

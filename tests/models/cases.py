@@ -133,6 +133,56 @@ def windowed(**changes):
     return {**made, **changes}
 
 
+def capped(**changes):
+    """gemma2: caps low enough that they matter, and every second layer with a window."""
+    made = case(
+        "gemma2",
+        head_dim=32,
+        hidden_activation="gelu_pytorch_tanh",
+        query_pre_attn_scalar=24,
+        sliding_window=9,
+        attn_logit_softcapping=2.5,
+        final_logit_softcapping=4.0,
+        tie_word_embeddings=True,
+    )
+    del made["hidden_act"]
+    return {**made, **changes}
+
+
+def large_heads(**changes):
+    """gemma4: larger heads, whose values are their keys, and another rope in layers that see all keys."""
+    made = case(
+        "gemma4_text",
+        head_dim=16,
+        global_head_dim=32,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        hidden_activation="gelu_pytorch_tanh",
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=9,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            "full_attention": {"rope_type": "proportional", "rope_theta": 500.0, "partial_rotary_factor": 0.25},
+        },
+        final_logit_softcapping=4.0,
+        hidden_size_per_layer_input=0,
+        tie_word_embeddings=True,
+    )
+    return {key: value for key, value in made.items() if key not in ("hidden_act", "rope_theta")} | changes
+
+
+# Inputs of their own for 6 layers, of which the last two read the keys of layers 3 and 2.
+PER_LAYER = large_heads(
+    attention_k_eq_v=False,
+    num_hidden_layers=6,
+    layer_types=[f"{sort}_attention" for sort in ("sliding", "full", "full", "sliding", "sliding", "full")],
+    num_kv_shared_layers=2,
+    use_double_wide_mlp=True,
+    hidden_size_per_layer_input=16,
+    vocab_size_per_layer_input=96,
+)
+EXPERTS = large_heads(enable_moe_block=True, num_experts=6, top_k_experts=2, moe_intermediate_size=32)
 # Without the window pattern and the thetas: six layers, so that the default pattern has a layer that sees all keys.
 WITH_DEFAULTS = {
     k: v
@@ -250,6 +300,18 @@ CASES = {
         ),
         "qwen3_vl_moe",
         {**QWEN3_VISION, "model_type": "qwen3_vl_moe"},
+    ),
+    "gemma2": capped(),
+    "gemma2_uncapped_by_type": capped(
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+    ),
+    "gemma4": large_heads(),
+    "gemma4_per_layer": PER_LAYER,
+    "gemma4_experts": EXPERTS,
+    "gemma4_biased_nested": nested(
+        large_heads(attention_bias=True, final_logit_softcapping=None, num_global_key_value_heads=None), "gemma4", None
     ),
     "gemma3": windowed(),
     "gemma3_nested": nested(WITH_DEFAULTS, "gemma3", SIGLIP),

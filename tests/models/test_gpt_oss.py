@@ -12,8 +12,9 @@ from lockstep.ops.linear.experts import ExpertBias, ExpertGated, ExpertLinear
 from tests.golden.record_models import GOLDEN
 from tests.models import published, tiny
 from tests.models.cases import CASES, SEED, YARN
+from tests.models.mistakes import filled, params, without_bias_of
 from tests.models.running import load, logits_of
-from tests.models.test_mutations import filled, is_red, mapped, params, run, without_bias_of
+from tests.models.test_mutations import is_red, mapped, run
 from tests.weights.files import write_folder
 
 NAME = "gpt_oss"

@@ -6,14 +6,20 @@ import itertools
 import numpy as np
 import pytest
 
-from lockstep.ops.elementwise.add_bias import AddBias
-from lockstep.ops.elementwise.embed import Embed
-from lockstep.ops.elementwise.gated_mul import GatedMul
-from lockstep.runtime.program import Weight
-from lockstep.weights.tensor import StoredTensor
 from tests.golden.record_models import GOLDEN, NUM_TOKENS
-from tests.models import tiny
+from tests.models import mistakes_gemma, tiny
 from tests.models.cases import CASES, SEED
+from tests.models.mistakes import (
+    ATTENTION,
+    INPUTS,
+    SANDWICH,
+    embedding_times,
+    of_norm,
+    params,
+    with_activation,
+    without_bias,
+    without_bias_of,
+)
 from tests.models.running import TOLERANCE, difference, load, logits_of
 
 
@@ -35,49 +41,6 @@ def is_red(found, golden, name):
     assert worst > 10 * TOLERANCE, f"the mistake only moves logits by {worst:.3g}"
 
 
-def params(kinds, **changed):
-    """A change of parameters of all ops of these kinds; a value may be a function of the op."""
-
-    def change(op):
-        if op.kind not in kinds:
-            return op
-        assert set(changed) <= set(op.params), (op.kind, op.params)
-        return op.changed(**{k: v(op) if callable(v) else v for k, v in changed.items()})
-
-    return change
-
-
-def filled(value, like):
-    part = StoredTensor("mutant", "f32", like.shape, np.full(like.shape, value, np.float32))
-    return Weight(f"{like.name}.mutant", "f32", like.shape, (part,))
-
-
-def without_bias(op):
-    return op.changed(bias=filled(0, op.bias)) if isinstance(op, AddBias) else op
-
-
-def without_bias_of(name):
-    """Leaves out the biases of projections whose names contain `name`."""
-    return lambda op: without_bias(op) if any(name in x.name for x in op.inputs[1:]) else op
-
-
-def of_norm(name, **changed):
-    """A change of parameters of the norms whose names contain `name`."""
-    return lambda op: params(["rms_norm"], **changed)(op) if op.kind == "rms_norm" and name in op.weight.name else op
-
-
-def embedding_times(scale):
-    """A change of the embedding's factor."""
-    return lambda op: op.changed(scale=scale) if isinstance(op, Embed) else op
-
-
-def with_activation(name):
-    """A change of the activation in every gated MLP."""
-    return lambda op: op.changed(activation=name) if isinstance(op, GatedMul) else op
-
-
-INPUTS, ATTENTION = ("attention_inputs",), ("attention",)
-SANDWICH = [f"{name}_layernorm" for name in ("input", "post_attention", "pre_feedforward", "post_feedforward")]
 OPS = {
     "no +1 in norms": ("qwen3_5", params(["rms_norm"], offset=0.0)),
     "no +1 in head norms": ("qwen3_5", params(INPUTS, norm_offset=0.0)),
@@ -122,6 +85,11 @@ OPS = {
     "a window on the full layer": ("gemma3", params(ATTENTION, window=9)),
     "scores scaled by the size of heads": ("gemma3", params(ATTENTION, scale=32**-0.5)),
     "silu for gelu": ("gemma3", with_activation("silu")),
+    "scores not capped": ("gemma2", params(ATTENTION, soft_cap=0.0)),
+    "scores capped before they are scaled": ("gemma2", params(ATTENTION, soft_cap=2.5 * 24**-0.5)),
+    "scores scaled by the size of heads before the cap": ("gemma2", params(ATTENTION, scale=32**-0.5)),
+    "logits not capped": ("gemma2", params(["soft_cap"], cap=1e6)),
+    **mistakes_gemma.OPS,
     "gelu for silu": ("llama", with_activation("gelu_tanh")),
 }
 
@@ -203,6 +171,7 @@ WEIGHTS = {
         f"{first} and {second} swapped": ("gemma3", {first: second, second: first})
         for first, second in itertools.combinations(SANDWICH, 2)
     },
+    **mistakes_gemma.WEIGHTS,
     "neighbouring experts swapped": ("qwen3_moe", {"experts.2": "experts.3", "experts.3": "experts.2"}),
 }
 
@@ -260,6 +229,20 @@ CONFIGS = {
         dict(rope_parameters={"sliding_attention": {"rope_theta": 50.0, "rope_type": "linear", "factor": 2.5}}),
     ),
     "linear scaling of the full layer forgotten": ("gemma3", dict(rope_scaling=None)),
+    "rope of the first channels, not of pairs half a head apart": (
+        "gemma4",
+        dict(
+            rope_parameters={
+                **CASES["gemma4"]["rope_parameters"],
+                "full_attention": {"rope_type": "proportional", "rope_theta": 500.0, "partial_rotary_factor": 1.0},
+            }
+        ),
+    ),
+    "windows on the other layers": (
+        "gemma2",
+        dict(layer_types=["full_attention", "sliding_attention", "full_attention"]),
+    ),
+    "the two caps swapped": ("gemma2", dict(attn_logit_softcapping=4.0, final_logit_softcapping=2.5)),
     "one expert too few": ("qwen3_moe", dict(num_experts_per_tok=2)),
 }
 

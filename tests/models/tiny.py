@@ -22,7 +22,7 @@ def text_part(config):
 
 def is_gemma(config):
     """Whether the model has norms after the token mixer and after the MLP, too."""
-    return config["model_type"].startswith("gemma3")
+    return config["model_type"].startswith("gemma")
 
 
 def prefix(config):
@@ -40,19 +40,61 @@ def shapes(config):
         mixer = (
             {f"linear_attn.{k}": v for k, v in _delta(c).items()}
             if linear
-            else {f"self_attn.{k}": v for k, v in _attention(c).items()}
+            else {f"self_attn.{k}": v for k, v in _attention(of_layer(c, i)).items()}
         )
         layer = {
             "input_layernorm.weight": (width,),
             "post_attention_layernorm.weight": (width,),
             **({f"{p}_feedforward_layernorm.weight": (width,) for p in ("pre", "post")} if is_gemma(c) else {}),
             **mixer,
-            **{f"mlp.{k}": v for k, v in _mlp(c, i).items()},
+            **{f"mlp.{k}": v for k, v in _mlp(of_layer(c, i), i).items()},
+            **(_gemma4_layer(c) if is_gemma4(c) else {}),
         }
         made.update({f"layers.{i}.{k}": v for k, v in layer.items()})
+    if inputs := c.get("hidden_size_per_layer_input"):
+        total = c["num_hidden_layers"] * inputs
+        made["embed_tokens_per_layer.weight"] = (c["vocab_size_per_layer_input"], total)
+        made["per_layer_model_projection.weight"] = (total, width)
+        made["per_layer_projection_norm.weight"] = (inputs,)
     made.update({f"mtp.{k}": v for i in range(c.get("mtp_num_hidden_layers", 0)) for k, v in _mtp(c, i).items()})
     head = {} if config["tie_word_embeddings"] else {"lm_head.weight": (c["vocab_size"], width)}
     return {**{k if k.startswith("mtp.") else prefix(config) + k: v for k, v in made.items()}, **head}
+
+
+def is_gemma4(config):
+    return config["model_type"].startswith("gemma4")
+
+
+def of_layer(c, i):
+    """The config with the sizes of layer i, where layers differ."""
+    if not is_gemma4(c):
+        return c
+    is_full, last = c["layer_types"][i] == "full_attention", c["num_hidden_layers"] - c.get("num_kv_shared_layers", 0)
+    changed = dict(kv_shared=i >= last)
+    if changed["kv_shared"] and c.get("use_double_wide_mlp"):
+        changed["intermediate_size"] = 2 * c["intermediate_size"]
+    if is_full:
+        changed |= dict(head_dim=c["global_head_dim"], no_values=c["attention_k_eq_v"])
+        if c["attention_k_eq_v"] and c["num_global_key_value_heads"]:
+            changed["num_key_value_heads"] = c["num_global_key_value_heads"]
+    return {**c, **changed}
+
+
+def _gemma4_layer(c):
+    """What a layer of gemma4 has besides attention and MLP."""
+    width, inputs = c["hidden_size"], c["hidden_size_per_layer_input"]
+    made = {"layer_scalar": (1,)}
+    if c.get("enable_moe_block"):
+        E, inner = c["num_experts"], c["moe_intermediate_size"]
+        made |= {"router.proj.weight": (E, width), "router.scale": (width,), "router.per_expert_scale": (E,)}
+        made |= {"experts.gate_up_proj": (E, 2 * inner, width), "experts.down_proj": (E, width, inner)}
+        norms = "post_feedforward_layernorm_1", "pre_feedforward_layernorm_2", "post_feedforward_layernorm_2"
+        made |= {f"{name}.weight": (width,) for name in norms}
+    if inputs:
+        made["per_layer_input_gate.weight"] = (inputs, width)
+        made["per_layer_projection.weight"] = (width, inputs)
+        made["post_per_layer_input_norm.weight"] = (width,)
+    return made
 
 
 def _mtp(c, layer):
@@ -67,6 +109,7 @@ def _attention(c):
     K = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
     H, G, kind = c["num_attention_heads"], c["num_key_value_heads"], c["model_type"]
     rows = {"q": H * K * (2 if kind.startswith(HYBRID) else 1), "k": G * K, "v": G * K}
+    rows = {p: n for p, n in rows.items() if p == "q" or not (c.get("kv_shared") or (p == "v" and c.get("no_values")))}
     made = {f"{p}_proj.weight": (n, c["hidden_size"]) for p, n in rows.items()}
     made["o_proj.weight"] = (c["hidden_size"], H * K)
     if kind.startswith("qwen2") or c.get("attention_bias"):
@@ -75,8 +118,8 @@ def _attention(c):
         made["o_proj.bias"] = (c["hidden_size"],)
     if kind == "gpt_oss":
         made["sinks"] = (H,)
-    if kind.startswith("qwen3") or is_gemma(c):
-        made.update({"q_norm.weight": (K,), "k_norm.weight": (K,)})
+    if kind.startswith(("qwen3", "gemma3", "gemma4")):
+        made.update({f"{p}_norm.weight": (K,) for p in "qk" if p in rows})
     return made
 
 
@@ -106,7 +149,7 @@ def _mlp(c, layer):
     if c["model_type"] == "gpt_oss":
         return _stacked(c)
     dense = layer in c.get("mlp_only_layers", []) or (layer + 1) % c.get("decoder_sparse_step", 1)
-    if "num_experts" not in c or dense:
+    if "num_experts" not in c or is_gemma4(c) or dense:
         made = swiglu(c["intermediate_size"])
         rows = {name.replace(".weight", ".bias"): shape[:1] for name, shape in made.items()}
         return made | (rows if c.get("mlp_bias") else {})
@@ -139,11 +182,12 @@ def _stacked(c):
 def interval(name, shape, config):
     """The bounds between which a tensor's values are drawn."""
     kind, leaf = text_part(config)["model_type"], name.split(".")[-2]
-    if leaf.endswith("norm"):
-        is_offset = kind.startswith((*HYBRID, "gemma")) and "linear_attn" not in name
+    if leaf.rstrip("_12").endswith("norm"):
+        is_offset = kind.startswith((*HYBRID, "gemma2", "gemma3")) and "linear_attn" not in name
         return (-0.5, 0.5) if is_offset else (0.5, 1.5)
     fixed = {"A_log": (-1.5, 1.5), "dt_bias": (-2.0, 1.0), "bias": (-0.5, 0.5), "sinks": (-1.0, 3.0)}
     fixed |= {f"{matrix}_proj_bias": (-0.5, 0.5) for matrix in ("gate_up", "down")}
+    fixed |= {"layer_scalar": (0.5, 1.5), "scale": (1.0, 3.0), "per_expert_scale": (0.5, 1.5)}
     stacked = {"gate_up_proj": 4.0, "down_proj": 0.25}  # so that gates and values pass the limits of 7
     if kind == "gpt_oss" and name.split(".")[-1] in stacked:
         bound = stacked[name.split(".")[-1]] * (3.0 / shape[-2]) ** 0.5
@@ -158,6 +202,7 @@ def interval(name, shape, config):
         "in_proj_ba": 2.0,
         "gate": 2.0,
         "shared_expert_gate": 2.0,
+        "proj": 6.0,
         "lm_head": 2.0,
         "conv1d": 1.0,
     }

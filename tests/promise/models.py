@@ -10,7 +10,7 @@ from lockstep.weights.hub import resolve_model
 from lockstep.weights.store import WeightStore
 from tests.models import tiny
 from tests.models.cases import CASES as CASES_OF_MODELS
-from tests.models.cases import case, hybrid, hybrid_experts, windowed
+from tests.models.cases import EXPERTS, PER_LAYER, capped, case, hybrid, hybrid_experts, windowed
 from tests.promise.trace import Sequence, trace
 
 LONG = 2150  # past two spans of attention (1024 keys each)
@@ -19,6 +19,9 @@ CONFIGS = {
     "qwen3": case("qwen3", head_dim=32, max_position_embeddings=4096),
     "qwen2": case("qwen2", max_position_embeddings=4096),
     "mistral_window": case("mistral", sliding_window=70, max_position_embeddings=4096),
+    "gemma2": capped(sliding_window=70, max_position_embeddings=4096),
+    "gemma4": {**PER_LAYER, "sliding_window": 70, "max_position_embeddings": 4096},
+    "gemma4_experts": {**EXPERTS, "sliding_window": 70, "max_position_embeddings": 4096},
     "gemma3": windowed(sliding_window=70, max_position_embeddings=4096),
     "gpt_oss": {**CASES_OF_MODELS["gpt_oss"], "sliding_window": 70, "max_position_embeddings": 4096},
     "qwen3_5_moe": hybrid_experts(
@@ -58,6 +61,10 @@ CASES = [
     Case("qwen3", "f32", "bf16"),
     Case("mistral_window", "q4_0", "bf16"),
     Case("mistral_window", "bf16", "f32", (5, 63, 260)),
+    Case("gemma2", "q8_0", "bf16", (5, 150)),
+    Case("gemma4", "q8_0", "bf16", (1, 71, 200)),
+    Case("gemma4", "f32", "q8", (5, 130)),
+    Case("gemma4_experts", "f32", "f32", (5, 130)),
     Case("gemma3", "f32", "f32", (1, 71, 200)),
     Case("gemma3", "q4_0", "q8", (5, 150)),
     Case("gpt_oss", "f32", "bf16", (1, 71, 200)),

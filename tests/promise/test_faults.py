@@ -21,6 +21,8 @@ CASES = [
     Case("mistral_window", "bf16", "q8"),
     Case("gemma3", "q8_0", "bf16"),
     Case("qwen3_5_moe", "f32", "bf16"),
+    Case("gemma4", "f32", "f32"),
+    Case("gemma2", "f32", "f32"),
 ]
 LENGTHS = (9, 70)
 PROMPT = np.random.RandomState(5).randint(0, 90, 20).tolist()

@@ -218,7 +218,7 @@ def test_an_op_that_no_module_implements_is_named():
 
 
 def test_no_two_modules_implement_one_kind():
-    assert backend("REFERENCE", dict(elementwise="add rms_norm")).keys() == {"add", "rms_norm"}
+    assert backend("REFERENCE", dict(elementwise="concat rms_norm")).keys() == {"concat", "rms_norm"}
     with pytest.raises(ValueError, match=r"ops/elementwise/add.py: REFERENCE has 'add', as another module's has"):
         backend("REFERENCE", dict(elementwise="add rms_norm add"))
 

@@ -60,6 +60,17 @@ CHANGES = [lambda path: os.truncate(path, 0), lambda path: os.truncate(path, 150
 
 
 @pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("start, size", [(0, 5), (4096, 4096), (70_001, 80_000)])
+def test_a_map_of_a_part_stays_as_it_was(path, start, size, change):
+    with open(path, "rb") as file:
+        array = LeasedMaps().map(file.fileno(), start, size)
+    expected = CONTENT.view(np.uint8)[start : start + size]
+    assert (array == expected).all() and is_mapped(path)
+    change(path)
+    assert (array == expected).all() and not is_mapped(path)
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_map_stays_as_it_was_whatever_is_done_to_the_file(path, change):
     array = mapped(LeasedMaps(), path)
     assert not array.flags.writeable and is_mapped(path)
@@ -129,11 +140,11 @@ from tests.kernels import shared_kernels
 maps = LeasedMaps()
 with open(sys.argv[1], "rb") as file:
     array = maps.map(file.fileno())
-[(address, (size, descriptor))] = maps._held.items()
+[(address, (size, _, descriptor))] = maps._held.items()
 print(array.sum(), flush=True)
 fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)  # as the kernel does after 45 s
 maps._wake()
-while maps._held[address][1] is not None:
+while maps._held[address].descriptor is not None:
     time.sleep(0.01)
 print("read", array.sum())
 """

@@ -15,7 +15,7 @@ from lockstep.engine.cache.pages import PageGroup, most_pages, pages_for
 from lockstep.engine.speculation.draft_model import SLOTS
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS
 from lockstep.ops.attention.rope import MAX_POSITIONS
-from lockstep.ops.elementwise.embed import Embed
+from lockstep.ops.elementwise.embed import Embed, MappedEmbed
 from lockstep.ops.integer.code_weights import FORMAT as CODES
 from lockstep.ops.rewrite import verifying
 from lockstep.runtime.program import Program, Weight
@@ -172,8 +172,8 @@ def _free_for_pages(needed: Needs, options: "EngineOptions") -> int:
 
 def weight_bytes(*programs: Program) -> int:
     """Bytes of the weights of programs in memory; a weight that programs share counts once. A table of embeddings and
-    the head that is made from the same tensor count as two."""
-    ops = [op for program in programs for op in program.ops]
+    the head that is made from the same tensor count as two; a table that stays in its file does not count."""
+    ops = [op for program in programs for op in program.ops if not isinstance(op, MappedEmbed)]
     weights = {(isinstance(op, Embed), w.name): w for op in reversed(ops) for w in op.inputs if isinstance(w, Weight)}
     return sum(map(_stored_bytes, weights.values()))
 

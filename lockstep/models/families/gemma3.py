@@ -47,10 +47,7 @@ def read(config: Config) -> ModelConfig:
     The MLP's activation is hidden_activation; hidden_act is ignored, as in transformers.
     """
     check_keys(config, KEYS, free=["hidden_act"])
-    config = {**DEFAULTS, **{key: value for key, value in config.items() if value is not None}}
-    if config["hidden_activation"] != "gelu_pytorch_tanh":
-        activation = config["hidden_activation"]
-        raise ValueError(f"config key 'hidden_activation': {activation!r} is not supported, only 'gelu_pytorch_tanh'")
+    config = completed(config, DEFAULTS)
     interval = optional(config, "sliding_window_pattern", optional(config, "_sliding_window_pattern", 6))
     types = layer_types(config, *THETAS) or [
         "sliding_attention" if (i + 1) % interval else "full_attention" for i in range(num_layers(config))
@@ -60,27 +57,43 @@ def read(config: Config) -> ModelConfig:
     return model_of(config, with_windows([layers[layer_type] for layer_type in types], config, types), tied=True)
 
 
+def completed(config: Config, defaults: Config) -> Config:
+    """The config with defaults for the keys that it leaves out. ValueError for an activation other than GELU."""
+    config = {**defaults, **{key: value for key, value in config.items() if value is not None}}
+    if (activation := config["hidden_activation"]) != "gelu_pytorch_tanh":
+        raise ValueError(f"config key 'hidden_activation': {activation!r} is not supported, only 'gelu_pytorch_tanh'")
+    return config
+
+
 def heads_by_type(config: Config) -> dict[str, Heads]:
     """The heads of a layer of each type, still without their windows."""
     head_dim = checked_head_dim(need(config, "head_dim"))
-    scale = need_float(config, "query_pre_attn_scalar", 1e-3, 1e6) ** -0.5
+    scale = scale_of(config)
     num_heads = need(config, "num_attention_heads"), need(config, "num_key_value_heads")
     ropes = ropes_by_type(config, head_dim, THETAS)
     return {layer_type: Heads(*num_heads, head_dim, scale, rope) for layer_type, rope in ropes.items()}
 
 
+def scale_of(config: Config) -> float:
+    """The factor of scores."""
+    return need_float(config, "query_pre_attn_scalar", 1e-3, 1e6) ** -0.5
+
+
 # ------------------------------------------------------------ the model
 
 
-def layer(ops: Recorder, x: Tensor, config: ModelConfig, shape: Layer, label: str) -> Tensor:
-    """x += norm(attention(norm(x))); x += norm(mlp(norm(x)))."""
+def layer(
+    ops: Recorder, x: Tensor, config: ModelConfig, shape: Layer, label: str, has_head_norms: bool = True
+) -> Tensor:
+    """x += norm(attention(norm(x))); x += norm(mlp(norm(x))). has_head_norms: whether heads are normed, too."""
     eps = config.rms_eps
 
     def norm(h: Tensor, name: str) -> Tensor:
         return ops.rms_norm(h, f"{label}.{name}_layernorm.weight", eps, OFFSET)
 
     h = norm(x, "input")
-    h = self_attention(ops, h, shape.mixer, f"{label}.self_attn", head_norms=Norm(eps, OFFSET))
+    head_norms = Norm(eps, OFFSET) if has_head_norms else None
+    h = self_attention(ops, h, shape.mixer, f"{label}.self_attn", head_norms=head_norms)
     x = ops.add(x, norm(h, "post_attention"))
     h = feed_forward(ops, norm(x, "pre_feedforward"), shape.mlp, f"{label}.mlp")
     return ops.add(x, norm(h, "post_feedforward"))
@@ -88,33 +101,43 @@ def layer(ops: Recorder, x: Tensor, config: ModelConfig, shape: Layer, label: st
 
 def record(ops: Recorder, config: ModelConfig) -> Tensor:
     """Records the model; returns its logits."""
-    return decoder(ops, config, layer, norm_offset=OFFSET, embed_scale=float(config.hidden_size) ** 0.5)
+    return decoder(ops, config, layer, norm_offset=OFFSET, embed_scale=embed_scale(config))
+
+
+def embed_scale(config: ModelConfig) -> float:
+    """The factor of the embedding."""
+    return float(config.hidden_size) ** 0.5
 
 
 # ------------------------------------------------------------ GGUF
 
-NAMES = {
+SANDWICH_NAMES = {
     **ATTENTION,
-    **HEAD_NORMS,
     **MLP,
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+NAMES = {**SANDWICH_NAMES, **HEAD_NORMS}
 
 
 def gguf_config(config: dict, keys: Keys, names: Container[str]) -> dict:
     """Adds what llama.cpp hard-codes: the scale of scores, and the window pattern that holds if the file names none."""
-    scalar = config["head_dim"]
-    if config["num_hidden_layers"] == 62:  # the model with 27 billion weights
-        scalar = config["hidden_size"] // config["num_attention_heads"]
-    return {key: value for key, value in config.items() if key != "hidden_act"} | {
-        "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": scalar,
+    return gguf_base(config, num_largest=62) | {
         "rope_local_base_freq": keys.number("rope.freq_base_swa", 10000.0),
         "sliding_window": keys.integer("attention.sliding_window"),
         **gguf_layers(keys),
     }
+
+
+def gguf_base(config: dict, num_largest: int) -> dict:
+    """The config with the activation, and the scale of scores as llama.cpp knows it by heart. num_largest: layers of
+    the model with 27 billion weights, whose scale is another."""
+    scalar = config["head_dim"]
+    if config["num_hidden_layers"] == num_largest:
+        scalar = config["hidden_size"] // config["num_attention_heads"]
+    others = {key: value for key, value in config.items() if key != "hidden_act"}
+    return others | {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": scalar}
 
 
 def gguf_layers(keys: Keys) -> dict:

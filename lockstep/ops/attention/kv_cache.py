@@ -76,7 +76,8 @@ class AttentionInputs(Operands):
 
     See `token_inputs`. Without q_norm and k_norm heads are not normed; rope_dim 0: they are not rotated. Head h of q
     begins at column q_offset + h * q_stride of x, of k at k_offset + h * head_dim, of v at v_offset + h * head_dim.
-    bf16: whether the pages are bfloat16, page_group: their group; both are checked against the pages.
+    norms_values: the heads of v are normed, too, without a weight. bf16: whether the pages are bfloat16, page_group:
+    their group; both are checked against the pages.
     """
 
     group = "attention"
@@ -109,6 +110,7 @@ class AttentionInputs(Operands):
     norm_offset: float
     bf16: bool
     page_group: int = 0
+    norms_values: bool = False
 
     def check(self):
         check_pages(self)
@@ -138,6 +140,39 @@ class AttentionInputs(Operands):
         return (self.num_heads + self.num_kv_heads) * (
             3 * self.rope_dim + 5 * self.head_dim * (self.q_norm is not None)
         )
+
+
+class AttentionQueries(Operands):
+    """q = rope(norm(heads of x)), for a layer that reads the keys and values of another one; as in AttentionInputs."""
+
+    group = "attention"
+    rules = (
+        "head_dim % 16 == 0",
+        f"head_dim <= {MAX_HEAD_DIM}",
+        "rope_dim % 2 == 0",
+        "rope_dim <= head_dim",
+        "eps >= 0",
+        "num_heads * head_dim <= row_width",
+    )
+    q: Tensor = output("num_heads * head_dim")
+    x: Tensor = rows("row_width")
+    cos: Table = table()
+    sin: Table = table()
+    q_norm: Weight | None = constant("head_dim", optional=True)
+    num_heads: int
+    head_dim: int
+    rope_dim: int
+    row_width: int
+    eps: float
+    norm_offset: float
+
+    def check(self):
+        widths = self.cos.rows.shape[1], self.sin.rows.shape[1]
+        if self.rope_dim and widths != (self.rope_dim // 2,) * 2:
+            raise ValueError(f"AttentionQueries: cos and sin are {widths} wide, expected {self.rope_dim // 2} both")
+
+    def flops(self, context):
+        return self.num_heads * (3 * self.rope_dim + 5 * self.head_dim * (self.q_norm is not None))
 
 
 def by_position(pages, is_keys):
@@ -220,7 +255,7 @@ def token_inputs(a, batch, t):
     """Writes a token's query heads, normed and rotated, to q; returns its keys, normed and rotated, its values, and the
     page and slot of its position.
 
-    Order: `rms_norm` of the head, then `rotate`.
+    Order: `rms_norm` of the head, then `rotate`. Values that are normed: `rms_norm` with weights of 1.
     """
     H, G, K, R = a.num_heads, a.num_kv_heads, a.head_dim, a.rope_dim // 2
     q_norm_K = carray(float_array(a.q_norm), (K if a.q_norm != 0 else 0,))
@@ -234,8 +269,10 @@ def token_inputs(a, batch, t):
     for h in range(H):
         for d in range(K):
             poke(a.q + 4 * ((t * H + h) * K + d), q_HK[h, d])
-    page = entry(table, position // PAGE_TOKENS)
-    return k_GK, heads_of(row_W, a.v_offset, K, G, K), page, position % PAGE_TOKENS
+    page, v_GK = entry(table, position // PAGE_TOKENS), heads_of(row_W, a.v_offset, K, G, K)
+    if a.norms_values:
+        rms_norm(v_GK, np.ones(K, np.float32), a.eps, np.float32(0), v_GK)
+    return k_GK, v_GK, page, position % PAGE_TOKENS
 
 
 @kernel
@@ -252,4 +289,21 @@ def _run(op, step, thread, num_threads):
                     write_number(a.v_pages, v_index(page, g, d, slot, G, K, a.bf16), v_GK[g, d], a.bf16)
 
 
-REFERENCE = {"attention_inputs": Implementation(_run)}
+@kernel
+def _queries(op, step, thread, num_threads):
+    """For every token: its query heads, normed and rotated, go to q."""
+    a, batch = AttentionQueries.read(op), StepBlock.read(step)
+    H, K, R = a.num_heads, a.head_dim, a.rope_dim // 2
+    norm_K = carray(float_array(a.q_norm), (K if a.q_norm != 0 else 0,))
+    for t in range(num_rows(op, step) if thread == 0 else 0):
+        position = entry(batch.position, t)
+        row_W = carray(float_array(a.x + 4 * a.row_width * t), (a.row_width,))
+        cos_R = carray(float_array(a.cos + 4 * R * position), (R,))
+        sin_R = carray(float_array(a.sin + 4 * R * position), (R,))
+        q_HK = prepared(heads_of(row_W, 0, K, H, K), norm_K, a.eps, a.norm_offset, cos_R, sin_R)
+        for h in range(H):
+            for d in range(K):
+                poke(a.q + 4 * ((t * H + h) * K + d), q_HK[h, d])
+
+
+REFERENCE = {"attention_inputs": Implementation(_run), "attention_queries": Implementation(_queries)}

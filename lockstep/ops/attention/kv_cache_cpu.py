@@ -5,19 +5,22 @@ Bound by the read of the projection, and by the scattered writes of K (one cache
 thread takes sixteen tokens at a time, so that one core writes whole lines of K while they are in its cache.
 """
 
-from lockstep.native.kernel import inlined, kernel
+from lockstep.native.kernel import inlined, kernel, variant
 from lockstep.native.machine import stack_memory
 from lockstep.native.numbers import float32, int32
 from lockstep.native.simd import bf16_bits, fma, load, peek, poke, round_bf16, store, store_bf16
 from lockstep.native.tiles import store_pairs
 from lockstep.ops.attention.formulas import MAX_HEAD_DIM
-from lockstep.ops.attention.kv_cache import PAGE_TOKENS, AttentionInputs, k_index, v_index
-from lockstep.ops.elementwise.rms_norm_cpu import norm_row
+from lockstep.ops.attention.kv_cache import PAGE_TOKENS, AttentionInputs, AttentionQueries, k_index, v_index
+from lockstep.ops.elementwise.rms_norm_cpu import inverse_rms, norm_row
+from lockstep.ops.share import strided
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import StepBlock, entry, num_rows, pages_of
 
 TOKENS_AT_ONCE = 16
 MAX_HEAD_BYTES = 4 * MAX_HEAD_DIM
+SCRATCH_BYTES = 5 * MAX_HEAD_BYTES
+ONE_THREAD = None  # constant of a variant: whether one thread prepares all rows
 
 
 @inlined
@@ -95,16 +98,34 @@ def prepare_token(a, batch, t, g, write_key, memory):
 
 
 @inlined
+def values_of(a, t, num_tokens, g, memory):
+    """Where the values of one kv head of num_tokens tokens from t on lie, at most four, and how many bytes apart: in
+    the projection, or, normed, in `memory`."""
+    K, row_bytes = a.head_dim, 4 * a.row_width
+    v = a.x + row_bytes * t + 4 * (a.v_offset + g * K)
+    if a.norms_values:
+        for n in range(num_tokens):
+            scale = inverse_rms(v + row_bytes * n, K, a.eps)
+            for i in range(0, 4 * K, 64):
+                store(memory + 4 * K * n + i, load(v + row_bytes * n + i) * scale)
+        return memory, 4 * K
+    return v, row_bytes
+
+
+@inlined
 def write_values(a, batch, first, end, g, memory):
-    """Writes one kv head's values of tokens first .. end - 1: two at a time where they share a row of pairs."""
-    K, row_bytes, t = a.head_dim, 4 * a.row_width, first
+    """Writes one kv head's values of tokens first .. end - 1: two at a time where they share a row of pairs. memory:
+    scratch for four heads."""
+    K, t = a.head_dim, first
     while t < end:
         request, page, slot = slot_of(a, batch, t)
-        v, index = a.x + row_bytes * t + 4 * (a.v_offset + g * K), v_index(page, g, 0, slot, a.num_kv_heads, K, a.bf16)
+        index = v_index(page, g, 0, slot, a.num_kv_heads, K, a.bf16)
         if a.bf16 and slot % 2 == 0 and t + 1 < end and entry(batch.request, t + 1) == request:
+            v, row_bytes = values_of(a, t, 2, g, memory)
             write_two_values(v, row_bytes, a.v_pages, index, K)
             t += 1
         else:
+            v, row_bytes = values_of(a, t, 1, g, memory)
             write_value(v, a.v_pages, index, K, a.bf16)
         t += 1
 
@@ -118,7 +139,7 @@ def prepare(op, step, thread, num_threads, write_key, write_values):
     would have to take turns. write_key, write_values: write a key, and the values of a run, to pages of one type.
     """
     a, batch, T = AttentionInputs.read(op), StepBlock.read(step), num_rows(op, step)
-    memory = stack_memory(MAX_HEAD_BYTES)
+    memory = stack_memory(SCRATCH_BYTES)
     num_runs = (T + TOKENS_AT_ONCE - 1) // TOKENS_AT_ONCE
     heads = a.num_kv_heads if num_runs >= 4 * num_threads else 1
     parts = a.num_kv_heads // heads
@@ -138,4 +159,18 @@ def attention_inputs(op, step, thread, num_threads):
     prepare(op, step, thread, num_threads, write_key, write_values)
 
 
-CPU = {"attention_inputs": Implementation(attention_inputs)}
+def prepare_queries(op, step, thread, num_threads):
+    """Rows are dealt to threads in turn."""
+    a, batch = AttentionQueries.read(op), StepBlock.read(step)
+    H, K = a.num_heads, a.head_dim
+    for t in strided(num_rows(op, step), thread, num_threads, ONE_THREAD):
+        x, table_row = a.x + 4 * a.row_width * t, 4 * (a.rope_dim // 2) * entry(batch.position, t)
+        for h in range(H):
+            prepare_head(a, x + 4 * K * h, a.q_norm, a.cos + table_row, a.sin + table_row, a.q + 4 * K * (t * H + h))
+
+
+attention_queries = variant(prepare_queries, "attention_queries", ONE_THREAD=False)
+attention_queries_per_token = variant(prepare_queries, "attention_queries_per_token", ONE_THREAD=True)
+
+CPU = {"attention_inputs": Implementation(attention_inputs), "attention_queries": Implementation(attention_queries)}
+PER_TOKEN = {"attention_queries": Implementation(attention_queries_per_token)}

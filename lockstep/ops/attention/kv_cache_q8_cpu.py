@@ -23,7 +23,7 @@ from lockstep.native.simd import (
     store_i8,
     to_i32,
 )
-from lockstep.ops.attention.kv_cache_cpu import prepare, slot_of
+from lockstep.ops.attention.kv_cache_cpu import MAX_HEAD_BYTES, prepare, slot_of, values_of
 from lockstep.ops.attention.kv_cache_q8 import head_place, k_place, scale_place, v_place
 from lockstep.ops.elementwise.activations import ONE_127TH, SMALLEST, magnitude
 from lockstep.ops.elementwise.activations_cpu import finite
@@ -74,18 +74,20 @@ def write_key(a, k, page, slot, g):
 @inlined
 def write_values(a, batch, first, end, g, memory):
     """Writes one kv head's values of tokens first .. end - 1: four at a time where they fill a row. memory: scratch for
-    a head."""
-    K, row_bytes, t = a.head_dim, 4 * a.row_width, first
+    five heads."""
+    K, t, codes = a.head_dim, first, memory + 4 * MAX_HEAD_BYTES
     while t < end:
         request, page, slot = slot_of(a, batch, t)
-        v, head = a.x + row_bytes * t + 4 * (a.v_offset + g * K), a.v_pages + head_place(page, g, a.num_kv_heads, K)
+        head = a.v_pages + head_place(page, g, a.num_kv_heads, K)
         if slot % 4 == 0 and t + 3 < end and entry(batch.request, t + 3) == request:
+            v, row_bytes = values_of(a, t, 4, g, memory)
             write_four_values(v, row_bytes, head, slot, K)
             t += 4
         else:
-            write_codes(v, K, write_scale(v, K, head + scale_place(slot, K)), memory)
+            v, row_bytes = values_of(a, t, 1, g, memory)
+            write_codes(v, K, write_scale(v, K, head + scale_place(slot, K)), codes)
             for d in range(K):
-                poke(head + v_place(slot, d, K), peek(memory + d, int8))
+                poke(head + v_place(slot, d, K), peek(codes + d, int8))
             t += 1
 
 

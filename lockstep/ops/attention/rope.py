@@ -28,7 +28,7 @@ COS_TERMS = tuple((-1.0) ** n / math.factorial(2 * n) for n in range(9, -1, -1))
 class RopeScaling:
     """How frequencies are lowered for contexts longer than the trained one; names as in Hugging Face configs.
 
-    kind: "default", "linear", "llama3" or "yarn".
+    kind: "default", "linear", "llama3", "yarn" or "proportional".
     """
 
     kind: str = "default"
@@ -42,6 +42,7 @@ class RopeScaling:
     mscale: float | None = None  # yarn
     mscale_all_dim: float | None = None  # yarn
     truncate: bool = True  # yarn
+    partial_rotary_factor: float = 1.0  # proportional: the share of the channels whose pairs turn at all
 
 
 def natural_log(x):
@@ -113,11 +114,18 @@ def _yarn(plain, theta, scaling):
     return [f / scaling.factor * r + f * (1.0 - r) for f, r in zip(plain, ramp, strict=True)]
 
 
+def _proportional(plain, theta, scaling):
+    """All channels of a head are paired half a head apart; the first pairs turn, the others stand still."""
+    num_turning = int(scaling.partial_rotary_factor * 2 * len(plain)) // 2
+    return [f / scaling.factor if i < num_turning else 0.0 for i, f in enumerate(plain)]
+
+
 SCALINGS = {
     "default": lambda plain, theta, scaling: plain,
     "linear": lambda plain, theta, scaling: [f / scaling.factor for f in plain],
     "llama3": _llama3,
     "yarn": _yarn,
+    "proportional": _proportional,
 }
 
 

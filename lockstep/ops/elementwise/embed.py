@@ -12,7 +12,7 @@ from lockstep.runtime.backend import Implementation, Layout
 from lockstep.runtime.operands import Operands, output, packed
 from lockstep.runtime.program import Tensor, Weight
 from lockstep.runtime.step import StepBlock, entry, num_rows
-from lockstep.weights.finite import finite_bytes
+from lockstep.weights.finite import MAPPED_BYTES, finite_bytes
 
 WEIGHT = SIZE = BLOCK_BYTES = None  # of a variant: decodes a row's weight i; weights and bytes of a block
 
@@ -39,6 +39,14 @@ class Embed(Operands):
             raise ValueError(f"Embed: {found}, expected whole blocks in rows of {self.width}")
 
 
+class MappedEmbed(Embed):
+    """The same for a table so large that it stays in its file: a step reads the rows of its tokens and no others.
+
+    Such a table is not checked for NaN and infinity, which would read all of it; a row that has one is found as logits
+    that are not finite.
+    """
+
+
 def raw_bytes(weight):
     """The weight layout: uint8 [V, bytes] as stored, a copy. ValueError for a NaN or an infinity."""
     assert len(weight.parts) == 1, weight.name
@@ -46,6 +54,7 @@ def raw_bytes(weight):
 
 
 RAW = Layout("stored bytes", raw_bytes)
+MAPPED = Layout(MAPPED_BYTES, raw_bytes)  # where the file cannot be mapped, a copy
 
 
 @inlined
@@ -76,3 +85,4 @@ for _name, _format in FORMATS.items():
     _constants = dict(WEIGHT=_format.lookup.weight, SIZE=_format.block_size, BLOCK_BYTES=_format.block_bytes)
     globals()[f"embed_{_name}"] = variant(embed, f"embed_{_name}", **_constants)
     REFERENCE[f"embed_{_name}"] = Implementation(globals()[f"embed_{_name}"], RAW)
+    REFERENCE[f"mapped_embed_{_name}"] = Implementation(globals()[f"embed_{_name}"], MAPPED)

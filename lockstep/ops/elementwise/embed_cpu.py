@@ -2,7 +2,7 @@
 
 from lockstep.formats import FORMATS
 from lockstep.native.kernel import variant
-from lockstep.ops.elementwise.embed import RAW, Embed, row_bytes
+from lockstep.ops.elementwise.embed import MAPPED, RAW, Embed, row_bytes
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import StepBlock, entry, num_rows
 
@@ -26,3 +26,4 @@ for _name, _format in FORMATS.items():
     _constants |= dict(SIZE=_format.block_size, BLOCK_BYTES=_format.block_bytes)
     globals()[f"embed_{_name}"] = variant(embed, f"embed_{_name}", **_constants)
     CPU[f"embed_{_name}"] = Implementation(globals()[f"embed_{_name}"], RAW)
+    CPU[f"mapped_embed_{_name}"] = Implementation(globals()[f"embed_{_name}"], MAPPED)

@@ -13,18 +13,20 @@ from lockstep.native.numbers import carray
 from lockstep.native.simd import fma
 from lockstep.ops.math import ZERO, exp, sigmoid, tree_sum
 from lockstep.runtime.backend import Implementation
-from lockstep.runtime.operands import Operands, output, rows
-from lockstep.runtime.program import Tensor
+from lockstep.runtime.operands import Operands, constant, output, rows
+from lockstep.runtime.program import Tensor, Weight
 from lockstep.runtime.step import num_rows
 
 
 class Route(Operands):
-    """The top_k experts of each row of logits, and their probabilities; a row of logits is `width` wide."""
+    """The top_k experts of each row of logits, and their probabilities, times a factor of each expert if there is a
+    scale; a row of logits is `width` wide."""
 
     rules = ("1 <= top_k <= num_experts <= width",)
     expert_ids: Tensor = output("top_k", dtype="i32")
     weights: Tensor = output("top_k")
     logits: Tensor = rows("width")
+    scale: Weight | None = constant("num_experts", optional=True)
     num_experts: int
     top_k: int
     renormalise: bool
@@ -65,15 +67,16 @@ class CombineExperts(Operands):
 
 
 @definition
-def route(logits_TE, top_k, renormalise, expert_ids_TX, weights_TX):
+def route(logits_TE, scale_E, top_k, renormalise, expert_ids_TX, weights_TX):
     """Chooses top_k experts for every token.
 
     Shapes: logits [T, E] float32 without NaN; expert_ids [T, X] int32 and weights [T, X] float32 with X = top_k <= E,
-      the likeliest expert first.
+      the likeliest expert first; scale [E], or [0] for none.
     Units: with renormalise a token's weights sum to one (`norm_topk_prob`).
     Error: below 8 ulp.
     Order: experts by (logit descending, index ascending). Sum of exp(logit - largest) over all experts in 16 lanes and
-      a tree; weight = exp(logit - largest) / sum; renormalised by a division by the sum of weights in rank order.
+      a tree; weight = exp(logit - largest) / sum; renormalised by a division by the sum of weights in rank order; then
+      weight * scale.
     Source: transformers, Qwen3MoeTopKRouter; Shazeer et al. 2017.
     """
     T, E = logits_TE.shape
@@ -91,6 +94,9 @@ def route(logits_TE, top_k, renormalise, expert_ids_TX, weights_TX):
         if renormalise:
             for r in range(top_k):
                 weights_TX[t, r] = weights_TX[t, r] / chosen
+        if scale_E.size > 0:
+            for r in range(top_k):
+                weights_TX[t, r] = weights_TX[t, r] * scale_E[expert_ids_TX[t, r]]
 
 
 @definition
@@ -166,7 +172,8 @@ def _route(op, step, thread, num_threads):
         a, T = Route.read(op), num_rows(op, step)
         logits_TE, shape = carray(float_array(a.logits), (T, a.width))[:, : a.num_experts], (T, a.top_k)
         ids_TX, weights_TX = carray(int_array(a.expert_ids), shape), carray(float_array(a.weights), shape)
-        route(logits_TE, a.top_k, a.renormalise, ids_TX, weights_TX)
+        scale_E = carray(float_array(a.scale), (a.num_experts if a.scale != 0 else 0,))
+        route(logits_TE, scale_E, a.top_k, a.renormalise, ids_TX, weights_TX)
 
 
 @kernel

@@ -3,7 +3,7 @@
 import numpy as np
 
 from lockstep.native.kernel import inlined, kernel
-from lockstep.native.numbers import float32, int32
+from lockstep.native.numbers import float32, int32, int64
 from lockstep.native.simd import fma, lane_numbers, lanes, load, peek, poke, store, sum_lanes, to_f32, where_below
 from lockstep.ops.linear.moe import CombineExperts, GroupExperts, Route
 from lockstep.ops.math import ZERO, exp, sigmoid
@@ -23,6 +23,9 @@ def route(op, step, thread, num_threads):
         logits, ids, weights = a.logits + 4 * a.width * t, a.expert_ids + 4 * X * t, a.weights + 4 * X * t
         rank_experts(logits, E, X, ids, weights)
         weigh_experts(logits, E, X, a.renormalise, weights)
+        for r in range(X if a.scale != 0 else 0):
+            factor = peek(a.scale + 4 * int64(peek(ids + 4 * r, int32)), float32)
+            poke(weights + 4 * r, peek(weights + 4 * r, float32) * factor)
 
 
 @inlined

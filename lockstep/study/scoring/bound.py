@@ -64,6 +64,8 @@ class Bindings:
         self._model, self._store, self._team, self._length = model, store, team, length
         self._table = table or {**BACKENDS["reference"], **BACKENDS["cpu"]}
         self._keep, self._compares = keep, compares
+        if model.config.logit_cap:
+            raise ValueError(f"studies of models whose logits are capped ({model.config.model_type}) are not supported")
         [self._head] = [op for op in model.recorded.ops if isinstance(op, Linear) and op.out is model.logits]
         self.targets = aligned(4 * length + 64).view(np.int32)
         self.base = aligned(4 * length * self._head.in_features + 64)

@@ -52,17 +52,17 @@ NORMALIZED_TO_NFC = {"qwen2", "deepseek-r1-qwen", "qwen35"}
 
 NO_TOKENIZER = ("no_vocab", "none")
 T = TypeVar("T")
-BUILT = ("gpt2", "llama")
+BUILT = ("gpt2", "llama", "gemma4")
 IDS = dict(bos="bos_token_id", eos="eos_token_id", eot="eot_token_id", eom="eom_token_id", unk="unknown_token_id",
            pad="padding_token_id")  # fmt: skip
 # Marks of chat formats, which no ordinary text has: they become control tokens, whatever type the file gives them.
 END_MARKS = {
     "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>",
-    "<end_of_utterance>", "<｜end▁of▁sentence｜>",
+    "<end_of_utterance>", "<｜end▁of▁sentence｜>", "<turn|>",
 }  # fmt: skip
 TURN_MARKS = {
     "<|im_start|>", "<|start_header_id|>", "<|end_header_id|>", "<|begin_of_text|>", "<start_of_turn>", "<|system|>",
-    "<|user|>", "<|assistant|>",
+    "<|user|>", "<|assistant|>", "<|turn>",
 }  # fmt: skip
 # These also occur in ordinary text, such as HTML, so they end an answer only if the file types them as control tokens.
 END_WORDS = {"</s>", "<eos>", "<EOT>", "[EOT]", "[EOS]"}
@@ -84,7 +84,7 @@ def build_tokenizer(metadata: Mapping[str, object]) -> Tokenizer:
         raise ValueError("the file has no tokenizer: text cannot be encoded, only token ids be passed to lockstep.LLM")
     if kind not in BUILT:
         raise ValueError(
-            f"tokenizer.ggml.model {kind!r} is not supported, only {' and '.join(BUILT)}: prompts must be token ids"
+            f"tokenizer.ggml.model {kind!r} is not supported, only {', '.join(BUILT)}: prompts must be token ids"
         )
     tokens = list(_array(metadata, "tokenizer.ggml.tokens"))
     if (longest := max(map(len, map(str, tokens)))) > MAX_TOKEN_CHARS:
@@ -139,11 +139,7 @@ def end_token_ids(metadata: Mapping[str, object], tokenizer: Tokenizer) -> froze
 
 
 def _byte_level_bpe(metadata: Mapping[str, object], tokens: list[str], types: list[int]) -> Tokenizer:
-    kind = _pre_tokenizer(metadata)
-    # A merge is two tokens with a space between; byte-level tokens have no space in them.
-    merges = [tuple(merge.split(" ", 1)) for merge in _array(metadata, "tokenizer.ggml.merges")]
-    if single := [merge for merge in merges if len(merge) == 1]:
-        raise ValueError(f"tokenizer.ggml.merges: expected two tokens with a space between, got {single[0][0]!r:.80}")
+    kind, merges = _pre_tokenizer(metadata), _stated_merges(metadata)
     vocabulary = {token: index for index, token in enumerate(tokens) if types[index] != UNUSED}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=kind in WHOLE_WORDS_FIRST))
     if kind in NORMALIZED_TO_NFC:
@@ -155,14 +151,28 @@ def _byte_level_bpe(metadata: Mapping[str, object], tokens: list[str], types: li
     return tokenizer
 
 
+def _stated_merges(metadata: Mapping[str, object]) -> list[tuple[str, str]]:
+    """The merges of a file that lists them: two tokens with a space between, which no token has in it."""
+    merges = [merge.partition(" ") for merge in _array(metadata, "tokenizer.ggml.merges")]
+    if single := [first for first, space, _ in merges if not space]:
+        raise ValueError(f"tokenizer.ggml.merges: expected two tokens with a space between, got {single[0]!r:.80}")
+    return [(first, second) for first, _, second in merges]
+
+
 def _sentencepiece_bpe(metadata: Mapping[str, object], tokens: list[str], types: list[int]) -> Tokenizer:
-    scores = _numbers(metadata, "tokenizer.ggml.scores", len(tokens))
+    """BPE on text whose spaces are ▁, with bytes for characters without a token. Of Gemma 4 ("gemma4") files list the
+    merges, of others ("llama") they follow from scores."""
+    lists_merges = metadata["tokenizer.ggml.model"] == "gemma4"
     vocabulary = {token: index for index, token in enumerate(tokens) if types[index] != UNUSED}
     unknown = tokens[named_ids(metadata).get("unk", 0)]
-    merges = _merges_by_score(vocabulary, scores, types)
+    if lists_merges:
+        merges = _stated_merges(metadata)
+    else:
+        merges = _merges_by_score(vocabulary, _numbers(metadata, "tokenizer.ggml.scores", len(tokens)), types)
     model = models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
-    prefix = [normalizers.Prepend("▁")] if _typed(metadata, "tokenizer.ggml.add_space_prefix", bool, True) else []
+    has_prefix = _typed(metadata, "tokenizer.ggml.add_space_prefix", bool, not lists_merges)
+    prefix = [normalizers.Prepend("▁")] if has_prefix else []
     tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
     tokenizer.decoder = decoders.Sequence(
@@ -195,7 +205,8 @@ def _add_special(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> N
 
 def _add_template(tokenizer: Tokenizer, metadata: Mapping[str, object], tokens: list[str]) -> None:
     """Make `encode` add BOS and EOS if the metadata says so, or if this sort of tokenizer does by default."""
-    starts = _pre_tokenizer(metadata) in WHOLE_WORDS_FIRST or metadata["tokenizer.ggml.model"] == "llama"
+    kind = metadata["tokenizer.ggml.model"]
+    starts = _pre_tokenizer(metadata) in WHOLE_WORDS_FIRST or kind in ("llama", "gemma4")
     begin, end = map(named_ids(metadata).get, ("bos", "eos"))
     begins = _typed(metadata, "tokenizer.ggml.add_bos_token", bool, starts) and begin is not None
     ends = _typed(metadata, "tokenizer.ggml.add_eos_token", bool, False) and end is not None

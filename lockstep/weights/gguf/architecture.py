@@ -3,6 +3,8 @@
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from lockstep.weights.gguf.keys import Keys
 from lockstep.weights.gguf.undo import Undo
 
@@ -25,7 +27,10 @@ class Architecture:
     class_name: of the Hugging Face model. names: tensor names within a block, GGUF's -> Hugging Face's; see `names.py`.
     config: completes a config.json, called with (the keys that all architectures have, the file's metadata, the names
     of its tensors). undo: (Hugging Face name, config.json) -> how to undo what conversion did to the tensor. mtp_names:
-    as names, in blocks that are multi-token-prediction layers.
+    as names, in blocks that are multi-token-prediction layers. top_names: as names, outside blocks, besides those that
+    all architectures have. varying: keys of the metadata that may differ between layers. rope_factors: reads the tensor
+    rope_freqs.weight, float32, given the number of rotated channels and the file: the rope's parameters in config.json.
+    None: those of llama3.
     """
 
     name: str
@@ -36,6 +41,9 @@ class Architecture:
     undo: Callable[[str, Mapping], Undo] = _unchanged
     mtp_names: Mapping[str, str] = field(default_factory=dict)
     also: tuple[str, ...] = ()
+    top_names: Mapping[str, str] = field(default_factory=dict)
+    varying: frozenset[str] = frozenset()
+    rope_factors: Callable[[np.ndarray, int, str], dict] | None = None
 
     def by_name(self) -> Mapping[str, "Architecture"]:
         """The architecture under each of its names."""

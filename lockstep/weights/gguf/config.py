@@ -28,9 +28,9 @@ def hf_config(
     infos: the file's tensors by GGUF name. rope_factors: float32 [K / 2], the tensor rope_freqs.weight, None without
     it. where: the file, for errors. Raises ValueError for metadata that is missing, inconsistent or not supported.
     """
-    keys = Keys(metadata, architecture.name, where)
+    keys = Keys(metadata, architecture.name, where, architecture.varying)
     config = _common(keys, metadata, infos, architecture, where)
-    config |= _rope(keys, config, rope_factors, where)
+    config |= _rope(keys, config, rope_factors, architecture, where)
     config = architecture.config(config, keys, infos)
     keys.check_all_used()
     return config
@@ -85,14 +85,17 @@ def _token_ids(metadata: Mapping[str, object], vocab_size: int) -> dict[str, obj
     return {name: value for name, value in token_ids.items() if value is not None and is_token(value)}
 
 
-def _rope(keys: Keys, config: dict, factors: np.ndarray | None, where: str) -> dict:
+def _rope(keys: Keys, config: dict, factors: np.ndarray | None, architecture: Architecture, where: str) -> dict:
     theta = keys.number("rope.freq_base", 10000.0)
     head_dim = config["head_dim"]
     rope_dim = keys.integer("rope.dimension_count", head_dim)
     has_rope_dim = "rope.dimension_count" in keys  # otherwise it is head_dim, which is checked with the model
     if theta < 1 or (has_rope_dim and (rope_dim % 2 or not 0 < rope_dim <= head_dim)):
         raise ValueError(f"{where}: rope.dimension_count {rope_dim}, base {theta} do not fit heads of {head_dim}")
-    scaling = _scaling(keys, theta, rope_dim, factors, where)
+    if factors is not None and architecture.rope_factors is not None:
+        scaling = architecture.rope_factors(factors, rope_dim, where)
+    else:
+        scaling = _scaling(keys, theta, rope_dim, factors, where)
     partial = {"partial_rotary_factor": rope_dim / head_dim} if rope_dim != head_dim else {}
     return {"rope_theta": theta, "rope_scaling": scaling, **partial}
 

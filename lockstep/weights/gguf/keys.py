@@ -4,7 +4,7 @@ Every key must be understood: a key that is neither read nor known to be harmles
 the arithmetic.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -27,10 +27,17 @@ USUAL = {
 
 
 class Keys:
-    """Metadata keys of one architecture, without its prefix; remembers which were read."""
+    """Metadata keys of one architecture, without its prefix; remembers which were read. varying: those that may differ
+    between layers."""
 
-    def __init__(self, metadata: Mapping[str, object], architecture: str, where: str):
-        self._metadata, self._where = metadata, where
+    def __init__(
+        self,
+        metadata: Mapping[str, object],
+        architecture: str,
+        where: str,
+        varying: Collection[str] = (),
+    ):
+        self._metadata, self._where, self._varying = metadata, where, varying
         self._prefix = f"{architecture}."
         self._used: set[str] = set()
 
@@ -38,13 +45,24 @@ class Keys:
         return self._prefix + key in self._metadata
 
     def integer(self, key: str, default: int | None = None, but: int | None = None) -> int:
-        """An integer of at least 0; for a per-layer array, the value all layers share, or all but those with `but`."""
+        """An integer of at least 0; for a per-layer array, the value all layers share, or all but those with `but`, or
+        that of the first layer where they may differ."""
         value = self._get(key, default)
         if isinstance(value, np.ndarray):
             value = self._shared(key, value[value != but] if (value != but).any() else value)
         if type(value) is not int or value < 0 or value > 1 << 40:
             raise ValueError(f"{self._where}: {self._prefix}{key} must be a whole number, found {value!r}")
         return value
+
+    def per_layer(self, key: str, num_layers: int) -> list[int]:
+        """An integer of at least 0 for each layer."""
+        if not self.is_array(key):
+            return [self.integer(key)] * num_layers
+        values = self.values(key) or []
+        if len(values) != num_layers or any(type(n) is not int or not 0 <= n <= 1 << 40 for n in values):
+            found = f"{len(values)} numbers, {values!r:.80}"
+            raise ValueError(f"{self._where}: {self._prefix}{key}: expected {num_layers} whole numbers, found {found}")
+        return values
 
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number: the shortest decimal that rounds to the stored float32, as config.json would have it."""
@@ -101,6 +119,6 @@ class Keys:
         return value
 
     def _shared(self, key: str, values: np.ndarray) -> int:
-        if len(values) == 0 or (values != values[0]).any():
+        if len(values) == 0 or (key not in self._varying and (values != values[0]).any()):
             raise ValueError(f"{self._where}: {self._prefix}{key} differs between layers, which is not supported")
         return values[0].item()

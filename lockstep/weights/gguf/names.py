@@ -62,8 +62,8 @@ def hf_name(architecture: Architecture, name: str, num_layers: int) -> str | Non
     """
     if name in IGNORED or name.startswith(NOT_TEXT):
         return None
-    block = re.fullmatch(r"blk\.(\d{1,6})\.(.+)", name)
-    hf = _layer_name(architecture, int(block[1]), block[2], num_layers) if block else _renamed(TOP, name)
+    block, top = re.fullmatch(r"blk\.(\d{1,6})\.(.+)", name), {**TOP, **architecture.top_names}
+    hf = _layer_name(architecture, int(block[1]), block[2], num_layers) if block else _renamed(top, name)
     if hf is None:
         raise ValueError(f"tensor {name!r} is not one that architecture {architecture.name!r} is known to have")
     return hf

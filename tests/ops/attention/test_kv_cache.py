@@ -6,7 +6,8 @@ import pytest
 from lockstep.native.kernel import interpreted
 from lockstep.ops import BACKENDS
 from lockstep.ops.attention import kv_cache, kv_cache_q8
-from lockstep.ops.attention.kv_cache import KV_DTYPES, AttentionInputs, page_shapes
+from lockstep.ops.attention.kv_cache import KV_DTYPES, AttentionInputs, AttentionQueries, page_shapes
+from lockstep.ops.elementwise.rms_norm import RmsNorm
 from lockstep.runtime.program import CacheArray, Table, Tensor
 from tests.ops.attention.test_rope import complete_tables
 from tests.ops.harness import ragged_step, run_op, same_bits, weight
@@ -20,7 +21,9 @@ SHAPES = {
     "odd rotation, normed": (3, 3, 80, 40, True),
     "no rotation": (7, 1, 16, 0, False),
     "widest, normed": (2, 1, 512, 256, True),
-}  # H, G, K, rope_dim, normed
+    "values normed, too": (4, 2, 48, 48, True, True),
+    "values are the keys, normed": (2, 1, 512, 512, True, True, True),
+}  # H, G, K, rope_dim, normed, whether values are normed, whether they are the keys before norm and rotation
 UNTOUCHED = 0xFF  # every byte of a page before a run: no number that the op writes has it
 GAP = 3  # columns between the parts of a row
 
@@ -35,11 +38,13 @@ def codes_and_scales(pages, K, cell):
 class Inputs:
     """A projection of random numbers, with q and gate interleaved by head, and empty pages."""
 
-    def __init__(self, H, G, K, rope_dim, normed, kv_dtype, group=0):
+    def __init__(self, H, G, K, rope_dim, normed, *flags, kv_dtype, group=0):
+        self.norms_values, are_keys = (*flags, False, False)[:2]
         rng = np.random.default_rng(0)
         self.shape, self.rope_dim, self.normed, self.kv_dtype = (H, G, K), rope_dim, normed, kv_dtype
         self.k_offset, self.v_offset = GAP + 2 * H * K, 2 * GAP + 2 * H * K + G * K
         self.x = rng.standard_normal((sum(LENGTHS), self.v_offset + G * K + GAP), np.float32)
+        self.v_offset = self.k_offset if are_keys else self.v_offset
         self.norms = [rng.standard_normal(K, np.float32) for _ in "qk"]
         self.tables = complete_tables(200, rope_dim or 16, 1e4)
         self.table, self.num_pages = page_table(CONTEXTS, rng)
@@ -82,6 +87,7 @@ class Inputs:
             norm_offset=1.0,
             bf16=self.kv_dtype == "bf16",
             page_group=self.group,
+            norms_values=self.norms_values,
         )["q"]
         if self.kv_dtype == "q8":
             return q, *codes_and_scales(pages[0], K, (K, 64)), *codes_and_scales(pages[1], K, (64, K))
@@ -103,7 +109,7 @@ class Inputs:
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("name", SHAPES)
 def test_kernel_equals_definition(name, kv_dtype):
-    inputs = Inputs(*SHAPES[name], kv_dtype)
+    inputs = Inputs(*SHAPES[name], kv_dtype=kv_dtype)
     expected = inputs.run(BACKENDS["reference"])
     for num_threads in (1, 3):
         for result, want in zip(inputs.run(BACKENDS["cpu"], num_threads), expected, strict=True):
@@ -113,7 +119,7 @@ def test_kernel_equals_definition(name, kv_dtype):
 @pytest.mark.parametrize("kv_dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_queries_keys_and_values_are_right_and_in_place(name, kv_dtype):
-    inputs = Inputs(*SHAPES[name], kv_dtype)
+    inputs = Inputs(*SHAPES[name], kv_dtype=kv_dtype)
     (H, G, K), T = inputs.shape, sum(LENGTHS)
     q, k_pages, v_pages = inputs.run(BACKENDS["cpu"], 2)
     heads = lambda offset, num, stride: np.stack(
@@ -121,6 +127,11 @@ def test_queries_keys_and_values_are_right_and_in_place(name, kv_dtype):
     )
     assert np.abs(q.reshape(T, H, K) - inputs.exact(heads(GAP, H, 2 * K), inputs.norms[0])).max() < 3e-6
     k, v = inputs.exact(heads(inputs.k_offset, G, K), inputs.norms[1]), heads(inputs.v_offset, G, K)
+    if inputs.norms_values:
+        # the bits of a norm whose weights are 1
+        rows = np.ascontiguousarray(v.reshape(-1, K))
+        operands = dict(x=rows, weight=np.ones(K), width=K, eps=1e-6, offset=0.0)
+        v = run_op(BACKENDS["reference"], RmsNorm, **operands, out=(K, "f32"))["out"].reshape(T, G, K)
     written, t = np.zeros((inputs.num_pages, 64), bool), 0
     for s, (n, c) in enumerate(zip(LENGTHS, CONTEXTS, strict=True)):
         for position in range(c - n, c):
@@ -140,8 +151,8 @@ def test_queries_keys_and_values_are_right_and_in_place(name, kv_dtype):
 @pytest.mark.parametrize("name", SHAPES)
 def test_keys_and_values_in_8_bits_are_right_and_in_place(name):
     """Codes and scales are those that NumPy makes of the keys and values of a float32 cache; other slots stay."""
-    found = Inputs(*SHAPES[name], "q8").run(BACKENDS["cpu"], 2)[1:]
-    plain = Inputs(*SHAPES[name], "f32")
+    found = Inputs(*SHAPES[name], kv_dtype="q8").run(BACKENDS["cpu"], 2)[1:]
+    plain = Inputs(*SHAPES[name], kv_dtype="f32")
     exact = plain.run(BACKENDS["cpu"], 2)[1:]
     written = np.zeros((plain.num_pages, 64), bool)
     for s, (n, c) in enumerate(zip(LENGTHS, CONTEXTS, strict=True)):
@@ -191,6 +202,20 @@ def test_definition_compiled_equals_interpreted():
     same_bits(*outs)
 
 
+@pytest.mark.parametrize("backend, num_threads", [("reference", 1), ("cpu", 1), ("cpu", 3), ("per_token", 2)])
+@pytest.mark.parametrize("name", SHAPES)
+def test_queries_alone_are_those_of_the_whole_op(name, backend, num_threads):
+    """The projection of a layer that reads another's keys has queries only, side by side."""
+    inputs = Inputs(*SHAPES[name], kv_dtype="f32")
+    H, _, K = inputs.shape
+    x = np.concatenate([inputs.x[:, GAP + 2 * K * h :][:, :K] for h in range(H)], axis=1)
+    sizes = dict(num_heads=H, head_dim=K, rope_dim=inputs.rope_dim, row_width=H * K, eps=1e-6, norm_offset=1.0)
+    tables = dict(cos=inputs.tables[0], sin=inputs.tables[1], q_norm=inputs.norms[0] if inputs.normed else None)
+    operands = dict(x=x, **tables, **sizes)
+    found = run_op(BACKENDS[backend], AttentionQueries, step=inputs.step, num_threads=num_threads, **operands)["q"]
+    same_bits(found, inputs.run(BACKENDS["reference"])[0])
+
+
 def declared(**changed):
     """An op on a projection of 2 query heads and 1 kv head, with some operands changed."""
     part = lambda name, width: Tensor(name, "T", width)
@@ -207,7 +232,9 @@ def declared(**changed):
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_pages_are_found_in_the_table_of_the_group(backend, kv_dtype):
-    expected, results = (Inputs(4, 2, 32, 16, True, kv_dtype, group).run(BACKENDS[backend]) for group in (0, 2))
+    expected, results = (
+        Inputs(4, 2, 32, 16, True, kv_dtype=kv_dtype, group=group).run(BACKENDS[backend]) for group in (0, 2)
+    )
     for result, want in zip(results, expected, strict=True):
         same_bits(result, want)
 

@@ -5,7 +5,7 @@ import pytest
 
 from lockstep.native.kernel import interpreted
 from lockstep.ops.elementwise import add, add_cpu
-from lockstep.ops.elementwise.add import Add
+from lockstep.ops.elementwise.add import Add, AddScaled
 from tests.ops.harness import run_op, same_bits
 
 RNG = np.random.default_rng(0)
@@ -30,3 +30,16 @@ def test_definition_is_the_sum_and_equals_interpreted():
     interpreted(add.add)(x, y, out)
     same_bits(out, x + y)
     same_bits(run(add.REFERENCE, x, y), out)
+
+
+@pytest.mark.parametrize("num_tokens, width", [(1, 15), (3, 33), (7, 1040)])
+def test_a_sum_times_a_number(num_tokens, width):
+    x, y = RNG.standard_normal((2, num_tokens, width)).astype(np.float32)
+    factor, out = np.float32([0.37]), np.empty_like(x)
+    operands = dict(x=x, y=y, factor=factor, width=width)
+    run = lambda table, num_threads: run_op(table, AddScaled, num_threads=num_threads, **operands)["out"]
+    same_bits(run(add.REFERENCE, 1), (x + y) * factor)
+    same_bits(run(add_cpu.CPU, 3), (x + y) * factor)
+    same_bits(run(add_cpu.PER_TOKEN, 2), (x + y) * factor)
+    interpreted(add.add_scaled)(x, y, factor, out)
+    same_bits(out, (x + y) * factor)

@@ -18,11 +18,12 @@ def logits_of(num_tokens, experts):
     return logits
 
 
-def route(backend, logits, top_k, renormalise=True, num_threads=1):
+def route(backend, logits, top_k, renormalise=True, num_threads=1, scale=None):
     """The outputs of a Route op. Rows of logits are padded to the width of a linear layer's output."""
     padded = np.pad(logits, ((0, 0), (0, -logits.shape[1] % 16)), constant_values=1e9)
     sizes = dict(num_experts=logits.shape[1], top_k=top_k, width=padded.shape[1])
-    return run_op(backend, Route, num_threads=num_threads, logits=padded, renormalise=renormalise, **sizes)
+    sizes |= dict(renormalise=renormalise, scale=scale)
+    return run_op(backend, Route, num_threads=num_threads, logits=padded, **sizes)
 
 
 def group(backend, ids, experts, num_threads=1):
@@ -45,6 +46,17 @@ def test_route_kernel_equals_definition(num_tokens, experts, top_k, renormalise)
     fast = route(moe_cpu.CPU, logits, top_k, renormalise, num_threads=3)
     same_bits(fast["expert_ids"], expected["expert_ids"])
     same_bits(fast["weights"], expected["weights"])
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_a_factor_of_each_expert_multiplies_its_weights(renormalise):
+    logits, scale = logits_of(7, 15), RNG.uniform(0.5, 2, 15).astype(np.float32)
+    plain = route(moe.REFERENCE, logits, 3, renormalise)
+    expected = plain["weights"] * scale[plain["expert_ids"]]
+    for backend, num_threads in ((moe.REFERENCE, 1), (moe_cpu.CPU, 3)):
+        found = route(backend, logits, 3, renormalise, num_threads, scale)
+        same_bits(found["expert_ids"], plain["expert_ids"])
+        same_bits(found["weights"], expected)
 
 
 def test_route_is_accurate_and_ties_go_to_the_lowest_index():
@@ -103,7 +115,7 @@ def test_a_shared_expert_has_a_gate(left_out):
 
 def test_definitions_compiled_equal_interpreted():
     logits, ids, weights = logits_of(2, 20), np.empty((2, 3), np.int32), np.empty((2, 3), np.float32)
-    interpreted(moe.route)(logits, 3, True, ids, weights)
+    interpreted(moe.route)(logits, np.empty(0, np.float32), 3, True, ids, weights)
     out = route(moe.REFERENCE, logits, 3)
     same_bits(out["expert_ids"], ids)
     same_bits(out["weights"], weights)

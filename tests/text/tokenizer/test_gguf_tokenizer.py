@@ -124,3 +124,23 @@ def test_files_without_a_tokenizer_we_build(model, tmp_path):
 def test_the_tokenizer_of_the_file_itself_wins(tmp_path):
     write_folder(tmp_path, byte_level(), eos_token="a")
     assert find_tokenizer(tmp_path / "m.gguf", metadata(eot_token_id=7)).eos_ids >= {7}
+
+
+def test_gemma4_lists_its_merges_of_text_whose_spaces_are_marks():
+    """Bytes stand for characters without a token; there is no space before the text, and BOS is added."""
+    pieces = ["▁", "a", "b", "n", "▁a", "ab", "▁ab", "\n", "\n\n"]
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{i:02X}>" for i in range(256)), *pieces, "<turn|>"]
+    kinds = [3, 3, 3, 2, *[6] * 256, *[1] * len(pieces), 4]
+    merges = ["▁ a", "a b", "▁a b", "\n \n"]
+    given = dict(model="gemma4", tokens=tokens, token_type=np.array(kinds), merges=merges, scores=np.zeros(len(tokens)))
+    ids = dict(bos_token_id=2, eos_token_id=1, unknown_token_id=3, eot_token_id=len(tokens) - 1)
+    tokenizer = tokenizer_from_gguf({f"tokenizer.ggml.{key}": value for key, value in (given | ids).items()})
+    for text, expected in (
+        ("ab ab", ["ab", "▁ab"]),
+        ("b\n\n\nn", ["b", "\n\n", "\n", "n"]),
+        ("é", ["<0xC3>", "<0xA9>"]),
+    ):
+        found = tokenizer.encode(text)
+        assert found == [2, *map(tokens.index, expected)] and tokenizer.decode(found[1:]) == text
+    assert tokenizer.encode("a<turn|>")[1:] == [tokens.index("a"), len(tokens) - 1]
+    assert {1, len(tokens) - 1} <= tokenizer.eos_ids

@@ -349,7 +349,7 @@ def test_sentencepiece_without_the_space_prefix():
     [
         ({"model": "no_vocab"}, "the file has no tokenizer"),
         ({"model": None}, "the file has no tokenizer"),
-        ({"model": "t5"}, "tokenizer.ggml.model 't5' is not supported, only gpt2 and llama"),
+        ({"model": "t5"}, "tokenizer.ggml.model 't5' is not supported, only gpt2, llama, gemma4"),
         ({"tokens": []}, "tokenizer.ggml.tokens is missing or empty"),
         ({"tokens": "abc"}, "tokenizer.ggml.tokens is missing or empty"),
         ({"tokens": ["a"] * ((1 << 21) + 1)}, "tokenizer.ggml.tokens has 2097153 entries, at most 2097152"),

@@ -41,11 +41,15 @@ def gguf_name(name):
     return f"{at}{STEMS[stem]}.weight"
 
 
-def write_gemma3(path, arrays, **keys):
-    """Writes a file as conversion does: norms as 1 + w."""
+def write_as(architecture, path, arrays, defaults, **keys):
+    """Writes a file as conversion does: norms as 1 + w. defaults, keys: metadata; None leaves a key out."""
     stored = {gguf_name(n): a + np.float32(1) if n.endswith("norm.weight") else a for n, a in arrays.items()}
-    metadata = convert.metadata("gemma3", **{k: v for k, v in {**KEYS, **keys}.items() if v is not None})
+    metadata = convert.metadata(architecture, **{k: v for k, v in {**defaults, **keys}.items() if v is not None})
     return write(path, gguf_bytes(metadata, plain_tensors(stored)))
+
+
+def write_gemma3(path, arrays, **keys):
+    return write_as("gemma3", path, arrays, KEYS, **keys)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from lockstep.formats.parts.powers import E8M0
 from lockstep.formats.parts.products import Product
 
 LINE_BYTES = 64  # of a cache line
-F16 = np.dtype("<f2")
+SCALE_KINDS = (np.dtype("<f2"), np.dtype("<f4"), E8M0)  # of fields of stored blocks
 SCALES = np.dtype([("d", "<f2", PANEL)])  # of a panel, for 32 weights of each feature
 
 
@@ -66,16 +66,18 @@ class Lookup(NamedTuple):
 class Format:
     """A weight format.
 
-    gguf_type: GGML's number of the format. zero: the zero point of codes, as `unpack` has them. table: the
-    integers that codes stand for, int8; None: codes are multiplied themselves. tile: emits the product
-    of a tile of prepared rows and panels, for a `tiles.Site`. fallback: the format of rows that its blocks, or those of
-    prepared rows, do not fill. is_choice: whether `--weights` may name it. few_rows: up to this many rows share each
-    panel while it streams by, where registers hold sixteen lanes; more rows are bound by arithmetic, or by loads.
-    flushes: see `runtime.step.FLUSHES`. made_up_scale: the scale of random blocks, in formats without `encode`.
+    gguf_type: GGML's number of the format; None for one that GGUF files do not have. zero: the zero point of codes, as
+    `unpack` has them. table: the integers that codes stand for, int8; None: codes are multiplied themselves. tile:
+    emits the product of a tile of prepared rows and panels, for a `tiles.Site`. fallback: the format of rows that its
+    blocks, or those of prepared rows, do not fill. is_choice: whether `--weights` may name it. few_rows: up to this
+    many rows share each panel while it streams by, where registers hold sixteen lanes; more rows are bound by
+    arithmetic, or by loads. tall_tiles: whether these are cut into tiles of one panel and twice the height, because
+    unpacking codes takes longer than loading activations. flushes: see `runtime.step.FLUSHES`. made_up_scale: the scale
+    of random blocks, in formats without `encode`.
     """
 
     name: str
-    gguf_type: int
+    gguf_type: int | None
     stored: Stored
     packed: Packed
     product: Product
@@ -86,6 +88,7 @@ class Format:
     table: np.ndarray | None = None
     is_choice: bool = False
     few_rows: int = 8
+    tall_tiles: bool = False
     flushes: bool = False
     made_up_scale: float = 0.0
 
@@ -119,9 +122,9 @@ class Format:
 
     @property
     def scale_fields(self) -> tuple[tuple[int, np.dtype], ...]:
-        """Where the scales of a stored block lie, and their dtypes, float16 or E8M0."""
+        """Where the scales of a stored block lie, and their dtypes: float16, float32 or E8M0."""
         fields = self.stored.block.fields or {}
-        return tuple((begin, kind) for kind, begin, *_ in fields.values() if kind in (F16, E8M0))
+        return tuple((begin, kind) for kind, begin, *_ in fields.values() if kind in SCALE_KINDS)
 
     def put_scales(self, blocks: np.ndarray, scales: Any) -> None:
         """Sets all scales of stored blocks, uint8 [..., block_bytes], to float32 numbers that broadcast to [...].

@@ -20,10 +20,9 @@ from lockstep.formats.parts.dots import GROUP_BYTES, LOW_BITS, nibbles
 from lockstep.formats.parts.k_scales import block_of, inside
 from lockstep.formats.parts.layout import offset, offsets, part_bytes
 from lockstep.formats.parts.panels import PANEL as FEATURES
-from lockstep.formats.parts.panels import Placed, k_major, nibble_pairs
-from lockstep.formats.parts.products import ZERO, Product, codes_at, floats_at
-from lockstep.formats.parts.rows import QUANTIZED
-from lockstep.formats.parts.scalars import byte, nibble
+from lockstep.formats.parts.panels import Placed, bit_pairs, k_major, nibble_pairs
+from lockstep.formats.parts.scalars import nibble
+from lockstep.formats.parts.sixteens import PRODUCT, pair_dot, two_bit_code, two_bits
 from lockstep.native.emit import fma as emit_fma
 from lockstep.native.emit import moved, pinned, read, spread, spread4, vector, words
 from lockstep.native.kernel import definition, inlined
@@ -33,9 +32,7 @@ from lockstep.native.simd import (
     I8,
     I32,
     bit_and,
-    call,
     constant,
-    fma,
     load_u8,
     peek,
     peek_f16,
@@ -59,9 +56,8 @@ def unpack(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _codes(blocks: np.ndarray) -> np.ndarray:
     low = blk.nibbles(blocks["low"]).reshape(*blocks.shape, 2, 4, 32)
-    shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
-    codes = low | (blocks["high"][..., None, :] >> shifts & 3) << 4
-    return codes.reshape(*blocks.shape, 256).view(np.int8) - np.int8(32)
+    codes = low.reshape(*blocks.shape, 256) | two_bits(blocks["high"]) << 4
+    return codes.view(np.int8) - np.int8(32)
 
 
 def decode(blocks: np.ndarray) -> np.ndarray:
@@ -75,38 +71,10 @@ def arrange(codes: np.ndarray, sc: np.ndarray, d: np.ndarray) -> Placed:
     codes = (codes + np.int8(32)).view(np.uint8)
     return {
         "codes.low": (nibble_pairs, codes & 15),
-        "codes.high": (_high_bits, codes >> 4),
+        "codes.high": (bit_pairs, codes >> 4),
         "sc": (k_major, sc),
         "d": (k_major, d.astype(np.float32)),
     }
-
-
-def _high_bits(values: np.ndarray) -> np.ndarray:
-    """Codes 0..3 [panels, 16, K] to bytes [panels, K / 16, 16, 4]."""
-    four = values.reshape(values.shape[0], FEATURES, -1, 4, 4).transpose(0, 2, 1, 3, 4)
-    return four[..., 0, :] | four[..., 1, :] << 2 | four[..., 2, :] << 4 | four[..., 3, :] << 6
-
-
-@definition
-def dot_q6_k(a_K, a_scale, codes_K, sc, d):
-    """sum of a_scale * a[k] * d * sc * code[k], with d for 256 weights, a_scale for 32 and the integer sc for 16.
-
-    Order: acc = fma(float(sc0 * dot0 + sc1 * dot1), d * a_scale, acc) for each block of 32, ascending from +0; the
-      integers, dots of the block's first and last 16, are exact and below 2**24.
-    """
-    acc = ZERO
-    for b in range(a_scale.size):
-        total = 0
-        for k in range(32 * b, 32 * b + 32):
-            total += np.int64(sc[k // 16]) * np.int64(a_K[k]) * np.int64(codes_K[k])
-        acc = fma(np.float32(total), d[b // 8] * a_scale[b], acc)
-    return acc
-
-
-@inlined
-def row_dot(x, w, n, K):
-    sc, d = codes_at(w.sc, n, K // 16), floats_at(w.d, n, K // 256)
-    return dot_q6_k(x[0], x[1], codes_at(w.codes, n, K), sc, d)
 
 
 def tile(s):
@@ -169,24 +137,7 @@ def _q6_wide(s, i, low, high, scale):
         totals = pinned(b, [b.add(t, v) for t, v in zip(totals, products, strict=True)] if half else products)
     zero_point = _zero_point(s, scale)
     sums = [words(b, spread(b, s.sums(r, i), I32, s.lanes)) for r in range(s.rows)]
-    return [PAIRS[s.int_dot](b, total, zero_point, both) for total, both in zip(totals, sums, strict=True)]
-
-
-def _pairs_vnni(b, acc, x, y):
-    name = f"llvm.x86.avx512.vpdpwssd.{32 * acc.type.count}"
-    return call(b, name, acc.type, [acc, b.bitcast(x, acc.type), b.bitcast(y, acc.type)])
-
-
-def _pairs_anywhere(b, acc, x, y):
-    """acc + x[2i] * y[2i] + x[2i + 1] * y[2i + 1] for int16 x and y."""
-    wide = acc.type
-    for shift in (16, 0):
-        parts = [b.ashr(b.shl(b.bitcast(v, wide), constant(wide, shift)), constant(wide, 16)) for v in (x, y)]
-        acc = b.add(acc, b.mul(*parts))
-    return acc
-
-
-PAIRS = {"avx512_vnni": _pairs_vnni, "avx_vnni": _pairs_vnni, "sdot": _pairs_anywhere, "generic": _pairs_anywhere}
+    return [pair_dot(s, total, zero_point, both) for total, both in zip(totals, sums, strict=True)]
 
 
 def _q6_avx2(s, i, low, high, scale):
@@ -212,7 +163,7 @@ def weight(row_B, i):
     block_B, j = row_B[BYTES * (i // 256) :], i % 256
     part, k = j // 128, j % 128
     low = nibble(block_B, LOW + 64 * part + k % 64, k // 64)
-    high = byte(block_B, HIGH + 32 * part + k % 32) >> 2 * (k // 32) & 3
+    high = two_bit_code(block_B, HIGH, j)
     return scalars.half(block_B, D) * np.float32(block_B[SC + j // 16]) * np.float32((low | high << 4) - 32)
 
 
@@ -241,7 +192,7 @@ Q6_K = Format(
     gguf_type=14,
     stored=Stored(BLOCK, 256, unpack, decode),
     packed=Packed(PANEL, 256, arrange),
-    product=Product("q6_k", QUANTIZED, ("codes", "sc", "d"), row_dot),
+    product=PRODUCT,
     tile=tile,
     lookup=Lookup(weight, store_block, 256),
     fallback="bf16",

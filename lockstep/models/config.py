@@ -24,7 +24,7 @@ attn_pdrop resid_pdrop initializer_range use_cache cache_implementation output_r
 router_jitter_noise pretraining_tp mamba_ssm_dtype num_labels _attn_implementation attn_implementation
 output_attentions output_hidden_states chunk_size_feed_forward vision_config image_token_id video_token_id
 vision_start_token_id vision_end_token_id tie_encoder_decoder _attn_implementation_autoset _flash_attn_2_enabled
-use_flash_attn text_config""".split()
+use_flash_attn text_config quantization_config compression_config quantization""".split()
 )
 ALLOWED_VALUES = {
     "hidden_act": ("silu", "swish"),

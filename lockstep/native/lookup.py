@@ -32,15 +32,33 @@ def lookup(b, magic, table, codes):
         max_codes = 64 if int_dot == "avx512_vnni" else 32
     if num_codes > max_codes:
         return by_halves(b, lambda b, half: lookup(b, magic, table, half), codes)
-    return (_tbl if max_codes == ENTRIES else shuffled)(b, table, codes)
-
-
-def shuffled(b, table, codes):
-    """`lookup` by PSHUFB."""
-    num_codes = codes.type.count
+    if max_codes == ENTRIES:
+        return _tbl(b, table, codes)
     repeated = ir.Constant(vector(I32, num_codes), list(range(ENTRIES)) * (num_codes // ENTRIES))
-    tables = b.shuffle_vector(table, ir.Constant(table.type, ir.Undefined), repeated)
-    return call(b, X86[num_codes], codes.type, [tables, codes])
+    return shuffled(b, b.shuffle_vector(table, ir.Constant(table.type, ir.Undefined), repeated), codes)
+
+
+def lookup_own(b, magic, tables, bits):
+    """Of each lane's own table of four bytes, the entries that the lane's four codes name: int8 [4 * lanes].
+
+    tables: <lanes x i32>, the entry of code 0 in the lowest byte; bits: <4 * lanes x i8>, a code in the low two bits of
+    each byte, above them anything.
+    """
+    num_codes, int_dot = bits.type.count, targets.int_dot(magic)
+    is_arm = magic[0].startswith(("aarch64", "arm64"))
+    if int_dot == "generic" and not is_arm:
+        return _chosen_own(b, tables, bits)
+    max_codes = ENTRIES if is_arm else 64 if int_dot == "avx512_vnni" else 32
+    if num_codes > max_codes:
+        return by_halves(b, lambda b, *half: lookup_own(b, magic, *half), tables, bits)
+    place = ir.Constant(bits.type, [i % ENTRIES // 4 * 4 for i in range(num_codes)])
+    codes = b.or_(b.and_(bits, constant(bits.type, 3)), place)
+    return (_tbl if is_arm else shuffled)(b, b.bitcast(tables, bits.type), codes)
+
+
+def shuffled(b, tables, codes):
+    """PSHUFB: the entries of each sixteen bytes of tables that the codes 0..15 in the same bytes name."""
+    return call(b, X86[codes.type.count], codes.type, [tables, codes])
 
 
 def _tbl(b, table, codes):
@@ -55,6 +73,15 @@ def _chosen(b, table, codes):
         is_set = b.trunc(bits, vector(I1, codes.type.count))
         entries = [b.select(is_set, high, low) for low, high in zip(entries[::2], entries[1::2], strict=True)]
     return entries[0]
+
+
+def _chosen_own(b, tables, bits):
+    """`lookup_own` by the bits of the code: three selects."""
+    byte = lambda j: b.and_(b.lshr(tables, constant(tables.type, 8 * j)), constant(tables.type, 255))
+    entries = [b.bitcast(b.mul(byte(j), constant(tables.type, 0x01010101)), bits.type) for j in range(4)]
+    is_set = lambda bit: b.icmp_signed("!=", b.and_(bits, constant(bits.type, bit)), constant(bits.type, 0))
+    low, high = (b.select(is_set(1), entries[j + 1], entries[j]) for j in (0, 2))
+    return b.select(is_set(2), high, low)
 
 
 def table_of(values):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lockstep.weights import safetensors
 from lockstep.weights.content import ContentHash, Stamp, check_unchanged, content_hash, stamp
+from lockstep.weights.folders.folder import unquantized
 from lockstep.weights.gguf.architecture import Architectures
 from lockstep.weights.gguf.file import is_gguf
 from lockstep.weights.gguf.model import open_gguf
@@ -80,12 +81,16 @@ def open_checkpoint(path: str | Path, architectures: Architectures, *, verify: b
 
 
 def _open_safetensors(path: Path, folder: Path, files: list[TensorFile], verify: bool) -> Checkpoint:
-    generation = folder / "generation_config.json"
+    generation, config = folder / "generation_config.json", read_json_object(folder / "config.json")
+    try:
+        tensors = unquantized(config, merge(files))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return Checkpoint(
         path=path,
-        config=read_json_object(folder / "config.json"),
+        config=config,
         generation_config=read_json_object(generation) if generation.is_file() else {},
-        tensors=merge(files),
+        tensors=tensors,
         metadata={},
         files=tuple(files),
         verify=verify,

@@ -39,8 +39,8 @@ def _check(tensor: StoredTensor, piece: np.ndarray, first_row: int) -> None:
         return
     blocks = as_blocks(piece, BLOCK_FORMATS[tensor.format].stored.block)
     for name in blocks.dtype.names or ():
-        if blocks.dtype[name] == np.float16:
-            _check_floats(tensor, np.ascontiguousarray(blocks[name]), "f16", first_row, "block scales")
+        if kind := {np.dtype(np.float16): "f16", np.dtype(np.float32): "f32"}.get(blocks.dtype[name]):
+            _check_floats(tensor, np.ascontiguousarray(blocks[name]), kind, first_row, "block scales")
         if blocks.dtype[name] == E8M0:
             check_finite(tensor, checked_halves(blocks[name]), first_row, "block scales")
 

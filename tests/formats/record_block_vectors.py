@@ -11,10 +11,13 @@ import numpy as np
 
 BLOCK_BYTES = {
     "Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210, "IQ4_NL": 18,
-    "IQ4_XS": 136, "MXFP4": 17,
+    "IQ4_XS": 136, "Q2_K": 84, "Q3_K": 110, "MXFP4": 17,
 }  # fmt: skip
 # Bytes with the exponents of float16 fields: without their lowest exponent bit they are never NaN or infinite.
-HIGH_BYTES = {"Q4_1": (1, 3), "Q5_1": (1, 3), "Q4_K": (1, 3), "Q5_K": (1, 3), "Q6_K": (209,), "MXFP4": ()}
+HIGH_BYTES = {
+    "Q4_1": (1, 3), "Q5_1": (1, 3), "Q4_K": (1, 3), "Q5_K": (1, 3), "Q6_K": (209,), "Q2_K": (81, 83), "Q3_K": (109,),
+    "MXFP4": (),
+}  # fmt: skip
 
 
 def random_blocks(name: str, num_blocks: int, rng: np.random.Generator) -> np.ndarray:

@@ -174,7 +174,7 @@ def _byte_dots_wide(s, i, column):
 
 
 def _byte_dots_avx2(s, i, column):
-    """|w| times a with the sign of w: at most 2 * 127 * 127 a pair."""
+    """|w| times a with the sign of w: at most 2 * 128 * 127 a pair."""
     if s.rows > 1:
         return _byte_dots_avx2_rows(s, i, column)
     b, dots = s.b, [constant(s.ints, 0)] * s.cols
@@ -191,7 +191,7 @@ def _byte_dots_avx2(s, i, column):
 def _byte_dots_avx2_rows(s, i, column):
     """`_byte_dots_avx2` with fewer multiplications a row: a xor the sign of w counts a as -a - 1 where w is negative.
 
-    At most 2 * 127 * 128 a pair. The excess is the sum of the negative w, the same for all rows.
+    At most 2 * 128 * 128 a pair, and only as -32768. The excess is the sum of the negative w, the same for all rows.
     """
     b, dots, excess = s.b, {}, {}
     for g in range(8):

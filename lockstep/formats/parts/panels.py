@@ -45,3 +45,9 @@ def fifth_bits(values: np.ndarray) -> np.ndarray:
     eight = values.reshape(values.shape[0], PANEL, -1, 8, 4)
     shifts = np.arange(8, dtype=np.uint8)[:, None]
     return np.bitwise_or.reduce(eight.astype(np.uint8) << shifts, axis=3).transpose(0, 2, 1, 3)
+
+
+def bit_pairs(values: np.ndarray) -> np.ndarray:
+    """Codes 0..3 [panels, 16, K] to bytes [panels, K / 16, 16, 4]: bits 2 g, 2 g + 1 of byte j are of k = 4 g + j."""
+    four = values.reshape(values.shape[0], PANEL, -1, 4, 4).transpose(0, 2, 1, 3, 4)
+    return four[..., 0, :] | four[..., 1, :] << 2 | four[..., 2, :] << 4 | four[..., 3, :] << 6

@@ -30,7 +30,7 @@ from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import COUNTER, num_rows
 
 CLAIM = 8  # panels that a thread claims at a time
-STORE = FORMAT = PANEL_BYTES = BLOCK = ROW_BYTES = FEW = GATE = None  # constants of the variants below
+STORE = FORMAT = PANEL_BYTES = BLOCK = ROW_BYTES = SHAPES = GATE = None  # constants of the variants below
 
 
 @inlined
@@ -104,7 +104,7 @@ def _linear(op, step, thread, num_threads):
                 codes, scales = a.weight.codes + panel_bytes * panel, a.weight.d + scale_stride * panel
                 multiply_rows(
                     FORMAT,
-                    FEW,
+                    SHAPES,
                     Rows(a.x + row_bytes * s, row_bytes),
                     Panels(codes, panel_bytes, scales, scale_stride, K),
                     Output(a.out + 64 * (num_panels * s + p), 0, 64 * num_panels, num_panels - p, 0),

@@ -5,7 +5,8 @@ balances over uneven cores. The weights of a run are read from memory once for a
 
     panel (16 features)   [k block][16 features]...   one contiguous stream, see the formats
     tile, few rows        all rows x 1 panel of accumulators: panel follows panel, one stream of memory
-    tile, many rows       MAX_ROWS x COLS panels: fewest loads for each dot, see ops/linear/tile.py
+    tile, many rows       MAX_ROWS x COLS panels: fewest loads for each dot, see ops/linear/tile.py; or, where codes
+                          take longest to unpack, COLS * MAX_ROWS x 1 panel
 """
 
 from functools import partial
@@ -34,9 +35,9 @@ CACHE_BYTES = 192 * 1024  # activations that stay in the second-level cache whil
 CLAIMS_FEW_ROWS, CLAIMS_MANY_ROWS = 8, 16  # a thread: few for long streams, many so that threads end together
 MAX_CLAIM = 64  # panels
 # Constants of each variant. OP: the op; ROWS_OF: finds the rows of a panel, as `whole_rows`; FORMAT: of the weights,
-# with BLOCK, PANEL_BYTES and ROW_BYTES; FEW: the most rows that are one tile; ONE_ROW: whether every row reads all
+# with BLOCK, PANEL_BYTES and ROW_BYTES; SHAPES: of tiles, see `shapes_of`; ONE_ROW: whether every row reads all
 # weights by itself; MULTIPLY: makes the tiles, as `multiply_rows`
-OP = ROWS_OF = FORMAT = BLOCK = PANEL_BYTES = ROW_BYTES = FEW = ONE_ROW = MULTIPLY = None
+OP = ROWS_OF = FORMAT = BLOCK = PANEL_BYTES = ROW_BYTES = SHAPES = ONE_ROW = MULTIPLY = None
 
 LAYOUTS = {
     name: Layout(f"{name} panels", partial(pack, format), format.packed.arrays) for name, format in FORMATS.items()
@@ -45,28 +46,38 @@ LAYOUTS = {
 
 def constants(format):
     """The constants of a variant that follow from its format of weights."""
-    few = format.few_rows if COLS == 2 else MAX_ROWS
     sizes = dict(BLOCK=format.packed.size, PANEL_BYTES=format.packed.panel.itemsize)
-    return dict(FORMAT=format.name, ROW_BYTES=format.product.rows.num_bytes, FEW=few, **sizes)
+    return dict(FORMAT=format.name, ROW_BYTES=format.product.rows.num_bytes, SHAPES=shapes_of(format), **sizes)
+
+
+def shapes_of(format):
+    """(the most rows that are one tile of a panel; the fewest and the most rows of the tiles that many rows are cut
+    into, and their panels)."""
+    if COLS == 1:
+        return MAX_ROWS, MIN_ROWS, MAX_ROWS, COLS
+    if format.tall_tiles:
+        return MAX_ROWS, MAX_ROWS, COLS * MAX_ROWS, 1
+    return format.few_rows, MIN_ROWS, MAX_ROWS, COLS
 
 
 @merged
-def multiply_rows(format, few, x, w, out, ahead, num_rows):
-    """COLS panels by num_rows rows, as one tile (up to `few` rows) or in tiles of nearly equal height. The other
-    arguments are those of `linear_tile`.
+def multiply_rows(format, shapes, x, w, out, ahead, num_rows):
+    """COLS panels by num_rows rows, as one tile (of few rows) or in tiles of nearly equal height. shapes: see
+    `shapes_of`; the other arguments are those of `linear_tile`.
 
     The first tile prefetches the panels ahead; where there are several tiles, each of the first two prefetches half.
     """
+    few, fewest, most, at_once = shapes
     if num_rows <= few:
         linear_tile(format, ((1, few), COLS, 1), num_rows, x, w, out, ahead)
         return
-    prefetched = ALL_PANELS if num_rows <= MAX_ROWS else ALL_PANELS // 2
+    prefetched = ALL_PANELS if num_rows <= most else ALL_PANELS // 2
     left = ALL_PANELS - prefetched
     while num_rows > 0:
-        num_tiles = (num_rows + MAX_ROWS - 1) // MAX_ROWS
+        num_tiles = (num_rows + most - 1) // most
         rows = (num_rows + num_tiles - 1) // num_tiles
         next_panels = Ahead(ahead.codes, ahead.scales, prefetched)
-        linear_tile(format, ((MIN_ROWS, MAX_ROWS), COLS, COLS), rows, x, w, out, next_panels)
+        linear_tile(format, ((fewest, most), COLS, at_once), rows, x, w, out, next_panels)
         num_rows, x, out = num_rows - rows, Rows(x.address + rows * x.stride, x.stride), below(out, rows)
         prefetched, left = left, 0
 
@@ -79,7 +90,7 @@ def below(out, rows):
 
 
 @merged
-def multiply_one_row(format, few, x, w, out, ahead, num_rows):
+def multiply_one_row(format, shapes, x, w, out, ahead, num_rows):
     """COLS panels by one row: `multiply_rows` for num_rows = 1, without prefetch."""
     linear_tile(format, ((1, 1), COLS, 1), 1, x, w, out, Ahead(ahead.codes, ahead.scales, 0))
 
@@ -146,7 +157,7 @@ def output_at(a, t, p, num_panels, k, is_last):
 
 
 @merged
-def multiply_claim(format, few, multiply, rows_of, a, sizes, claim):
+def multiply_claim(format, shapes, multiply, rows_of, a, sizes, claim):
     """Computes a claim of the layer `a`, some rows and a part of K at a time. multiply: makes the tiles, as
     `multiply_rows`; rows_of: finds the rows of a panel, as `whole_rows`."""
     K, row_bytes, panel_bytes = a.in_features, sizes.row_bytes, sizes.panel_bytes
@@ -164,7 +175,7 @@ def multiply_claim(format, few, multiply, rows_of, a, sizes, claim):
                 scales_ahead = a.weight.d + scale_stride * p_ahead + scale_bytes(format, next_k)
                 multiply(
                     format,
-                    few,
+                    shapes,
                     Rows(x.address + x.stride * t + row_bytes * k // K, x.stride),
                     Panels(codes, panel_bytes, scales, scale_stride, min(sizes.part_of_k, K - k)),
                     output_at(a, t, p, sizes.num_panels, k, next_k == 0),
@@ -186,7 +197,7 @@ def linear(op, step, thread, num_threads):
         K // BLOCK * PANEL_BYTES,
         claim_size(num_panels, num_threads, min(T, claim_rows)),
     )
-    part = part_of_k(K, panel_bytes, min(T, claim_rows), FEW)
+    part = part_of_k(K, panel_bytes, min(T, claim_rows), SHAPES[0])
     sizes = Sizes(row_bytes, panel_bytes, rows_at_once(row_bytes), part, num_panels)
     num_claims, counter = (num_panels + size - 1) // size, peek(op + 8 * COUNTER, int64)
     number, next_number = fetch_add(counter, 1), fetch_add(counter, 1)
@@ -194,7 +205,7 @@ def linear(op, step, thread, num_threads):
         first_row, first_panel = number // num_claims * claim_rows, number % num_claims * size
         end_row, end_panel = min(first_row + claim_rows, T), min(first_panel + size, num_panels)
         claim = Claim(first_row, end_row, first_panel, end_panel, next_number % num_claims * size)
-        multiply_claim(FORMAT, FEW, MULTIPLY, ROWS_OF, a, sizes, claim)
+        multiply_claim(FORMAT, SHAPES, MULTIPLY, ROWS_OF, a, sizes, claim)
         number, next_number = next_number, fetch_add(counter, 1)
 
 

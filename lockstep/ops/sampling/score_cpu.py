@@ -34,8 +34,10 @@ from lockstep.ops.integer.code_rows import TAIL_PLANES, code_bytes, plane_bytes
 from lockstep.ops.integer.code_weights import FORMAT as CODES
 from lockstep.ops.integer.code_weights import PANELS
 from lockstep.ops.linear.linear_cpu import (
+    COLS,
     LAYOUTS,
     MAX_ROWS,
+    MIN_ROWS,
     Claim,
     Sizes,
     constants,
@@ -84,6 +86,7 @@ SIXTEEN, FAR = np.float32(16), np.float32(CHUNK)
 # words of a chunk in a row's scratch
 HIGHEST, FIRST, SUM, BASE_HIGHEST, BASE_FIRST, BASE_SUM, CROSS = range(CHUNK_WORDS)
 FEW_ROWS = 2  # rows that go through one panel at a time, as in `linear_cpu`, but for all formats
+SHAPES = (FEW_ROWS, MIN_ROWS, MAX_ROWS, COLS)  # of tiles, see `linear_cpu.shapes_of`
 FORMAT = BLOCK = PANEL_BYTES = ROW_BYTES = None  # constants of a variant, see `linear_cpu`
 MULTIPLY = None  # constant of a variant: the function that makes the logits of a claim
 
@@ -131,7 +134,7 @@ def sizes_of(head, row, panel, part):
 def multiplied(format, head, row, panel, part):
     """Writes the logits of a claim."""
     claim = Claim(0, part.num_rows, part.first, part.last, part.first)
-    multiply_claim(format, FEW_ROWS, multiply_rows, whole_rows, head, sizes_of(head, row, panel, part), claim)
+    multiply_claim(format, SHAPES, multiply_rows, whole_rows, head, sizes_of(head, row, panel, part), claim)
 
 
 @separate
@@ -364,7 +367,7 @@ _KERNELS = {}
 for _name in (*FORMATS, CODES):
     _constants = dict(FORMAT=_name, MULTIPLY=multiplied, BLOCK=1, PANEL_BYTES=0, ROW_BYTES=code_bytes)
     if _name in FORMATS:
-        _constants |= {name: value for name, value in constants(FORMATS[_name]).items() if name != "FEW"}
+        _constants |= {name: value for name, value in constants(FORMATS[_name]).items() if name != "SHAPES"}
     if _name == CODES:
         _constants["MULTIPLY"] = multiplied_codes
     elif FORMATS[_name].flushes and not NATIVE_BF16:

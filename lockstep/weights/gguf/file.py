@@ -27,12 +27,12 @@ SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 # GGML's type numbers: the supported ones, then others, whose names appear in errors.
 FORMAT_OF_TYPE: Mapping[int, str] = dict(
     sorted(
-        {format.gguf_type: name for name, format in FORMATS.items()}.items()
+        {f.gguf_type: name for name, f in FORMATS.items() if f.gguf_type is not None}.items()
         | {24: "i8", 25: "i16", 26: "i32", 27: "i64", 28: "f64"}.items()
     )
 )
 OTHER_TYPES: Mapping[int, str] = {
-    9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
+    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
     19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0",
     40: "NVFP4",
 }  # fmt: skip

@@ -30,7 +30,8 @@ def table(format, width):
 def _finite_scales(data, format):
     blocks = data.reshape(-1, format.block_bytes)
     for at, kind in format.scale_fields:
-        high, infinite = (at + 1, 0x7C) if kind == np.float16 else (at, 0xFC)  # the byte with an exponent
+        # the byte with most of an exponent, and its bits
+        high, infinite = {"f2": (at + 1, 0x7C), "f4": (at + 3, 0x7F)}.get(kind.str[1:], (at, 0xFC))
         blocks[:, high] = np.where(blocks[:, high] & infinite == infinite, 0, blocks[:, high])
 
 

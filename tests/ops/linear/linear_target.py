@@ -29,6 +29,7 @@ def pretend(int_dot, wide, bf16):
 def spell_out():
     """Replaces AVX-512's instructions by general instructions with the same results."""
     from lockstep.formats import bf16, q6_k
+    from lockstep.formats.parts import sixteens
     from lockstep.native import lookup, tiles_dots
     from lockstep.native.emit import by_halves, cut, fma, join, vector, words
     from lockstep.native.simd import F32, constant
@@ -49,14 +50,12 @@ def spell_out():
         lower = lambda v: as_floats(b.shl(v, constant(v.type, 16)))
         return fma(b, lower(x), lower(w), fma(b, upper(x), upper(w), acc))
 
-    def in_halves(b, table, codes, by=lookup.shuffled):
-        return (
-            by_halves(b, lambda b, half: by(b, table, half), codes) if codes.type.count == 64 else by(b, table, codes)
-        )
+    def in_halves(b, tables, codes, by=lookup.shuffled):
+        return by_halves(b, by, tables, codes) if codes.type.count == 64 else by(b, tables, codes)
 
     lookup.shuffled = in_halves
     tiles_dots.WIDE["avx512_vnni"], bf16.dpbf16 = vpdpbusd, vdpbf16ps
-    q6_k.PAIRS["avx512_vnni"] = q6_k.PAIRS["generic"]
+    sixteens.PAIRS["avx512_vnni"] = sixteens.PAIRS["generic"]
     q6_k.pinned = lambda b, values: values  # there may be no register of this width
 
 

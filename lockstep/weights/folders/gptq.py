@@ -1,0 +1,112 @@
+"""AWQ and GPTQ folders: codes and scales whose columns are output features.
+
+    AWQ   qweight int32 [K, N / 8], qzeros int32 [K / g, N / 8], scales [K / g, N]: w = (q - z) * s; the nibbles of a
+          word are columns 0, 2, 4, 6, 1, 3, 5, 7
+    GPTQ  qweight int32 [K * bits / 32, N], codes of a column lowest first, qzeros int32 [K / g, N * bits / 32], scales
+          [K / g, N], g_idx int32 [K]: w = (q - z - 1) * s, without the 1 in files of checkpoint_format gptq_v2
+
+Weights whose groups are not runs of input features (act-order) are refused: their activations would be permuted.
+Source: transformers' and mlx-lm's readers; llama.cpp's conversion/base.py.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lockstep.weights.folders.keys import only, whole
+from lockstep.weights.folders.modules import (
+    FLOATS,
+    WORDS,
+    LastRead,
+    Module,
+    grouped,
+    modules_with,
+    num_words,
+    replaced,
+    unpacked,
+    zero_based,
+)
+from lockstep.weights.tensor import MadeTensor, TensorMap
+
+NIBBLE_OF_COLUMN = [0, 4, 1, 5, 2, 6, 3, 7]
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def open_awq(config: Mapping[str, Any], tensors: TensorMap) -> TensorMap:
+    """The tensors with weights in the place of AWQ's. ValueError names the key or the tensor that is wrong."""
+    whole(config, "bits", 4)
+    only(config, "version", "gemm", "GEMM")
+    only(config, "zero_point", True)
+    group, last = whole(config, "group_size"), LastRead()
+    return _with(tensors, lambda module: _awq(module, group, last))
+
+
+def open_gptq(config: Mapping[str, Any], tensors: TensorMap) -> TensorMap:
+    """The tensors with weights in the place of GPTQ's. ValueError names the key or the tensor that is wrong."""
+    bits, group, last = whole(config, "bits", 2, 4, 8), whole(config, "group_size"), LastRead()
+    only(config, "checkpoint_format", "gptq", "gptq_v2")
+    more = 0 if config.get("checkpoint_format") == "gptq_v2" else 1
+    return _with(tensors, lambda module: _gptq(module, bits, group, more, last))
+
+
+def _with(tensors: TensorMap, weight_of: Any) -> TensorMap:
+    modules = modules_with(tensors, "qweight")
+    if not modules:
+        raise ValueError("the config has a quantization_config, but no tensor is named '...qweight'")
+    made = [weight_of(module) for module in modules]
+    return replaced(tensors, made, (module.full(part) for module in modules for part in PARTS))
+
+
+def _num_groups(module: Module, K: int, group: int) -> int:
+    """K / group, and 1 for group_size -1."""
+    group = K if group == -1 else group
+    if group < 1 or K % group:
+        raise ValueError(f"tensor {module.full('qweight')!r}: group_size {group} does not divide rows of {K} weights")
+    return K // group
+
+
+def _awq(module: Module, group: int, last: LastRead) -> MadeTensor:
+    words = module.get("qweight", WORDS, None, None)
+    K, N = words.shape[0], 8 * words.shape[1]
+    G = _num_groups(module, K, group)
+    scales, zeros = module.get("scales", FLOATS, G, N), module.get("qzeros", WORDS, G, N // 8)
+
+    def columns(packed: np.ndarray, rows: slice) -> np.ndarray:
+        start, stop, _ = rows.indices(N)
+        nibbles = unpacked(packed[:, start // 8 : -(-stop // 8)], 4, 8 * (-(-stop // 8) - start // 8))
+        ordered = nibbles.reshape(len(packed), -1, 8)[..., NIBBLE_OF_COLUMN].reshape(len(packed), -1)
+        return np.ascontiguousarray(ordered[:, start % 8 :][:, : stop - start].T)
+
+    return grouped(
+        module.full("weight"),
+        (N, K),
+        4,
+        G,
+        lambda rows: columns(last.read(words), rows),
+        lambda rows: zero_based(scales.read()[:, rows].T, columns(zeros.read(), rows)),
+    )
+
+
+def _gptq(module: Module, bits: int, group: int, more: int, last: LastRead) -> MadeTensor:
+    words = module.get("qweight", WORDS, None, None)
+    K, N = words.shape[0] * 32 // bits, words.shape[1]
+    G = _num_groups(module, K, group)
+    scales, zeros = module.get("scales", FLOATS, G, N), module.get("qzeros", WORDS, G, num_words(N, bits))
+    if module.has("g_idx"):
+        check_order(module.get("g_idx", ("i32", "i64"), K).read(), K // G, module.full("g_idx"))
+    zero = lambda rows: unpacked(zeros.read(), bits, N)[:, rows].T.astype(np.int32) + more
+    return grouped(
+        module.full("weight"),
+        (N, K),
+        bits,
+        G,
+        lambda rows: unpacked(last.read(words)[:, rows].T, bits, K),
+        lambda rows: zero_based(scales.read()[:, rows].T, zero(rows)),
+    )
+
+
+def check_order(group_of: np.ndarray, group: int, name: str) -> None:
+    """ValueError unless group n has the n-th run of `group` input features."""
+    if not (group_of == np.arange(len(group_of)) // group).all():
+        raise ValueError(f"tensor {name!r}: groups that are not runs of input features (act-order) are not supported")

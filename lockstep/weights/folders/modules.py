@@ -1,0 +1,106 @@
+"""Quantized linear layers of a folder: their tensors, checked by name, dtype, shape, and the weights made of them."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from lockstep.formats.groups.rows import format_of, stored_rows
+from lockstep.weights.tensor import MadeTensor, StoredTensor, TensorInfo, TensorMap
+
+FLOATS = ("f32", "f16", "bf16")
+WORDS = ("i32", "u32")
+Scales = Callable[[slice], tuple[np.ndarray, np.ndarray]]  # of rows: float32 d and m [rows, groups]
+
+
+class Module(NamedTuple):
+    """The tensors of one layer: `name`.qweight and so on."""
+
+    tensors: TensorMap
+    name: str
+
+    def full(self, suffix: str) -> str:
+        return f"{self.name}.{suffix}"
+
+    def has(self, suffix: str) -> bool:
+        return self.full(suffix) in self.tensors
+
+    def get(self, suffix: str, formats: Iterable[str], *shape: int | None) -> StoredTensor:
+        """A tensor of one of these formats and of this shape, where None stands for any size."""
+        name = self.full(suffix)
+        if name not in self.tensors:
+            raise ValueError(f"tensor {name!r} is missing from the checkpoint")
+        tensor = self.tensors[name]
+        fits = len(tensor.shape) == len(shape) and all(a in (None, b) for a, b in zip(shape, tensor.shape, strict=True))
+        if tensor.format not in formats or not fits or 0 in tensor.shape:
+            expected = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
+            raise ValueError(
+                f"tensor {name!r}: expected {' or '.join(formats)} {expected}, found {tensor.format} "
+                f"{list(tensor.shape)}"
+            )
+        return tensor
+
+
+def modules_with(tensors: TensorMap, suffix: str) -> list[Module]:
+    """The layers that have a tensor of this name."""
+    return [Module(tensors, name.removesuffix(f".{suffix}")) for name in tensors if name.endswith(f".{suffix}")]
+
+
+def grouped(name: str, shape: tuple[int, int], bits: int, groups: int, codes: Callable, scales: Scales) -> MadeTensor:
+    """The weight [N, K] of codes of `bits` bits and `groups` groups in a row. codes: of rows, uint8 [rows, K]."""
+    if groups < 1 or shape[1] % groups:
+        raise ValueError(f"tensor {name!r}: rows of {shape[1]} weights are not {groups} whole groups")
+    try:
+        format = format_of(bits, shape[1] // groups)
+    except ValueError as error:
+        raise ValueError(f"tensor {name!r}: {error}") from None
+    return MadeTensor.of(name, format.name, shape, lambda rows: stored_rows(format, codes(rows), *scales(rows)))
+
+
+def zero_based(scale: np.ndarray, zero: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
+    """d and m of weights scale * (q - zero): exact, as scales have 11 bits at most and zero points 9."""
+    scale = scale.astype(np.float32)
+    return scale, -(scale * np.asarray(zero, np.float32))
+
+
+def unpacked(words: np.ndarray, bits: int, num: int) -> np.ndarray:
+    """The first `num` codes of each row of words int32 [rows, n]: code k at bit k * bits, lowest first, as uint8."""
+    raw = np.ascontiguousarray(words).view(np.uint8)
+    if bits == 8:
+        codes = raw
+    elif bits in (2, 4):
+        shifts = np.arange(0, 8, bits, dtype=np.uint8)
+        codes = (raw[..., None] >> shifts & np.uint8((1 << bits) - 1)).reshape(len(raw), -1)
+    else:
+        each = np.unpackbits(raw, axis=1, bitorder="little")
+        each = each[:, : num * bits].reshape(len(raw), num, bits)
+        codes = np.packbits(each, axis=2, bitorder="little")[..., 0]
+    return codes[:, :num]
+
+
+def num_words(num: int, bits: int) -> int:
+    """32-bit words that hold `num` codes of `bits` bits."""
+    return -(-num * bits // 32)
+
+
+class LastRead:
+    """Reads whole tensors, and keeps the last one: of those whose rows are columns of what is stored."""
+
+    def __init__(self) -> None:
+        self._last: tuple[str, np.ndarray] = "", np.empty(0)
+
+    def read(self, tensor: StoredTensor) -> np.ndarray:
+        """The tensor as stored."""
+        name, array = self._last
+        if name != tensor.name:
+            array = tensor.read()
+            self._last = tensor.name, array
+        return array
+
+
+def replaced(tensors: TensorMap, made: Iterable[StoredTensor], dropped: Iterable[str]) -> TensorMap:
+    """The tensors without those that are dropped, and with those that were made of them."""
+    gone, by_name = set(dropped), {tensor.name: tensor for tensor in made}
+    infos: Mapping[str, TensorInfo] = {name: info for name, info in tensors.info.items() if name not in gone}
+    infos |= {name: TensorInfo(name, t.format, t.shape, t.data.nbytes) for name, t in by_name.items()}
+    return TensorMap(infos, lambda name: by_name[name] if name in by_name else tensors[name])

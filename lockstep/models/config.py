@@ -24,8 +24,11 @@ attn_pdrop resid_pdrop initializer_range use_cache cache_implementation output_r
 router_jitter_noise pretraining_tp mamba_ssm_dtype num_labels _attn_implementation attn_implementation
 output_attentions output_hidden_states chunk_size_feed_forward vision_config image_token_id video_token_id
 vision_start_token_id vision_end_token_id tie_encoder_decoder _attn_implementation_autoset _flash_attn_2_enabled
-use_flash_attn text_config quantization_config compression_config quantization""".split()
+use_flash_attn text_config quantization_config compression_config quantization pixel_shuffle_factor""".split()
 )
+# Keys of a multimodal config, outside its text part, that say how images become rows.
+OF_IMAGES = """image_token_index multimodal_projector_bias projector_hidden_act spatial_merge_size vision_feature_layer
+scale_factor""".split()
 ALLOWED_VALUES = {
     "hidden_act": ("silu", "swish"),
     "mlp_bias": (False,),
@@ -58,7 +61,12 @@ def _within(config: Config, key: str, types: type | tuple[type, ...], low: float
 
 def cap_of(config: Config, key: str) -> float:
     """A soft cap, c of c tanh(x / c); 0 for one that is absent."""
-    return 0.0 if config.get(key) is None else need_float(config, key, 1e-3, 1e6)
+    return optional_float(config, key, 0.0, 1e-3, 1e6)
+
+
+def optional_float(config: Config, key: str, default: float, low: float, high: float) -> float:
+    """A number of a config, within bounds, or the default where it is absent."""
+    return default if config.get(key) is None else need_float(config, key, low, high)
 
 
 def optional(config: Config, key: str, default: int, low: int = 1) -> int:
@@ -120,7 +128,7 @@ def text_config(config: Config) -> Config:
     inner = config.get("text_config")
     if not isinstance(inner, dict):
         return config
-    check_keys(config, free=["hidden_act"])  # the text_config names the activation
+    check_keys(config, OF_IMAGES, free=["hidden_act"])  # the text_config names the activation
     keys = ("tie_word_embeddings", "eos_token_id", "architectures")
     outside = {k: config[k] for k in keys if config.get(k) is not None}
     return {**outside, **inner, **{k: v for k, v in outside.items() if k == "tie_word_embeddings"}}

@@ -23,13 +23,15 @@ def decoder(
     """Records a model and returns its logits [R, V padded].
 
     layer: records one layer, called as layer(ops, x, config, Layer, label). norm_offset: of the final norm.
-    embed_scale: factor of the embeddings.
+    embed_scale: factor of the embeddings. What logits are divided by divides the weight of the norm before the head,
+    which costs nothing, and for a power of two gives the same bits; hidden states stay as they are.
     """
     prefix, eps = ops.prefix, config.rms_eps
     x = ops.embed(f"{prefix}embed_tokens.weight", config.vocab_size, config.hidden_size, embed_scale)
     for i, shape in enumerate(config.layers):
         x = layer(ops, x, config, shape, f"{prefix}layers.{i}")
-    h = ops.rms_norm(ops.select_rows(x, "sampled", "R"), f"{prefix}norm.weight", eps, norm_offset)
+    sampled, factor = ops.select_rows(x, "sampled", "R"), 1 / config.logits_scaling
+    h = ops.rms_norm(sampled, f"{prefix}norm.weight", eps, norm_offset, factor=factor)
     hidden = ops.select_rows(x, "embedded", "E")
     ops.result("hidden", ops.rms_norm(hidden, f"{prefix}norm.weight", eps, norm_offset, "hidden"))
     return head(ops, h, config, prefix)

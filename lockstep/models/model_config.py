@@ -7,7 +7,7 @@ model may differ in anything: head sizes, kv heads, ropes, windows, widths.
 from dataclasses import dataclass
 
 from lockstep.ops.attention.formulas import MAX_HEAD_DIM
-from lockstep.ops.attention.rope import RopeScaling
+from lockstep.ops.attention.rope import Growth, RopeScaling
 
 UNSCALED = RopeScaling()
 
@@ -29,7 +29,8 @@ class Heads:
     sees, itself included; 0: all. soft_cap: c of c tanh(score / c); 0: scores are not capped. sinks: each head has a
     score without a value, which joins its softmax. own_values: there is a projection of values; without it they are the
     keys, before norm and rope. norms_values: values are divided by their root mean square. keys_of: the number of the
-    layer whose keys and values are read; None: the layer has its own.
+    layer whose keys and values are read; None: the layer has its own. growth: of rotated queries with their position;
+    None: they do not grow.
     """
 
     num_heads: int
@@ -45,6 +46,7 @@ class Heads:
     own_values: bool = True
     norms_values: bool = False
     keys_of: int | None = None
+    growth: Growth | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ class ModelConfig:
     """A model, in the numbers that all families have. Sizes in elements. tied: the head shares the embedding's matrix.
 
     mtp_layers: of its multi-token-prediction head. headless: the model class ends with the final norm, as in embedding
-    models. logit_cap: c of c tanh(logit / c); 0: logits are not capped.
+    models. logit_cap: c of c tanh(logit / c); 0: logits are not capped. residual_multiplier: of what each half of a
+    layer adds. logits_scaling: what logits are divided by.
     """
 
     model_type: str
@@ -138,6 +141,9 @@ class ModelConfig:
     mtp_layers: tuple[Layer, ...] = ()
     headless: bool = False
     logit_cap: float = 0.0
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
 
     @property
     def num_layers(self) -> int:

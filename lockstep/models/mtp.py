@@ -11,7 +11,7 @@ Source: DeepSeek-V3 technical report 2024, section 2.2; the tensors' names are t
 from lockstep.formats import FORMATS
 from lockstep.formats.choice import compute_format
 from lockstep.models.decoder import own_head
-from lockstep.models.families.qwen3_5 import OFFSET, layer
+from lockstep.models.families.qwen.qwen3_5 import OFFSET, layer
 from lockstep.models.model_config import ModelConfig
 from lockstep.models.record import Norm, Recorder
 from lockstep.models.recording import text_prefix

@@ -18,7 +18,7 @@ from lockstep.formats.parts.panels import padded_width
 from lockstep.models.model_config import Heads, Mlp, Rope
 from lockstep.ops.attention.attention import Attention
 from lockstep.ops.attention.kv_cache import ELEMENTS, AttentionInputs, AttentionQueries, page_shapes
-from lockstep.ops.attention.rope import RopeTables
+from lockstep.ops.attention.rope import Growth, RopeTables
 from lockstep.ops.elementwise.add import Add, AddScaled
 from lockstep.ops.elementwise.add_bias import AddBias
 from lockstep.ops.elementwise.concat import Concat
@@ -39,7 +39,9 @@ NOT_TEXT = tuple(
         "mtp",
         "visual",
         "vision_tower",
+        "vision_model",
         "vision_embedder",
+        "connector",
         "embed_vision",
         "multi_modal_projector",
         "audio_tower",
@@ -134,9 +136,13 @@ class Recorder:
         weight = Weight(name, table.format, table.shape, (table,))
         return self.program.emit((MappedEmbed if in_file else Embed)(out=out, table=weight, width=width, scale=scale))
 
-    def rms_norm(self, x: Tensor, name: str, eps: float, offset: float = 0.0, label: str | None = None) -> Tensor:
-        """x / rms(x) * (weight + offset), row by row."""
-        return self.rms_norm_by(x, self.constant(name, x.width), label or name.removesuffix(".weight"), eps, offset)
+    def rms_norm(
+        self, x: Tensor, name: str, eps: float, offset: float = 0.0, label: str | None = None, factor: float = 1.0
+    ) -> Tensor:
+        """x / rms(x) * (weight + offset), row by row. factor: of the weight, if it has no offset."""
+        assert factor == 1 or offset == 0, name
+        weight = self.constant(name, x.width) if factor == 1 else self.scaled_constant(name, factor, x.width)
+        return self.rms_norm_by(x, weight, label or name.removesuffix(".weight"), eps, offset)
 
     def rms_norm_by(self, x: Tensor, weight: Weight, label: str, eps: float, offset: float = 0.0) -> Tensor:
         """`rms_norm`, given the weight itself."""
@@ -211,19 +217,23 @@ class Recorder:
         out = self.program.tensor(f"{x.name}.biased", x.rows, x.width)
         return self.program.emit(AddBias(out=out, x=x, bias=weight, width=x.width))
 
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
-        """x + y; the result is named after y."""
+    def add(self, x: Tensor, y: Tensor, factor: float = 1.0) -> Tensor:
+        """x + factor * y; the result is named after y."""
         out = self.program.tensor(f"{y.name}.residual", x.rows, x.width)
-        return self.program.emit(Add(out=out, x=x, y=y, width=x.width))
+        return self.program.emit(Add(out=out, x=x, y=y, width=x.width, factor=factor))
 
     def add_scaled(self, x: Tensor, y: Tensor, factor: str) -> Tensor:
         """(x + y) times a number of the checkpoint, the tensor `factor`; the result is named after y."""
         out = self.program.tensor(f"{y.name}.residual", x.rows, x.width)
         return self.program.emit(AddScaled(out=out, x=x, y=y, factor=self.constant(factor, 1), width=x.width))
 
-    def gated_mlp(self, x: Tensor, mlp: Mlp, label: str) -> Tensor:
-        """down(activation(gate x) * (up x)), each with a bias if `mlp.bias`."""
+    def gated_mlp(self, x: Tensor, mlp: Mlp, label: str, fused: bool = False) -> Tensor:
+        """down(activation(gate x) * (up x)), each with a bias if `mlp.bias`.
+
+        fused: the checkpoint has gate and up as one tensor, gate_up_proj, the rows of gate first.
+        """
         names = [(f"{label}.{p}_proj", mlp.width) for p in ("gate", "up")]
+        names = [(f"{label}.gate_up_proj", 2 * mlp.width)] if fused else names
         both = self.linear(x, names, f"{label}.gate_up", mlp.bias)
         h = self.gated_mul(both, label, mlp.activation)
         return self.linear(h, [(f"{label}.down_proj", x.width)], bias=mlp.bias)
@@ -249,12 +259,12 @@ class Recorder:
 
     # ------------------------------------------------------------ attention
 
-    def rope_tables(self, rope: Rope) -> list[Table]:
-        """cos and sin of all positions up to max_context."""
-        return self._once(rope, lambda: self._make_rope_tables(rope))
+    def rope_tables(self, rope: Rope, growth: Growth | None = None) -> list[Table]:
+        """cos and sin of all positions up to max_context. growth: of the queries that they are for."""
+        return self._once((rope, growth), lambda: self._make_rope_tables(rope, growth))
 
-    def _make_rope_tables(self, rope: Rope) -> list[Table]:
-        tables = RopeTables(self.max_context, rope.dim, rope.theta, rope.scaling)
+    def _make_rope_tables(self, rope: Rope, growth: Growth | None) -> list[Table]:
+        tables = RopeTables(self.max_context, rope.dim, rope.theta, rope.scaling, growth)
         tables.cover(1)  # compiles its kernel now, not in the first step
         self._num_ropes += 1
         name = "rope" if self._num_ropes == 1 else f"rope{self._num_ropes}"
@@ -267,27 +277,34 @@ class Recorder:
         label: str,
         head_norms: Norm | None = None,
         gated: bool = False,
+        fused: bool = False,
+        whole_norms: bool = False,
     ) -> Tensor:
         """Grouped causal attention over the pages, from hidden rows x to the (gated) heads side by side [T, H K].
 
-        head_norms: the norm of each query and key head. gated: in the projection a gate follows each
-        query head, and the head's output is multiplied by the sigmoid of its gate.
+        head_norms: the norm of each query and key head, or, if whole_norms, of all heads at once. gated: in the
+        projection a gate follows each query head, and the head's output is multiplied by the sigmoid of its gate.
+        fused: the checkpoint has the three projections as one tensor, qkv_proj, the rows of queries first, then those
+        of keys.
         """
         H, G, K = heads.num_heads, heads.num_kv_heads, heads.head_dim
         q_stride = 2 * K if gated else K
         parts = [("q", H * q_stride)] + [(p, G * K) for p in ("kv" if heads.own_values else "k")]
         parts = parts if heads.keys_of is None else parts[:1]
-        qkv = self.linear(x, [(f"{label}.{p}_proj", n) for p, n in parts], f"{label}.qkv", heads.qkv_bias)
+        names = [(f"{label}.{p}_proj", n) for p, n in parts]
+        names = [(f"{label}.qkv_proj", sum(n for _, n in names))] if fused else names
+        qkv = self.linear(x, names, f"{label}.qkv", heads.qkv_bias)
         k_pages, v_pages = self._pages(heads, label)
         kv = dict(k_pages=k_pages, v_pages=v_pages, page_group=k_pages.group, num_kv_heads=G)
         cos, sin = self.rope_tables(heads.rope or NO_ROPE)
+        q_tables = self.rope_tables(heads.rope, heads.growth) if heads.rope and heads.growth else (None, None)
         norm = head_norms or Norm(0.0)
         queries = dict(
             q=self.program.tensor(f"{label}.q", "T", H * K),
             x=qkv,
             cos=cos,
             sin=sin,
-            q_norm=self.constant(f"{label}.q_norm.weight", K) if head_norms else None,
+            q_norm=self.constant(f"{label}.q_norm.weight", H * K if whole_norms else K) if head_norms else None,
             num_heads=H,
             head_dim=K,
             rope_dim=heads.rope.dim if heads.rope else 0,
@@ -296,17 +313,20 @@ class Recorder:
             norm_offset=norm.offset,
         )
         if heads.keys_of is not None:
-            assert not gated, label
+            assert not (gated or whole_norms or heads.growth), label
             q = self.program.emit(AttentionQueries(**queries))
         else:
             q = self.program.emit(
                 AttentionInputs(
-                    k_norm=self.constant(f"{label}.k_norm.weight", K) if head_norms else None,
+                    k_norm=self.constant(f"{label}.k_norm.weight", G * K if whole_norms else K) if head_norms else None,
+                    q_cos=q_tables[0],
+                    q_sin=q_tables[1],
                     q_offset=0,
                     q_stride=q_stride,
                     k_offset=H * q_stride,
                     v_offset=H * q_stride + G * K * heads.own_values,
                     norms_values=heads.norms_values,
+                    whole_norms=whole_norms,
                     bf16=self.kv_dtype == "bf16",
                     **queries,
                     **kv,

@@ -7,7 +7,7 @@ from lockstep.ops.linear.output_rows import output_rows_only
 from lockstep.runtime.program import Program, Tensor
 from lockstep.weights.tensor import TensorMap
 
-PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
+PREFIXES = ("model.language_model.", "language_model.model.", "model.text_model.", "model.", "")
 
 
 def record(
@@ -17,6 +17,7 @@ def record(
 
     tensors: by Hugging Face name. weights, kv_dtype: see Recorder.
     """
+    tensors = family_of(config.model_type).tensors(tensors)
     ops = Recorder(tensors, text_prefix(tensors), weights, kv_dtype, max_context)
     program, logits = record_on(ops, config)
     ops.check_all_used()

@@ -3,21 +3,27 @@
 from collections.abc import Mapping
 
 from lockstep.models.config import Config, text_config
-from lockstep.models.families.gemma2 import GEMMA2
-from lockstep.models.families.gemma3 import GEMMA3
-from lockstep.models.families.gemma4 import GEMMA4
+from lockstep.models.families.gemma.gemma2 import GEMMA2
+from lockstep.models.families.gemma.gemma3 import GEMMA3
+from lockstep.models.families.gemma.gemma4 import GEMMA4
 from lockstep.models.families.gpt_oss import GPT_OSS
+from lockstep.models.families.granite import GRANITE
+from lockstep.models.families.granitemoe import GRANITEMOE
 from lockstep.models.families.llama import LLAMA
+from lockstep.models.families.ministral3 import MINISTRAL3
 from lockstep.models.families.mistral import MISTRAL
-from lockstep.models.families.qwen2 import QWEN2
-from lockstep.models.families.qwen2_vl import QWEN2_VL
-from lockstep.models.families.qwen3 import QWEN3
-from lockstep.models.families.qwen3_5 import QWEN3_5
-from lockstep.models.families.qwen3_5_moe import QWEN3_5_MOE
-from lockstep.models.families.qwen3_moe import QWEN3_MOE
-from lockstep.models.families.qwen3_next import QWEN3_NEXT
-from lockstep.models.families.qwen3_vl import QWEN3_VL
-from lockstep.models.families.qwen3_vl_moe import QWEN3_VL_MOE
+from lockstep.models.families.olmo2 import OLMO2
+from lockstep.models.families.phi3 import PHI3
+from lockstep.models.families.qwen.qwen2 import QWEN2
+from lockstep.models.families.qwen.qwen2_vl import QWEN2_VL
+from lockstep.models.families.qwen.qwen3 import QWEN3
+from lockstep.models.families.qwen.qwen3_5 import QWEN3_5
+from lockstep.models.families.qwen.qwen3_5_moe import QWEN3_5_MOE
+from lockstep.models.families.qwen.qwen3_moe import QWEN3_MOE
+from lockstep.models.families.qwen.qwen3_next import QWEN3_NEXT
+from lockstep.models.families.qwen.qwen3_vl import QWEN3_VL
+from lockstep.models.families.qwen.qwen3_vl_moe import QWEN3_VL_MOE
+from lockstep.models.families.seed_oss import SEED_OSS
 from lockstep.models.families.smollm3 import SMOLLM3
 from lockstep.models.family import Family
 from lockstep.models.model_config import ModelConfig
@@ -40,6 +46,12 @@ FAMILIES: Mapping[str, Family] = {
     "gpt_oss": GPT_OSS,
     "gemma2": GEMMA2,
     "gemma4": GEMMA4,
+    "phi3": PHI3,
+    "ministral3": MINISTRAL3,
+    "granite": GRANITE,
+    "granitemoe": GRANITEMOE,
+    "seed_oss": SEED_OSS,
+    "olmo2": OLMO2,
 }
 BY_MODEL_TYPE = {model_type: family for family in FAMILIES.values() for model_type in family.model_types}
 ARCHITECTURES: Mapping[str, Architecture] = {

@@ -1,11 +1,11 @@
 """The part of config.json that describes the rotary position embedding (rope)."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from lockstep.models.config import Config, need
 from lockstep.models.model_config import Rope
-from lockstep.ops.attention.rope import RopeScaling
+from lockstep.ops.attention.rope import Growth, RopeScaling
 
 OLD_CONTEXT = "original_max_position_embeddings"
 YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
@@ -15,8 +15,11 @@ ROPE_KEYS = {  # by rope type: required parameters, and optional ones
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), (OLD_CONTEXT,)),
     "yarn": (("factor",), (OLD_CONTEXT, *YARN)),
     "proportional": ((), ("factor",)),
+    "longrope": (("short_factor", "long_factor"), (OLD_CONTEXT, "factor", "attention_factor")),
 }
+FACTORS = ("short_factor", "long_factor")  # lists, with a number for each pair of channels
 ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+BETA = "llama_4_scaling_beta"
 MROPE = {"mrope_section", "mrope_interleaved"}  # for text all three position components are equal
 
 
@@ -34,16 +37,15 @@ def rope(
     """
     given = {**_rope_object(config, "rope_scaling"), **_rope_object(config, "rope_parameters")}
     rope_type = given.get("rope_type") or given.get("type") or "default"
-    rope_type = "default" if rope_type == "mrope" and ignored else rope_type
+    rope_type = "default" if rope_type == "mrope" and ignored >= MROPE else rope_type
     if not isinstance(rope_type, str) or rope_type not in ROPE_KEYS:
         raise ValueError(f"rope type {rope_type!r} is not supported; supported are {', '.join(ROPE_KEYS)}")
     required, allowed = ROPE_KEYS[rope_type]
     unknown = {k for k, v in given.items() if v is not None} - ROPE_COMMON - ignored - set(required) - set(allowed)
     if unknown:
         raise ValueError(f"rope parameter {sorted(unknown)[0]!r} is not supported with rope type {rope_type!r}")
-    numbers: dict[str, Any] = {
-        k: _rope_number(given, k) for k in (*required, *allowed) if k in required or given.get(k) is not None
-    }
+    named = [k for k in (*required, *allowed) if k in required or given.get(k) is not None]
+    numbers: dict[str, Any] = {k: _rope_number(given, k) for k in named if k not in FACTORS}
     rope_theta = _first("rope_theta", theta, given, config)
     if rope_type == "yarn" and rope_theta <= 1:
         raise ValueError(f"rope parameter 'rope_theta': expected more than 1 with rope type 'yarn', got {rope_theta}")
@@ -52,8 +54,10 @@ def rope(
         numbers["partial_rotary_factor"], share = _turning(head_dim, share), 1.0
     if partial is None and share != 1:
         raise ValueError(f"rope parameter 'partial_rotary_factor': {share} is not supported, only 1")
-    scaling = RopeScaling(kind=rope_type, **_with_old_context(config, rope_type, numbers))
-    return Rope(_rope_dim(head_dim, share), rope_theta, scaling)
+    rope_dim, numbers = _rope_dim(head_dim, share), _with_old_context(config, rope_type, numbers)
+    if rope_type == "longrope":
+        numbers = _longrope(config, {k: _rope_numbers(given, k, rope_dim // 2) for k in FACTORS}, numbers)
+    return Rope(rope_dim, rope_theta, RopeScaling(kind=rope_type, **numbers))
 
 
 def ropes_by_type(config: Config, head_dim: int, thetas: Mapping[str, float]) -> dict[str, Rope]:
@@ -77,6 +81,15 @@ def ropes_by_type(config: Config, head_dim: int, thetas: Mapping[str, float]) ->
         own = {**old[layer_type], "rope_parameters": given.get(layer_type)}
         ropes[layer_type] = rope({**context, **own}, head_dim, theta)
     return ropes
+
+
+def growth(config: Config) -> Growth | None:
+    """How queries grow with their position: llama_4_scaling_beta and the context of the first training, both in
+    rope_parameters; None for a beta of 0."""
+    given = _rope_object(config, "rope_parameters")
+    if given.get(BETA) == 0:
+        return None
+    return Growth(_rope_number(given, BETA), int(_rope_number(given, OLD_CONTEXT)))
 
 
 def _rope_dim(head_dim: int, share: float) -> int:
@@ -119,8 +132,24 @@ def _rope_number(given: Config, key: str) -> float:
     return value if key == OLD_CONTEXT else float(value)
 
 
+def _rope_numbers(given: Config, key: str, count: int) -> tuple[float, ...]:
+    """The list of positive numbers under a key."""
+    values = given.get(key)
+    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != count:
+        raise ValueError(f"rope parameter {key!r}: expected a list of {count} numbers, got {values!r:.80}")
+    return tuple(_rope_number({key: value}, key) for value in values)
+
+
+def _longrope(config: Config, factors: Mapping[str, tuple[float, ...]], numbers: dict[str, Any]) -> dict[str, Any]:
+    """The numbers with the factors that all positions have: the long ones if the model's context is longer than that of
+    its first training, however long the texts are. (transformers decides by the text, and for each step anew.)"""
+    context = need(config, "max_position_embeddings")
+    name = "long_factor" if context > numbers[OLD_CONTEXT] else "short_factor"
+    return {"factor": context / numbers[OLD_CONTEXT], **numbers, "factors": factors[name]}
+
+
 def _with_old_context(config: Config, rope_type: str, numbers: dict[str, Any]) -> dict[str, Any]:
     """Scaling parameters with the context length of the first training; the outer config's value wins."""
-    if rope_type in ("llama3", "yarn"):
+    if rope_type in ("llama3", "yarn", "longrope"):
         numbers[OLD_CONTEXT] = _first(OLD_CONTEXT, need(config, "max_position_embeddings"), config, numbers)
     return numbers

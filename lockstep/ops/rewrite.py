@@ -75,8 +75,10 @@ def _neighbours(program: Program, first: type, second: type, name: str) -> dict[
 
 
 def fuse_residuals(program: Program) -> Program:
-    """add(x, linear(h)) becomes one linear layer with the residual x, unless the layer has a residual already."""
-    pairs = {op: maker for op, maker in _neighbours(program, Linear, Add, "y").items() if maker.residual is None}
+    """add(x, linear(h)) becomes one linear layer with the residual x, unless the layer has a residual already, or is
+    multiplied by a factor."""
+    found = _neighbours(program, Linear, Add, "y").items()
+    pairs = {op: maker for op, maker in found if maker.residual is None and op.factor == 1}
     joined = {op: maker.changed(out=op.out, residual=op.x) for op, maker in pairs.items()}
     return _replaced(program, joined, {*pairs.values()})
 

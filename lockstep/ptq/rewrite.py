@@ -281,7 +281,8 @@ class _Rewriter:
         heads += [("k", op.k_offset, K, op.num_kv_heads), ("v", op.v_offset, K, op.num_kv_heads)]
         for name, column, stride, num_heads in heads:
             self._place(name, layer, op.x, column, stride, num_heads, K)
-        if "inputs" in self._treatment.inside and not op.k_pages.window:
+        is_plain = op.q_cos is None and not (op.whole_norms or op.k_pages.window)  # no op rounds the others
+        if "inputs" in self._treatment.inside and is_plain:
             op = self._apart(op, layer)
         self._ops.append(op)
         for name in ("q", "k") if op.q_norm is not None else ():

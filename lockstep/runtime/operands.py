@@ -101,9 +101,9 @@ def packed(shape: str | None = None, optional: bool = False) -> Any:
     return _field(Operand("packed", shape, optional=optional))
 
 
-def table(width: str | None = None) -> Any:
+def table(width: str | None = None, optional: bool = False) -> Any:
     """Constants with a row for each position, [positions, width]."""
-    return _field(Operand("table", width))
+    return _field(Operand("table", width, optional=optional))
 
 
 def setting(shape: str | None = None, dtype: str = "f32", optional: bool = False) -> Any:

@@ -1,5 +1,7 @@
 """Tiny configs, one for every feature of a model type, for the golden vectors and the live comparison."""
 
+from tests.models.vision import PIXTRAL, QWEN2_5_VISION, QWEN2_VISION, QWEN3_VISION, SIGLIP, SMOLVLM, VISION
+
 BASE = {
     "vocab_size": 96,
     "hidden_size": 64,
@@ -24,6 +26,16 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 8.0}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.5, 4.0, 7.0, 9.0]}
+LONGROPE["long_factor"] = [1.25, 2.0, 5.0, 12.0, 30.0, 60.5]
+MULTIPLIERS = {
+    "embedding_multiplier": 3.5,
+    "attention_multiplier": 0.17,
+    "residual_multiplier": 0.6,
+    "logits_scaling": 0.3,
+}
+MROPE = {"type": "mrope", "mrope_section": [4, 2, 2]}
+INTERLEAVED_MROPE = {"mrope_interleaved": True, "mrope_section": [8, 4, 4], "rope_type": "default"}
 HYBRID = ["linear_attention"] * 3 + ["full_attention"]
 
 
@@ -68,52 +80,26 @@ def next_hybrid(**changes):
     return hybrid_experts(**{"model_type": "qwen3_next", "intermediate_size": 80, "mlp_only_layers": [1], **changes})
 
 
-VISION = {
-    "model_type": "qwen3_5_vision",
-    "depth": 1,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_heads": 2,
-    "out_hidden_size": 64,
-    "num_position_embeddings": 16,
-}
-
-
 def nested(config, model_type="qwen3_5", vision=VISION):
     """The config as the text_config of a vision-language model."""
     outer = {k: config[k] for k in ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")}
     return {"model_type": model_type, "text_config": config, "vision_config": vision, **outer}
 
 
-SIGLIP = {
-    "model_type": "siglip_vision_model",
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 4,
+# queries grow four times within 40 tokens
+GROWING = {
+    "rope_type": "yarn",
+    "type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 9,
+    "max_position_embeddings": 256,
+    "beta_fast": 4.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.4,
 }
-
-
-QWEN2_VISION = {
-    "depth": 1,
-    "embed_dim": 32,
-    "hidden_size": 64,
-    "num_heads": 2,
-    "mlp_ratio": 1,
-}
-QWEN2_5_VISION = {
-    "depth": 1,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_heads": 2,
-    "out_hidden_size": 64,
-    "fullatt_block_indexes": [0],
-}
-QWEN3_VISION = {**VISION, "model_type": "qwen3_vl", "deepstack_visual_indexes": [0]}
-MROPE = {"type": "mrope", "mrope_section": [4, 2, 2]}
-INTERLEAVED_MROPE = {"mrope_interleaved": True, "mrope_section": [8, 4, 4], "rope_type": "default"}
 
 
 def windowed(**changes):
@@ -193,11 +179,67 @@ CASES = {
     "llama": case("llama"),
     "llama_tied_biased": case("llama", attention_bias=True, tie_word_embeddings=True, num_key_value_heads=1),
     "llama_mlp_biased": case("llama", mlp_bias=True, intermediate_size=112),
+    "llama_nested": nested(case("llama", num_key_value_heads=1), "smolvlm", SMOLVLM),
     "llama_llama3": case("llama", rope_scaling=LLAMA3, head_dim=32),
     "llama_linear": case("llama", rope_scaling={"type": "linear", "factor": 2.5}, num_key_value_heads=4),
     "llama_wide_heads": case("llama", head_dim=512, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2),
     "mistral": case("mistral", sliding_window=None, head_dim=32),
+    "ministral3": case("ministral3", head_dim=32, rope_theta=None, rope_parameters=GROWING),
+    "mistral3_nested": nested(
+        case(
+            "ministral3",
+            head_dim=16,
+            rope_theta=None,
+            sliding_window=9,
+            num_key_value_heads=1,
+            rope_parameters={**GROWING, "mscale": 0.7, "mscale_all_dim": 1.2, "original_max_position_embeddings": 12},
+        ),
+        "mistral3",
+        PIXTRAL,
+    ),
     "mistral_window": case("mistral", sliding_window=9),
+    "granite": case("granite", head_dim=16, attention_bias=True, **MULTIPLIERS),
+    "granite_tied": case("granite", mlp_bias=True, tie_word_embeddings=True, num_key_value_heads=1, **MULTIPLIERS),
+    "granitemoe": case(
+        "granitemoe", head_dim=16, num_local_experts=6, num_experts_per_tok=3, intermediate_size=48, **MULTIPLIERS
+    ),
+    "granitemoe_biased": case(
+        "granitemoe",
+        attention_bias=True,
+        tie_word_embeddings=True,
+        num_local_experts=16,
+        num_experts_per_tok=1,
+        intermediate_size=32,
+        num_key_value_heads=1,
+        **{**MULTIPLIERS, "residual_multiplier": 0.9},
+    ),
+    "seed_oss": case("seed_oss", head_dim=32, attention_bias=True, num_key_value_heads=1),
+    "seed_oss_all_biased": case("seed_oss", head_dim=16, attention_bias=True, attention_out_bias=True, mlp_bias=True),
+    "olmo2": case("olmo2"),
+    "olmo2_biased": case("olmo2", attention_bias=True, head_dim=32, num_key_value_heads=4, tie_word_embeddings=True),
+    "olmo3": case(
+        "olmo3",
+        num_hidden_layers=4,
+        num_key_value_heads=1,
+        sliding_window=9,
+        rope_theta=None,
+        rope_parameters={"full_attention": {**YARN, "rope_theta": 500.0}, "sliding_attention": {"rope_theta": 50.0}},
+    ),
+    "phi3": case("phi3", sliding_window=9, num_key_value_heads=4),
+    "phi3_long": case(  # 256 positions, first trained with 32
+        "phi3",
+        tie_word_embeddings=True,
+        partial_rotary_factor=0.75,
+        original_max_position_embeddings=32,
+        rope_scaling=LONGROPE,
+    ),
+    "phi3_short": case(
+        "phi3",
+        num_key_value_heads=1,
+        partial_rotary_factor=0.75,
+        original_max_position_embeddings=256,
+        rope_scaling={**LONGROPE, "attention_factor": 1.3},
+    ),
     "qwen2": case("qwen2", tie_word_embeddings=True),
     "qwen2_window": case("qwen2", use_sliding_window=True, sliding_window=7, max_window_layers=1),
     "qwen3": case("qwen3", head_dim=32),

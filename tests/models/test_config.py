@@ -178,7 +178,10 @@ REFUSED = [
         case("llama", rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
         "rope type 'dynamic' is not supported; supported are default, linear",
     ),
-    (case("llama", rope_scaling={"rope_type": "longrope", "long_factor": [1.0]}), "rope type 'longrope'"),
+    (
+        case("llama", rope_scaling={"rope_type": "longrope", "long_factor": [1.0]}),
+        "rope parameter 'short_factor': expected a list of 8 numbers, got None",
+    ),
     (case("qwen2", rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]}), "rope type 'mrope'"),
     (
         case("llama", rope_scaling={"rope_type": "linear"}),
@@ -343,6 +346,7 @@ def test_tensors_beside_the_text_model_are_left_alone(tmp_path):
     arrays = tiny.tensors(CASES["llama"], SEED)
     others = ("visual.merger.norm.weight", "vision_tower.norm.weight", "multi_modal_projector.norm.weight")
     others = (*others, *(f"model.{name}" for name in others), "mtp.fc.weight")
+    others = (*others, "model.vision_model.encoder.norm.weight", "model.connector.modality_projection.proj.weight")
     for name in (*others, "model.layers.0.self_attn.rotary_emb.inv_freq"):
         arrays[name] = np.ones(8, np.float32)
     assert load(tiny.write(tmp_path, CASES["llama"], arrays)).config.num_layers == 3

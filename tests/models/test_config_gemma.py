@@ -7,9 +7,9 @@ import pytest
 from lockstep.models.model_config import Heads, Mlp, Rope
 from lockstep.models.registry import model_config
 from lockstep.ops.attention.rope import RopeScaling
-from tests.models import published_gemma as p
 from tests.models import tiny
 from tests.models.cases import CASES, SEED
+from tests.models.published import gemma as p
 from tests.models.running import load
 
 

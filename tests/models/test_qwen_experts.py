@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 
-from lockstep.models.families import qwen3_next
+from lockstep.models.families.qwen import qwen3_next
 from lockstep.models.model_config import Experts, LinearAttention, Mlp, Rope
 from lockstep.models.registry import model_config
 from lockstep.ops.linear.experts import ExpertLinear
 from lockstep.ops.linear.moe import CombineExperts
 from tests.golden.record_models import GOLDEN
-from tests.models import published_qwen as p
 from tests.models import tiny
 from tests.models.cases import CASES, SEED, hybrid_experts, next_hybrid
+from tests.models.published import qwen as p
 from tests.models.running import load, logits_of
 from tests.models.test_mutations import is_red, mapped, params, run
 

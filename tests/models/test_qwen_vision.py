@@ -9,9 +9,9 @@ from lockstep.models import experts
 from lockstep.models.model_config import Experts, Heads, Mlp, Rope
 from lockstep.models.registry import model_config
 from tests.golden.record_models import GOLDEN
-from tests.models import published_qwen as p
 from tests.models import tiny
 from tests.models.cases import CASES, SEED, nested
+from tests.models.published import qwen as p
 from tests.models.running import load, logits_of
 from tests.models.test_mutations import is_red, run
 from tests.models.test_qwen_experts import stacked

@@ -25,9 +25,16 @@ def is_gemma(config):
     return config["model_type"].startswith("gemma")
 
 
+def is_olmo(config):
+    """Whether the model has norms after the token mixer and after the MLP only."""
+    return config["model_type"].startswith("olmo")
+
+
 def prefix(config):
     """The prefix of all tensor names except the head's."""
-    return "model.language_model." if "text_config" in config else "model."
+    if "text_config" not in config:
+        return "model."
+    return "model.text_model." if config["model_type"] == "smolvlm" else "model.language_model."
 
 
 def shapes(config):
@@ -43,11 +50,16 @@ def shapes(config):
             else {f"self_attn.{k}": v for k, v in _attention(of_layer(c, i)).items()}
         )
         layer = {
-            "input_layernorm.weight": (width,),
+            **({} if is_olmo(c) else {"input_layernorm.weight": (width,)}),
             "post_attention_layernorm.weight": (width,),
+            **({"post_feedforward_layernorm.weight": (width,)} if is_olmo(c) else {}),
             **({f"{p}_feedforward_layernorm.weight": (width,) for p in ("pre", "post")} if is_gemma(c) else {}),
             **mixer,
-            **{f"mlp.{k}": v for k, v in _mlp(of_layer(c, i), i).items()},
+            **(
+                _granite_experts(c)
+                if c["model_type"] == "granitemoe"
+                else {f"mlp.{k}": v for k, v in _mlp(of_layer(c, i), i).items()}
+            ),
             **(_gemma4_layer(c) if is_gemma4(c) else {}),
         }
         made.update({f"layers.{i}.{k}": v for k, v in layer.items()})
@@ -110,14 +122,18 @@ def _attention(c):
     H, G, kind = c["num_attention_heads"], c["num_key_value_heads"], c["model_type"]
     rows = {"q": H * K * (2 if kind.startswith(HYBRID) else 1), "k": G * K, "v": G * K}
     rows = {p: n for p, n in rows.items() if p == "q" or not (c.get("kv_shared") or (p == "v" and c.get("no_values")))}
+    if kind == "phi3":
+        rows = {"qkv": sum(rows.values())}
     made = {f"{p}_proj.weight": (n, c["hidden_size"]) for p, n in rows.items()}
     made["o_proj.weight"] = (c["hidden_size"], H * K)
     if kind.startswith("qwen2") or c.get("attention_bias"):
         made.update({f"{p}_proj.bias": (n,) for p, n in rows.items()})
-    if c.get("attention_bias"):
+    if c.get("attention_out_bias", kind != "seed_oss" and c.get("attention_bias")):
         made["o_proj.bias"] = (c["hidden_size"],)
     if kind == "gpt_oss":
         made["sinks"] = (H,)
+    if is_olmo(c):
+        made.update({"q_norm.weight": (H * K,), "k_norm.weight": (G * K,)})
     if kind.startswith(("qwen3", "gemma3", "gemma4")):
         made.update({f"{p}_norm.weight": (K,) for p in "qk" if p in rows})
     return made
@@ -138,8 +154,16 @@ def _delta(c):
     }
 
 
+def _granite_experts(c):
+    E, F, width = c["num_local_experts"], c["intermediate_size"], c["hidden_size"]
+    shapes = {"router.layer": (E, width), "input_linear": (E, 2 * F, width), "output_linear": (E, width, F)}
+    return {f"block_sparse_moe.{name}.weight": shape for name, shape in shapes.items()}
+
+
 def _mlp(c, layer):
     def swiglu(ffn):
+        if c["model_type"] == "phi3":
+            return {"gate_up_proj.weight": (2 * ffn, c["hidden_size"]), "down_proj.weight": (c["hidden_size"], ffn)}
         return {
             "gate_proj.weight": (ffn, c["hidden_size"]),
             "up_proj.weight": (ffn, c["hidden_size"]),
@@ -197,12 +221,14 @@ def interval(name, shape, config):
     gain = {
         "q_proj": 1.6,
         "k_proj": 1.6,
+        "qkv_proj": 1.2,
         "in_proj_a": 2.0,
         "in_proj_b": 2.0,
         "in_proj_ba": 2.0,
         "gate": 2.0,
         "shared_expert_gate": 2.0,
         "proj": 6.0,
+        "layer": 2.0,
         "lm_head": 2.0,
         "conv1d": 1.0,
     }

@@ -85,7 +85,7 @@ def run_op(backend, declaration, step=None, num_threads=1, rows="T", **operands)
             caches[name] = given.ctypes.data
             dtype = next(k for k, d in DTYPES.items() if d == given.dtype)
             values[name] = program.cache(name, operand.kind or "pages", dtype, given.shape[1:])
-        elif operand.role == "table":
+        elif operand.role == "table" and given is not None:
             values[name] = Table(name, given, None)
         elif operand.role == "setting" and given is not None:
             values[name] = Setting(name, given)

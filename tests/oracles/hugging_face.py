@@ -4,7 +4,13 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-OTHER_PARTS = (".visual.", "vision_tower.", "multi_modal_projector.")  # of vision-language models
+OTHER_PARTS = (
+    ".visual.",
+    "vision_tower.",
+    "multi_modal_projector.",
+    ".vision_model.",
+    ".connector.",
+)  # of vision-language models
 
 
 def load(folder, dtype=torch.float32):

@@ -10,7 +10,17 @@ from lockstep.weights.hub import resolve_model
 from lockstep.weights.store import WeightStore
 from tests.models import tiny
 from tests.models.cases import CASES as CASES_OF_MODELS
-from tests.models.cases import EXPERTS, PER_LAYER, capped, case, hybrid, hybrid_experts, windowed
+from tests.models.cases import (
+    EXPERTS,
+    GROWING,
+    MULTIPLIERS,
+    PER_LAYER,
+    capped,
+    case,
+    hybrid,
+    hybrid_experts,
+    windowed,
+)
 from tests.promise.trace import Sequence, trace
 
 LONG = 2150  # past two spans of attention (1024 keys each)
@@ -27,6 +37,11 @@ CONFIGS = {
     "qwen3_5_moe": hybrid_experts(
         num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], max_position_embeddings=4096
     ),
+    "ministral3": case(
+        "ministral3", head_dim=32, max_position_embeddings=4096, rope_theta=None, rope_parameters=GROWING
+    ),
+    "granite": case("granite", head_dim=32, max_position_embeddings=4096, **MULTIPLIERS),
+    "olmo3": {**CASES_OF_MODELS["olmo3"], "sliding_window": 70, "max_position_embeddings": 4096},
     "qwen3_windows": case(
         "qwen3",
         head_dim=32,
@@ -69,6 +84,9 @@ CASES = [
     Case("gemma3", "q4_0", "q8", (5, 150)),
     Case("gpt_oss", "f32", "bf16", (1, 71, 200)),
     Case("qwen3_5_moe", "q8_0", "bf16", (1, 66, 150)),
+    Case("ministral3", "f32", "q8", (5, 150)),
+    Case("granite", "q8_0", "bf16", (1, 150)),
+    Case("olmo3", "bf16", "bf16", (5, 150)),
     Case("bundled", "auto", "bf16", (1, 17, 150)),
     Case("bundled", "f32", "f32", (2, 90)),
     Case("bundled", "q8_0", "bf16", (1, 66, 150)),

@@ -44,6 +44,7 @@ NUMERICS = 4  # version of the arithmetic: any change of any bit raises it
 GOLDEN = pathlib.Path(__file__).with_name("golden_kernels.json")
 # the numbers of tokens of two requests in each step: the end of a page, tiles that are not full, decode beside prefill
 STEPS = ((61, 3), (5, 1), (1, 1))
+UNUSUAL = {"factor": 1.0, "whole_norms": False}  # parameters with ways of their own, and what most models have
 CONFIGS = {name: family.tiny for name, family in FAMILIES.items() if family.tiny}
 
 
@@ -84,8 +85,8 @@ def families_of(program):
 def forms(program):
     """The forms of a program's ops, in which families differ: (declaration, activation, optional operands).
 
-    Residuals do not count, since fusing adds them. An op that `verifying` puts in the place of another counts as that
-    one.
+    Parameters of UNUSUAL count as operands. Residuals do not count, since fusing adds them. An op that `verifying` puts
+    in the place of another counts as that one.
     """
     return {(_recorded(type(op)), getattr(op, "activation", ""), frozenset(_optional(op))) for op in program.ops}
 
@@ -95,7 +96,9 @@ def _recorded(declaration):
 
 
 def _optional(op):
-    return {name for name, o in op.declared() if o.optional and name != "residual" and getattr(op, name) is not None}
+    unusual = {name for name, usual in UNUSUAL.items() if getattr(op, name, usual) != usual}
+    given = {name for name, o in op.declared() if o.optional and getattr(op, name) is not None}
+    return unusual | (given - {"residual"})
 
 
 @functools.cache

@@ -96,10 +96,12 @@ def with_heads(layer: Layer, **changes: Any) -> Layer:
 # ------------------------------------------------------------ a layer
 
 
-def pre_norm(ops: Recorder, x: Tensor, label: str, norm: Norm, mixer: Sublayer, mlp: Sublayer) -> Tensor:
-    """x += mixer(norm(x)); x += mlp(norm(x))."""
-    x = ops.add(x, mixer(ops.rms_norm(x, f"{label}.input_layernorm.weight", *norm)))
-    return ops.add(x, mlp(ops.rms_norm(x, f"{label}.post_attention_layernorm.weight", *norm)))
+def pre_norm(
+    ops: Recorder, x: Tensor, label: str, norm: Norm, mixer: Sublayer, mlp: Sublayer, factor: float = 1.0
+) -> Tensor:
+    """x += factor * mixer(norm(x)); x += factor * mlp(norm(x))."""
+    x = ops.add(x, mixer(ops.rms_norm(x, f"{label}.input_layernorm.weight", *norm)), factor)
+    return ops.add(x, mlp(ops.rms_norm(x, f"{label}.post_attention_layernorm.weight", *norm)), factor)
 
 
 def layer(
@@ -113,16 +115,17 @@ def layer(
         Norm(config.rms_eps),
         mixer=lambda h: self_attention(ops, h, shape.mixer, f"{label}.self_attn", head_norms=head_norms),
         mlp=lambda h: feed_forward(ops, h, shape.mlp, f"{label}.mlp"),
+        factor=config.residual_multiplier,
     )
 
 
 def self_attention(ops: Recorder, h: Tensor, heads: Heads | LinearAttention, label: str, **options: Any) -> Tensor:
-    """Attention and its output projection. options: head_norms and gated of `Recorder.attention`."""
+    """Attention and its output projection. options: of `Recorder.attention`."""
     assert isinstance(heads, Heads), (label, heads)
     out = ops.attention(h, heads, label, **options)
     return ops.linear(out, [(f"{label}.o_proj", h.width)], bias=heads.o_bias)
 
 
-def feed_forward(ops: Recorder, h: Tensor, mlp: Mlp | Experts, label: str) -> Tensor:
-    """The MLP of a layer, or its experts."""
-    return experts(ops, h, mlp, label) if isinstance(mlp, Experts) else ops.gated_mlp(h, mlp, label)
+def feed_forward(ops: Recorder, h: Tensor, mlp: Mlp | Experts, label: str, fused: bool = False) -> Tensor:
+    """The MLP of a layer, or its experts. fused: see `Recorder.gated_mlp`."""
+    return experts(ops, h, mlp, label) if isinstance(mlp, Experts) else ops.gated_mlp(h, mlp, label, fused)

@@ -17,7 +17,7 @@ from lockstep.models.families.llama_like import (
     with_heads,
     with_windows,
 )
-from lockstep.models.families.qwen2 import WINDOW_KEYS, WINDOW_TYPES
+from lockstep.models.families.qwen.qwen2 import WINDOW_KEYS, WINDOW_TYPES
 from lockstep.models.family import Family
 from lockstep.models.model_config import Layer, ModelConfig
 from lockstep.weights.gguf.architecture import Architecture, has_biases

@@ -76,8 +76,11 @@ class AttentionInputs(Operands):
 
     See `token_inputs`. Without q_norm and k_norm heads are not normed; rope_dim 0: they are not rotated. Head h of q
     begins at column q_offset + h * q_stride of x, of k at k_offset + h * head_dim, of v at v_offset + h * head_dim.
-    norms_values: the heads of v are normed, too, without a weight. bf16: whether the pages are bfloat16, page_group:
-    their group; both are checked against the pages.
+    norms_values: the heads of v are normed, too, without a weight. whole_norms: queries are normed as one row of all
+    heads, and so are keys; the weights are as wide. bf16: whether the pages are bfloat16, page_group: their group; both
+    are checked against the pages. q_cos, q_sin: the tables of queries, where they are not those of keys: a factor by
+    position of the queries is a factor of their tables, which is exact but for the one rounding of a table's number,
+    and costs nothing; all channels must rotate.
     """
 
     group = "attention"
@@ -88,6 +91,7 @@ class AttentionInputs(Operands):
         "rope_dim % 2 == 0",
         "rope_dim <= head_dim",
         "eps >= 0",
+        "q_stride == head_dim or not whole_norms",
     )
     q: Tensor = output("num_heads * head_dim")
     x: Tensor = rows("row_width")
@@ -95,8 +99,10 @@ class AttentionInputs(Operands):
     sin: Table = table()
     k_pages: CacheArray = cache(kind="pages")
     v_pages: CacheArray = cache(kind="pages")
-    q_norm: Weight | None = constant("head_dim", optional=True)
-    k_norm: Weight | None = constant("head_dim", optional=True)
+    q_norm: Weight | None = constant("num_heads ** whole_norms * head_dim", optional=True)
+    k_norm: Weight | None = constant("num_kv_heads ** whole_norms * head_dim", optional=True)
+    q_cos: Table | None = table(optional=True)
+    q_sin: Table | None = table(optional=True)
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -111,6 +117,7 @@ class AttentionInputs(Operands):
     bf16: bool
     page_group: int = 0
     norms_values: bool = False
+    whole_norms: bool = False
 
     def check(self):
         check_pages(self)
@@ -118,14 +125,23 @@ class AttentionInputs(Operands):
             raise ValueError(f"AttentionInputs: bf16 is {self.bf16}, the pages are {self.kv_dtype}")
         if (self.q_norm is None) != (self.k_norm is None):
             raise ValueError("AttentionInputs: there is only one of q_norm and k_norm, expected both or none")
-        widths = self.cos.rows.shape[1], self.sin.rows.shape[1]
-        if self.rope_dim and widths != (self.rope_dim // 2,) * 2:
-            raise ValueError(f"AttentionInputs: cos and sin are {widths} wide, expected {self.rope_dim // 2} both")
+        self._check_tables("cos", self.cos, "sin", self.sin)
+        if (self.q_cos is None) != (self.q_sin is None):
+            raise ValueError("AttentionInputs: there is only one of q_cos and q_sin, expected both or none")
+        if self.q_cos and self.q_sin:
+            self._check_tables("q_cos", self.q_cos, "q_sin", self.q_sin)
+            if self.rope_dim != self.head_dim:
+                raise ValueError(f"AttentionInputs: q_cos with rope_dim {self.rope_dim}, expected {self.head_dim}")
         heads = dict(q=self.q_offset + (self.num_heads - 1) * self.q_stride, k=self.k_offset, v=self.v_offset)
         for name, last in heads.items():
             end = last + self.head_dim * (1 if name == "q" else self.num_kv_heads)
             if end > self.row_width:
                 raise ValueError(f"AttentionInputs: {name} ends at column {end} of x, which has {self.row_width}")
+
+    def _check_tables(self, cos_name: str, cos: Table, sin_name: str, sin: Table) -> None:
+        widths, expected = (cos.rows.shape[1], sin.rows.shape[1]), self.rope_dim // 2
+        if self.rope_dim and widths != (expected,) * 2:
+            raise ValueError(f"AttentionInputs: {cos_name} and {sin_name} are {widths} wide, expected {expected} both")
 
     @property
     def kv_dtype(self):
@@ -240,11 +256,13 @@ def heads_of(row_W, offset, stride, num_heads, head_dim):
 
 
 @definition
-def prepared(x_HK, norm_K, eps, norm_offset, cos_R, sin_R):
-    """Norms each head by itself (`rms_norm` with heads as rows; not if norm is empty), then rotates it by `rotate`."""
+def prepared(x_HK, norm_N, eps, norm_offset, cos_R, sin_R):
+    """Norms heads by `rms_norm`, whose rows are as wide as the norm's weight: a head, or all heads (or not at all if it
+    is empty); then rotates each head by `rotate`."""
     out_HK = np.empty(x_HK.shape, np.float32)
-    if norm_K.size > 0:
-        rms_norm(x_HK, norm_K, eps, norm_offset, x_HK)
+    if norm_N.size > 0:
+        rows = x_HK.reshape((x_HK.size // norm_N.size, norm_N.size))
+        rms_norm(rows, norm_N, eps, norm_offset, rows)
     for h in range(x_HK.shape[0]):
         rotate(x_HK[h], cos_R, sin_R, out_HK[h])
     return out_HK
@@ -255,17 +273,19 @@ def token_inputs(a, batch, t):
     """Writes a token's query heads, normed and rotated, to q; returns its keys, normed and rotated, its values, and the
     page and slot of its position.
 
-    Order: `rms_norm` of the head, then `rotate`. Values that are normed: `rms_norm` with weights of 1.
+    Order: `rms_norm` of the head or of all heads, then `rotate`. Values that are normed: `rms_norm` with weights of 1.
     """
     H, G, K, R = a.num_heads, a.num_kv_heads, a.head_dim, a.rope_dim // 2
-    q_norm_K = carray(float_array(a.q_norm), (K if a.q_norm != 0 else 0,))
-    k_norm_K = carray(float_array(a.k_norm), (K if a.k_norm != 0 else 0,))
+    q_norm_N = carray(float_array(a.q_norm), ((H * K if a.whole_norms else K) if a.q_norm != 0 else 0,))
+    k_norm_N = carray(float_array(a.k_norm), ((G * K if a.whole_norms else K) if a.k_norm != 0 else 0,))
     position, table = entry(batch.position, t), pages_of(batch, entry(batch.request, t), a.page_group)
     row_W = carray(float_array(a.x + 4 * a.row_width * t), (a.row_width,))
     cos_R = carray(float_array(a.cos + 4 * R * position), (R,))
     sin_R = carray(float_array(a.sin + 4 * R * position), (R,))
-    q_HK = prepared(heads_of(row_W, a.q_offset, a.q_stride, H, K), q_norm_K, a.eps, a.norm_offset, cos_R, sin_R)
-    k_GK = prepared(heads_of(row_W, a.k_offset, K, G, K), k_norm_K, a.eps, a.norm_offset, cos_R, sin_R)
+    q_cos_R = carray(float_array((a.q_cos if a.q_cos != 0 else a.cos) + 4 * R * position), (R,))
+    q_sin_R = carray(float_array((a.q_sin if a.q_sin != 0 else a.sin) + 4 * R * position), (R,))
+    q_HK = prepared(heads_of(row_W, a.q_offset, a.q_stride, H, K), q_norm_N, a.eps, a.norm_offset, q_cos_R, q_sin_R)
+    k_GK = prepared(heads_of(row_W, a.k_offset, K, G, K), k_norm_N, a.eps, a.norm_offset, cos_R, sin_R)
     for h in range(H):
         for d in range(K):
             poke(a.q + 4 * ((t * H + h) * K + d), q_HK[h, d])

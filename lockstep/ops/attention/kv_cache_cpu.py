@@ -12,7 +12,8 @@ from lockstep.native.simd import bf16_bits, fma, load, peek, poke, round_bf16, s
 from lockstep.native.tiles import store_pairs
 from lockstep.ops.attention.formulas import MAX_HEAD_DIM
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS, AttentionInputs, AttentionQueries, k_index, v_index
-from lockstep.ops.elementwise.rms_norm_cpu import inverse_rms, norm_row
+from lockstep.ops.elementwise.rms_norm_cpu import inverse_rms, norm_row, scaled_row
+from lockstep.ops.math import ZERO
 from lockstep.ops.share import strided
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import StepBlock, entry, num_rows, pages_of
@@ -26,12 +27,19 @@ ONE_THREAD = None  # constant of a variant: whether one thread prepares all rows
 @inlined
 def prepare_head(a, x, norm, cos, sin, out):
     """Writes one head of float32 at x, normed (not if norm is 0) and rotated, to out."""
-    K, R = a.head_dim, a.rope_dim // 2
+    K = a.head_dim
     if norm != 0:
         norm_row(x, norm, K, a.eps, a.norm_offset, out)
     else:
         for i in range(0, 4 * K, 64):
             store(out + i, load(x + i))
+    rotate_head(a, cos, sin, out)
+
+
+@inlined
+def rotate_head(a, cos, sin, out):
+    """Rotates the head at out."""
+    R = a.rope_dim // 2
     whole = R - R % 16
     for i in range(0, 4 * whole, 64):
         low, high, cosine, sine = load(out + i), load(out + 4 * R + i), load(cos + i), load(sin + i)
@@ -42,6 +50,24 @@ def prepare_head(a, x, norm, cos, sin, out):
         cosine, sine = peek(cos + i, float32), peek(sin + i, float32)
         poke(out + i, fma(low, cosine, high * -sine))
         poke(out + 4 * R + i, fma(high, cosine, low * sine))
+
+
+@inlined
+def prepare_part(a, x, norm, scale, head, cos, sin, out):
+    """`prepare_head`, for the head of a number in a row at x. scale: of the whole row, where all heads are normed
+    together; norm: then of all heads."""
+    K = a.head_dim
+    if a.whole_norms:
+        scaled_row(x, scale, norm + 4 * K * head, K, a.norm_offset, out)
+        rotate_head(a, cos, sin, out)
+    else:
+        prepare_head(a, x, norm, cos, sin, out)
+
+
+@inlined
+def whole_scale(a, x, num_heads):
+    """1 / rms of all heads at x, if they are normed together."""
+    return inverse_rms(x, num_heads * a.head_dim, a.eps) if a.whole_norms else ZERO
 
 
 @inlined
@@ -86,13 +112,20 @@ def slot_of(a, batch, t):
 
 @inlined
 def prepare_token(a, batch, t, g, write_key, memory):
-    """Prepares a token's key of one kv head, and the query heads that share the kv head. memory: scratch for a head."""
+    """Prepares a token's key of one kv head, and the query heads that share the kv head. memory: scratch for a head.
+
+    The root mean square of all heads is computed for each of them again: of few tokens, threads share the heads.
+    """
     H, K, group = a.num_heads, a.head_dim, a.num_heads // a.num_kv_heads
     x, table_row = a.x + 4 * a.row_width * t, 4 * (a.rope_dim // 2) * entry(batch.position, t)
-    cos, sin = a.cos + table_row, a.sin + table_row
+    cos = table_row + (a.q_cos if a.q_cos != 0 else a.cos)
+    sin = table_row + (a.q_sin if a.q_sin != 0 else a.sin)
+    q, k = x + 4 * a.q_offset, x + 4 * a.k_offset
+    scale = whole_scale(a, q, H)
     for h in range(g * group, (g + 1) * group):
-        prepare_head(a, x + 4 * (a.q_offset + h * a.q_stride), a.q_norm, cos, sin, a.q + 4 * K * (t * H + h))
-    prepare_head(a, x + 4 * (a.k_offset + g * K), a.k_norm, cos, sin, memory)
+        prepare_part(a, q + 4 * h * a.q_stride, a.q_norm, scale, h, cos, sin, a.q + 4 * K * (t * H + h))
+    scale = whole_scale(a, k, a.num_kv_heads)
+    prepare_part(a, k + 4 * g * K, a.k_norm, scale, g, a.cos + table_row, a.sin + table_row, memory)
     _, page, slot = slot_of(a, batch, t)
     write_key(a, memory, page, slot, g)
 

@@ -28,21 +28,40 @@ COS_TERMS = tuple((-1.0) ** n / math.factorial(2 * n) for n in range(9, -1, -1))
 class RopeScaling:
     """How frequencies are lowered for contexts longer than the trained one; names as in Hugging Face configs.
 
-    kind: "default", "linear", "llama3", "yarn" or "proportional".
+    kind: "default", "linear", "llama3", "yarn", "longrope" or "proportional". factors: of longrope, one for each pair
+    of channels; they are rounded to float32, in which all containers hold them.
     """
 
     kind: str = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
-    original_max_position_embeddings: int = 8192  # llama3, yarn
-    attention_factor: float | None = None  # yarn: multiplies both tables; by default from factor and the mscales
+    original_max_position_embeddings: int = 8192  # llama3, yarn, longrope
+    attention_factor: float | None = None  # yarn, longrope: multiplies both tables; its default depends on factor
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
     mscale: float | None = None  # yarn
     mscale_all_dim: float | None = None  # yarn
     truncate: bool = True  # yarn
     partial_rotary_factor: float = 1.0  # proportional: the share of the channels whose pairs turn at all
+    factors: tuple[float, ...] = ()  # longrope
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How rotated queries grow with their position: times 1 + beta ln(1 + floor(position / context)).
+
+    Source: Ministral 3, "llama_4_scaling_beta" in transformers 5 `modeling_ministral3.py`; Llama 4 before it.
+    """
+
+    beta: float
+    context: int
+
+    def factors(self, start: int, end: int) -> np.ndarray:
+        """Of positions start to end - 1, float64 [end - start]; libm is not called."""
+        whole = np.arange(start, end) // self.context
+        known = {n: 1.0 + self.beta * natural_log(1.0 + n) for n in np.unique(whole).tolist()}
+        return np.array([known[n] for n in whole.tolist()])
 
 
 def natural_log(x):
@@ -120,21 +139,28 @@ def _proportional(plain, theta, scaling):
     return [f / scaling.factor if i < num_turning else 0.0 for i, f in enumerate(plain)]
 
 
+def _longrope(plain, theta, scaling):
+    return [f / float(np.float32(own)) for f, own in zip(plain, scaling.factors, strict=True)]
+
+
 SCALINGS = {
     "default": lambda plain, theta, scaling: plain,
     "linear": lambda plain, theta, scaling: [f / scaling.factor for f in plain],
     "llama3": _llama3,
     "yarn": _yarn,
     "proportional": _proportional,
+    "longrope": _longrope,
 }
 
 
 def attention_factor(scaling):
-    """The factor of both tables: 1 except for yarn."""
+    """The factor of both tables: 1 except for yarn and longrope. That of longrope is a float32, as GGUF has it."""
 
     def mscale(weight):
         return 1.0 if scaling.factor <= 1 else 0.1 * weight * natural_log(scaling.factor) + 1.0
 
+    if scaling.kind == "longrope":
+        return float(np.float32(_longrope_factor(scaling)))
     if scaling.kind != "yarn":
         return 1.0
     if scaling.attention_factor is not None:
@@ -144,8 +170,18 @@ def attention_factor(scaling):
     return mscale(1.0)
 
 
+def _longrope_factor(scaling):
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.factor <= 1:
+        return 1.0
+    return math.sqrt(1.0 + natural_log(scaling.factor) / natural_log(scaling.original_max_position_embeddings))
+
+
 class RopeTables:
     """Tables of cosines and sines of all positions, times the attention factor, computed as far as steps need them.
+
+    growth: of queries, whose tables these are: both are multiplied by its factors, too.
 
     Rows that are not computed are not touched, so that a long context costs no memory before it is used. A row is a
     function of its position only: it does not matter when, or with which other rows, it was computed.
@@ -154,8 +190,16 @@ class RopeTables:
       and 1e-15, for positions below MAX_POSITIONS.
     """
 
-    def __init__(self, num_positions: int, rope_dim: int, theta: float, scaling: RopeScaling = RopeScaling()):
+    def __init__(
+        self,
+        num_positions: int,
+        rope_dim: int,
+        theta: float,
+        scaling: RopeScaling = RopeScaling(),
+        growth: Growth | None = None,
+    ):
         self._frequency_R, self._factor = inverse_frequencies(rope_dim, theta, scaling), attention_factor(scaling)
+        self._growth = growth
         shape = num_positions, rope_dim // 2
         self.cos_PR, self.sin_PR = (aligned(4 * shape[0] * shape[1]).view(np.float32).reshape(shape) for _ in range(2))
         self.num_covered = 0
@@ -165,13 +209,14 @@ class RopeTables:
         start = self.num_covered
         if num_positions > start:
             end = min(-(-num_positions // POSITIONS_AT_ONCE) * POSITIONS_AT_ONCE, len(self.cos_PR))
-            fill_table(self._frequency_R, self._factor, start, self.cos_PR[start:end], self.sin_PR[start:end])
+            factor_P = self._factor * (self._growth.factors(start, end) if self._growth else np.ones(end - start))
+            fill_table(self._frequency_R, factor_P, start, self.cos_PR[start:end], self.sin_PR[start:end])
             self.num_covered = end
 
 
 @definition
-def fill_table(frequency_R, factor, start, cos_PR, sin_PR):
-    """cos and sin of position * frequency, times factor, for positions from `start` on.
+def fill_table(frequency_R, factor_P, start, cos_PR, sin_PR):
+    """cos and sin of position * frequency, times the position's factor, for positions from `start` on.
 
     Order: in float64: the angle (exact), less n * pi/2 in two steps with n the nearest integer, two Taylor polynomials
       by Horner's rule, swapped and negated by n mod 4, times factor; then one rounding to float32.
@@ -194,7 +239,7 @@ def fill_table(frequency_R, factor, start, cos_PR, sin_PR):
                 sine, cosine = cosine, -sine
             if quarter >= 2:
                 sine, cosine = -sine, -cosine
-            cos_PR[p, i], sin_PR[p, i] = np.float32(cosine * factor), np.float32(sine * factor)
+            cos_PR[p, i], sin_PR[p, i] = np.float32(cosine * factor_P[p]), np.float32(sine * factor_P[p])
 
 
 @definition

@@ -1,11 +1,12 @@
 """Sum of two activations, the residual connection, and the sum times a number: the definitions.
 
-out[t, i] = x[t, i] + y[t, i]          out[t, i] = (x[t, i] + y[t, i]) * factor
+out[t, i] = x[t, i] + factor * y[t, i]          out[t, i] = (x[t, i] + y[t, i]) * factor
 """
 
 from lockstep.native.kernel import definition, kernel
 from lockstep.native.machine import float_array
 from lockstep.native.numbers import carray
+from lockstep.native.simd import fma
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.operands import Operands, constant, output, rows
 from lockstep.runtime.program import Tensor, Weight
@@ -13,7 +14,7 @@ from lockstep.runtime.step import num_rows
 
 
 class Add(Operands):
-    """out = x + y; all [rows, width]."""
+    """out = x + factor * y; all [rows, width]. factor: of residuals in Granite."""
 
     group = "elementwise"
     in_place = True
@@ -21,9 +22,10 @@ class Add(Operands):
     x: Tensor = rows("width")
     y: Tensor = rows("width")
     width: int
+    factor: float = 1.0
 
     def flops(self, context):
-        return self.width
+        return self.width * (1 if self.factor == 1 else 2)
 
 
 class AddScaled(Operands):
@@ -42,17 +44,17 @@ class AddScaled(Operands):
 
 
 @definition
-def add(x_TD, y_TD, out_TD):
-    """Adds y to x.
+def add(x_TD, y_TD, factor, out_TD):
+    """Adds factor * y to x.
 
     Shapes: x, y, out [T, D] float32.
     Error: one rounding.
-    Order: none.
+    Order: fma(y, factor, x), which is x + y if factor is 1.
     Source: He et al. 2015 (residual connections).
     """
     for t in range(x_TD.shape[0]):
         for i in range(x_TD.shape[1]):
-            out_TD[t, i] = x_TD[t, i] + y_TD[t, i]
+            out_TD[t, i] = fma(y_TD[t, i], factor, x_TD[t, i])
 
 
 @definition
@@ -74,7 +76,8 @@ def _run(op, step, thread, num_threads):
     if thread == 0:
         a = Add.read(op)
         shape = num_rows(op, step), a.width
-        add(carray(float_array(a.x), shape), carray(float_array(a.y), shape), carray(float_array(a.out), shape))
+        x, y = carray(float_array(a.x), shape), carray(float_array(a.y), shape)
+        add(x, y, a.factor, carray(float_array(a.out), shape))
 
 
 @kernel

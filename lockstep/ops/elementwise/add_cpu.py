@@ -2,7 +2,7 @@
 
 from lockstep.native.kernel import inlined, variant
 from lockstep.native.numbers import float32
-from lockstep.native.simd import load, peek, store
+from lockstep.native.simd import fma, load, peek, store
 from lockstep.ops.elementwise.add import Add, AddScaled
 from lockstep.ops.share import strided
 from lockstep.runtime.backend import Implementation
@@ -18,14 +18,14 @@ def add_blocks(op, step, thread, num_threads):
     num_bytes, block = 4 * a.width * num_rows(op, step), 4 * a.width if ONE_THREAD else BLOCK
     for task in strided((num_bytes + block - 1) // block, thread, num_threads, ONE_THREAD):
         start = block * task
-        add_row(a.x + start, a.y + start, min(block, num_bytes - start), a.out + start)
+        add_row(a.x + start, a.y + start, a.factor, min(block, num_bytes - start), a.out + start)
 
 
 @inlined
-def add_row(x, y, num_bytes, out):
-    """Adds num_bytes of float32; whole vectors are stored, up to 60 bytes past the end."""
+def add_row(x, y, factor, num_bytes, out):
+    """Adds num_bytes of float32, y times factor; whole vectors are stored, up to 60 bytes past the end."""
     for i in range(0, num_bytes, 64):
-        store(out + i, load(x + i) + load(y + i))
+        store(out + i, fma(load(y + i), factor, load(x + i)))
 
 
 def add_scaled_rows(op, step, thread, num_threads):

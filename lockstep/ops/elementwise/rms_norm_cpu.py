@@ -33,7 +33,12 @@ def inverse_rms(x, D, eps):
 @inlined
 def norm_row(x, weight, D, eps, offset, out):
     """One row of D float32 at address x, normalised into out."""
-    scale = inverse_rms(x, D, eps)
+    scaled_row(x, inverse_rms(x, D, eps), weight, D, offset, out)
+
+
+@inlined
+def scaled_row(x, scale, weight, D, offset, out):
+    """D float32 at address x, times scale, times the weight and its offset, into out."""
     for i in range(0, 4 * D, 64):
         store(out + i, (load(x + i) * scale) * (load(weight + i) + offset))
 

@@ -4,6 +4,7 @@ Source: src/llama-arch.cpp, src/llama-model.cpp and conversion/*.py of llama.cpp
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -20,13 +21,13 @@ def hf_config(
     architecture: Architecture,
     metadata: Mapping[str, object],
     infos: Mapping[str, TensorInfo],
-    rope_factors: np.ndarray | None,
+    rope_factors: Mapping[str, np.ndarray],
     where: str,
 ) -> dict:
     """The equivalent of config.json.
 
-    infos: the file's tensors by GGUF name. rope_factors: float32 [K / 2], the tensor rope_freqs.weight, None without
-    it. where: the file, for errors. Raises ValueError for metadata that is missing, inconsistent or not supported.
+    infos: the file's tensors by GGUF name. rope_factors: the tensors of `ROPE_FACTORS` that there are, float32 [K / 2].
+    where: the file, for errors. Raises ValueError for metadata that is missing, inconsistent or not supported.
     """
     keys = Keys(metadata, architecture.name, where, architecture.varying)
     config = _common(keys, metadata, infos, architecture, where)
@@ -85,26 +86,31 @@ def _token_ids(metadata: Mapping[str, object], vocab_size: int) -> dict[str, obj
     return {name: value for name, value in token_ids.items() if value is not None and is_token(value)}
 
 
-def _rope(keys: Keys, config: dict, factors: np.ndarray | None, architecture: Architecture, where: str) -> dict:
+def _rope(keys: Keys, config: dict, factors: Mapping[str, np.ndarray], architecture: Architecture, where: str) -> dict:
     theta = keys.number("rope.freq_base", 10000.0)
     head_dim = config["head_dim"]
     rope_dim = keys.integer("rope.dimension_count", head_dim)
     has_rope_dim = "rope.dimension_count" in keys  # otherwise it is head_dim, which is checked with the model
     if theta < 1 or (has_rope_dim and (rope_dim % 2 or not 0 < rope_dim <= head_dim)):
         raise ValueError(f"{where}: rope.dimension_count {rope_dim}, base {theta} do not fit heads of {head_dim}")
-    if factors is not None and architecture.rope_factors is not None:
-        scaling = architecture.rope_factors(factors, rope_dim, where)
+    frequencies = factors.get("rope_freqs.weight")
+    if frequencies is not None and architecture.rope_factors is not None:
+        scaling = architecture.rope_factors(frequencies, rope_dim, where)
     else:
         scaling = _scaling(keys, theta, rope_dim, factors, where)
     partial = {"partial_rotary_factor": rope_dim / head_dim} if rope_dim != head_dim else {}
     return {"rope_theta": theta, "rope_scaling": scaling, **partial}
 
 
-def _scaling(keys: Keys, theta: float, rope_dim: int, factors: np.ndarray | None, where: str) -> dict | None:
+def _scaling(
+    keys: Keys, theta: float, rope_dim: int, factors: Mapping[str, np.ndarray], where: str
+) -> dict[str, Any] | None:
     scaling_type = keys.text("rope.scaling.type", "none")
-    if factors is not None and scaling_type in ("none", "llama3"):
+    if "rope_factors_long.weight" in factors and scaling_type in ("none", "longrope"):
+        return _longrope_scaling(keys, factors)
+    if "rope_freqs.weight" in factors and scaling_type in ("none", "llama3"):
         original = keys.integer("rope.scaling.original_context_length", LLAMA3_CONTEXT)
-        return llama3_scaling(theta, rope_dim, factors, original, where)
+        return llama3_scaling(theta, rope_dim, factors["rope_freqs.weight"], original, where)
     if scaling_type == "none":
         return None
     if scaling_type == "linear":
@@ -112,6 +118,19 @@ def _scaling(keys: Keys, theta: float, rope_dim: int, factors: np.ndarray | None
     if scaling_type != "yarn":
         raise ValueError(f"{where}: rope.scaling.type {scaling_type!r} is not supported, only none, linear and yarn")
     return _yarn_scaling(keys)
+
+
+def _longrope_scaling(keys: Keys, factors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """With which of the two lists of factors a model runs is decided when its config is read."""
+    lists = {f"{which}_factor": factors.get(f"rope_factors_{which}.weight") for which in ("long", "short")}
+    scaling: dict[str, Any] = {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": keys.integer("rope.scaling.original_context_length"),
+        **{name: None if values is None else values.ravel().tolist() for name, values in lists.items()},
+    }
+    if "rope.scaling.attn_factor" in keys:
+        scaling["attention_factor"] = keys.number("rope.scaling.attn_factor")
+    return scaling
 
 
 def _yarn_scaling(keys: Keys) -> dict:

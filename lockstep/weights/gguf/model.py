@@ -7,7 +7,7 @@ from pathlib import Path
 from lockstep.weights.gguf.architecture import Architecture, Architectures, architecture_of
 from lockstep.weights.gguf.config import hf_config
 from lockstep.weights.gguf.file import open_parts
-from lockstep.weights.gguf.names import hf_name
+from lockstep.weights.gguf.names import ROPE_FACTORS, hf_name
 from lockstep.weights.gguf.undo import Expert, Undo
 from lockstep.weights.tensor import StoredTensor, TensorFile, TensorInfo, TensorMap, merge
 
@@ -36,7 +36,7 @@ def open_gguf(path: Path, architectures: Architectures) -> tuple[list[TensorFile
     parts = open_parts(path)
     metadata = parts[0].metadata
     stored = merge(parts)
-    rope_factors = stored["rope_freqs.weight"].to_f32() if "rope_freqs.weight" in stored else None
+    rope_factors = {name: stored[name].to_f32() for name in ROPE_FACTORS if name in stored}
     architecture = architecture_of(metadata, architectures, str(path))
     config = hf_config(architecture, metadata, stored.info, rope_factors, str(path))
     recipes = _recipes(parts, architecture, config)

@@ -49,7 +49,7 @@ SHARED_EXPERT: Mapping[str, str] = {
 DENSE = {**ATTENTION, **MLP, "ffn_norm": "post_attention_layernorm"}
 
 # Tensors whose content is a part of the config.
-IGNORED = {"rope_freqs.weight"}
+ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 # Ollama's files have vision in them, and some a draft head under its Hugging Face names, which is not read.
 NOT_TEXT = ("v.", "mm.", "mtp.")
 
@@ -60,7 +60,7 @@ def hf_name(architecture: Architecture, name: str, num_layers: int) -> str | Non
     Blocks from `num_layers` on are multi-token-prediction layers. Names of stacked experts contain "{expert}". Raises
     ValueError for a name that the architecture does not have.
     """
-    if name in IGNORED or name.startswith(NOT_TEXT):
+    if name in ROPE_FACTORS or name.startswith(NOT_TEXT):
         return None
     block, top = re.fullmatch(r"blk\.(\d{1,6})\.(.+)", name), {**TOP, **architecture.top_names}
     hf = _layer_name(architecture, int(block[1]), block[2], num_layers) if block else _renamed(top, name)

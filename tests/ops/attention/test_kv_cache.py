@@ -15,7 +15,7 @@ from tests.ops.pages import NEVER, by_row, in_fours, in_pairs, on_cache_line, pa
 
 LENGTHS, CONTEXTS = [1, 30, 66, 2], [65, 30, 130, 64]
 SHAPES = {
-    "plain": (4, 2, 32, 32, False),
+    "plain, queries with tables of their own": (4, 2, 32, 32, False),
     "normed": (4, 2, 32, 32, True),
     "partial, normed": (8, 2, 64, 16, True),
     "odd rotation, normed": (3, 3, 80, 40, True),
@@ -23,6 +23,8 @@ SHAPES = {
     "widest, normed": (2, 1, 512, 256, True),
     "values normed, too": (4, 2, 48, 48, True, True),
     "values are the keys, normed": (2, 1, 512, 512, True, True, True),
+    "all heads normed at once": (6, 3, 48, 48, "whole"),
+    "few heads normed at once": (2, 2, 32, 8, "whole"),
 }  # H, G, K, rope_dim, normed, whether values are normed, whether they are the keys before norm and rotation
 UNTOUCHED = 0xFF  # every byte of a page before a run: no number that the op writes has it
 GAP = 3  # columns between the parts of a row
@@ -36,17 +38,23 @@ def codes_and_scales(pages, K, cell):
 
 
 class Inputs:
-    """A projection of random numbers, with q and gate interleaved by head, and empty pages."""
+    """A projection of random numbers, with q and gate interleaved by head (unless all heads are normed at once), and
+    empty pages."""
 
     def __init__(self, H, G, K, rope_dim, normed, *flags, kv_dtype, group=0):
         self.norms_values, are_keys = (*flags, False, False)[:2]
         rng = np.random.default_rng(0)
         self.shape, self.rope_dim, self.normed, self.kv_dtype = (H, G, K), rope_dim, normed, kv_dtype
-        self.k_offset, self.v_offset = GAP + 2 * H * K, 2 * GAP + 2 * H * K + G * K
+        self.whole = normed == "whole"
+        self.q_stride = K if self.whole else 2 * K
+        self.k_offset = GAP + H * self.q_stride
+        self.v_offset = self.k_offset + GAP + G * K
         self.x = rng.standard_normal((sum(LENGTHS), self.v_offset + G * K + GAP), np.float32)
         self.v_offset = self.k_offset if are_keys else self.v_offset
-        self.norms = [rng.standard_normal(K, np.float32) for _ in "qk"]
+        self.norms = [rng.standard_normal((n if self.whole else 1) * K, np.float32) for n in (H, G)]
         self.tables = complete_tables(200, rope_dim or 16, 1e4)
+        grows = rope_dim == K and not normed
+        self.q_tables = [t * rng.uniform(1, 2, (200, 1)).astype(np.float32) if grows else None for t in self.tables]
         self.table, self.num_pages = page_table(CONTEXTS, rng)
         tables = np.concatenate([np.full_like(self.table, NEVER)] * group + [self.table], axis=1)
         self.group = group
@@ -70,6 +78,8 @@ class Inputs:
             x=self.x,
             cos=self.tables[0],
             sin=self.tables[1],
+            q_cos=self.q_tables[0],
+            q_sin=self.q_tables[1],
             k_pages=pages[0],
             v_pages=pages[1],
             q_norm=self.norms[0] if self.normed else None,
@@ -80,7 +90,7 @@ class Inputs:
             rope_dim=self.rope_dim,
             row_width=self.x.shape[1],
             q_offset=GAP,
-            q_stride=2 * K,
+            q_stride=self.q_stride,
             k_offset=self.k_offset,
             v_offset=self.v_offset,
             eps=1e-6,
@@ -88,19 +98,23 @@ class Inputs:
             bf16=self.kv_dtype == "bf16",
             page_group=self.group,
             norms_values=self.norms_values,
+            whole_norms=self.whole,
         )["q"]
         if self.kv_dtype == "q8":
             return q, *codes_and_scales(pages[0], K, (K, 64)), *codes_and_scales(pages[1], K, (64, K))
         return q, *(by_row(p) for p in pages)
 
-    def exact(self, heads_THK, norm):
+    def exact(self, heads_THK, norm, are_queries=False):
         """Norm and rotation in float64."""
         x = heads_THK.astype(np.float64)
         if self.normed:
-            x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * (norm + 1.0)
+            axes = (1, 2) if self.whole else 2
+            weight = norm.reshape(-1, x.shape[-1]) + 1.0
+            x = x / np.sqrt((x**2).mean(axes, keepdims=True) + 1e-6) * weight
         half, out = self.rope_dim // 2, x.copy()
         position = np.concatenate([np.arange(c - n, c) for n, c in zip(LENGTHS, CONTEXTS, strict=True)])
-        cos, sin = (t[position][:, None, :half].astype(np.float64) for t in self.tables)
+        tables = self.q_tables if are_queries and self.q_tables[0] is not None else self.tables
+        cos, sin = (t[position][:, None, :half].astype(np.float64) for t in tables)
         low, high = x[..., :half], x[..., half : 2 * half]
         out[..., :half], out[..., half : 2 * half] = low * cos - high * sin, high * cos + low * sin
         return out
@@ -125,7 +139,7 @@ def test_queries_keys_and_values_are_right_and_in_place(name, kv_dtype):
     heads = lambda offset, num, stride: np.stack(
         [inputs.x[:, offset + h * stride :][:, :K] for h in range(num)], axis=1
     )
-    assert np.abs(q.reshape(T, H, K) - inputs.exact(heads(GAP, H, 2 * K), inputs.norms[0])).max() < 3e-6
+    assert np.abs(q.reshape(T, H, K) - inputs.exact(heads(GAP, H, inputs.q_stride), inputs.norms[0], True)).max() < 3e-6
     k, v = inputs.exact(heads(inputs.k_offset, G, K), inputs.norms[1]), heads(inputs.v_offset, G, K)
     if inputs.norms_values:
         # the bits of a norm whose weights are 1
@@ -203,7 +217,9 @@ def test_definition_compiled_equals_interpreted():
 
 
 @pytest.mark.parametrize("backend, num_threads", [("reference", 1), ("cpu", 1), ("cpu", 3), ("per_token", 2)])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    "name", [name for name, shape in SHAPES.items() if "whole" not in shape and "tables" not in name]
+)
 def test_queries_alone_are_those_of_the_whole_op(name, backend, num_threads):
     """The projection of a layer that reads another's keys has queries only, side by side."""
     inputs = Inputs(*SHAPES[name], kv_dtype="f32")
@@ -239,10 +255,20 @@ def test_pages_are_found_in_the_table_of_the_group(backend, kv_dtype):
         same_bits(result, want)
 
 
+TABLE = Table("q", np.zeros((9, 8), np.float32), None)
+NORM = weight(np.ones(32), "n")
 WRONG = [
     (dict(page_group=1), "page_group is 1, expected 0 as of k"),
     (dict(q_norm=weight(np.ones(32), "n")), "there is only one of q_norm and k_norm, expected both or none"),
     (dict(bf16=True), "bf16 is True, the pages are f32"),
+    (dict(q_norm=NORM, k_norm=NORM, whole_norms=True), r"q_norm \(n\) is 32 wide, expected 64"),
+    (
+        dict(q_norm=NORM, k_norm=NORM, whole_norms=True, q_stride=64, row_width=192, x=Tensor("x", "T", 192)),
+        "expected q_",
+    ),
+    (dict(q_cos=TABLE), "there is only one of q_cos and q_sin, expected both or none"),
+    (dict(q_cos=TABLE, q_sin=TABLE), "q_cos with rope_dim 16, expected 32"),
+    (dict(q_cos=TABLE, q_sin=Table("q", np.zeros((9, 4), np.float32), None)), r"q_cos and q_sin are \(8, 4\) wide"),
     (dict(rope_dim=32), r"cos and sin are \(8, 8\) wide, expected 16 both"),
     (
         dict(v_pages=CacheArray("v", "pages", "f32", (1, 32, 64))),

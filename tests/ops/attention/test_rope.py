@@ -66,6 +66,25 @@ RECORDED = {
             5.928434347879374e-07,
         ],
     ),
+    "longrope": (
+        1e4,
+        RopeScaling(
+            "longrope",
+            32.0,
+            original_max_position_embeddings=4096,
+            factors=tuple(1 + 0.75 * i for i in range(32)),
+        ),
+        float(np.float32(1.1902380714238083)),
+        [
+            1.0,
+            0.04992365464568138,
+            0.0066157798282802105,
+            0.0010885889641940594,
+            0.00019764236640185118,
+            3.7969326513120905e-05,
+            7.567146894871257e-06,
+        ],
+    ),
     "yarn, everything set": (
         1e4,
         RopeScaling(
@@ -107,8 +126,8 @@ def test_frequencies_are_those_of_transformers(name):
 
 
 def test_unknown_scaling_is_refused():
-    with pytest.raises(ValueError, match="longrope"):
-        rope.inverse_frequencies(64, 1e4, RopeScaling("longrope"))
+    with pytest.raises(ValueError, match="dynamic"):
+        rope.inverse_frequencies(64, 1e4, RopeScaling("dynamic"))
 
 
 @pytest.mark.parametrize("scaling", [RopeScaling(), RopeScaling("yarn", 4.0)])
@@ -124,8 +143,9 @@ def test_tables_are_accurate_far_out(scaling):
 def test_table_compiled_equals_interpreted():
     frequency = rope.inverse_frequencies(8, 1e4)
     tables = np.full((2, 2, 40, 4), np.nan, np.float32)
-    rope.fill_table(frequency, 1.1, 5, *tables[0])
-    interpreted(rope.fill_table)(frequency, 1.1, 5, *tables[1])
+    factors = np.linspace(1, 2, 40)
+    rope.fill_table(frequency, factors, 5, *tables[0])
+    interpreted(rope.fill_table)(frequency, factors, 5, *tables[1])
     same_bits(tables[0], tables[1])
 
 
@@ -139,6 +159,16 @@ def test_rows_are_the_same_however_far_the_table_went_before(cuts):
         same_bits(tables.cos_PR[:cut], whole[0][:cut])
         same_bits(tables.sin_PR[:cut], whole[1][:cut])
         assert not tables.cos_PR[tables.num_covered :].any()
+
+
+def test_queries_grow_with_their_position():
+    tables = rope.RopeTables(600, 8, 1e4, growth=rope.Growth(0.1, 64))
+    tables.cover(1)
+    tables.cover(600)
+    plain, factors = complete_tables(600, 8, 1e4), 1 + 0.1 * np.log(1 + np.arange(600) // 64)
+    for found, want in zip((tables.cos_PR, tables.sin_PR), plain, strict=True):
+        same_bits(found[:64], want[:64])
+        np.testing.assert_allclose(found, want * factors[:, None], rtol=2e-7)
 
 
 def test_rotation():

@@ -37,6 +37,9 @@ METADATA = convert.metadata(
 PLAIN = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 
 
+IN_FILES = [name for name, format in FORMATS.items() if format.gguf_type is not None]
+
+
 def encode(format, weights, rng):
     """A stack in a format: (bytes, its weights as float32). Formats that cannot be quantized to get random blocks."""
     if format in PLAIN:
@@ -110,13 +113,13 @@ def test_gate_and_up_of_two_formats_are_one_product_in_q8_0(tmp_path):
 
 
 def test_experts_of_the_formats_that_kernels_take_stay_as_they_are(tmp_path):
-    for format in FORMATS:
+    for format in IN_FILES:
         fused, _ = fused_and_not(tmp_path, (format,) * 3)
         assert {w.format for w in expert_weights(load(fused, "auto").recorded)} == {format}
         assert np.isfinite(logits_of(load(fused, "auto"), tiny.prompt(CONFIG, 9))).all()
 
 
-@pytest.mark.parametrize("attention", [f for f, made in BLOCK_FORMATS.items() if not made.stored.encode])
+@pytest.mark.parametrize("attention", [f for f in IN_FILES if FORMATS[f].is_quantized and not FORMATS[f].stored.encode])
 def test_a_file_of_one_format_is_loaded_and_answers_as_its_definitions_do(attention, tmp_path, monkeypatch):
     monkeypatch.setenv("LOCKSTEP_CACHE", str(shared_kernels(tmp_path / "cache")))
     path, _ = fused_and_not(tmp_path, ("q4_k", "q4_k", "q6_k"), attention)

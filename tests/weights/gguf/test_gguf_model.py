@@ -61,7 +61,7 @@ def test_rope_scaling(tmp_path):
         "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, "beta_fast": 24.0
     }  # fmt: skip
     with pytest.raises(ValueError, match="'longrope' is not supported"):
-        config(rope__scaling__type="longrope")
+        config(rope__scaling__type="longrope")  # the file has no factors
 
 
 def llama3_factors(factor, context=8192, low=1.0, high=4.0, size=8):

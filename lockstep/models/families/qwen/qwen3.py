@@ -7,7 +7,7 @@ from lockstep.models.config import Config, check_keys
 from lockstep.models.decoder import decoder
 from lockstep.models.families import llama_like
 from lockstep.models.families.llama_like import biases, heads_of, mlp_of, model_of, num_layers
-from lockstep.models.families.qwen2 import WINDOW_KEYS, qwen_windows
+from lockstep.models.families.qwen.qwen2 import WINDOW_KEYS, qwen_windows
 from lockstep.models.family import Family
 from lockstep.models.model_config import Layer, ModelConfig
 from lockstep.models.record import Norm, Recorder

@@ -7,8 +7,8 @@ from functools import partial
 from lockstep.models.config import Config, check_keys, flag, need, optional
 from lockstep.models.decoder import decoder
 from lockstep.models.families.llama_like import biases, heads_of, mlp_of, model_of, num_layers, with_windows
-from lockstep.models.families.qwen2 import WINDOW_KEYS
-from lockstep.models.families.qwen3 import layer
+from lockstep.models.families.qwen.qwen2 import WINDOW_KEYS
+from lockstep.models.families.qwen.qwen3 import layer
 from lockstep.models.family import Family
 from lockstep.models.model_config import Experts, Layer, ModelConfig
 from lockstep.models.tiny import BASE

@@ -4,7 +4,7 @@ from collections.abc import Container
 
 import numpy as np
 
-from lockstep.models.families.gemma3 import SANDWICH_NAMES, gguf_base
+from lockstep.models.families.gemma.gemma3 import SANDWICH_NAMES, gguf_base
 from lockstep.weights.gguf.keys import Keys
 from lockstep.weights.gguf.names import HEAD_NORMS
 

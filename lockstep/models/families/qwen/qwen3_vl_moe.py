@@ -6,11 +6,11 @@ from functools import partial
 
 from lockstep.models.config import Config, check_keys
 from lockstep.models.decoder import decoder
-from lockstep.models.families import qwen3_moe
 from lockstep.models.families.llama_like import model_of, num_layers
-from lockstep.models.families.qwen3 import layer
-from lockstep.models.families.qwen3_moe import EXPERT_KEYS, experts_of, with_dense_layers
-from lockstep.models.families.qwen3_vl import skip_vision, vision_heads
+from lockstep.models.families.qwen import qwen3_moe
+from lockstep.models.families.qwen.qwen3 import layer
+from lockstep.models.families.qwen.qwen3_moe import EXPERT_KEYS, experts_of, with_dense_layers
+from lockstep.models.families.qwen.qwen3_vl import skip_vision, vision_heads
 from lockstep.models.family import Family
 from lockstep.models.model_config import Layer, ModelConfig
 from lockstep.weights.gguf.architecture import Architecture

@@ -9,7 +9,7 @@ from functools import partial
 
 from lockstep.models.config import Config, cap_of, check_keys, layer_types
 from lockstep.models.decoder import decoder
-from lockstep.models.families.gemma3 import (
+from lockstep.models.families.gemma.gemma3 import (
     OFFSET,
     SANDWICH_NAMES,
     completed,

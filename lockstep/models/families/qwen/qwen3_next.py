@@ -13,11 +13,11 @@ import numpy as np
 
 from lockstep.models.config import Config, check_keys, flag
 from lockstep.models.decoder import decoder
-from lockstep.models.families import qwen3_5, qwen3_5_moe
 from lockstep.models.families.llama_like import model_of
-from lockstep.models.families.qwen3_5 import MTP_NAMES, OFFSET, layers_of
-from lockstep.models.families.qwen3_5_moe import gguf_experts, with_shared_expert
-from lockstep.models.families.qwen3_moe import with_dense_layers
+from lockstep.models.families.qwen import qwen3_5, qwen3_5_moe
+from lockstep.models.families.qwen.qwen3_5 import MTP_NAMES, OFFSET, layers_of
+from lockstep.models.families.qwen.qwen3_5_moe import gguf_experts, with_shared_expert
+from lockstep.models.families.qwen.qwen3_moe import with_dense_layers
 from lockstep.models.family import Family
 from lockstep.models.model_config import LinearAttention, ModelConfig
 from lockstep.models.record import Recorder

@@ -6,10 +6,10 @@ from functools import partial
 
 from lockstep.models.config import Config, check_keys, need
 from lockstep.models.decoder import decoder
-from lockstep.models.families import qwen3_5
 from lockstep.models.families.llama_like import model_of
-from lockstep.models.families.qwen3_5 import MTP_NAMES, OFFSET, layer, layers_of, undo
-from lockstep.models.families.qwen3_moe import experts_of
+from lockstep.models.families.qwen import qwen3_5
+from lockstep.models.families.qwen.qwen3_5 import MTP_NAMES, OFFSET, layer, layers_of, undo
+from lockstep.models.families.qwen.qwen3_moe import experts_of
 from lockstep.models.family import Family
 from lockstep.models.model_config import Experts, ModelConfig
 from lockstep.weights.gguf.architecture import Architecture

@@ -6,7 +6,7 @@ from functools import partial
 from lockstep.models.config import Config, check_keys
 from lockstep.models.decoder import decoder
 from lockstep.models.families.llama_like import biases, heads_of, mlp_of, model_of, num_layers
-from lockstep.models.families.qwen3 import layer
+from lockstep.models.families.qwen.qwen3 import layer
 from lockstep.models.family import Family
 from lockstep.models.model_config import Heads, Layer, ModelConfig
 from lockstep.models.rope_config import MROPE

@@ -12,8 +12,8 @@ from typing import Any
 from lockstep.models.config import Config, cap_of, check_keys, flag, layer_types, need, optional
 from lockstep.models.decoder import decoder
 from lockstep.models.experts import experts
-from lockstep.models.families.gemma3 import completed, embed_scale
-from lockstep.models.families.gemma4_gguf import NAMES, TOP_NAMES, VARYING, config_of, proportional
+from lockstep.models.families.gemma.gemma3 import completed, embed_scale
+from lockstep.models.families.gemma.gemma4_gguf import NAMES, TOP_NAMES, VARYING, config_of, proportional
 from lockstep.models.families.llama_like import (
     biases,
     feed_forward,

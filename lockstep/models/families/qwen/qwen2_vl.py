@@ -10,8 +10,8 @@ from functools import partial
 from lockstep.models.config import Config, check_keys
 from lockstep.models.decoder import decoder
 from lockstep.models.families.llama_like import heads_of, layer, mlp_of, model_of, num_layers
-from lockstep.models.families.qwen2 import WINDOW_KEYS, qwen_windows
-from lockstep.models.families.qwen3_vl import skip_vision
+from lockstep.models.families.qwen.qwen2 import WINDOW_KEYS, qwen_windows
+from lockstep.models.families.qwen.qwen3_vl import skip_vision
 from lockstep.models.family import Family
 from lockstep.models.model_config import Layer, ModelConfig
 from lockstep.models.rope_config import MROPE

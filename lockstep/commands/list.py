@@ -137,7 +137,7 @@ def reason_of(error: Exception, path: Path) -> str:
 
 def lacking_memory(num_bytes: int) -> str | None:
     """In words: the memory that weights of so many bytes would need and this machine does not have; None if it has."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
     if num_bytes <= memory:
         return None
     return f"its weights take {size(num_bytes)} of memory, this machine has {size(memory)}"

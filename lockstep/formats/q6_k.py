@@ -24,7 +24,8 @@ from lockstep.formats.parts.panels import Placed, bit_pairs, k_major, nibble_pai
 from lockstep.formats.parts.scalars import nibble
 from lockstep.formats.parts.sixteens import PRODUCT, pair_dot, two_bit_code, two_bits
 from lockstep.native.emit import fma as emit_fma
-from lockstep.native.emit import moved, pinned, read, spread, spread4, vector, words
+from lockstep.native.emit import moved, read, spread, spread4, vector, words
+from lockstep.native.isa import pinned
 from lockstep.native.kernel import definition, inlined
 from lockstep.native.numbers import int8
 from lockstep.native.simd import (

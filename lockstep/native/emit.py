@@ -69,19 +69,6 @@ def spread4(b, place, lanes):
     return b.bitcast(spread(b, place, I32, lanes), vector(I8, 4 * lanes))
 
 
-def pinned(b, values):
-    """The same values behind a barrier: LLVM neither reorders their computation nor moves loads across the barrier.
-
-    Without it LLVM turns chains of integer additions into trees and hoists their loads, which spills registers.
-    """
-    clobber = ",~{memory}"
-    result = []
-    for v in values:
-        result.append(b.asm(ir.FunctionType(v.type, [v.type]), "", f"=v,0{clobber}", [v], side_effect=True))
-        clobber = ""
-    return result
-
-
 def fma(b, x, y, z):
     return call(b, f"llvm.fma.v{x.type.count}f32", x.type, [x, y, z])
 

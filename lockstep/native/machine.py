@@ -1,6 +1,5 @@
 """What a kernel asks of the machine itself: atomics, waiting, floating-point control, calls by address."""
 
-import platform
 import sys
 
 from llvmlite import ir
@@ -8,13 +7,13 @@ from numba import types
 from numba.core import cgutils
 
 from lockstep.native import emit, targets
+from lockstep.native.isa import ISA
 from lockstep.native.kernel import inlined
 from lockstep.native.simd import F32, I8, I32, I64, call, emitted, primitive
 
 SPINS_BEFORE_YIELD, FOREVER = 50, 1 << 62
-IEEE, FLUSH = 0x1F80, 0x9FC0  # MXCSR: round to nearest, no traps; FLUSH adds flush-to-zero and denormals-are-zero
-X86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
-FUTEX_CALL = {"x86_64": 202, "aarch64": 98}.get(platform.machine()) if sys.platform == "linux" else None
+IEEE, FLUSH = ISA.IEEE, ISA.FLUSH
+FUTEX_CALL = ISA.FUTEX if sys.platform == "linux" else None
 FUTEX_WAIT, FUTEX_WAKE = 128, 129  # of threads of one process
 
 
@@ -39,8 +38,7 @@ def store_release(b, address, value):
 @emitted(types.void())
 def pause(b):
     """Tells the core that this is a spin loop."""
-    if X86:
-        call(b, "llvm.x86.sse2.pause", ir.VoidType(), [])
+    ISA.pause(b)
 
 
 @emitted(types.void())
@@ -100,21 +98,14 @@ def nanoseconds(b):
 
 @emitted(types.int64())
 def float_control(b):
-    """The floating-point control word of this thread (MXCSR on x86; 0 elsewhere)."""
-    if not X86:
-        return ir.Constant(I64, 0)
-    slot = cgutils.alloca_once(b, I32)
-    call(b, "llvm.x86.sse.stmxcsr", ir.VoidType(), [b.bitcast(slot, I8.as_pointer())])
-    return b.zext(b.load(slot), I64)
+    """The floating-point control word of this thread."""
+    return ISA.read_control(b)
 
 
 @emitted(types.void(types.int64))
 def set_float_control(b, word):
     """Sets the control word. Never in a function that also does arithmetic: LLVM would move the arithmetic across."""
-    if X86:
-        slot = cgutils.alloca_once(b, I32)
-        b.store(b.trunc(word, I32), slot)
-        call(b, "llvm.x86.sse.ldmxcsr", ir.VoidType(), [b.bitcast(slot, I8.as_pointer())])
+    ISA.write_control(b, word)
 
 
 @emitted(types.void(), python=lambda: None)

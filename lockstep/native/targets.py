@@ -15,15 +15,20 @@ OLDER_AVX2_CPUS = ("haswell", "core-avx2", "broadwell", "skylake", "znver", "bdv
 AVX2_CPUS = (*AVX512_CPUS, *AVX_VNNI_CPUS, *OLDER_AVX2_CPUS)
 # CPUs with a first-level data cache of 48 KB; the others have 32 KB
 LARGE_FIRST_CACHE_CPUS = ("znver5", *ICE_LAKES, *SAPPHIRE_RAPIDS_ON, *ALDER_LAKE_ON)
-APPLE_CPUS = ("apple-m", "apple-a13", "apple-a14", "apple-a15", "apple-a16", "apple-a17")
-DOTPROD_CPUS = ("neoverse", *APPLE_CPUS, "cortex-a76", "cortex-a78", "cortex-x", "cortex-a710", "ampere1", "grace")
+APPLE_CPUS = ("apple-m", "apple-a13", "apple-a14", "apple-a15", "apple-a16", "apple-a17", "apple-a18")
+CORTEX_CPUS = tuple(f"cortex-{name}" for name in "a55 a65 a75 a76 a77 a78 a510 a520 a710 a715 a720 a725 x".split())
+SERVER_CPUS = ("neoverse", "ampere1", "grace", "olympus", "gb10", "fujitsu-monaka", "tsv110", "saphira", "oryon")
+DOTPROD_CPUS = (*SERVER_CPUS, *APPLE_CPUS, *CORTEX_CPUS, "exynos-m4", "exynos-m5")
 
 
 def _has(feature, cpus, magic=None):
-    _, cpu, features = magic or target()
-    if features:
-        return f"+{feature}" in features.split(",")
-    return cpu.startswith(cpus)
+    triple, cpu, features = magic or target()
+    listed = features.split(",") if features else []
+    if f"+{feature}" in listed:
+        return True
+    if listed and (f"-{feature}" in listed or not triple.startswith(("aarch64", "arm64"))):
+        return False
+    return cpu.startswith(cpus)  # of an ARM host on Linux, LLVM lists some features only
 
 
 def int_dot(magic=None):

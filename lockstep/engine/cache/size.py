@@ -195,7 +195,7 @@ def available_bytes() -> int:
 
 
 def _physical_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
 
 
 def _free_bytes() -> int:
@@ -233,7 +233,7 @@ def _address_bytes() -> Iterator[int]:
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     taken = file_text("/proc/self/statm").split()[:1]
     if limit != resource.RLIM_INFINITY and taken:
-        yield limit - int(taken[0]) * os.sysconf("SC_PAGE_SIZE")
+        yield limit - int(taken[0]) * os.sysconf("SC_PAGESIZE")
 
 
 def file_text(path: str | Path) -> str:

@@ -10,7 +10,8 @@ from lockstep.formats.format import SCALES
 from lockstep.formats.parts.layout import offset
 from lockstep.formats.parts.panels import PANEL
 from lockstep.formats.parts.rows import BLOCK
-from lockstep.native.emit import fma, halves_f32, moved, pinned, read, spread, spread4, words
+from lockstep.native.emit import fma, halves_f32, moved, read, spread, spread4, words
+from lockstep.native.isa import pinned
 from lockstep.native.simd import F32, I32, call, constant, splat
 from lockstep.native.tiles_dots import WIDE, absolute, maddubs, pair_sums
 

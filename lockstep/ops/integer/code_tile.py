@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from lockstep.formats.parts.tiles import Site, fields, finish, lanes_per_vector, look_ahead
 from lockstep.native import targets
-from lockstep.native.emit import ir, moved, pinned, pointer, read, spread, spread4, vector
+from lockstep.native.emit import ir, moved, pointer, read, spread, spread4, vector
+from lockstep.native.isa import pinned
 from lockstep.native.numbers import types
 from lockstep.native.simd import F32, I32, I64, LANES, constant, primitive, splat
 from lockstep.native.tiles_dots import WIDE, absolute, maddubs, pair_sums

@@ -1,0 +1,23 @@
+"""Instruction sets that nothing is known about: no flushing, so no bfloat16 products. See `lockstep.native.isa`."""
+
+from llvmlite import ir
+
+from lockstep.native.simd import I64
+
+IEEE, FLUSH, FUTEX = 0, 0, None
+
+
+def pause(b):
+    pass
+
+
+def read_control(b):
+    return ir.Constant(I64, 0)
+
+
+def write_control(b, word):
+    pass
+
+
+def barrier(b, v, clobber):
+    return v

@@ -1,0 +1,101 @@
+"""Kernels in another instruction set's machine code, which this machine cannot run: LLVM assembles for all of them.
+
+    python -m tests.native.assembly CPU,CPU MODULE:KERNEL MODULE:KERNEL
+
+prints, for each kernel and each CPU of AArch64 Linux, its path, the CPU, the size of its object file in bytes, and
+{mnemonic: count}. Everything that emits code believes that the target is the first CPU.
+"""
+
+import importlib
+import json
+import re
+import sys
+from collections import Counter
+
+import llvmlite.binding as llvm
+from numba.core import codegen
+
+from lockstep.native import kernel
+
+TRIPLE = "aarch64-unknown-linux-gnu"
+LAYOUT = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i8:8:32-i16:16:32-i64:64-i128:128-n32:64-S128-Fn32"
+HEADER = re.compile(r"^target (triple|datalayout) = .*$", re.MULTILINE)
+
+
+_name = ""  # of the kernel that is compiled
+
+
+class Captured(BaseException):
+    """Ends a compilation where machine code would be made. module: the kernel's whole module, as text."""
+
+    def __init__(self, module: str) -> None:
+        super().__init__()
+        self.module = module
+
+
+def initialize() -> None:
+    """Has LLVM know all instruction sets."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+
+
+def sdot(cpu: str) -> None:
+    """Assembles a dot of four bytes. LLVM ends the process where the CPU has none."""
+    vector, dot = "<4 x i32> %a, <16 x i8> %w, <16 x i8> %x", "@llvm.aarch64.neon.sdot.v4i32.v16i8"
+    types = vector.replace(" %a", "").replace(" %w", "").replace(" %x", "")
+    text = f"declare <4 x i32> {dot}({types})\ndefine <4 x i32> @f({vector}) {{\n%r = call <4 x i32> {dot}({vector})\n"
+    initialize()
+    assert assembled(text + "ret <4 x i32> %r\n}", cpu)[1]["sdot"] == 1, cpu
+
+
+def pretend(cpu: str) -> None:
+    """Has kernels emitted for a CPU; must be called before the modules that hold them are imported."""
+    kernel.target = lambda: (TRIPLE, cpu, "")
+    codegen.Codegen.magic_tuple = codegen.CPUCodegen.magic_tuple = lambda self: (TRIPLE, cpu, "")
+
+    for_this_machine = codegen.JITCodeLibrary._finalize_specific  # noqa: SLF001 Numba has no other name
+
+    def finalize(library: codegen.JITCodeLibrary) -> None:
+        if library.name == "nrt":  # Numba's own runtime, which it compiles once
+            for_this_machine(library)
+        elif library.name == _name:
+            raise Captured(str(library._final_module))  # noqa: SLF001
+
+    codegen.JITCodeLibrary._finalize_specific = finalize  # noqa: SLF001
+    codegen.JITCPUCodegen.set_env = lambda *_: None  # it would have helpers compiled for this machine
+
+
+def emitted(path: str) -> str:
+    """The LLVM module of a kernel, by its path."""
+    global _name
+    module, _name = path.split(":")
+    try:
+        getattr(importlib.import_module(module), _name).compile()
+    except Captured as captured:
+        return captured.module
+    raise AssertionError(f"{path} was not compiled anew")
+
+
+def assembled(text: str, cpu: str) -> tuple[int, Counter[str]]:
+    """The bytes of the object file, and how often each mnemonic occurs. RuntimeError where LLVM cannot do it."""
+    text = HEADER.sub("", text)
+    module = llvm.parse_assembly(f'target datalayout = "{LAYOUT}"\ntarget triple = "{TRIPLE}"\n{text}')
+    machine = llvm.Target.from_triple(TRIPLE).create_target_machine(cpu=cpu, opt=3)
+    lines = machine.emit_assembly(module).splitlines()
+    words = (line.split()[0] for line in lines if line.startswith("\t") and not line.startswith(("\t.", "\t//")))
+    return len(machine.emit_object(module)), Counter(words)
+
+
+def main() -> None:
+    """Prints a line of JSON for each kernel and each CPU."""
+    cpus = sys.argv[1].split(",")
+    initialize()
+    pretend(cpus[0])
+    for path in sys.argv[2:]:
+        text = emitted(path)
+        for cpu in cpus:
+            print(json.dumps([path, cpu, *assembled(text, cpu)]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

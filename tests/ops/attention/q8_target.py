@@ -23,7 +23,7 @@ def digests():
     from tests.ops.attention import test_attention, test_kv_cache
 
     batch = test_attention.Batch([1, 65, 7, 30], [1, 65, 1027, 90], 7, 1, 80, "q8", 70)
-    inputs = test_kv_cache.Inputs(*test_kv_cache.SHAPES["odd rotation, normed"], "q8")
+    inputs = test_kv_cache.Inputs(*test_kv_cache.SHAPES["odd rotation, normed"], kv_dtype="q8")
     outputs = batch.run(BACKENDS["cpu"], 2), inputs.run(BACKENDS["cpu"], 2)
     return [hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()[:16] for arrays in outputs]
 

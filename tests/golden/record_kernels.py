@@ -3,17 +3,18 @@
 Only after a decision to change bits, together with a new NUMERICS version.
 """
 
-import json
-
+from lockstep.engine.selfcheck import golden
 from lockstep.engine.selfcheck import ops as selfcheck_ops
 from lockstep.engine.selfcheck import sampling as selfcheck_sampling
-from lockstep.engine.selfcheck.check import CONFIGS, FORMATS, GOLDEN, Probe, digests
+from lockstep.engine.selfcheck.check import CONFIGS, DENSE, EXPERTS, FORMAT_OF, FORMATS, Probe, digests
 from lockstep.ops import BACKENDS
 from lockstep.ops.attention.kv_cache import KV_DTYPES
 
 
 def all_probes():
-    return [Probe(f, w, kv) for f in CONFIGS for w in FORMATS for kv in KV_DTYPES]
+    """Every family in the formats that stand for all others, and two families in every format."""
+    formats = {family: FORMATS if family in (DENSE, EXPERTS) else FORMAT_OF.values() for family in CONFIGS}
+    return [Probe(f, w, kv) for f in CONFIGS for w in formats[f] for kv in KV_DTYPES]
 
 
 def recorded(probe):
@@ -34,5 +35,5 @@ def recorded_ops(probe):
 if __name__ == "__main__":
     recording = {str(p): recorded(p) for p in all_probes()} | {selfcheck_sampling.NAME: recorded_sampling()}
     recording |= {str(p): recorded_ops(p) for p in selfcheck_ops.all_probes()}
-    known = [name for name in json.loads(GOLDEN.read_text()) if name in recording]  # these keep their place
-    GOLDEN.write_text(json.dumps({name: recording[name] for name in known} | recording, indent=0) + "\n")
+    known = [name for name in golden.read() if name in recording]  # these keep their place
+    golden.write({name: recording[name] for name in known} | recording)

@@ -2,14 +2,16 @@
 they were recorded.
 
 Tiny made-up models with the same kinds of op run three steps; a digest of every activation is compared with digests
-recorded from the definitions (`golden_kernels.json`). Rows of quantized or bf16 activations have no digest of their
-own, since their layout depends on the target; the products that are computed from them have one.
+recorded from the definitions (`golden.py`). Rows of quantized or bf16 activations have no digest of their own, since
+their layout depends on the target; the products that are computed from them have one.
+
+Only embeddings, linear layers and experts know the format of their weights; other ops know how rows are prepared for
+them. So every family is tried in one format for each preparation, and every format in one family.
 """
 
 import contextlib
 import functools
 import hashlib
-import json
 import os
 import pathlib
 import platform
@@ -20,6 +22,7 @@ import numpy as np
 from lockstep.engine.cache.pages import everywhere
 from lockstep.engine.model import emit_sampling
 from lockstep.engine.runner import Limits, Runner, Span
+from lockstep.engine.selfcheck import golden
 from lockstep.engine.selfcheck import ops as selfcheck_ops
 from lockstep.engine.selfcheck import sampling as selfcheck_sampling
 from lockstep.engine.selfcheck.sampling import ProbeModel
@@ -41,11 +44,12 @@ from lockstep.runtime.threads import Team
 from lockstep.user_cache import cache_subfolder, keeping, user_cache
 
 NUMERICS = 4  # version of the arithmetic: any change of any bit raises it
-GOLDEN = pathlib.Path(__file__).with_name("golden_kernels.json")
 # the numbers of tokens of two requests in each step: the end of a page, tiles that are not full, decode beside prefill
 STEPS = ((61, 3), (5, 1), (1, 1))
 UNUSUAL = {"factor": 1.0, "whole_norms": False}  # parameters with ways of their own, and what most models have
 CONFIGS = {name: family.tiny for name, family in FAMILIES.items() if family.tiny}
+FORMAT_OF = {"": "f32", "quantize_q8": "q8_0", "round_bf16": "bf16"}  # in which families are tried, by preparation
+DENSE, EXPERTS = "qwen3", "qwen3_moe"  # the families that are tried in every format: the latter with experts
 
 
 @dataclass(frozen=True)
@@ -61,14 +65,16 @@ class Probe:
 
 
 def probes(program):
-    """The probes that together run every kind of op of a program. An embedding in a format that no linear layer has
-    needs one more probe."""
+    """The probes that together run every kernel of a program, for each format of its cache. An embedding in a format
+    that no linear layer has needs one more probe."""
     formats = {weight.format for op in program.ops if isinstance(op, (Linear, ExpertLinear)) for weight in op.packed}
     tables = {op.table.format for op in program.ops if isinstance(op, Embed)} - formats
     kv = sorted({op.kv_dtype for op in program.ops if isinstance(op, AttentionInputs)})
-    families = families_of(program)
-    of_layers = [Probe(f, w, k) for f in families for w in FORMATS if w in formats for k in kv]
-    return of_layers + [Probe(families[0], w, kv[0]) for w in FORMATS if w in tables and kv]
+    home = EXPERTS if any(isinstance(op, ExpertLinear) for op in program.ops) else DENSE
+    families, plain = families_of(program), {FORMAT_OF[FORMATS[w].preparation] for w in formats}
+    tried = dict.fromkeys(families, plain) | {home: formats if home in families else formats - plain}
+    of_layers = [Probe(f, w, k) for f in tried for w in FORMATS if w in tried[f] for k in kv]
+    return of_layers + [Probe(home, w, kv[0]) for w in FORMATS if w in tables and kv]
 
 
 def families_of(program):
@@ -104,13 +110,13 @@ def _optional(op):
 @functools.cache
 def tiny_forms(name):
     """The forms of a family's tiny model."""
-    return forms(recorded(name, AnyTensor(max_context=CONTEXT)))
+    return forms(tiny_program(name, AnyTensor(max_context=CONTEXT)))
 
 
 # ---------------------------------------------------------------- the made-up model
 
 
-def recorded(family, ops):
+def tiny_program(family, ops):
     """The program of a family's tiny model on a Recorder, sampling included."""
     config = FAMILIES[family].read(CONFIGS[family])
     program, logits = record_on(ops, config)
@@ -121,7 +127,7 @@ def recorded(family, ops):
 def probe_model(probe, table, fused):
     """The model of a probe, for a Runner."""
     made_up = AnyTensor(lambda name, shape: stored(name, shape, probe.weights), probe.kv_dtype, CONTEXT)
-    lowered = lower(recorded(probe.family, made_up))
+    lowered = lower(tiny_program(probe.family, made_up))
     return ProbeModel(table, fuse(lowered, table) if fused else lowered, CONTEXT)
 
 
@@ -183,13 +189,13 @@ def check(program, backend):
         with contextlib.suppress(OSError):
             mark.touch()  # it is used: `lockstep cache prune --older-than` leaves it
         return
-    golden = json.loads(GOLDEN.read_text())
+    recorded = golden.read(golden.PATH)
     for probe in wanted:
-        compare(probe, golden.get(str(probe), {}), digests(probe, backend))
+        compare(probe, recorded.get(str(probe), {}), digests(probe, backend))
     for other in others:
-        compare(other, golden.get(str(other), {}), selfcheck_ops.digests(other, backend))
+        compare(other, recorded.get(str(other), {}), selfcheck_ops.digests(other, backend))
     sampling = selfcheck_sampling.digests(backend)
-    compare(selfcheck_sampling.NAME, golden.get(selfcheck_sampling.NAME, {}), sampling)
+    compare(selfcheck_sampling.NAME, recorded.get(selfcheck_sampling.NAME, {}), sampling)
     with keeping("The outcome of the self-check (some bytes)", mark.parent):
         (cache_subfolder("selfcheck") / mark.name).touch()
 
@@ -219,20 +225,20 @@ def programs(program, backend):
     return [model.program for model in (*models, selfcheck_sampling.probe_model(backend))]
 
 
-def compare(probe, golden, digests):
+def compare(probe, recorded, digests):
     """UnfitMachine for the first digest that differs from the recorded one, ValueError if none is recorded."""
     for op, name, digest in digests:
-        if name not in golden:
+        if name not in recorded:
             raise ValueError(
                 f"self-check: op {op.kind} has no recorded digest (tensor {name} of probe {probe}); "
                 f"`python -m tests.golden.record_kernels` records what its definition gives"
             )
-        if golden[name] != digest:
+        if recorded[name] != digest:
             compilers = ", ".join(f"{name} {version}" for name, version in versions().items())
             swap = f"--op {RECORDED_KINDS.get(op.kind, op.kind)}=reference"
             raise UnfitMachine(
                 f"self-check failed: op {op.kind} gives other bits on this machine than its definition (tensor {name} "
-                f"of probe {probe}: expected {golden[name]}, found {digest}; CPU {cpu()}, target {target()[1]}, "
+                f"of probe {probe}: expected {recorded[name]}, found {digest}; CPU {cpu()}, target {target()[1]}, "
                 f"numerics {NUMERICS}, {compilers}). Nothing it "
                 f"computes can be trusted; please report this. `{swap}` runs the definition instead."
             )
@@ -242,7 +248,7 @@ def identity(wanted, kernels):
     """A hash of everything on which the outcome of a check depends."""
     sources = sorted((module, fingerprint(module)) for module in {k.function.__module__ for k in kernels})
     names = sorted(k.name for k in kernels)
-    files = GOLDEN.read_bytes(), pathlib.Path(__file__).read_bytes()
+    files = golden.PATH.read_bytes(), pathlib.Path(__file__).read_bytes()
     known = NUMERICS, cpu(), [str(p) for p in wanted], names, sources, *files
     return hashlib.sha256(repr(known).encode()).hexdigest()[:32]
 

@@ -1,5 +1,6 @@
 """What a weight format is: how a checkpoint stores it, how it is packed, multiplied and looked up."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -7,13 +8,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lockstep.formats.parts import blocks as blk
+from lockstep.formats.parts.e4m3 import E4M3
 from lockstep.formats.parts.layout import offset
 from lockstep.formats.parts.panels import PANEL, Placed
 from lockstep.formats.parts.powers import E8M0
 from lockstep.formats.parts.products import Product
 
 LINE_BYTES = 64  # of a cache line
-SCALE_KINDS = (np.dtype("<f2"), np.dtype("<f4"), E8M0)  # of fields of stored blocks
+UNSIGNED = (E8M0, E4M3)  # kinds of scales without a sign
+SCALE_KINDS = (np.dtype("<f2"), np.dtype("<f4"), *UNSIGNED)  # of fields of stored blocks
 SCALES = np.dtype([("d", "<f2", PANEL)])  # of a panel, for 32 weights of each feature
 
 
@@ -66,6 +69,9 @@ class Lookup(NamedTuple):
 class Format:
     """A weight format.
 
+    times: the name of the format as which weights times a factor are read, and (rows as stored, factor) to its rows;
+    None: no file has factors beside this format.
+
     gguf_type: GGML's number of the format; None for one that GGUF files do not have. zero: the zero point of codes, as
     `unpack` has them. table: the integers that codes stand for, int8; None: codes are multiplied themselves. tile:
     emits the product of a tile of prepared rows and panels, for a `tiles.Site`. fallback: the format of rows that its
@@ -91,6 +97,7 @@ class Format:
     tall_tiles: bool = False
     flushes: bool = False
     made_up_scale: float = 0.0
+    times: tuple[str, Callable[[np.ndarray, np.float32], np.ndarray]] | None = None
 
     def __post_init__(self) -> None:
         """Kernels read codes by whole cache lines."""
@@ -122,18 +129,19 @@ class Format:
 
     @property
     def scale_fields(self) -> tuple[tuple[int, np.dtype], ...]:
-        """Where the scales of a stored block lie, and their dtypes: float16, float32 or E8M0."""
-        fields = self.stored.block.fields or {}
-        return tuple((begin, kind) for kind, begin, *_ in fields.values() if kind in SCALE_KINDS)
+        """Where the scales of a stored block lie, and their dtypes: float16, float32, E8M0 or E4M3."""
+        fields = [(kind, begin) for kind, begin, *_ in (self.stored.block.fields or {}).values()]
+        scales = [(kind.base, begin, math.prod(kind.shape)) for kind, begin in fields if kind.base in SCALE_KINDS]
+        return tuple((begin + n * kind.itemsize, kind) for kind, begin, num in scales for n in range(num))
 
     def put_scales(self, blocks: np.ndarray, scales: Any) -> None:
         """Sets all scales of stored blocks, uint8 [..., block_bytes], to float32 numbers that broadcast to [...].
 
-        Scales without a sign get magnitudes, rounded to powers of two.
+        Scales without a sign get magnitudes, rounded as their kind is.
         """
         for begin, kind in self.scale_fields:
             values = np.broadcast_to(np.asarray(scales, np.float32), blocks.shape[:-1])
-            rounded = (np.abs(values) if kind == E8M0 else values).astype(kind)
+            rounded = (np.abs(values) if kind in UNSIGNED else values).astype(kind)
             blocks[..., begin : begin + kind.itemsize] = np.ascontiguousarray(rounded)[..., None].view(np.uint8)
 
     def panel_bytes(self, width: int) -> int:

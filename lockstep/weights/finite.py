@@ -3,13 +3,15 @@
 import numpy as np
 
 from lockstep.formats import BLOCK_FORMATS
+from lockstep.formats.parts import e4m3, powers
 from lockstep.formats.parts.blocks import as_blocks
 from lockstep.formats.parts.finite import check_finite
-from lockstep.formats.parts.powers import E8M0, checked_halves
 from lockstep.weights.tensor import StoredTensor
 
 # By format: without the sign, a float whose bits are at least this number is infinite or NaN.
 INFINITY = {"f32": (np.uint32, 0x7F800000), "f16": (np.uint16, 0x7C00), "bf16": (np.uint16, 0x7F80)}
+FLOATS = {np.dtype(np.float16): "f16", np.dtype(np.float32): "f32"}
+CHECKED = {powers.E8M0: powers.checked_halves, e4m3.E4M3: e4m3.checked_halves}  # small scales
 PIECE_BYTES = 4 << 20
 # The layout of tables that are so large that they stay in the checkpoint's file, as long as it cannot change: mapped
 # under a lease. Where there is no lease, they are kept like other tables (`store.py`).
@@ -39,10 +41,11 @@ def _check(tensor: StoredTensor, piece: np.ndarray, first_row: int) -> None:
         return
     blocks = as_blocks(piece, BLOCK_FORMATS[tensor.format].stored.block)
     for name in blocks.dtype.names or ():
-        if kind := {np.dtype(np.float16): "f16", np.dtype(np.float32): "f32"}.get(blocks.dtype[name]):
-            _check_floats(tensor, np.ascontiguousarray(blocks[name]), kind, first_row, "block scales")
-        if blocks.dtype[name] == E8M0:
-            check_finite(tensor, checked_halves(blocks[name]), first_row, "block scales")
+        kind = blocks.dtype[name].base
+        if kind in FLOATS:
+            _check_floats(tensor, np.ascontiguousarray(blocks[name]), FLOATS[kind], first_row, "block scales")
+        if kind in CHECKED:
+            check_finite(tensor, CHECKED[kind](blocks[name]), first_row, "block scales")
 
 
 def _check_floats(tensor: StoredTensor, values: np.ndarray, format: str, first_row: int, what: str) -> None:

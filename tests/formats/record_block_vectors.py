@@ -12,11 +12,12 @@ import numpy as np
 BLOCK_BYTES = {
     "Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210, "IQ4_NL": 18,
     "IQ4_XS": 136, "Q2_K": 84, "Q3_K": 110, "MXFP4": 17,
+    "NVFP4": 36,
 }  # fmt: skip
-# Bytes with the exponents of float16 fields: without their lowest exponent bit they are never NaN or infinite.
+# Bytes with the exponents of scales: without one exponent bit they are never NaN or infinite. NVFP4's have no sign.
 HIGH_BYTES = {
     "Q4_1": (1, 3), "Q5_1": (1, 3), "Q4_K": (1, 3), "Q5_K": (1, 3), "Q6_K": (209,), "Q2_K": (81, 83), "Q3_K": (109,),
-    "MXFP4": (),
+    "MXFP4": (), "NVFP4": (0, 1, 2, 3),
 }  # fmt: skip
 
 
@@ -24,7 +25,7 @@ def random_blocks(name: str, num_blocks: int, rng: np.random.Generator) -> np.nd
     """uint8 [2, num_blocks / 2 * block_bytes], two rows of blocks with random codes and finite scales."""
     blocks = rng.integers(0, 256, (num_blocks, BLOCK_BYTES[name]), np.uint8)
     for offset in HIGH_BYTES.get(name, (1,)):
-        blocks[:, offset] &= 0xBB
+        blocks[:, offset] &= 0x3B if name == "NVFP4" else 0xBB
     return blocks.reshape(2, -1)
 
 

@@ -21,7 +21,7 @@ from lockstep.formats.parts.scalars import nibble
 from lockstep.native.emit import fma as fma_of
 from lockstep.native.emit import read, spread
 from lockstep.native.kernel import definition, inlined
-from lockstep.native.simd import F32, I32, bit_and, call, constant, fma, load_u8, shift_right, splat
+from lockstep.native.simd import F32, I32, bit_and, call, fma, load_u8, shift_right, splat
 
 SIZE, TIMES = 64, 2
 BLOCK = np.dtype([*groups.HEAD, ("codes", "u1", 32)])
@@ -74,7 +74,7 @@ def row_dot(x, w, n, K):
 
 
 def tile(s):
-    """acc = fma(biases, m * (-1 / 128), fma(dots, d, acc)), where a_scale is in dots and biases already."""
+    """acc = fma(biases, m * (-1 / 128), fma(dots, d, acc)): a_scale is in dots and biases, m * (-1 / 128) in panels."""
     b = s.b
 
     def block(i, acc):
@@ -84,10 +84,9 @@ def tile(s):
         for part in (1, 0):
             codes = b.add(start, s.int(offset(PANEL, "codes") + LOW_BITS.itemsize * part))
             dots = _scaled(s, numbers[part], dots_u4(s, numbers[part], codes, None), dots)
-        minima = [b.fmul(v, constant(v.type, -(2.0**-7))) for v in m]
         factors = [splat(b, _biases(s, r, numbers), s.floats) for r in range(s.rows)]
         acc = {(r, c): fma_of(b, dots[r, c], d[c], v) for (r, c), v in acc.items()}
-        return {(r, c): fma_of(b, factors[r], minima[c], v) for (r, c), v in acc.items()}
+        return {(r, c): fma_of(b, factors[r], m[c], v) for (r, c), v in acc.items()}
 
     return s.blocks(SIZE, block, PANEL.itemsize)
 

@@ -21,7 +21,7 @@ from lockstep.formats.parts.products import ONE_128TH, ZERO, Product, codes_at, 
 from lockstep.formats.parts.rows import QUANTIZED
 from lockstep.formats.parts.scalars import byte
 from lockstep.native.kernel import definition, inlined
-from lockstep.native.simd import constant, fma, load_u8
+from lockstep.native.simd import fma, load_u8
 from lockstep.native.targets import unsigned_weights
 
 SIZE = 32
@@ -80,7 +80,8 @@ def dots_u8(s, i, start):
 
 
 def tile(s):
-    """acc = fma(m * (-1 / 128), float(bias) * a_scale, fma(float(dot), d * a_scale, acc))."""
+    """acc = fma(m * (-1 / 128), float(bias) * a_scale, fma(float(dot), d * a_scale, acc)); panels have m * (-1 / 128)
+    and rows float(bias) * a_scale."""
     b = s.b
 
     def block(i, acc):
@@ -88,7 +89,7 @@ def tile(s):
         d, m = (groups.floats(s, start, offset(PANEL, field)) for field in ("d", "m"))
         sums = dots_u8(s, i, b.add(start, s.int(offset(PANEL, "codes"))))
         acc = scale_add(s, acc, sums, d, i)
-        return minimum_add(s, acc, [b.fmul(v, constant(v.type, -(2.0**-7))) for v in m], i)
+        return minimum_add(s, acc, m, i)
 
     return s.blocks(SIZE, block, PANEL.itemsize)
 

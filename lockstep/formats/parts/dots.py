@@ -10,9 +10,9 @@ from lockstep.formats.format import SCALES
 from lockstep.formats.parts.layout import offset
 from lockstep.formats.parts.panels import PANEL
 from lockstep.formats.parts.rows import BLOCK
-from lockstep.native.emit import fma, halves_f32, moved, read, spread, spread4, words
+from lockstep.native.emit import fma, halves_f32, moved, spread, spread4, words
 from lockstep.native.isa import pinned
-from lockstep.native.simd import F32, I32, call, constant, splat
+from lockstep.native.simd import F32, I32, call, constant
 from lockstep.native.tiles_dots import WIDE, absolute, maddubs, pair_sums
 
 # for 32 k: byte [n, feature, j] holds the codes of k = 8 n + j (low nibble) and of k = 8 n + 4 + j (high nibble)
@@ -53,13 +53,9 @@ def feature_halves(s, start, begin):
 
 
 def minimum_add(s, acc, minima, i):
-    """acc = fma(minima, float(bias) * a_scale, acc), cell by cell."""
-    b, sums = s.b, {}
-    for r in range(s.rows):
-        bias = b.fmul(b.sitofp(read(b, s.bias(r, i), I32, 4), F32), read(b, s.a_scale(r, i), F32, 4))
-        for c in range(s.cols):
-            sums[r, c] = fma(b, minima[c], splat(b, bias, s.floats), acc[r, c])
-    return sums
+    """acc = fma(minima, float(bias) * a_scale, acc), cell by cell; rows have the product."""
+    rows = [spread(s.b, s.scaled_bias(r, i), F32, s.lanes) for r in range(s.rows)]
+    return {(r, c): fma(s.b, minima[c], rows[r], acc[r, c]) for r, c in s.cells}
 
 
 # ---------------------------------------------------------------- codes of 4 bits and more
@@ -158,14 +154,32 @@ def byte_dots(s, i, column):
 
     column(c, g): the codes of group g in column c: signed, plus 128 where the target's dot takes unsigned weights.
     """
-    return (_byte_dots_avx2 if s.int_dot == "avx2" else _byte_dots_wide)(s, i, column)
+    if s.int_dot == "avx2":
+        return _byte_dots_avx2(s, i, column, range(8))
+    return _byte_dots_wide(s, i, column, range(8), zero_points(s, i, 0) if "vnni" in s.int_dot else None)
 
 
-def _byte_dots_wide(s, i, column):
-    b, dot, unsigned = s.b, WIDE[s.int_dot], "vnni" in s.int_dot
-    first = zero_points(s, i, 0) if unsigned else [constant(s.ints, 0)] * s.rows
-    dots = {(r, c): first[r] for r, c in s.cells}
-    for g in range(8):
+def half_dots(s, i, column):
+    """`byte_dots` of the first and of the last 16 of block i."""
+    parts = [range(4 * half, 4 * half + 4) for half in (0, 1)]
+    if s.int_dot == "avx2":
+        return [_byte_dots_avx2(s, i, column, part) for part in parts]
+    first = _half_zero_points(s, i) if "vnni" in s.int_dot else (None, None)
+    return [_byte_dots_wide(s, i, column, *pair) for pair in zip(parts, first, strict=True)]
+
+
+def _half_zero_points(s, i):
+    """-128 times the sums of the first and of the last 16 codes of every row, in all lanes."""
+    b, number = s.b, lambda value: constant(s.ints, value)
+    both = [spread(b, s.sums(r, i), I32, s.lanes) for r in range(s.rows)]
+    upper = [b.shl(v, number(16)) for v in both], [b.and_(v, number(-(1 << 16))) for v in both]
+    return [[b.neg(b.ashr(v, number(9))) for v in half] for half in upper]
+
+
+def _byte_dots_wide(s, i, column, groups, first):
+    b, dot = s.b, WIDE[s.int_dot]
+    dots = {(r, c): first[r] if first else constant(s.ints, 0) for r, c in s.cells}
+    for g in groups:
         columns = [column(c, g) for c in range(s.cols)]
         for r in range(s.rows):
             a = spread4(b, s.code(r, i, 4 * g), s.lanes)
@@ -174,12 +188,12 @@ def _byte_dots_wide(s, i, column):
     return dots
 
 
-def _byte_dots_avx2(s, i, column):
+def _byte_dots_avx2(s, i, column, groups):
     """|w| times a with the sign of w: at most 2 * 128 * 127 a pair."""
     if s.rows > 1:
-        return _byte_dots_avx2_rows(s, i, column)
+        return _byte_dots_avx2_rows(s, i, column, groups)
     b, dots = s.b, [constant(s.ints, 0)] * s.cols
-    for g in range(8):
+    for g in groups:
         a = spread4(b, s.code(0, i, 4 * g), s.lanes)
         for c in range(s.cols):
             w = column(c, g)
@@ -189,21 +203,21 @@ def _byte_dots_avx2(s, i, column):
     return {(0, c): v for c, v in enumerate(dots)}
 
 
-def _byte_dots_avx2_rows(s, i, column):
+def _byte_dots_avx2_rows(s, i, column, groups):
     """`_byte_dots_avx2` with fewer multiplications a row: a xor the sign of w counts a as -a - 1 where w is negative.
 
     At most 2 * 128 * 128 a pair, and only as -32768. The excess is the sum of the negative w, the same for all rows.
     """
     b, dots, excess = s.b, {}, {}
-    for g in range(8):
+    for g in groups:
         for c in range(s.cols):
             w = column(c, g)
             sign, size = b.sext(b.icmp_signed("<", w, constant(w.type, 0)), w.type), absolute(b, w)
             extra = maddubs(b, size, sign)
-            excess[c] = b.add(excess[c], extra) if g else extra
+            excess[c] = b.add(excess[c], extra) if c in excess else extra
             for r in range(s.rows):
                 pairs = pair_sums(b, maddubs(b, size, b.xor(spread4(b, s.code(r, i, 4 * g), s.lanes), sign)))
-                dots[r, c] = b.add(dots[r, c], pairs) if g else pairs
+                dots[r, c] = b.add(dots[r, c], pairs) if (r, c) in dots else pairs
         values = dict(zip([*dots, *excess], pinned(b, [*dots.values(), *excess.values()]), strict=True))
         dots, excess = {k: values[k] for k in dots}, {k: values[k] for k in excess}
     excess = {c: pair_sums(b, v) for c, v in excess.items()}

@@ -6,7 +6,8 @@ A block holds one d and one m, and so does a part of a panel; a group of several
 import numpy as np
 
 from lockstep.formats.parts.panels import PANEL, Placed, k_major
-from lockstep.formats.parts.scalars import byte, upper_half
+from lockstep.formats.parts.products import ONE_128TH
+from lockstep.formats.parts.scalars import single
 from lockstep.native.emit import moved, read
 from lockstep.native.kernel import definition, inlined
 from lockstep.native.numbers import float32
@@ -29,8 +30,8 @@ def repeated(values: np.ndarray, times: int) -> np.ndarray:
 
 
 def placed(d: np.ndarray, m: np.ndarray) -> Placed:
-    """The scales in a panel."""
-    return {"d": (k_major, d), "m": (k_major, m)}
+    """The scales in a panel: d, and m * (-1 / 128), which products begin with."""
+    return {"d": (k_major, d), "m": (k_major, m * -ONE_128TH)}
 
 
 def floats(s, start, begin):
@@ -42,9 +43,7 @@ def floats(s, start, begin):
 @definition
 def affine(row_B, block, code):
     """d * code + m, for the block at a byte of a row."""
-    d = np.uint32(byte(row_B, block) | byte(row_B, block + 1) << 8 | upper_half(row_B, block + 2)).view(np.float32)
-    m = np.uint32(byte(row_B, block + 4) | byte(row_B, block + 5) << 8 | upper_half(row_B, block + 6)).view(np.float32)
-    return d * np.float32(code) + m
+    return single(row_B, block + D) * np.float32(code) + single(row_B, block + M)
 
 
 @inlined

@@ -17,11 +17,14 @@ from lockstep.native.simd import bf16_f32, peek
 from lockstep.native.targets import bf16_dot
 from lockstep.runtime.program import DTYPES
 
-# 32 quantized activations: bias = -128 * (sum of the codes) corrects for weights that are stored as code + 128; the
-# sums of the first and the last 16 codes serve formats with a scale for every 16 weights
-QUANTIZED_BLOCK = np.dtype([("codes", "i1", 32), ("scale", "<f4"), ("bias", "<i4"), ("sums", "<i2", 2)])
+# 32 quantized activations: bias = -128 * (sum of the codes) corrects for weights that are stored as code + 128, and
+# scaled_bias = float(bias) * scale is what minima are multiplied with; sums of the first and the last 16 codes serve
+# formats with a scale for every 16 weights
+QUANTIZED_BLOCK = np.dtype(
+    [("codes", "i1", 32), ("scale", "<f4"), ("bias", "<i4"), ("scaled_bias", "<f4"), ("sums", "<i2", 2)]
+)
 BLOCK, BLOCK_BYTES = 32, QUANTIZED_BLOCK.itemsize
-CODES, SCALE, BIAS, SUMS = offsets(QUANTIZED_BLOCK)
+CODES, SCALE, BIAS, SCALED_BIAS, SUMS = offsets(QUANTIZED_BLOCK)
 NATIVE_BF16 = bf16_dot()
 BF16_BYTES = 2 if NATIVE_BF16 else 4  # without VDPBF16PS the same values as float32
 

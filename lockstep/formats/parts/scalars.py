@@ -33,6 +33,12 @@ def upper_half(row_B, at):
 
 
 @definition
+def single(row_B, at):
+    """The float32 at a byte."""
+    return np.uint32(byte(row_B, at) | byte(row_B, at + 1) << 8 | upper_half(row_B, at + 2)).view(np.float32)
+
+
+@definition
 def half(row_B, at):
     """The finite float16 at a byte."""
     bits = byte(row_B, at) | byte(row_B, at + 1) << 8

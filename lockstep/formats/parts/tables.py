@@ -28,6 +28,11 @@ def entries(packed: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 def table_dots(s, i, start, table):
     """Dots of block i with the entries whose codes begin `start` bytes into the panels."""
+    return byte_dots(s, i, table_column(s, start, table))
+
+
+def table_column(s, start, table):
+    """The function that `byte_dots` asks for the entries of a column's group."""
     constant_table, pairs = table_of(table.astype(np.int16) + (128 if "vnni" in s.int_dot else 0)), {}
 
     def column(c, g):
@@ -35,7 +40,7 @@ def table_dots(s, i, start, table):
             pairs[c] = nibbles(s.b, s.codes(c, start, GROUP_BYTES * g // 2))
         return lookup(s.b, s.magic, constant_table, pairs[c][g % 2])
 
-    return byte_dots(s, i, column)
+    return column
 
 
 @definition

@@ -6,7 +6,7 @@ instruction makes dots. A format's function of a `Site` emits the loop over K an
 
 from typing import NamedTuple
 
-from lockstep.formats.parts.rows import BIAS, BLOCK_BYTES, SCALE, SUMS
+from lockstep.formats.parts.rows import BIAS, BLOCK_BYTES, SCALE, SCALED_BIAS, SUMS
 from lockstep.native import targets
 from lockstep.native.emit import counted, fma, ir, moved, pointer, prefetch, read, spread, vector, write
 from lockstep.native.simd import F32, I1, I8, I32, I64, LANES, constant
@@ -90,6 +90,9 @@ class Site:
 
     def bias(self, r, i):
         return self.code(r, i, BIAS)
+
+    def scaled_bias(self, r, i):
+        return self.code(r, i, SCALED_BIAS)
 
     def sums(self, r, i):
         return self.code(r, i, SUMS)

@@ -16,6 +16,7 @@ from lockstep.formats.parts.rows import (
     NATIVE_BF16,
     ROW_FORMATS,
     SCALE,
+    SCALED_BIAS,
     SUMS,
     bf16_bytes,
     q8_bytes,
@@ -132,7 +133,9 @@ def quantize_row(x_K, out):
         place = out + BLOCK_BYTES * b
         scale, first, last = quantize_block(x_K[BLOCK * b : BLOCK * b + BLOCK], carray(byte_array(place), (BLOCK,)))
         poke(place + SCALE, float32(scale))
-        poke(place + BIAS, int32(-128 * (first + last)))
+        bias = int32(-128 * (first + last))
+        poke(place + BIAS, bias)
+        poke(place + SCALED_BIAS, float32(float32(bias) * scale))
         poke(place + SUMS, int32(last * 65536 + (first & 65535)))
 
 

@@ -30,6 +30,7 @@ from lockstep.ops.elementwise.activations import (
     NATIVE_BF16,
     ONE_127TH,
     SCALE,
+    SCALED_BIAS,
     SMALLEST,
     SUMS,
     ZERO,
@@ -69,7 +70,9 @@ def store_q8(low, high, out, K, i):
     store_i8(place, low_codes)
     store_i8(place + 16, high_codes)
     poke(place + SCALE, float32(scale))
-    poke(place + BIAS, int32(-128 * (first + last)))
+    bias = int32(-128 * (first + last))
+    poke(place + BIAS, bias)
+    poke(place + SCALED_BIAS, float32(float32(bias) * scale))
     poke(place + SUMS, int32(last * 65536 + (first & 65535)))
 
 

@@ -29,7 +29,7 @@ from lockstep.runtime.step import COUNTER, num_rows
 COLS = 2 if wide_registers() else 1  # panels of a tile: 6 x 2 x 16 lanes fill 32 registers, 6 x 1 x 16 fill 16
 MIN_ROWS, MAX_ROWS = 3, 6
 ALL_PANELS = (1 << COLS) - 1  # of a tile, one bit for each
-NEAR_BYTES = 34 * 1024  # weights of a tile that stay in the first-level cache, beside six rows of activations
+NEAR_BYTES = 48 * 1024  # weights of a tile that are read again and again; a first-level cache may hold a part of them
 K_UNIT = max(format.packed.size for format in FORMATS.values())
 CACHE_BYTES = 192 * 1024  # activations that stay in the second-level cache while panels pass by
 CLAIMS_FEW_ROWS, CLAIMS_MANY_ROWS = 8, 16  # a thread: few for long streams, many so that threads end together
@@ -110,7 +110,7 @@ def claim_size(num_panels, num_threads, num_rows):
 
 @inlined
 def part_of_k(K, panel_bytes, num_rows, few):
-    """How much of K is worked on at a time, so that the panels of a tile stay in the first-level cache for all rows."""
+    """How much of K is worked on at a time, so that the panels of a tile stay near for all rows."""
     part = NEAR_BYTES * K // (COLS * panel_bytes) // K_UNIT * K_UNIT
     return K if num_rows <= few else min(K, max(K_UNIT, part))
 

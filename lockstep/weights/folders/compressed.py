@@ -5,6 +5,8 @@
                      along its rows. w = (q - z) * scale, where q and z are codes less 2^(bits - 1); z is 0 if absent
     int-quantized    X.weight int8 [N, K], X.weight_scale [N, groups], X.weight_zero_point int8 [N, groups]
     float-quantized  X.weight e4m3, see fp8.py
+    nvfp4-pack-quantized  X.weight_packed uint8 [N, K / 2], floats of 4 bits, the first in the low ones; X.weight_scale
+                     e4m3 [N, K / 16], X.weight_global_scale float32 [1]. w = number * (scale / global scale)
 
 Which layers are quantized, and how, their tensors say; the config must agree. Activations that int-quantized folders
 round dynamically are rounded as those of all integer formats, for every 32. Source: compressed-tensors 0.20.
@@ -15,12 +17,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lockstep.formats.fp4 import rows as fp4
 from lockstep.weights.folders.fp8 import block_of, fp8_weights
-from lockstep.weights.folders.gptq import check_order
 from lockstep.weights.folders.keys import only
 from lockstep.weights.folders.modules import (
     FLOATS,
     Module,
+    group_of_columns,
     grouped,
     modules_with,
     num_words,
@@ -30,8 +33,9 @@ from lockstep.weights.folders.modules import (
 )
 from lockstep.weights.tensor import MadeTensor, StoredTensor, TensorMap
 
-FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
-PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+INTEGERS, FLOATS_OF_8 = ("pack-quantized", "int-quantized"), ("float-quantized", "naive-quantized")
+FORMATS = (*INTEGERS, *FLOATS_OF_8, "nvfp4-pack-quantized", "mixed-precision", "dense")
+PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale")
 
 
 class Scheme(NamedTuple):
@@ -54,7 +58,8 @@ def open_compressed(config: Mapping[str, Any], tensors: TensorMap) -> TensorMap:
         only(sparse, "format", "dense")
     schemes = _schemes(config)
     packed, plain = modules_with(tensors, "weight_packed"), _plain_integers(tensors)
-    made = [_packed(module, schemes) for module in packed] + [_integers(module, schemes) for module in plain]
+    made = [(_floats if _is_float(module) else _packed)(module, schemes) for module in packed]
+    made += [_integers(module, schemes) for module in plain]
     floats, dropped = fp8_weights(tensors, next((s.block for s in schemes if s.block), None))
     dropped += [module.full(part) for module in (*packed, *plain) for part in PARTS]
     return replaced(tensors, [*made, *floats], dropped)
@@ -77,7 +82,7 @@ def _scheme(group: Mapping[str, Any]) -> Scheme:
         raise ValueError(f"quantization_config key 'weights': expected an object, got {weights!r}")
     only(weights, "type", "int", "float")
     only(weights, "num_bits", *range(2, 9))
-    only(weights, "strategy", "group", "channel", "tensor", "block")
+    only(weights, "strategy", "group", "channel", "tensor", "block", "tensor_group")
     only(weights, "symmetric", True, False)
     kind, size = weights.get("type", "int"), weights.get("group_size")
     _check_activations(group, kind)
@@ -120,8 +125,7 @@ def _packed(module: Module, schemes: list[Scheme]) -> MadeTensor:
     scales = module.get("weight_scale", FLOATS, N, None)
     G, symmetric = scales.shape[1], not module.has("weight_zero_point")
     _check(words.name, Scheme(bits, "int", symmetric, K // G, None), schemes, K)
-    if module.has("weight_g_idx"):
-        check_order(module.get("weight_g_idx", ("i32", "i64"), K).read(), K // G, module.full("weight_g_idx"))
+    order = module.get("weight_g_idx", ("i32", "i64"), K) if module.has("weight_g_idx") else None
     zeros = None if symmetric else module.get("weight_zero_point", ("i32",), num_words(N, bits), G)
 
     def zero(rows: slice) -> np.ndarray | int:
@@ -134,7 +138,30 @@ def _packed(module: Module, schemes: list[Scheme]) -> MadeTensor:
         G,
         lambda rows: unpacked(words.read(rows), bits, K),
         lambda rows: zero_based(scales.read(rows), zero(rows)),
+        order and group_of_columns(order, G),
     )
+
+
+def _is_float(module: Module) -> bool:
+    """Whether a layer's packed numbers are floats of 4 bits."""
+    return module.tensors.info[module.full("weight_packed")].format == "u8"
+
+
+def _floats(module: Module, schemes: list[Scheme]) -> MadeTensor:
+    pairs = module.get("weight_packed", ("u8",), None, None)
+    N, K = pairs.shape[0], 2 * pairs.shape[1]
+    _check(pairs.name, Scheme(4, "float", True, fp4.GROUP, None), schemes, K)
+    scales = module.get("weight_scale", ("f8_e4m3",), N, -(-K // fp4.GROUP))
+    whole = module.get("weight_global_scale", ("f32",), 1).read()
+
+    def rows_of(rows: slice) -> np.ndarray:
+        with np.errstate(all="ignore"):  # scales that are not finite are refused when they are packed
+            return fp4.rows_of_scales(unpacked(pairs.read(rows), 4, K), scales.read(rows).astype(np.float32) / whole)
+
+    try:
+        return MadeTensor.of(module.full("weight"), fp4.FORMAT.name, (N, K), rows_of)
+    except ValueError as error:
+        raise ValueError(f"tensor {pairs.name!r}: {error}") from None
 
 
 def _shape(module: Module, words: StoredTensor) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from lockstep.weights.tensor import MadeTensor, StoredTensor, TensorMap
 
 FP8 = "f8_e4m3"
 SCALES = ("weight_scale_inv", "weight_scale", "scale")
-ACTIVATIONS = ("input_scale", "activation_scale", "input_activation_scale", "k_scale", "v_scale")
+ACTIVATIONS = ("input_scale", "input_global_scale", "activation_scale", "input_activation_scale", "k_scale", "v_scale")
 
 
 def open_fp8(config: Mapping[str, Any], tensors: TensorMap) -> TensorMap:

@@ -46,15 +46,44 @@ def modules_with(tensors: TensorMap, suffix: str) -> list[Module]:
     return [Module(tensors, name.removesuffix(f".{suffix}")) for name in tensors if name.endswith(f".{suffix}")]
 
 
-def grouped(name: str, shape: tuple[int, int], bits: int, groups: int, codes: Callable, scales: Scales) -> MadeTensor:
-    """The weight [N, K] of codes of `bits` bits and `groups` groups in a row. codes: of rows, uint8 [rows, K]."""
+def grouped(
+    name: str,
+    shape: tuple[int, int],
+    bits: int,
+    groups: int,
+    codes: Callable,
+    scales: Scales,
+    group_of: np.ndarray | None = None,
+) -> MadeTensor:
+    """The weight [N, K] of codes of `bits` bits and `groups` groups in a row. codes: of rows, uint8 [rows, K].
+    group_of: the group of each column, int [K]; None: group n has the n-th run of columns.
+
+    Weights whose groups are other than runs are float32.
+    """
     if groups < 1 or shape[1] % groups:
         raise ValueError(f"tensor {name!r}: rows of {shape[1]} weights are not {groups} whole groups")
+    if group_of is not None and not (group_of == np.arange(shape[1]) // (shape[1] // groups)).all():
+        return MadeTensor.of(name, "f32", shape, lambda rows: _scattered(codes(rows), *scales(rows), group_of))
     try:
         format = format_of(bits, shape[1] // groups)
     except ValueError as error:
         raise ValueError(f"tensor {name!r}: {error}") from None
     return MadeTensor.of(name, format.name, shape, lambda rows: stored_rows(format, codes(rows), *scales(rows)))
+
+
+def _scattered(codes: np.ndarray, d: np.ndarray, m: np.ndarray, group_of: np.ndarray) -> np.ndarray:
+    """d * q + m, float32 [rows, K]. Error: none, as both terms have 20 bits at most."""
+    return d[:, group_of] * codes.astype(np.float32) + m[:, group_of]
+
+
+def group_of_columns(tensor: StoredTensor, groups: int) -> np.ndarray:
+    """The group of each column. ValueError for one that does not exist."""
+    group_of = tensor.read()
+    if group_of.min() < 0 or group_of.max() >= groups:
+        raise ValueError(
+            f"tensor {tensor.name!r}: expected groups 0 to {groups - 1}, found {group_of.min()} to {group_of.max()}"
+        )
+    return group_of
 
 
 def zero_based(scale: np.ndarray, zero: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:

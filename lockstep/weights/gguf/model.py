@@ -1,15 +1,16 @@
 """A GGUF file as the Hugging Face checkpoint that it was converted from: config, names, and conversion undone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from lockstep.weights.gguf.architecture import Architecture, Architectures, architecture_of
 from lockstep.weights.gguf.config import hf_config
 from lockstep.weights.gguf.file import open_parts
 from lockstep.weights.gguf.names import ROPE_FACTORS, hf_name
-from lockstep.weights.gguf.undo import Expert, Undo
-from lockstep.weights.tensor import StoredTensor, TensorFile, TensorInfo, TensorMap, merge
+from lockstep.weights.gguf.undo import Expert, Times, Undo
+from lockstep.weights.tensor import BLOCK_FORMATS, StoredTensor, TensorFile, TensorInfo, TensorMap, merge
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,12 @@ def open_gguf(path: Path, architectures: Architectures) -> tuple[list[TensorFile
 
 def _recipes(parts: list[TensorFile], architecture: Architecture, config: Mapping) -> dict[str, Recipe]:
     recipes: dict[str, Recipe] = {}
+    factors = _factors(parts, architecture)
     for part in parts:
         for source, info in part.infos.items():
-            for recipe in _recipes_of(part, info, architecture, config):
+            if source in factors.beside:
+                continue
+            for recipe in _recipes_of(part, info, architecture, config, factors.of.get(source)):
                 if recipe.info.name in recipes:
                     other = recipes[recipe.info.name].source
                     raise ValueError(f"{part.path}: tensors {source!r} and {other!r} are both {recipe.info.name!r}")
@@ -56,10 +60,37 @@ def _recipes(parts: list[TensorFile], architecture: Architecture, config: Mappin
     return recipes
 
 
-def _recipes_of(part: TensorFile, info: TensorInfo, architecture: Architecture, config: Mapping) -> list[Recipe]:
+class Factors(NamedTuple):
+    """of: the factor of a whole tensor, or of each expert, by the tensor's name. beside: the names of factors, and of
+    those of activations, which are not used: they are rounded as for all integer formats."""
+
+    of: Mapping[str, StoredTensor]
+    beside: Set[str]
+
+
+def _factors(parts: list[TensorFile], architecture: Architecture) -> Factors:
+    """Those beside tensors of formats that have factors, unless the architecture has a tensor of that name itself."""
+    homes = {name: part for part in parts for name in part.infos}
+    stems = [name.removesuffix(".weight") for name, part in homes.items() if _has_factor(part.infos[name])]
+    known = lambda name: name.split(".", 2)[-1] in architecture.names
+    names = {f"{stem}.{end}" for stem in stems for end in ("scale", "input_scale")} & homes.keys()
+    beside = {name for name in names if not known(name)}
+    of = {f"{stem}.weight": f"{stem}.scale" for stem in stems if f"{stem}.scale" in beside}
+    return Factors({name: homes[factor].load(factor) for name, factor in of.items()}, beside)
+
+
+def _has_factor(info: TensorInfo) -> bool:
+    return info.format in BLOCK_FORMATS and BLOCK_FORMATS[info.format].times is not None
+
+
+def _recipes_of(
+    part: TensorFile, info: TensorInfo, architecture: Architecture, config: Mapping, factor: StoredTensor | None
+) -> list[Recipe]:
     try:
         name = hf_name(architecture, info.name, config["num_hidden_layers"])
         undos = {} if name is None else _undos(name, info, architecture, config)
+        if factor is not None:
+            undos = {hf: Times(undo, factor) for hf, undo in undos.items()}
         return [Recipe(replace(undo.info(info), name=hf), part, info.name, undo) for hf, undo in undos.items()]
     except ValueError as error:
         raise ValueError(f"{part.path}: tensor {info.name!r} {list(info.shape)}: {error}") from None

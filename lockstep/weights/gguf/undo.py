@@ -5,12 +5,13 @@ Source: conversion/llama.py and conversion/qwen.py of llama.cpp (modify_tensors)
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
 
-from lockstep.weights.tensor import BLOCK_FORMATS, StoredTensor, TensorInfo, stored_shape
+from lockstep.weights.tensor import BLOCK_FORMATS, MadeTensor, StoredTensor, TensorInfo, stored_shape
 
 
 class Undo:
@@ -170,6 +171,44 @@ class Expert(Undo):
 
     def apply(self, tensor: StoredTensor) -> StoredTensor:
         return StoredTensor(tensor.name, tensor.format, tensor.shape[1:], tensor.data[self.index])
+
+
+@dataclass(frozen=True)
+class Times(Undo):
+    """Another one, and then the weights times the factor that the file has beside them: for all, or for each expert."""
+
+    undo: Undo
+    factors: StoredTensor
+
+    def info(self, info: TensorInfo) -> TensorInfo:
+        info = self.undo.info(info)
+        format = self._format_of(info)
+        shape, dtype = stored_shape(format, info.shape)
+        return replace(info, format=format, num_bytes=math.prod(shape) * dtype.itemsize)
+
+    def apply(self, tensor: StoredTensor) -> StoredTensor:
+        tensor, factor = self.undo.apply(tensor), self._factor()
+        if tensor.format not in BLOCK_FORMATS:
+            return _f32(tensor, tensor.to_f32() * factor)
+        format, rows_of = self._times(tensor.format)
+        return MadeTensor.of(tensor.name, format, tensor.shape, lambda rows: rows_of(tensor.read(rows), factor))
+
+    def _format_of(self, info: TensorInfo) -> str:
+        return self._times(info.format)[0] if info.format in BLOCK_FORMATS else "f32"
+
+    @staticmethod
+    def _times(format: str) -> tuple[str, Callable[[np.ndarray, np.float32], np.ndarray]]:
+        times = BLOCK_FORMATS[format].times
+        assert times is not None, format
+        return times
+
+    def _factor(self) -> np.float32:
+        factors, index = self.factors.finite_f32(), self.undo.index if isinstance(self.undo, Expert) else 0
+        if factors.ndim != 1 or (factors.size != 1 and index >= factors.size):
+            raise ValueError(
+                f"tensor {self.factors.name!r} {list(factors.shape)}: expected one factor, or one an expert"
+            )
+        return factors[index if factors.size > 1 else 0]
 
 
 def _snapped_log(decay: float) -> float:

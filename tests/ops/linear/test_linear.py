@@ -40,16 +40,19 @@ TOLERANCE = {
     "iq4_nl": 0.1,
     "iq4_xs": 0.3,
     "mxfp4": 0.1,
+    "nvfp4": 0.3,
+    "nvfp4_scaled": 0.1,
     "group4": 0.1,
     "group8": 0.5,
 }  # of the others 0.03
+SIZES = {"nvfp4": 0.03}  # of scales; smaller ones are few numbers of 8 bits, or none
 
 
 def random_blocks(format, N, K):
     """Blocks of random bytes, which have all codes and all scales within a block, with small scales."""
     block = BLOCK_FORMATS[format]
     blocks = RNG.integers(0, 256, (N, K // block.block_size, block.block_bytes), np.uint8)
-    size = 2e-3 if block.block_size == 32 else 2e-4
+    size = SIZES.get(format, 2e-3 if block.block_size == 32 else 2e-4)
     block.put_scales(blocks, RNG.normal(0, size, blocks.shape[:2]))
     return blocks.reshape(N, -1)
 
@@ -214,9 +217,13 @@ def test_nan_weight_is_refused():
 @pytest.mark.parametrize(
     "variant, cpu, formats",
     [
-        ("native", "haswell", ["q8_0", "q5_0", "q5_1", "q2_k", "q3_k", "group8", "iq4_nl", "iq4_xs", "mxfp4"]),
-        ("generic", "", ["q6_k", "q5_0", "q3_k", "group8", "iq4_nl"]),
-        ("avx512", "", ["q8_0", "q4_k", "q6_k", "q2_k", "q3_k", "q5_1", "group4", "group8", "iq4_xs", "mxfp4", "bf16"]),
+        ("native", "haswell", ["q8_0", "q5_0", "q5_1", "q2_k", "q3_k", "group8", "iq4_nl", "iq4_xs", "mxfp4", "nvfp4"]),
+        ("generic", "", ["q6_k", "q5_0", "q3_k", "group8", "iq4_nl", "nvfp4"]),
+        (
+            "avx512",
+            "",
+            ["q8_0", "q4_k", "q6_k", "q2_k", "q3_k", "q5_1", "group4", "group8", "iq4_xs", "mxfp4", "nvfp4", "bf16"],
+        ),
     ],
 )
 def test_other_targets_give_the_same_bits(variant, cpu, formats, tmp_path):

@@ -59,6 +59,23 @@ def gptq(bits, group=GROUP, more=1):
     return write
 
 
+def reordered(write, suffix, group=GROUP):
+    """A writer of 4 bits whose columns are in any order: the groups that `write` gives to runs of columns lie
+    scattered."""
+
+    def write_reordered(rng, N, K):
+        parts, weights = write(rng, N, K)
+        order = rng.permutation(K)  # of the columns of `write`
+        axis, words = (0, "qweight") if suffix == "g_idx" else (1, "weight_packed")
+        codes = np.ascontiguousarray(np.moveaxis(parts[words], axis, 1)).view(np.uint32)
+        each = codes[:, :, None] >> np.arange(0, 32, 4, dtype=np.uint32) & 15
+        packed = bit_stream(each.reshape(N, K)[:, order], 4).view(np.int32)
+        changed = {words: np.ascontiguousarray(np.moveaxis(packed, 1, axis)), suffix: (order // group).astype(np.int32)}
+        return parts | changed, weights[:, order]
+
+    return write_reordered
+
+
 def pack_quantized(bits, group, symmetric):
     """A writer of pack-quantized layers. group: None for one of the whole row."""
 
@@ -79,6 +96,15 @@ def int_quantized(rng, N, K):
     numbers, scales = rng.integers(-128, 128, (N, K)).astype(np.int8), rng.uniform(0.5, 2, (N, 1)) * 2.0**-8
     scales = scales.astype(ml_dtypes.bfloat16)
     return {"weight": numbers, "weight_scale": scales}, weights(numbers, scales, np.zeros((N, 1)), K)
+
+
+def nvfp4(rng, N, K):
+    numbers, scales = rng.integers(0, 16, (N, K)), rng.uniform(1, 400, (N, K // 16)).astype(ml_dtypes.float8_e4m3fn)
+    whole = rng.uniform(9000, 30000, 1).astype(np.float32)
+    floats = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)[numbers]
+    parts = {"weight_packed": (numbers[:, ::2] | numbers[:, 1::2] << 4).astype(np.uint8), "weight_scale": scales}
+    parts |= {"weight_global_scale": whole, "input_global_scale": np.ones(1, np.float32)}
+    return parts, floats * np.repeat(scales.astype(np.float32) / whole, 16, axis=1)
 
 
 def mlx(bits, group=GROUP):
@@ -135,15 +161,23 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": Fals
 MLX = {"bits": 4, "group_size": GROUP, "mode": "affine"}
 FP8 = {"quant_method": "fp8", "weight_block_size": [32, 48], "activation_scheme": "dynamic"}
 DYNAMIC = {"input_activations": {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token"}}
-# name: (quantization_config, writer, format of the weights)
+FLOATS = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
+FOUR_BITS = compressed({"weights": FLOATS}, format="nvfp4-pack-quantized")
+# name: (quantization_config, writer, format of the weights: bits of integers in groups, or its name)
 FORMS = {
     "awq": (AWQ, awq, 4),
     "gptq": (GPTQ, gptq(4), 4),
+    "gptq in order of activations": (GPTQ | {"desc_act": True}, reordered(gptq(4), "g_idx"), "f32"),
     "gptq of groups of 32": (GPTQ | {"group_size": 32}, gptq(4, 32), 8),
     "gptq of 8 bits": (GPTQ | {"bits": 8}, gptq(8), 8),
     "gptq_v2 of 2 bits": (GPTQ | {"bits": 2, "checkpoint_format": "gptq_v2"}, gptq(2, more=0), 4),
     "packed": (compressed(scheme(4, GROUP)), pack_quantized(4, GROUP, True), 4),
     "packed with zero points": (compressed(scheme(4, GROUP, False)), pack_quantized(4, GROUP, False), 4),
+    "packed in order of activations": (
+        compressed(scheme(4, GROUP)),
+        reordered(pack_quantized(4, GROUP, True), "weight_g_idx"),
+        "f32",
+    ),
     "packed by channel": (compressed(scheme(8), scheme(4)), pack_quantized(4, None, True), 4),
     "packed by channel, zero points": (compressed(scheme(8, None, False)), pack_quantized(8, None, False), 8),
     "int": (compressed(scheme(8, **DYNAMIC), format="int-quantized"), int_quantized, 8),
@@ -151,6 +185,7 @@ FORMS = {
     "mlx of 8 bits": (MLX | {"bits": 8}, mlx(8), 8),
     "mlx of 3 bits": (MLX | {"bits": 3}, mlx(3), 4),
     "mlx of 6 bits": (MLX | {"bits": 6, "group_size": 32}, mlx(6, 32), 8),
-    "fp8": (FP8, fp8((32, 48)), None),
-    "fp8, one scale": (FP8 | {"weight_block_size": None, "activation_scheme": "static"}, fp8(None), None),
+    "nvfp4": (FOUR_BITS, nvfp4, "nvfp4_scaled"),
+    "fp8": (FP8, fp8((32, 48)), "bf16"),
+    "fp8, one scale": (FP8 | {"weight_block_size": None, "activation_scheme": "static"}, fp8(None), "bf16"),
 }

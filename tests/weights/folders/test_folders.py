@@ -1,5 +1,6 @@
 """Quantized folders: decoded weights equal those of the documented layout, and whole models equal their twins."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -39,14 +40,20 @@ def same(found, expected):
     return found.shape == expected.shape and (found + 0.0).tobytes() == (expected + 0.0).tobytes()
 
 
+def kept_format(form):
+    """The format as which a form's weights are read."""
+    config, _, format = FORMS[form]
+    group = 32 if "32" in str(config.get("group_size")) else GROUP
+    return format if isinstance(format, str) else format_of(format, group).name
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_weights_are_those_of_the_layout(form, tmp_path):
     config, parts, weights = layer(form)
     tensors = opened(tmp_path, config, parts)
     assert list(tensors) == [f"{NAME}.weight"]
-    tensor, bits = tensors[f"{NAME}.weight"], FORMS[form][2]
-    expected = "bf16" if bits is None else format_of(bits, 32 if "32" in str(config.get("group_size")) else GROUP).name
-    assert tensor.format == tensors.info[tensor.name].format == expected and tensor.shape == (N, K)
+    tensor = tensors[f"{NAME}.weight"]
+    assert tensor.format == tensors.info[tensor.name].format == kept_format(form) and tensor.shape == (N, K)
     assert same(tensor.to_f32(), weights)
     for rows in (slice(3, 21), slice(37, 50), slice(0, 1)):
         assert same(tensor.to_f32(rows), weights[rows])
@@ -70,16 +77,17 @@ def quantized_model(form, folder, seed=1):
 
 
 IDS = list(range(3, 40))
+TWINS = ["awq", "gptq", "gptq in order of activations", "packed with zero points", "int", "mlx", "fp8", "nvfp4"]
 
 
-@pytest.mark.parametrize("form", ["awq", "gptq", "packed with zero points", "int", "mlx", "fp8"])
+@pytest.mark.parametrize("form", TWINS)
 def test_a_model_equals_its_dequantized_twin(form, tmp_path):
     quantized, twin = quantized_model(form, tmp_path)
     expected = logits_of(load(twin), IDS)
     assert logits_of(load(quantized), IDS).tobytes() == expected.tobytes()
     model = load(quantized, "auto")
-    kept = {weight.format for weight in model.recorded.weights()} & set(BLOCK_FORMATS)
-    assert kept == (set() if form == "fp8" else {format_of(8 if form == "int" else 4, GROUP).name})
+    kept = {weight.format for weight in model.recorded.weights()}
+    assert kept_format(form) in kept and kept & set(BLOCK_FORMATS) <= {kept_format(form), format_of(4, GROUP).name}
     noise = np.square(logits_of(model, IDS) - expected).mean() / np.square(expected).mean()
     assert noise < 0.05**2  # activations are rounded to 8 bits
 
@@ -116,11 +124,23 @@ def changed(form, **changes):
     return config, {k: v for k, v in (parts | changes).items() if v is not None}
 
 
-ORDER = {"g_idx": (np.arange(K) % 3).astype(np.int32)}
+ORDER = {"g_idx": (np.arange(K) % 4).astype(np.int32)}
 FIXED = {"input_activations": {"num_bits": 8, "type": "int", "dynamic": False, "strategy": "tensor"}}
 BAD = {
-    "act-order": (changed("gptq", **ORDER), r"up_proj.g_idx': groups that are not runs of input features"),
-    "act-order, packed": (changed("packed", weight_g_idx=ORDER["g_idx"]), "weight_g_idx': groups that are not runs"),
+    "a group that does not exist": (changed("gptq", **ORDER), r"up_proj.g_idx': expected groups 0 to 2, found 0 to 3"),
+    "a group that does not exist, packed": (
+        changed("packed", weight_g_idx=ORDER["g_idx"] - 1),
+        "weight_g_idx': expected groups 0 to 2, found -1 to 2",
+    ),
+    "floats without a global scale": (changed("nvfp4", weight_global_scale=None), "weight_global_scale' is missing"),
+    "floats in groups of 32": (
+        changed("nvfp4", weight_scale=np.ones((N, K // 32), "f4").astype(ml_dtypes.float8_e4m3fn)),
+        r"weight_scale': expected f8_e4m3 \[40, 12\]",
+    ),
+    "floats in rows of half a block": (
+        (forms.FOUR_BITS, forms.nvfp4(np.random.default_rng(0), N, 96)[0]),
+        "weight_packed': a row of 96 weights is not a whole number of blocks of 64",
+    ),
     "a lying group": (
         (AWQ | {"group_size": 32}, layer("awq")[1]),
         r"scales': expected f32 or f16 or bf16 \[6, 40\], found",
@@ -171,7 +191,7 @@ BAD = {
         (compressed(scheme(4, GROUP)) | {"transform_config": {"a": 1}}, layer("packed")[1]),
         "transform_config",
     ),
-    "another packing": ((compressed(scheme(4, 16), format="nvfp4-pack-quantized"), layer("packed")[1]), "key 'format'"),
+    "another packing": ((compressed(scheme(4, 16), format="mxfp4-pack-quantized"), layer("packed")[1]), "key 'format'"),
     "scales of other blocks": (
         (FP8 | {"weight_block_size": [32, 32]}, layer("fp8")[1]),
         "weight_scale_inv': expected one of",

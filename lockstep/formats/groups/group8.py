@@ -117,5 +117,6 @@ GROUP8 = Format(
     tile=tile,
     lookup=Lookup(weight, store_block, SIZE),
     fallback="f32",
+    tall_tiles=True,
     made_up_scale=2.0**-12,
 )

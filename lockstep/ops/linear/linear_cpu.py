@@ -13,16 +13,16 @@ from functools import partial
 from typing import NamedTuple
 
 from lockstep.formats import FORMATS
-from lockstep.formats.pack import pack
+from lockstep.formats.pack import pack, pack_dense
 from lockstep.formats.parts.tiles import Ahead, Output, Panels, Rows
 from lockstep.native.kernel import inlined, merged, variant
-from lockstep.native.machine import fetch_add
+from lockstep.native.machine import fetch_add, stack_memory
 from lockstep.native.numbers import int64
 from lockstep.native.simd import peek
 from lockstep.native.targets import wide_registers
 from lockstep.ops.linear.grouped_linear import GroupedLinear
 from lockstep.ops.linear.linear import Linear
-from lockstep.ops.linear.tile import linear_tile, scale_bytes
+from lockstep.ops.linear.tile import K_UNIT, linear_tile, may_be_dense, panel_bytes, scale_bytes, unpack_panels
 from lockstep.runtime.backend import Implementation, Layout
 from lockstep.runtime.step import COUNTER, num_rows
 
@@ -30,24 +30,28 @@ COLS = 2 if wide_registers() else 1  # panels of a tile: 6 x 2 x 16 lanes fill 3
 MIN_ROWS, MAX_ROWS = 3, 6
 ALL_PANELS = (1 << COLS) - 1  # of a tile, one bit for each
 NEAR_BYTES = 34 * 1024  # weights of a tile that stay in the first-level cache, beside six rows of activations
-K_UNIT = max(format.packed.size for format in FORMATS.values())
+UNPACKED_BYTES = 64 * 1024  # of the panels of a tile, in the part of K that is worked on at a time
 CACHE_BYTES = 192 * 1024  # activations that stay in the second-level cache while panels pass by
 CLAIMS_FEW_ROWS, CLAIMS_MANY_ROWS = 8, 16  # a thread: few for long streams, many so that threads end together
 MAX_CLAIM = 64  # panels
 # Constants of each variant. OP: the op; ROWS_OF: finds the rows of a panel, as `whole_rows`; FORMAT: of the weights,
-# with BLOCK, PANEL_BYTES and ROW_BYTES; SHAPES: of tiles, see `shapes_of`; ONE_ROW: whether every row reads all
+# with ROW_BYTES; SHAPES: of tiles, see `shapes_of`; ONE_ROW: whether every row reads all
 # weights by itself; MULTIPLY: makes the tiles, as `multiply_rows`
-OP = ROWS_OF = FORMAT = BLOCK = PANEL_BYTES = ROW_BYTES = SHAPES = ONE_ROW = MULTIPLY = None
+OP = ROWS_OF = FORMAT = ROW_BYTES = SHAPES = ONE_ROW = MULTIPLY = None
 
-LAYOUTS = {
+PLAIN_LAYOUTS = {
     name: Layout(f"{name} panels", partial(pack, format), format.packed.arrays) for name, format in FORMATS.items()
+}
+LAYOUTS = PLAIN_LAYOUTS | {
+    name: Layout(f"{name} dense panels", partial(pack_dense, format), ("codes", "d"))
+    for name, format in FORMATS.items()
+    if format.dense is not None
 }
 
 
 def constants(format):
     """The constants of a variant that follow from its format of weights."""
-    sizes = dict(BLOCK=format.packed.size, PANEL_BYTES=format.packed.panel.itemsize)
-    return dict(FORMAT=format.name, ROW_BYTES=format.product.rows.num_bytes, SHAPES=shapes_of(format), **sizes)
+    return dict(FORMAT=format.name, ROW_BYTES=format.product.rows.num_bytes, SHAPES=shapes_of(format))
 
 
 def shapes_of(format):
@@ -66,6 +70,7 @@ def multiply_rows(format, shapes, x, w, out, ahead, num_rows):
     `shapes_of`; the other arguments are those of `linear_tile`.
 
     The first tile prefetches the panels ahead; where there are several tiles, each of the first two prefetches half.
+    Several tiles of a dense layout multiply panels that are unpacked once.
     """
     few, fewest, most, at_once = shapes
     if num_rows <= few:
@@ -73,6 +78,10 @@ def multiply_rows(format, shapes, x, w, out, ahead, num_rows):
         return
     prefetched = ALL_PANELS if num_rows <= most else ALL_PANELS // 2
     left = ALL_PANELS - prefetched
+    if may_be_dense(format) and w.scales:
+        place = stack_memory(UNPACKED_BYTES)
+        unpack_panels(format, COLS, w, place)
+        w, prefetched, left = Panels(place, panel_bytes(format, w.K, 0), 0, 0, w.K), 0, 0
     while num_rows > 0:
         num_tiles = (num_rows + most - 1) // most
         rows = (num_rows + num_tiles - 1) // num_tiles
@@ -109,9 +118,10 @@ def claim_size(num_panels, num_threads, num_rows):
 
 
 @inlined
-def part_of_k(K, panel_bytes, num_rows, few):
-    """How much of K is worked on at a time, so that the panels of a tile stay in the first-level cache for all rows."""
-    part = NEAR_BYTES * K // (COLS * panel_bytes) // K_UNIT * K_UNIT
+def part_of_k(K, panel, num_rows, few):
+    """How much of K is worked on at a time, so that the panels of a tile stay in the first-level cache for all rows.
+    panel: bytes of one over K."""
+    part = NEAR_BYTES * K // (COLS * panel) // K_UNIT * K_UNIT
     return K if num_rows <= few else min(K, max(K_UNIT, part))
 
 
@@ -160,8 +170,8 @@ def output_at(a, t, p, num_panels, k, is_last):
 def multiply_claim(format, shapes, multiply, rows_of, a, sizes, claim):
     """Computes a claim of the layer `a`, some rows and a part of K at a time. multiply: makes the tiles, as
     `multiply_rows`; rows_of: finds the rows of a panel, as `whole_rows`."""
-    K, row_bytes, panel_bytes = a.in_features, sizes.row_bytes, sizes.panel_bytes
-    scale_stride = scale_bytes(format, K)
+    K, row_bytes, codes_stride = a.in_features, sizes.row_bytes, sizes.panel_bytes
+    scale_stride = scale_bytes(format, K) if a.weight.d else 0
     for t in range(claim.first_row, claim.end_row, sizes.rows_at_once):
         panel_after = claim.first_panel if t + sizes.rows_at_once < claim.end_row else claim.next_panel
         for p in range(claim.first_panel, claim.end_panel, COLS):
@@ -169,15 +179,15 @@ def multiply_claim(format, shapes, multiply, rows_of, a, sizes, claim):
             x = rows_of(a, row_bytes, p)
             for k in range(0, K, sizes.part_of_k):
                 next_k, p_ahead = (k + sizes.part_of_k, p) if k + sizes.part_of_k < K else (0, next_p)
-                codes = a.weight.codes + panel_bytes * p + panel_bytes * k // K
-                scales = a.weight.d + scale_stride * p + scale_bytes(format, k)
-                codes_ahead = a.weight.codes + panel_bytes * p_ahead + panel_bytes * next_k // K
-                scales_ahead = a.weight.d + scale_stride * p_ahead + scale_bytes(format, next_k)
+                codes = a.weight.codes + codes_stride * p + codes_stride * k // K
+                scales = a.weight.d + scale_stride * p + scale_stride * k // K
+                codes_ahead = a.weight.codes + codes_stride * p_ahead + codes_stride * next_k // K
+                scales_ahead = a.weight.d + scale_stride * p_ahead + scale_stride * next_k // K
                 multiply(
                     format,
                     shapes,
                     Rows(x.address + x.stride * t + row_bytes * k // K, x.stride),
-                    Panels(codes, panel_bytes, scales, scale_stride, min(sizes.part_of_k, K - k)),
+                    Panels(codes, codes_stride, scales, scale_stride, min(sizes.part_of_k, K - k)),
                     output_at(a, t, p, sizes.num_panels, k, next_k == 0),
                     Ahead(codes_ahead, scales_ahead, ALL_PANELS),
                     min(sizes.rows_at_once, claim.end_row - t),
@@ -192,13 +202,10 @@ def linear(op, step, thread, num_threads):
     """
     a, T = OP.read(op), num_rows(op, step)
     K, claim_rows, num_panels = a.in_features, 1 if ONE_ROW else T, (a.out_features + 15) // 16
-    row_bytes, panel_bytes, size = (
-        ROW_BYTES(K),
-        K // BLOCK * PANEL_BYTES,
-        claim_size(num_panels, num_threads, min(T, claim_rows)),
-    )
-    part = part_of_k(K, panel_bytes, min(T, claim_rows), SHAPES[0])
-    sizes = Sizes(row_bytes, panel_bytes, rows_at_once(row_bytes), part, num_panels)
+    row_bytes, panel = ROW_BYTES(K), panel_bytes(FORMAT, K, a.weight.d)
+    size = claim_size(num_panels, num_threads, min(T, claim_rows))
+    part = part_of_k(K, panel, min(T, claim_rows), SHAPES[0])
+    sizes = Sizes(row_bytes, panel, rows_at_once(row_bytes), part, num_panels)
     num_claims, counter = (num_panels + size - 1) // size, peek(op + 8 * COUNTER, int64)
     number, next_number = fetch_add(counter, 1), fetch_add(counter, 1)
     while number * claim_rows < num_claims * T:

@@ -11,7 +11,7 @@ from lockstep.formats.parts.products import Product, floats_at
 from lockstep.formats.parts.rows import ROUNDED
 from lockstep.formats.parts.scalars import upper_half
 from lockstep.formats.parts.tiles import outer
-from lockstep.native.emit import dpbf16, moved, read, spread
+from lockstep.native.emit import dpbf16, moved, read, spread, write
 from lockstep.native.kernel import definition, inlined
 from lockstep.native.simd import I32, constant, fma, load_bf16, store
 
@@ -71,11 +71,18 @@ def tile(s):
 
 
 def dense_tile(s):
-    """The same from the layout of 12 bits."""
+    """The same from the layout of 12 bits, which is unpacked for the tiles that follow."""
+    plain_bytes = PANEL.itemsize * dense.PAIRS  # of a group
+    unpacked = s.pointers(s.unpacked, s.b.mul(s.b.udiv(s.K, s.int(dense.K_GROUP)), s.int(plain_bytes)), s.panels)
+    has_followers = s.b.icmp_signed("!=", s.unpacked, s.int(0))
     pairs, panels = _pairs_native if s.bf16 else _pairs_wide, [dense.Block(*both) for both in zip(s.w, s.scales, strict=True)]
 
     def step(g, acc):
         columns = [dense.decoded(s.b, s.magic, panel, g) for panel in panels]
+        with s.b.if_then(has_followers):
+            for place, column in zip(unpacked, columns, strict=True):
+                for t, values in enumerate(column):
+                    write(s.b, moved(s.b, moved(s.b, place, s.b.mul(g, s.int(plain_bytes))), 64 * t), values, 64)
         for t in range(dense.PAIRS):
             i = s.b.add(s.b.mul(g, s.int(dense.PAIRS)), s.int(t))
             acc = pairs(s, i, [column[t] for column in columns], acc)
@@ -120,7 +127,7 @@ BF16 = Format(
     packed=Packed(PANEL, 2, lambda values: {"codes": (grouped(2), values.view(np.uint16))}),
     product=Product("bf16", ROUNDED, ("codes",), row_dot),
     tile=tile,
-    dense=Dense(dense.packed, dense_tile, dense.unpack, dense.bytes_of),
+    dense=Dense(dense.packed, dense_tile, dense.bytes_of),
     lookup=Lookup(weight, store_weights, 16),
     fallback="f32",
     is_choice=True,

@@ -54,13 +54,12 @@ class Dense(NamedTuple):
     """A second layout of the panels of a format without scales, in fewer bytes: groups, and a stream of headers.
 
     packed: plain panels to both arrays, uint8 [panels, bytes] each, or None where it does not pay. tile: as
-    `Format.tile`, for few rows; many rows multiply plain panels, which unpack(b, magic, Block, groups, place) writes.
-    bytes_of: K to the bytes of a panel's groups and of its headers.
+    `Format.tile`; the first of several also writes plain panels, which the others read. bytes_of: K to the bytes of a
+    panel's groups and of its headers.
     """
 
     packed: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray] | None]
     tile: Callable[[Any], dict]
-    unpack: Callable[..., None]
     bytes_of: Callable[[int], tuple[int, int]]
 
 

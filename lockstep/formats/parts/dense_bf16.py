@@ -1,13 +1,13 @@
 """bf16 in 12 bits: another layout of the same numbers, for weights that are read from memory.
 
-The weights of a layer have few exponents. For every K_BLOCK values of a panel's sixteen features a header has a table
-of the sixteen exponents that occur most; a weight is its sign and mantissa, a byte, and a code of 4 bits into the
-table. A weight with another exponent is written over after decoding, by a patch; a header has room for seven. A weight
-matrix in which one block needs more keeps its plain panels.
+The weights of a layer have few exponents. The lower byte of each weight, mantissa and lowest bit of the exponent, is
+kept; the upper byte, sign and the other bits of the exponent, is a code of 4 bits into a table. The table has the eight
+upper bytes that occur most often, with both signs, of K_BLOCK values of a panel's sixteen features; it lies in a header
+for these. A weight with another upper byte is written over after decoding, by a patch; a header has room for eleven. A
+weight matrix in which one block needs more keeps its plain panels.
 
-    header, 64 bytes   the two bytes of bf16 that each exponent is a part of (bit 0 of the exponent is the highest bit
-                       of the lower byte), the groups that have patches, one bit each, and the patches
-    group, 192 bytes   8 values of each feature: 128 bytes of signs and mantissas, 64 of codes
+    header, 64 bytes   the table, the groups that have patches (a bit each), and the patches
+    group, 192 bytes   8 values of each feature: 128 lower bytes, 64 bytes of codes
 """
 
 from typing import NamedTuple
@@ -16,28 +16,27 @@ import numpy as np
 
 from lockstep.formats.parts.dots import nibbles
 from lockstep.formats.parts.panels import PANEL
-from lockstep.native.emit import counted, ir, moved, prefetch, read, vector, write
+from lockstep.native.emit import ir, moved, read, vector
 from lockstep.native.kernel import native
 from lockstep.native.lookup import lookup
-from lockstep.native.simd import I1, I8, I16, I32, I64, constant, splat
+from lockstep.native.simd import I1, I8, I16, I32, I64, splat
 
 K_GROUP, K_BLOCK = 8, 128  # values of a feature in a group, and under one header
 GROUPS = K_BLOCK // K_GROUP
 PAIRS = K_GROUP // 2  # vectors of a group, of two values of each feature
-PATCHES, NO_GROUP = 7, 255
-GROUP = np.dtype([("parts", "u1", 2 * 64), ("codes", "u1", 64)])
+PATCHES, NO_GROUP, NO_CODE = 11, 255, 255
+GROUP = np.dtype([("lower", "u1", 2 * 64), ("codes", "u1", 64)])
 HEADER = np.dtype(
     [
-        ("low", "u1", 16),
-        ("high", "u1", 16),
+        ("table", "u1", 16),
         ("patched", "<u2"),
         ("padding", "<u2"),
         ("patches", [("place", "u1"), ("group", "u1"), ("bits", "<u2")], PATCHES),
     ]
 )
-PATCHED, FIRST_PATCH, PATCH_BYTES = 32, 36, 4
+PATCHED, FIRST_PATCH, PATCH_BYTES = 16, 20, 4
+SIGN = 8  # the bit of a code that is the weight's sign
 VECTOR_BYTES, LANE_BYTES = 64, 16
-AHEAD_BYTES = 8192
 
 
 def bytes_of(K: int) -> tuple[int, int]:
@@ -75,22 +74,22 @@ def _pack(blocks, groups, headers):
 
 @native
 def _begin_block(block, header, code_of):
-    """Chooses a block's exponents, the lower of equally frequent ones first; False where too many others are left."""
-    counts = np.zeros(256, np.int64)
+    """Chooses a block's upper bytes, the lower of equally frequent ones first; False where too many others are left."""
+    counts = np.zeros(128, np.int64)
     for values in block:
         for bits in values:
-            counts[bits >> 7 & 255] += 1
+            counts[bits >> 8 & 127] += 1
     left = block.size
-    code_of[:] = 255
-    for code in range(16):
+    code_of[:] = NO_CODE
+    for code in range(SIGN):
         best = 0
-        for exponent in range(256):
-            if counts[exponent] > counts[best]:
-                best = exponent
-        if counts[best] == 0:
-            break
-        header[code], header[16 + code] = (best & 1) << 7, best >> 1
-        code_of[best], left, counts[best] = code, left - counts[best], 0
+        for upper in range(128):
+            if counts[upper] > counts[best]:
+                best = upper
+        header[code], header[SIGN + code] = best, best | 128
+        if counts[best]:
+            code_of[best], code_of[best | 128] = code, SIGN + code
+        left, counts[best] = left - counts[best], 0
     return left <= PATCHES
 
 
@@ -103,17 +102,17 @@ def _pack_block(block, groups, header, code_of):
         groups[g, 2 * VECTOR_BYTES :] = 0
         for place in range(PAIRS * PANEL * 2):
             bits = block[g, place]
-            code = code_of[bits >> 7 & 255]
-            if code == 255:
+            code = code_of[bits >> 8]
+            if code == NO_CODE:
                 at, code = FIRST_PATCH + PATCH_BYTES * num_patches, 0
                 header[at], header[at + 1] = place, g
                 header[at + 2], header[at + 3] = bits & 255, bits >> 8
                 header[PATCHED + g // 8] |= 1 << g % 8
                 num_patches += 1
-            # bytes of two vectors lie in turn, eight of each, so that one unpack of low and high bytes restores them
+            # bytes of two vectors lie in turn, eight of each, so that one unpack of lower and upper bytes restores them
             t, lane, j = place // 32, place % 32 // 8, place % 8
             byte = LANE_BYTES * lane + 8 * (t % 2) + j
-            groups[g, VECTOR_BYTES * (t // 2) + byte] = (bits >> 8 & 128) | (bits & 127)
+            groups[g, VECTOR_BYTES * (t // 2) + byte] = bits & 255
             groups[g, 2 * VECTOR_BYTES + byte] |= code << 4 * (t // 2)
 
 
@@ -129,14 +128,11 @@ def decoded(b, magic, panel, g):
     group = moved(b, panel.groups, b.mul(g, ir.Constant(I64, GROUP.itemsize)))
     block = b.lshr(g, ir.Constant(I64, GROUPS.bit_length() - 1))
     header = moved(b, panel.headers, b.mul(block, ir.Constant(I64, HEADER.itemsize)))
-    table = lambda at: read(b, moved(b, header, at), vector(I8, 16), 16)
-    low, high, made = table(0), table(16), []
+    table, made = read(b, header, vector(I8, 16), 16), []
     codes = nibbles(b, read(b, moved(b, group, 2 * VECTOR_BYTES), vector(I8, VECTOR_BYTES), VECTOR_BYTES))
     for half in (0, 1):
-        parts = read(b, moved(b, group, VECTOR_BYTES * half), vector(I8, VECTOR_BYTES), VECTOR_BYTES)
-        part = lambda mask, parts=parts: b.and_(parts, constant(parts.type, mask))
-        lower = b.or_(part(0x7F), lookup(b, magic, low, codes[half]))
-        upper = b.or_(part(0x80), lookup(b, magic, high, codes[half]))
+        lower = read(b, moved(b, group, VECTOR_BYTES * half), vector(I8, VECTOR_BYTES), VECTOR_BYTES)
+        upper = lookup(b, magic, table, codes[half])
         made += [_interleaved(b, lower, upper, first) for first in (0, LANE_BYTES // 2)]
     return [
         b.bitcast(v, vector(I32, PANEL)) for v in _patched(b, header, b.and_(g, ir.Constant(I64, GROUPS - 1)), made)
@@ -179,18 +175,3 @@ def _one_patch(b, patch, g, vectors):
     places, bits = splat(b, place, vectors[0].type), splat(b, read(b, moved(b, patch, 2), I16, 2), vectors[0].type)
     numbers = lambda t: ir.Constant(places.type, list(range(32 * t, 32 * t + 32)))
     return [b.select(b.icmp_unsigned("==", places, numbers(t)), bits, v) for t, v in enumerate(vectors)]
-
-
-def unpack(b, magic, panel, num_groups, out):
-    """Writes groups of a panel to a pointer as plain panels have them."""
-
-    def step(g, _):
-        ahead = moved(b, panel.groups, b.add(b.mul(g, ir.Constant(I64, GROUP.itemsize)), ir.Constant(I64, AHEAD_BYTES)))
-        for line in range(0, GROUP.itemsize, 64):
-            prefetch(b, moved(b, ahead, line), 3)
-        place = moved(b, out, b.mul(g, ir.Constant(I64, PAIRS * VECTOR_BYTES)))
-        for t, values in enumerate(decoded(b, magic, panel, g)):
-            write(b, moved(b, place, VECTOR_BYTES * t), values, VECTOR_BYTES)
-        return []
-
-    counted(b, num_groups, [], step)

@@ -22,7 +22,7 @@ from lockstep.native.simd import peek
 from lockstep.native.targets import wide_registers
 from lockstep.ops.linear.grouped_linear import GroupedLinear
 from lockstep.ops.linear.linear import Linear
-from lockstep.ops.linear.tile import K_UNIT, linear_tile, may_be_dense, panel_bytes, scale_bytes, unpack_panels
+from lockstep.ops.linear.tile import K_UNIT, linear_tile, may_be_dense, panel_bytes, scale_bytes
 from lockstep.runtime.backend import Implementation, Layout
 from lockstep.runtime.step import COUNTER, num_rows
 
@@ -30,8 +30,9 @@ COLS = 2 if wide_registers() else 1  # panels of a tile: 6 x 2 x 16 lanes fill 3
 MIN_ROWS, MAX_ROWS = 3, 6
 ALL_PANELS = (1 << COLS) - 1  # of a tile, one bit for each
 NEAR_BYTES = 34 * 1024  # weights of a tile that stay in the first-level cache, beside six rows of activations
+FEW_ROWS_DENSE = 2  # rows that share each panel of a dense layout while it streams by
 UNPACKED_BYTES = 64 * 1024  # of the panels of a tile, in the part of K that is worked on at a time
-CACHE_BYTES = 192 * 1024  # activations that stay in the second-level cache while panels pass by
+CACHE_BYTES = 640 * 1024  # activations that stay in the second-level cache while panels pass by
 CLAIMS_FEW_ROWS, CLAIMS_MANY_ROWS = 8, 16  # a thread: few for long streams, many so that threads end together
 MAX_CLAIM = 64  # panels
 # Constants of each variant. OP: the op; ROWS_OF: finds the rows of a panel, as `whole_rows`; FORMAT: of the weights,
@@ -70,25 +71,32 @@ def multiply_rows(format, shapes, x, w, out, ahead, num_rows):
     `shapes_of`; the other arguments are those of `linear_tile`.
 
     The first tile prefetches the panels ahead; where there are several tiles, each of the first two prefetches half.
-    Several tiles of a dense layout multiply panels that are unpacked once.
+    Where there are several tiles of a dense layout, the first unpacks its panels for the others.
     """
     few, fewest, most, at_once = shapes
-    if num_rows <= few:
+    is_dense = may_be_dense(format) and w.scales != 0
+    if num_rows <= few and not (is_dense and num_rows > FEW_ROWS_DENSE):
         linear_tile(format, ((1, few), COLS, 1), num_rows, x, w, out, ahead)
         return
     prefetched = ALL_PANELS if num_rows <= most else ALL_PANELS // 2
     left = ALL_PANELS - prefetched
-    if may_be_dense(format) and w.scales:
-        place = stack_memory(UNPACKED_BYTES)
-        unpack_panels(format, COLS, w, place)
-        w, prefetched, left = Panels(place, panel_bytes(format, w.K, 0), 0, 0, w.K), 0, 0
+    if is_dense and num_rows > most:
+        w = Panels(w.codes, w.codes_stride, w.scales, w.scales_stride, w.K, stack_memory(UNPACKED_BYTES))
     while num_rows > 0:
         num_tiles = (num_rows + most - 1) // most
         rows = (num_rows + num_tiles - 1) // num_tiles
-        next_panels = Ahead(ahead.codes, ahead.scales, prefetched)
+        next_panels = only(ahead, prefetched)
         linear_tile(format, ((fewest, most), COLS, at_once), rows, x, w, out, next_panels)
         num_rows, x, out = num_rows - rows, Rows(x.address + rows * x.stride, x.stride), below(out, rows)
         prefetched, left = left, 0
+        if is_dense and w.unpacked:
+            w = Panels(w.unpacked, panel_bytes(format, w.K, 0), 0, 0, w.K, 0)
+
+
+@inlined
+def only(ahead, panel_mask):
+    """The Ahead of which other panels are prefetched."""
+    return Ahead(ahead.codes, ahead.codes_stride, ahead.scales, ahead.scales_stride, panel_mask)
 
 
 @inlined
@@ -101,7 +109,7 @@ def below(out, rows):
 @merged
 def multiply_one_row(format, shapes, x, w, out, ahead, num_rows):
     """COLS panels by one row: `multiply_rows` for num_rows = 1, without prefetch."""
-    linear_tile(format, ((1, 1), COLS, 1), 1, x, w, out, Ahead(ahead.codes, ahead.scales, 0))
+    linear_tile(format, ((1, 1), COLS, 1), 1, x, w, out, only(ahead, 0))
 
 
 @inlined
@@ -187,9 +195,9 @@ def multiply_claim(format, shapes, multiply, rows_of, a, sizes, claim):
                     format,
                     shapes,
                     Rows(x.address + x.stride * t + row_bytes * k // K, x.stride),
-                    Panels(codes, codes_stride, scales, scale_stride, min(sizes.part_of_k, K - k)),
+                    Panels(codes, codes_stride, scales, scale_stride, min(sizes.part_of_k, K - k), 0),
                     output_at(a, t, p, sizes.num_panels, k, next_k == 0),
-                    Ahead(codes_ahead, scales_ahead, ALL_PANELS),
+                    Ahead(codes_ahead, codes_stride, scales_ahead, scale_stride, ALL_PANELS),
                     min(sizes.rows_at_once, claim.end_row - t),
                 )
 

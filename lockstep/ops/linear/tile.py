@@ -1,11 +1,11 @@
 """A tile of a linear layer as LLVM: the loop over K, which the format emits, and the stores of the results."""
 
 from lockstep.formats import FORMATS
-from lockstep.formats.parts.dense_bf16 import K_BLOCK, K_GROUP, Block
+from lockstep.formats.parts.dense_bf16 import K_BLOCK
 from lockstep.formats.parts.rows import QUANTIZED
 from lockstep.formats.parts.tiles import Site, begin, fields, finish, lanes_per_vector, look_ahead
 from lockstep.native import targets
-from lockstep.native.emit import ir, pointer
+from lockstep.native.emit import ir
 from lockstep.native.numbers import types
 from lockstep.native.simd import I1, I64, LANES, primitive
 
@@ -32,7 +32,7 @@ def linear_tile(context, format, shape, num_rows, x, w, out, ahead):
             choice.add_case(ir.Constant(I64, height), block := b.append_basic_block(f"rows_{height}"))
             b.position_at_start(block)
             for start in range(0, num_cols, at_once):
-                _tile(b, magic, format.literal_value, height, range(start, start + at_once), operands, heights[0] == 1)
+                _tile(b, magic, format.literal_value, height, range(start, start + at_once), operands)
             b.branch(end)
         b.position_at_start(end)
         return ctx.get_dummy_value()
@@ -82,35 +82,14 @@ def may_be_dense(context, format):
     return types.boolean(format), lambda ctx, b, sig, args: ir.Constant(I1, is_so)
 
 
-@primitive()
-def unpack_panels(context, format, num_cols, w, place):
-    """Writes num_cols (a literal) panels of a dense layout, over the part of K that `w` says, to an address as plain
-    panels, one after the other. format: its name, a literal; of others nothing is written."""
-    dense = FORMATS[format.literal_value].dense
-
-    def codegen(ctx, b, sig, args):
-        if dense is not None:
-            panels, magic = fields(b, w, args[2]), ctx.codegen().magic_tuple()
-            for p in range(num_cols.literal_value):
-                at = lambda begin, stride, p=p: pointer(b, b.add(begin, b.mul(stride, ir.Constant(I64, p))))
-                panel = Block(at(panels.codes, panels.codes_stride), at(panels.scales, panels.scales_stride))
-                num_groups = b.udiv(panels.K, ir.Constant(I64, K_GROUP))
-                out = at(args[3], _part(b, panels.K, FORMATS[format.literal_value].panel_bytes(K_UNIT)))
-                dense.unpack(b, magic, panel, num_groups, out)
-        return ctx.get_dummy_value()
-
-    return types.void(format, num_cols, w, types.int64), codegen
-
-
 def _part(b, K, unit_bytes):
     """The bytes of K weights of each feature, of which K_UNIT take unit_bytes; both are multiples of K_BLOCK."""
     return b.mul(b.udiv(K, ir.Constant(I64, K_BLOCK)), ir.Constant(I64, unit_bytes * K_BLOCK // K_UNIT))
 
 
-def _tile(b, magic, format, height, panels, operands, few):
-    """few: whether the tile is one that few rows go through, which reads dense layouts, too."""
+def _tile(b, magic, format, height, panels, operands):
     w = operands[1]
-    dense = FORMATS[format].dense if few else None
+    dense = FORMATS[format].dense
     if dense is None:
         _tile_by(FORMATS[format].tile, b, magic, format, height, panels, operands)
         return
@@ -129,5 +108,5 @@ def _tile_by(tile, b, magic, format, height, panels, operands):
     for group in [columns] if whole else [[column] for column in columns]:
         s = Site(b, magic, height, group, lanes, x, w)
         begin(s, out)
-        look_ahead(s, w, ahead)
+        look_ahead(s, ahead)
         finish(s, tile(s), out)

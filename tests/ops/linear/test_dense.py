@@ -39,13 +39,13 @@ def weight_of(data):
 def unpacked(groups, headers):
     """What the layout means, without the code that reads or writes it."""
     groups, headers = groups.reshape(len(groups), -1, dense.GROUP.itemsize), headers.view(dense.HEADER)
-    parts = groups[..., :128].reshape(*groups.shape[:2], 2, 4, 2, 8)
-    codes = groups[..., 128:].reshape(*groups.shape[:2], 1, 4, 2, 8) >> np.array([0, 4], np.uint8).reshape(2, 1, 1, 1) & 15
-    of = np.repeat(np.arange(headers.shape[1]), dense.GROUPS)
-    table = headers["high"].astype(np.uint16) << 1 | headers["low"] >> 7
-    exponents = np.take_along_axis(table[:, of], codes.reshape(*groups.shape[:2], -1).astype(np.int64), 2).reshape(parts.shape)
-    bits = (parts.astype(np.uint16) & 0x80) << 8 | exponents << 7 | parts & 0x7F
-    bits = bits.transpose(0, 1, 2, 4, 3, 5).reshape(*groups.shape[:2], 128)  # half, unpack, lane, byte
+    shape = *groups.shape[:2], 2, 4, 2, 8  # half, lane, which vector of two, byte
+    shifts = np.array([0, 4], np.uint8).reshape(2, 1, 1, 1)
+    codes = groups[..., 128:].reshape(*shape[:2], 1, *shape[3:]) >> shifts & 15
+    tables = np.repeat(headers["table"], dense.GROUPS, axis=1)
+    upper = np.take_along_axis(tables, codes.reshape(*shape[:2], -1).astype(np.int64), 2).reshape(shape)
+    bits = upper.astype(np.uint16) << 8 | groups[..., :128].reshape(shape)
+    bits = bits.transpose(0, 1, 2, 4, 3, 5).reshape(*shape[:2], 128)
     for p, i in np.ndindex(headers.shape):
         for place, group, value in headers[p, i]["patches"]:
             if group != dense.NO_GROUP:

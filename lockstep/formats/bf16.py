@@ -75,7 +75,10 @@ def dense_tile(s):
     plain_bytes = PANEL.itemsize * dense.PAIRS  # of a group
     unpacked = s.pointers(s.unpacked, s.b.mul(s.b.udiv(s.K, s.int(dense.K_GROUP)), s.int(plain_bytes)), s.panels)
     has_followers = s.b.icmp_signed("!=", s.unpacked, s.int(0))
-    pairs, panels = _pairs_native if s.bf16 else _pairs_wide, [dense.Block(*both) for both in zip(s.w, s.scales, strict=True)]
+    pairs, panels = (
+        _pairs_native if s.bf16 else _pairs_wide,
+        [dense.Block(*both) for both in zip(s.w, s.scales, strict=True)],
+    )
 
     def step(g, acc):
         columns = [dense.decoded(s.b, s.magic, panel, g) for panel in panels]
@@ -127,10 +130,11 @@ BF16 = Format(
     packed=Packed(PANEL, 2, lambda values: {"codes": (grouped(2), values.view(np.uint16))}),
     product=Product("bf16", ROUNDED, ("codes",), row_dot),
     tile=tile,
-    dense=Dense(dense.packed, dense_tile, dense.bytes_of),
+    dense=Dense(dense.packed, dense_tile, dense.fits, dense.bytes_of),
     lookup=Lookup(weight, store_weights, 16),
     fallback="f32",
     is_choice=True,
     few_rows=4,
+    narrow_rows=5,
     flushes=True,
 )

@@ -39,6 +39,11 @@ SIGN = 8  # the bit of a code that is the weight's sign
 VECTOR_BYTES, LANE_BYTES = 64, 16
 
 
+def fits(K: int) -> bool:
+    """Whether headers divide rows of K weights."""
+    return K % K_BLOCK == 0
+
+
 def bytes_of(K: int) -> tuple[int, int]:
     """Bytes of the groups and of the headers of a panel of K values of each feature."""
     return K // K_GROUP * GROUP.itemsize, K // K_BLOCK * HEADER.itemsize
@@ -50,7 +55,7 @@ def packed(panels: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     None for a width that is not a multiple of K_BLOCK, and where a block needs more than PATCHES patches.
     """
     num, K = len(panels), panels.shape[1] * 2
-    if K % K_BLOCK:
+    if not fits(K):
         return None
     groups = np.empty((num, K // K_GROUP, GROUP.itemsize), np.uint8)
     headers = np.zeros((num, K // K_BLOCK), HEADER)

@@ -104,7 +104,13 @@ def _linear(op, step, thread, num_threads):
                     Rows(a.x + row_bytes * s, row_bytes),
                     Panels(codes, codes_stride, scales, scale_stride, K, 0),
                     Output(a.out + 64 * (num_panels * s + p), 0, 64 * num_panels, num_panels - p, 0),
-                    Ahead(codes + codes_stride * COLS, codes_stride, scales + scale_stride * COLS, scale_stride, ALL_PANELS),
+                    Ahead(
+                        codes + codes_stride * COLS,
+                        codes_stride,
+                        scales + scale_stride * COLS,
+                        scale_stride,
+                        ALL_PANELS,
+                    ),
                     min(at_once, stop - s),
                 )
         claim = fetch_add(counter, 1)

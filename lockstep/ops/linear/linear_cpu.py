@@ -32,7 +32,9 @@ ALL_PANELS = (1 << COLS) - 1  # of a tile, one bit for each
 NEAR_BYTES = 34 * 1024  # weights of a tile that stay in the first-level cache, beside six rows of activations
 FEW_ROWS_DENSE = 2  # rows that share each panel of a dense layout while it streams by
 UNPACKED_BYTES = 64 * 1024  # of the panels of a tile, in the part of K that is worked on at a time
-CACHE_BYTES = 640 * 1024  # activations that stay in the second-level cache while panels pass by
+# activations that stay in the second-level cache while panels pass by; the more rows, the fewer times a dense layout is
+# unpacked, whose panels take less of the cache themselves
+CACHE_BYTES, DENSE_CACHE_BYTES = 192 * 1024, 448 * 1024
 CLAIMS_FEW_ROWS, CLAIMS_MANY_ROWS = 8, 16  # a thread: few for long streams, many so that threads end together
 MAX_CLAIM = 64  # panels
 # Constants of each variant. OP: the op; ROWS_OF: finds the rows of a panel, as `whole_rows`; FORMAT: of the weights,
@@ -59,7 +61,7 @@ def shapes_of(format):
     """(the most rows that are one tile of a panel; the fewest and the most rows of the tiles that many rows are cut
     into, and their panels)."""
     if COLS == 1:
-        return MAX_ROWS, MIN_ROWS, MAX_ROWS, COLS
+        return format.narrow_rows, min(MIN_ROWS, format.narrow_rows // 2), format.narrow_rows, COLS
     if format.tall_tiles:
         return MAX_ROWS, MAX_ROWS, COLS * MAX_ROWS, 1
     return format.few_rows, MIN_ROWS, MAX_ROWS, COLS
@@ -113,9 +115,9 @@ def multiply_one_row(format, shapes, x, w, out, ahead, num_rows):
 
 
 @inlined
-def rows_at_once(row_bytes):
+def rows_at_once(row_bytes, cache_bytes=CACHE_BYTES):
     """How many rows of row_bytes bytes stay in the second-level cache while panels pass by."""
-    return max(MAX_ROWS, CACHE_BYTES // row_bytes // MAX_ROWS * MAX_ROWS)
+    return max(MAX_ROWS, cache_bytes // row_bytes // MAX_ROWS * MAX_ROWS)
 
 
 @inlined
@@ -213,7 +215,9 @@ def linear(op, step, thread, num_threads):
     row_bytes, panel = ROW_BYTES(K), panel_bytes(FORMAT, K, a.weight.d)
     size = claim_size(num_panels, num_threads, min(T, claim_rows))
     part = part_of_k(K, panel, min(T, claim_rows), SHAPES[0])
-    sizes = Sizes(row_bytes, panel, rows_at_once(row_bytes), part, num_panels)
+    is_dense = may_be_dense(FORMAT) and a.weight.d != 0
+    at_once = rows_at_once(row_bytes, DENSE_CACHE_BYTES if is_dense else CACHE_BYTES)
+    sizes = Sizes(row_bytes, panel, at_once, part, num_panels)
     num_claims, counter = (num_panels + size - 1) // size, peek(op + 8 * COUNTER, int64)
     number, next_number = fetch_add(counter, 1), fetch_add(counter, 1)
     while number * claim_rows < num_claims * T:

@@ -70,7 +70,9 @@ def test_a_matrix_for_which_it_does_not_pay_keeps_plain_panels(N, K, num_odd):
 
 
 @pytest.mark.parametrize("table", [linear_cpu.CPU, linear_cpu.PER_TOKEN], ids=["all rows", "each row"])
-@pytest.mark.parametrize("K, num_odd", [(128, 0), (1280, dense.PATCHES), (1280, 60)], ids=["one block", "patches", "plain"])
+@pytest.mark.parametrize(
+    "K, num_odd", [(128, 0), (1280, dense.PATCHES), (1280, 60)], ids=["one block", "patches", "plain"]
+)
 def test_products_equal_the_definition(table, K, num_odd):
     N, rng = 80, np.random.default_rng(K)
     part = StoredTensor("w", "bf16", (N, K), values(N, K, num_odd))

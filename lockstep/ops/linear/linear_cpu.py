@@ -34,7 +34,7 @@ FEW_ROWS_DENSE = 2  # rows that share each panel of a dense layout while it stre
 UNPACKED_BYTES = 64 * 1024  # of the panels of a tile, in the part of K that is worked on at a time
 # activations that stay in the second-level cache while panels pass by; the more rows, the fewer times a dense layout is
 # unpacked, whose panels take less of the cache themselves
-CACHE_BYTES, DENSE_CACHE_BYTES = 192 * 1024, 448 * 1024
+CACHE_BYTES, DENSE_CACHE_BYTES = 192 * 1024, 640 * 1024
 CLAIMS_FEW_ROWS, CLAIMS_MANY_ROWS = 8, 16  # a thread: few for long streams, many so that threads end together
 MAX_CLAIM = 64  # panels
 # Constants of each variant. OP: the op; ROWS_OF: finds the rows of a panel, as `whole_rows`; FORMAT: of the weights,
@@ -118,6 +118,13 @@ def multiply_one_row(format, shapes, x, w, out, ahead, num_rows):
 def rows_at_once(row_bytes, cache_bytes=CACHE_BYTES):
     """How many rows of row_bytes bytes stay in the second-level cache while panels pass by."""
     return max(MAX_ROWS, cache_bytes // row_bytes // MAX_ROWS * MAX_ROWS)
+
+
+@inlined
+def evenly(num_rows, most):
+    """Rows of a share, when rows are dealt in as few nearly equal shares of at most `most` as can be, in whole tiles."""
+    num_shares = (num_rows + most - 1) // most
+    return ((num_rows + num_shares - 1) // num_shares + MAX_ROWS - 1) // MAX_ROWS * MAX_ROWS
 
 
 @inlined
@@ -216,7 +223,7 @@ def linear(op, step, thread, num_threads):
     size = claim_size(num_panels, num_threads, min(T, claim_rows))
     part = part_of_k(K, panel, min(T, claim_rows), SHAPES[0])
     is_dense = may_be_dense(FORMAT) and a.weight.d != 0
-    at_once = rows_at_once(row_bytes, DENSE_CACHE_BYTES if is_dense else CACHE_BYTES)
+    at_once = evenly(min(T, claim_rows), rows_at_once(row_bytes, DENSE_CACHE_BYTES if is_dense else CACHE_BYTES))
     sizes = Sizes(row_bytes, panel, at_once, part, num_panels)
     num_claims, counter = (num_panels + size - 1) // size, peek(op + 8 * COUNTER, int64)
     number, next_number = fetch_add(counter, 1), fetch_add(counter, 1)

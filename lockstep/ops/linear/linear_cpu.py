@@ -38,8 +38,8 @@ CACHE_BYTES, DENSE_CACHE_BYTES = 192 * 1024, 640 * 1024
 CLAIMS_FEW_ROWS, CLAIMS_MANY_ROWS = 8, 16  # a thread: few for long streams, many so that threads end together
 MAX_CLAIM = 64  # panels
 # Constants of each variant. OP: the op; ROWS_OF: finds the rows of a panel, as `whole_rows`; FORMAT: of the weights,
-# with ROW_BYTES; SHAPES: of tiles, see `shapes_of`; ONE_ROW: whether every row reads all
-# weights by itself; MULTIPLY: makes the tiles, as `multiply_rows`
+# with ROW_BYTES; SHAPES: of tiles, see `shapes_of`; ONE_ROW: whether every row reads all weights by itself; MULTIPLY:
+# makes the tiles, as `multiply_rows`
 OP = ROWS_OF = FORMAT = ROW_BYTES = SHAPES = ONE_ROW = MULTIPLY = None
 
 PLAIN_LAYOUTS = {

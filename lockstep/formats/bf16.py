@@ -3,14 +3,15 @@
 import ml_dtypes
 import numpy as np
 
-from lockstep.formats.format import Format, Lookup, Packed, Stored
+from lockstep.formats.format import Dense, Format, Lookup, Packed, Stored
+from lockstep.formats.parts import dense_bf16 as dense
 from lockstep.formats.parts.panels import PANEL as FEATURES
 from lockstep.formats.parts.panels import grouped
 from lockstep.formats.parts.products import Product, floats_at
 from lockstep.formats.parts.rows import ROUNDED
 from lockstep.formats.parts.scalars import upper_half
 from lockstep.formats.parts.tiles import outer
-from lockstep.native.emit import dpbf16, moved, read, spread
+from lockstep.native.emit import dpbf16, moved, read, spread, write
 from lockstep.native.kernel import definition, inlined
 from lockstep.native.simd import I32, constant, fma, load_bf16, store
 
@@ -60,36 +61,52 @@ def row_dot(x, w, n, K):
 
 def tile(s):
     """acc = fma(x[2i], w[2i], fma(x[2i+1], w[2i+1], acc)), flushed after each."""
-    return s.blocks(2, (_pairs_native if s.bf16 else _pairs_wide)(s), PANEL.itemsize)
+    pairs = _pairs_native if s.bf16 else _pairs_wide
+
+    def step(i, acc):
+        columns = [read(s.b, moved(s.b, w, s.b.mul(i, s.int(PANEL.itemsize))), s.ints, PANEL.itemsize) for w in s.w]
+        return pairs(s, i, columns, acc)
+
+    return s.blocks(2, step, PANEL.itemsize)
 
 
-def _pair_columns(s, i):
-    return [read(s.b, moved(s.b, w, s.b.mul(i, s.int(PANEL.itemsize))), s.ints, PANEL.itemsize) for w in s.w]
+def dense_tile(s):
+    """The same from the layout of 12 bits, which is unpacked for the tiles that follow."""
+    plain_bytes = PANEL.itemsize * dense.PAIRS  # of a group
+    unpacked = s.pointers(s.unpacked, s.b.mul(s.b.udiv(s.K, s.int(dense.K_GROUP)), s.int(plain_bytes)), s.panels)
+    has_followers = s.b.icmp_signed("!=", s.unpacked, s.int(0))
+    pairs, panels = (
+        _pairs_native if s.bf16 else _pairs_wide,
+        [dense.Block(*both) for both in zip(s.w, s.scales, strict=True)],
+    )
+
+    def step(g, acc):
+        columns = [dense.decoded(s.b, s.magic, panel, g) for panel in panels]
+        with s.b.if_then(has_followers):
+            for place, column in zip(unpacked, columns, strict=True):
+                for t, values in enumerate(column):
+                    write(s.b, moved(s.b, moved(s.b, place, s.b.mul(g, s.int(plain_bytes))), 64 * t), values, 64)
+        for t in range(dense.PAIRS):
+            i = s.b.add(s.b.mul(g, s.int(dense.PAIRS)), s.int(t))
+            acc = pairs(s, i, [column[t] for column in columns], acc)
+        return acc
+
+    header_bytes = dense.HEADER.itemsize // dense.GROUPS
+    return s.blocks(dense.K_GROUP, step, dense.GROUP.itemsize, header_bytes)
 
 
-def _pairs_native(s):
+def _pairs_native(s, i, columns, acc):
     """VDPBF16PS: x holds bf16 pairs. It takes denormals as zero and flushes results, whatever MXCSR says."""
-    b = s.b
-
-    def step(i, acc):
-        columns = _pair_columns(s, i)
-        values = [spread(b, moved(b, x, b.mul(i, s.int(4))), I32, s.lanes) for x in s.x]
-        return {(r, c): dpbf16(b, acc[r, c], values[r], columns[c]) for r, c in s.cells}
-
-    return step
+    values = [spread(s.b, moved(s.b, x, s.b.mul(i, s.int(4))), I32, s.lanes) for x in s.x]
+    return {(r, c): dpbf16(s.b, acc[r, c], values[r], columns[c]) for r, c in s.cells}
 
 
-def _pairs_wide(s):
+def _pairs_wide(s, i, columns, acc):
     """The arithmetic of VDPBF16PS in two FMAs: x holds float32 pairs. Needs FLUSH mode."""
-    b = s.b
-
-    def step(i, acc):
-        raw, place = _pair_columns(s, i), b.mul(i, s.int(8))
-        odd = [b.bitcast(b.and_(v, constant(s.ints, -65536)), s.floats) for v in raw]
-        even = [b.bitcast(b.shl(v, constant(s.ints, 16)), s.floats) for v in raw]
-        return outer(s, outer(s, acc, place, 4, odd), place, 0, even)
-
-    return step
+    b, place = s.b, s.b.mul(i, s.int(8))
+    odd = [b.bitcast(b.and_(v, constant(s.ints, -65536)), s.floats) for v in columns]
+    even = [b.bitcast(b.shl(v, constant(s.ints, 16)), s.floats) for v in columns]
+    return outer(s, outer(s, acc, place, 4, odd), place, 0, even)
 
 
 @definition
@@ -113,9 +130,11 @@ BF16 = Format(
     packed=Packed(PANEL, 2, lambda values: {"codes": (grouped(2), values.view(np.uint16))}),
     product=Product("bf16", ROUNDED, ("codes",), row_dot),
     tile=tile,
+    dense=Dense(dense.packed, dense_tile, dense.fits, dense.bytes_of),
     lookup=Lookup(weight, store_weights, 16),
     fallback="f32",
     is_choice=True,
     few_rows=4,
+    narrow_rows=5,
     flushes=True,
 )

@@ -53,6 +53,20 @@ class Packed(NamedTuple):
         return ("codes",) if self.scales is None else ("codes", "d")
 
 
+class Dense(NamedTuple):
+    """A second layout of the panels of a format without scales, in fewer bytes: groups, and a stream of headers.
+
+    packed: plain panels to both arrays, uint8 [panels, bytes] each, or None where it does not pay. tile: as
+    `Format.tile`; the first of several also writes plain panels, which the others read. fits: whether rows of K weights
+    may lie in it. bytes_of: K to the bytes of a panel's groups and of its headers.
+    """
+
+    packed: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray] | None]
+    tile: Callable[[Any], dict]
+    fits: Callable[[int], bool]
+    bytes_of: Callable[[int], tuple[int, int]]
+
+
 class Lookup(NamedTuple):
     """How rows of a table of embeddings are decoded from the bytes of the checkpoint.
 
@@ -77,9 +91,11 @@ class Format:
     emits the product of a tile of prepared rows and panels, for a `tiles.Site`. fallback: the format of rows that its
     blocks, or those of prepared rows, do not fill. is_choice: whether `--weights` may name it. few_rows: up to this
     many rows share each panel while it streams by, where registers hold sixteen lanes; more rows are bound by
-    arithmetic, or by loads. tall_tiles: whether these are cut into tiles of one panel and twice the height, because
-    unpacking codes takes longer than loading activations. flushes: see `runtime.step.FLUSHES`. made_up_scale: the scale
-    of random blocks, in formats without `encode`.
+    arithmetic, or by loads. narrow_rows: the most rows of a tile where registers hold eight lanes: sixteen registers
+    hold the sums and what panels are widened to. tall_tiles: whether tiles of many rows have one panel and twice the
+    height, because unpacking codes takes longer than loading activations. dense: the layout that linear layers read
+    where it pays. flushes: see `runtime.step.FLUSHES`. made_up_scale: the scale of random blocks, in formats without
+    `encode`.
     """
 
     name: str
@@ -89,11 +105,13 @@ class Format:
     product: Product
     tile: Callable[[Any], dict]
     lookup: Lookup
+    dense: Dense | None = None
     fallback: str | None = None
     zero: int = 0
     table: np.ndarray | None = None
     is_choice: bool = False
     few_rows: int = 8
+    narrow_rows: int = 6
     tall_tiles: bool = False
     flushes: bool = False
     made_up_scale: float = 0.0

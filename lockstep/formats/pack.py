@@ -94,6 +94,14 @@ def pack(format: Format, weight: Weight) -> tuple[np.ndarray, ...]:
     return tuple(array.view(np.uint8) for array in arrays)
 
 
+def pack_dense(format: Format, weight: Weight) -> tuple[np.ndarray, ...]:
+    """The same in the format's dense layout: groups and headers; plain panels and no bytes where that does not pay."""
+    [panels] = pack(format, weight)
+    assert format.dense is not None, format.name
+    made = format.dense.packed(view(panels.view(format.packed.panel), "codes"))
+    return made or (panels, np.zeros((len(panels), 0), np.uint8))
+
+
 def _shaped(arrange: Arrange, shape: tuple[int, ...]) -> Arrange:
     """An arrangement whose panels have the shape of their field."""
     return lambda values: arrange(values).reshape(len(values), *shape)

@@ -12,6 +12,7 @@ from lockstep.formats import FORMATS
 from lockstep.formats.parts.panels import num_panels
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS
 from lockstep.ops.elementwise.embed import Embed, MappedEmbed
+from lockstep.ops.linear.experts import ExpertLinear
 from lockstep.runtime.program import DTYPES, Tensor, Weight
 
 LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
@@ -64,7 +65,7 @@ def _op_cost(op, context, kept):
 def _read_bytes(op, weights):
     if isinstance(op, Embed):
         return 0  # one row is read per token
-    return sum(packed_bytes(w) if w in op.packed else 4 * math.prod(w.shape) for w in weights)
+    return sum(packed_bytes(op, w) if w in op.packed else 4 * math.prod(w.shape) for w in weights)
 
 
 def is_linear(op):
@@ -72,9 +73,13 @@ def is_linear(op):
     return bool(op.packed) and not isinstance(op, Embed)
 
 
-def packed_bytes(weight):
-    """Bytes of a linear layer's weight as its kernel reads it, padding included."""
-    return num_panels(weight.shape[0]) * FORMATS[weight.format].panel_bytes(weight.shape[1])
+def packed_bytes(op, weight):
+    """Bytes of a linear layer's weight as the op's kernel reads it, padding included: in a dense layout where the width
+    allows one and experts do not share the op. (A matrix of uncommon exponents keeps plain panels, which take more.)"""
+    format, (rows, K) = FORMATS[weight.format], weight.shape
+    if format.dense is None or not format.dense.fits(K) or isinstance(op, ExpertLinear):
+        return num_panels(rows) * format.panel_bytes(K)
+    return num_panels(rows) * sum(format.dense.bytes_of(K))
 
 
 def collapsed(costs):
@@ -100,12 +105,12 @@ def memory(program, mtp=None):
     drafts_per_request: memory for drafts, with the default number of drafts; mtp_weights and mtp_cache_per_token: of
     the MTP head, whose recorded program is `mtp` (None: no head).
     """
-    linear = {w.name: w for op in program.ops if is_linear(op) for w in op.inputs if isinstance(w, Weight)}
+    linear = {w.name: (op, w) for op in program.ops if is_linear(op) for w in op.inputs if isinstance(w, Weight)}
     tables = {w.name: w for op in program.ops if isinstance(op, Embed) for w in op.inputs}
     in_file = {w.name for op in program.ops if isinstance(op, MappedEmbed) for w in op.inputs}
     small = [w for w in program.weights() if w.name not in linear and w.name not in tables]
     return dict(
-        packed_weights=sum(map(packed_bytes, linear.values())),
+        packed_weights=sum(packed_bytes(*each) for each in linear.values()),
         embedding=sum(p.data.nbytes for w in tables.values() if w.name not in in_file for p in w.parts),
         constants=sum(4 * math.prod(w.shape) for w in small),
         kv_cache_per_token=_cache_per_token(program),

@@ -141,7 +141,7 @@ def summed(profile, rows):
         total, macs = totals[op.kind], op.flops(0) // 2 * rows[op.rows]
         total[0] += seconds
         for weight in op.packed if is_linear(op) else ():
-            total[1] += int(packed_bytes(weight) * min(1, macs / math.prod(weight.shape)))
+            total[1] += int(packed_bytes(op, weight) * min(1, macs / math.prod(weight.shape)))
             total[2] += macs
             total[3] = FORMATS[weight.format].is_quantized
     return sorted(((kind, *t) for kind, t in totals.items()), key=lambda row: -row[1])

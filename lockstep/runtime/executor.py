@@ -155,7 +155,7 @@ class Executor:
         assert isinstance(value, Weight), value
         arrays = self._weights.arrays(value.whole or value, layout)
         self._arrays_of_op.append(arrays)
-        return [a.ctypes.data for a in arrays]
+        return [a.ctypes.data if a.nbytes else 0 for a in arrays]
 
     def view(self, tensor, num_rows):
         """A tensor's first rows, as a view of the executor's memory."""

@@ -259,7 +259,7 @@ def test_packed_bytes_are_those_of_the_packed_arrays(weights, llm):
     for op in model.program.ops:
         if isinstance(op, Linear):
             arrays = store.arrays(op.weight, backend[op.kind].layout)
-            assert packed_bytes(op.weight) == sum(a.nbytes for a in arrays)
+            assert packed_bytes(op, op.weight) == sum(a.nbytes for a in arrays)
 
 
 def test_memory_is_what_the_engine_takes(llm):

@@ -27,9 +27,9 @@ def test_experts_are_counted_as_they_are_packed(weights, tmp_path):
     experts = [op for op in program.ops if isinstance(op, ExpertLinear)]
     assert len(experts) == 2 * CONFIG["num_hidden_layers"]
     for op in experts:
-        assert packed_bytes(op.weight) == sum(a.nbytes for a in BACKENDS["cpu"][op.kind].layout.make(op.weight))
-    linear = [op.weight for op in program.ops if is_linear(op)]
-    assert memory(program)["packed_weights"] == sum(map(packed_bytes, linear))
+        assert packed_bytes(op, op.weight) == sum(a.nbytes for a in BACKENDS["cpu"][op.kind].layout.make(op.weight))
+    linear = [op for op in program.ops if is_linear(op)]
+    assert memory(program)["packed_weights"] == sum(packed_bytes(op, op.weight) for op in linear)
     # norms and rope tables, no expert among them
     assert memory(program)["constants"] < 4 * CONFIG["num_experts"] * CONFIG["moe_intermediate_size"] * 64
 
@@ -39,7 +39,7 @@ def test_every_format_is_counted_as_it_is_packed(format):
     stored = made_up("w", (40, 512), format)
     weight = Weight("w", format, stored.shape, (stored,))
     packed = BACKENDS["cpu"][f"linear_{format}"].layout.make(weight)
-    assert packed_bytes(weight) == sum(a.nbytes for a in packed)
+    assert packed_bytes(None, weight) == sum(a.nbytes for a in packed)
 
 
 @pytest.mark.parametrize(("kv_dtype", "bytes_each"), [("f32", 4), ("bf16", 2), ("q8", 1)])
@@ -70,7 +70,7 @@ def test_a_profile_counts_what_every_op_with_weights_does(weights, int8, tmp_pat
         experts = [op for op in program.ops if op.kind == f"expert_linear_{weights}"]
         macs = sum(counts[op.rows] * op.top_k * op.width * op.features for op in experts)
         shares = [min(1, counts[op.rows] * op.top_k / op.num_experts) for op in experts]
-        read = sum(int(packed_bytes(op.weight) * share) for op, share in zip(experts, shares, strict=True))
+        read = sum(int(packed_bytes(op, op.weight) * share) for op, share in zip(experts, shares, strict=True))
         assert rows[experts[0].kind] == [len(experts), read, macs, int8]
     table = Console(file=io.StringIO(), width=200)
     table.print(profile_table("prefill", [(kind, *row) for kind, row in rows.items()], CEILING))

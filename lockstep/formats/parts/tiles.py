@@ -23,13 +23,15 @@ class Rows(NamedTuple):
 
 class Panels(NamedTuple):
     """A run of packed panels, and how much of K is multiplied: addresses of codes and scales (0 in formats without a
-    stream of scales), each with the bytes from one panel to the next."""
+    stream of scales), each with the bytes from one panel to the next. unpacked: where a tile that reads a dense layout
+    writes plain panels, one after the other, for the tiles that follow; 0: nowhere."""
 
     codes: int
     codes_stride: int
     scales: int
     scales_stride: int
     K: int
+    unpacked: int
 
 
 class Output(NamedTuple):
@@ -44,10 +46,13 @@ class Output(NamedTuple):
 
 
 class Ahead(NamedTuple):
-    """The panels that will be read next; panel p of them is prefetched meanwhile if bit p of panel_mask is set."""
+    """The panels that will be read next, as in `Panels`; panel p of them is prefetched meanwhile if bit p of panel_mask
+    is set."""
 
     codes: int
+    codes_stride: int
     scales: int
+    scales_stride: int
     panel_mask: int
 
 
@@ -71,6 +76,7 @@ class Site:
         self.x = self.pointers(x.address, x.stride, range(height))
         self.w = self.pointers(w.codes, w.codes_stride, self.panels)
         self.scales = self.pointers(w.scales, w.scales_stride, self.panels)
+        self.unpacked = w.unpacked
         self.start = {cell: constant(self.floats, 0.0) for cell in self.cells}
         self.prefetched, self.distance, self.locality = [], 0, targets.prefetch_locality(magic)
 
@@ -200,7 +206,7 @@ def begin(s, out):
         s.start[cell].add_incoming(zero, zeros_from)
 
 
-def look_ahead(s, w, ahead):
+def look_ahead(s, ahead):
     """Sets what is prefetched: of a single panel the bytes that follow, of several the panels of `ahead`.
 
     Targets with narrower registers need no prefetch: there few rows are bound by arithmetic already.
@@ -211,7 +217,8 @@ def look_ahead(s, w, ahead):
         s.prefetched, s.distance = [(constant(I1, 1), s.w[0], s.scales[0])], AHEAD_BYTES
         return
     for p in sorted(set(s.panels)):
-        [codes], [scales] = s.pointers(ahead.codes, w.codes_stride, [p]), s.pointers(ahead.scales, w.scales_stride, [p])
+        [codes] = s.pointers(ahead.codes, ahead.codes_stride, [p])
+        [scales] = s.pointers(ahead.scales, ahead.scales_stride, [p])
         s.prefetched.append((s.b.trunc(s.b.lshr(ahead.panel_mask, s.int(p)), I1), codes, scales))
 
 

@@ -21,6 +21,7 @@ from lockstep.ops.linear.linear_cpu import (
     below,
     claim_size,
     merged,
+    only,
     output_at,
     rows_at_once,
 )
@@ -50,7 +51,7 @@ def tiles(planes, scaling, x, w, out, ahead, grid, rows_left):
         rows = (rows_left + num_tiles - 1) // num_tiles
         code_tile((planes, (1, MAX_ROWS), COLS, scaling), rows, x, w, out, ahead, grid)
         rows_left, x, out = rows_left - rows, Rows(x.address + rows * x.stride, x.stride), below(out, rows)
-        ahead = Ahead(ahead.codes, ahead.scales, 0)
+        ahead = only(ahead, 0)
 
 
 @merged
@@ -60,9 +61,9 @@ def sweep(planes, scaling, a, grid, num_rows, first, last):
     num_panels = (a.out_features + 15) // 16
     for t in range(0, num_rows, at_once):
         for p in range(first, last, COLS):
-            w = Panels(a.weight.codes + 16 * K * p, 16 * K, a.weight.d + WORD_BYTES * p, WORD_BYTES, K)
+            w = Panels(a.weight.codes + 16 * K * p, 16 * K, a.weight.d + WORD_BYTES * p, WORD_BYTES, K, 0)
             out, x = output_at(a, t, p, num_panels, 0, True), Rows(a.x + row * t, row)
-            ahead = Ahead(w.codes + 16 * K * COLS, w.scales, ALL_PANELS)
+            ahead = Ahead(w.codes + 16 * K * COLS, w.codes_stride, w.scales, w.scales_stride, ALL_PANELS)
             tiles(planes, scaling, x, w, out, ahead, grid, min(at_once, num_rows - t))
 
 

@@ -24,13 +24,13 @@ from lockstep.ops.linear.experts import (
     gated_kind,
     pair_at,
 )
-from lockstep.ops.linear.linear_cpu import ALL_PANELS, COLS, LAYOUTS, constants, multiply_rows, rows_at_once
-from lockstep.ops.linear.tile import scale_bytes
+from lockstep.ops.linear.linear_cpu import ALL_PANELS, COLS, PLAIN_LAYOUTS, constants, multiply_rows, rows_at_once
+from lockstep.ops.linear.tile import panel_bytes, scale_bytes
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import COUNTER, num_rows
 
 CLAIM = 8  # panels that a thread claims at a time
-STORE = FORMAT = PANEL_BYTES = BLOCK = ROW_BYTES = SHAPES = GATE = None  # constants of the variants below
+STORE = FORMAT = ROW_BYTES = SHAPES = GATE = None  # constants of the variants below
 
 
 @inlined
@@ -86,13 +86,9 @@ def bias(op, step, thread, num_threads):
 def _linear(op, step, thread, num_threads):
     """The thread's share of all experts' products."""
     a = ExpertLinear.read(op)
-    K, num_panels, row_bytes, panel_bytes = (
-        a.width,
-        a.features // 16,
-        ROW_BYTES(a.width),
-        a.width // BLOCK * PANEL_BYTES,
-    )
-    at_once, scale_stride = rows_at_once(row_bytes), scale_bytes(FORMAT, K)
+    K, num_panels, row_bytes = a.width, a.features // 16, ROW_BYTES(a.width)
+    at_once, codes_stride = rows_at_once(row_bytes), panel_bytes(FORMAT, K, a.weight.d)
+    scale_stride = scale_bytes(FORMAT, K) if a.weight.d else 0
     num_claims, counter = (num_panels + CLAIM - 1) // CLAIM, peek(op + 8 * COUNTER, int64)
     claim = fetch_add(counter, 1)
     while claim < a.num_experts * num_claims:
@@ -101,14 +97,20 @@ def _linear(op, step, thread, num_threads):
         for s in range(start, stop, at_once):
             for p in range(first, min(first + CLAIM, num_panels), COLS):
                 panel = e * num_panels + p
-                codes, scales = a.weight.codes + panel_bytes * panel, a.weight.d + scale_stride * panel
+                codes, scales = a.weight.codes + codes_stride * panel, a.weight.d + scale_stride * panel
                 multiply_rows(
                     FORMAT,
                     SHAPES,
                     Rows(a.x + row_bytes * s, row_bytes),
-                    Panels(codes, panel_bytes, scales, scale_stride, K),
+                    Panels(codes, codes_stride, scales, scale_stride, K, 0),
                     Output(a.out + 64 * (num_panels * s + p), 0, 64 * num_panels, num_panels - p, 0),
-                    Ahead(codes + panel_bytes * COLS, scales + scale_stride * COLS, ALL_PANELS),
+                    Ahead(
+                        codes + codes_stride * COLS,
+                        codes_stride,
+                        scales + scale_stride * COLS,
+                        scale_stride,
+                        ALL_PANELS,
+                    ),
                     min(at_once, stop - s),
                 )
         claim = fetch_add(counter, 1)
@@ -126,4 +128,4 @@ for _rows_of in ROW_FORMATS.values():
         CPU[gated_kind(_activation, _name)] = Implementation(globals()[_kernel])
 for _name, _format in FORMATS.items():
     globals()[f"linear_{_name}"] = variant(_linear, f"linear_{_name}", **constants(_format))
-    CPU[f"expert_linear_{_name}"] = Implementation(globals()[f"linear_{_name}"], LAYOUTS[_name], _format.flushes)
+    CPU[f"expert_linear_{_name}"] = Implementation(globals()[f"linear_{_name}"], PLAIN_LAYOUTS[_name], _format.flushes)

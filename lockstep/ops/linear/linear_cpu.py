@@ -13,16 +13,16 @@ from functools import partial
 from typing import NamedTuple
 
 from lockstep.formats import FORMATS
-from lockstep.formats.pack import pack
+from lockstep.formats.pack import pack, pack_dense
 from lockstep.formats.parts.tiles import Ahead, Output, Panels, Rows
 from lockstep.native.kernel import inlined, merged, variant
-from lockstep.native.machine import fetch_add
+from lockstep.native.machine import fetch_add, stack_memory
 from lockstep.native.numbers import int64
 from lockstep.native.simd import peek
 from lockstep.native.targets import wide_registers
 from lockstep.ops.linear.grouped_linear import GroupedLinear
 from lockstep.ops.linear.linear import Linear
-from lockstep.ops.linear.tile import linear_tile, scale_bytes
+from lockstep.ops.linear.tile import K_UNIT, linear_tile, may_be_dense, panel_bytes, scale_bytes
 from lockstep.runtime.backend import Implementation, Layout
 from lockstep.runtime.step import COUNTER, num_rows
 
@@ -30,31 +30,38 @@ COLS = 2 if wide_registers() else 1  # panels of a tile: 6 x 2 x 16 lanes fill 3
 MIN_ROWS, MAX_ROWS = 3, 6
 ALL_PANELS = (1 << COLS) - 1  # of a tile, one bit for each
 NEAR_BYTES = 48 * 1024  # weights of a tile that are read again and again; a first-level cache may hold a part of them
-K_UNIT = max(format.packed.size for format in FORMATS.values())
-CACHE_BYTES = 192 * 1024  # activations that stay in the second-level cache while panels pass by
+FEW_ROWS_DENSE = 2  # rows that share each panel of a dense layout while it streams by
+UNPACKED_BYTES = 64 * 1024  # of the panels of a tile, in the part of K that is worked on at a time
+# activations that stay in the second-level cache while panels pass by; the more rows, the fewer times a dense layout is
+# unpacked, whose panels take less of the cache themselves
+CACHE_BYTES, DENSE_CACHE_BYTES = 192 * 1024, 640 * 1024
 CLAIMS_FEW_ROWS, CLAIMS_MANY_ROWS = 8, 16  # a thread: few for long streams, many so that threads end together
 MAX_CLAIM = 64  # panels
 # Constants of each variant. OP: the op; ROWS_OF: finds the rows of a panel, as `whole_rows`; FORMAT: of the weights,
-# with BLOCK, PANEL_BYTES and ROW_BYTES; SHAPES: of tiles, see `shapes_of`; ONE_ROW: whether every row reads all
-# weights by itself; MULTIPLY: makes the tiles, as `multiply_rows`
-OP = ROWS_OF = FORMAT = BLOCK = PANEL_BYTES = ROW_BYTES = SHAPES = ONE_ROW = MULTIPLY = None
+# with ROW_BYTES; SHAPES: of tiles, see `shapes_of`; ONE_ROW: whether every row reads all weights by itself; MULTIPLY:
+# makes the tiles, as `multiply_rows`
+OP = ROWS_OF = FORMAT = ROW_BYTES = SHAPES = ONE_ROW = MULTIPLY = None
 
-LAYOUTS = {
+PLAIN_LAYOUTS = {
     name: Layout(f"{name} panels", partial(pack, format), format.packed.arrays) for name, format in FORMATS.items()
+}
+LAYOUTS = PLAIN_LAYOUTS | {
+    name: Layout(f"{name} dense panels", partial(pack_dense, format), ("codes", "d"))
+    for name, format in FORMATS.items()
+    if format.dense is not None
 }
 
 
 def constants(format):
     """The constants of a variant that follow from its format of weights."""
-    sizes = dict(BLOCK=format.packed.size, PANEL_BYTES=format.packed.panel.itemsize)
-    return dict(FORMAT=format.name, ROW_BYTES=format.product.rows.num_bytes, SHAPES=shapes_of(format), **sizes)
+    return dict(FORMAT=format.name, ROW_BYTES=format.product.rows.num_bytes, SHAPES=shapes_of(format))
 
 
 def shapes_of(format):
     """(the most rows that are one tile of a panel; the fewest and the most rows of the tiles that many rows are cut
     into, and their panels)."""
     if COLS == 1:
-        return MAX_ROWS, MIN_ROWS, MAX_ROWS, COLS
+        return format.narrow_rows, min(MIN_ROWS, format.narrow_rows // 2), format.narrow_rows, COLS
     if format.tall_tiles:
         return MAX_ROWS, MAX_ROWS, COLS * MAX_ROWS, 1
     return format.few_rows, MIN_ROWS, MAX_ROWS, COLS
@@ -66,20 +73,32 @@ def multiply_rows(format, shapes, x, w, out, ahead, num_rows):
     `shapes_of`; the other arguments are those of `linear_tile`.
 
     The first tile prefetches the panels ahead; where there are several tiles, each of the first two prefetches half.
+    Where there are several tiles of a dense layout, the first unpacks its panels for the others.
     """
     few, fewest, most, at_once = shapes
-    if num_rows <= few:
+    is_dense = may_be_dense(format) and w.scales != 0
+    if num_rows <= few and not (is_dense and num_rows > FEW_ROWS_DENSE):
         linear_tile(format, ((1, few), COLS, 1), num_rows, x, w, out, ahead)
         return
     prefetched = ALL_PANELS if num_rows <= most else ALL_PANELS // 2
     left = ALL_PANELS - prefetched
+    if is_dense and num_rows > most:
+        w = Panels(w.codes, w.codes_stride, w.scales, w.scales_stride, w.K, stack_memory(UNPACKED_BYTES))
     while num_rows > 0:
         num_tiles = (num_rows + most - 1) // most
         rows = (num_rows + num_tiles - 1) // num_tiles
-        next_panels = Ahead(ahead.codes, ahead.scales, prefetched)
+        next_panels = only(ahead, prefetched)
         linear_tile(format, ((fewest, most), COLS, at_once), rows, x, w, out, next_panels)
         num_rows, x, out = num_rows - rows, Rows(x.address + rows * x.stride, x.stride), below(out, rows)
         prefetched, left = left, 0
+        if is_dense and w.unpacked:
+            w = Panels(w.unpacked, panel_bytes(format, w.K, 0), 0, 0, w.K, 0)
+
+
+@inlined
+def only(ahead, panel_mask):
+    """The Ahead of which other panels are prefetched."""
+    return Ahead(ahead.codes, ahead.codes_stride, ahead.scales, ahead.scales_stride, panel_mask)
 
 
 @inlined
@@ -92,13 +111,20 @@ def below(out, rows):
 @merged
 def multiply_one_row(format, shapes, x, w, out, ahead, num_rows):
     """COLS panels by one row: `multiply_rows` for num_rows = 1, without prefetch."""
-    linear_tile(format, ((1, 1), COLS, 1), 1, x, w, out, Ahead(ahead.codes, ahead.scales, 0))
+    linear_tile(format, ((1, 1), COLS, 1), 1, x, w, out, only(ahead, 0))
 
 
 @inlined
-def rows_at_once(row_bytes):
+def rows_at_once(row_bytes, cache_bytes=CACHE_BYTES):
     """How many rows of row_bytes bytes stay in the second-level cache while panels pass by."""
-    return max(MAX_ROWS, CACHE_BYTES // row_bytes // MAX_ROWS * MAX_ROWS)
+    return max(MAX_ROWS, cache_bytes // row_bytes // MAX_ROWS * MAX_ROWS)
+
+
+@inlined
+def evenly(num_rows, most):
+    """Rows of a share, when rows are dealt in as few nearly equal shares of at most `most` as can be, in whole tiles."""
+    num_shares = (num_rows + most - 1) // most
+    return ((num_rows + num_shares - 1) // num_shares + MAX_ROWS - 1) // MAX_ROWS * MAX_ROWS
 
 
 @inlined
@@ -109,9 +135,10 @@ def claim_size(num_panels, num_threads, num_rows):
 
 
 @inlined
-def part_of_k(K, panel_bytes, num_rows, few):
-    """How much of K is worked on at a time, so that the panels of a tile stay near for all rows."""
-    part = NEAR_BYTES * K // (COLS * panel_bytes) // K_UNIT * K_UNIT
+def part_of_k(K, panel, num_rows, few):
+    """How much of K is worked on at a time, so that the panels of a tile stay near for all rows. panel: bytes of one
+    over K."""
+    part = NEAR_BYTES * K // (COLS * panel) // K_UNIT * K_UNIT
     return K if num_rows <= few else min(K, max(K_UNIT, part))
 
 
@@ -160,8 +187,8 @@ def output_at(a, t, p, num_panels, k, is_last):
 def multiply_claim(format, shapes, multiply, rows_of, a, sizes, claim):
     """Computes a claim of the layer `a`, some rows and a part of K at a time. multiply: makes the tiles, as
     `multiply_rows`; rows_of: finds the rows of a panel, as `whole_rows`."""
-    K, row_bytes, panel_bytes = a.in_features, sizes.row_bytes, sizes.panel_bytes
-    scale_stride = scale_bytes(format, K)
+    K, row_bytes, codes_stride = a.in_features, sizes.row_bytes, sizes.panel_bytes
+    scale_stride = scale_bytes(format, K) if a.weight.d else 0
     for t in range(claim.first_row, claim.end_row, sizes.rows_at_once):
         panel_after = claim.first_panel if t + sizes.rows_at_once < claim.end_row else claim.next_panel
         for p in range(claim.first_panel, claim.end_panel, COLS):
@@ -169,17 +196,17 @@ def multiply_claim(format, shapes, multiply, rows_of, a, sizes, claim):
             x = rows_of(a, row_bytes, p)
             for k in range(0, K, sizes.part_of_k):
                 next_k, p_ahead = (k + sizes.part_of_k, p) if k + sizes.part_of_k < K else (0, next_p)
-                codes = a.weight.codes + panel_bytes * p + panel_bytes * k // K
-                scales = a.weight.d + scale_stride * p + scale_bytes(format, k)
-                codes_ahead = a.weight.codes + panel_bytes * p_ahead + panel_bytes * next_k // K
-                scales_ahead = a.weight.d + scale_stride * p_ahead + scale_bytes(format, next_k)
+                codes = a.weight.codes + codes_stride * p + codes_stride * k // K
+                scales = a.weight.d + scale_stride * p + scale_stride * k // K
+                codes_ahead = a.weight.codes + codes_stride * p_ahead + codes_stride * next_k // K
+                scales_ahead = a.weight.d + scale_stride * p_ahead + scale_stride * next_k // K
                 multiply(
                     format,
                     shapes,
                     Rows(x.address + x.stride * t + row_bytes * k // K, x.stride),
-                    Panels(codes, panel_bytes, scales, scale_stride, min(sizes.part_of_k, K - k)),
+                    Panels(codes, codes_stride, scales, scale_stride, min(sizes.part_of_k, K - k), 0),
                     output_at(a, t, p, sizes.num_panels, k, next_k == 0),
-                    Ahead(codes_ahead, scales_ahead, ALL_PANELS),
+                    Ahead(codes_ahead, codes_stride, scales_ahead, scale_stride, ALL_PANELS),
                     min(sizes.rows_at_once, claim.end_row - t),
                 )
 
@@ -192,13 +219,12 @@ def linear(op, step, thread, num_threads):
     """
     a, T = OP.read(op), num_rows(op, step)
     K, claim_rows, num_panels = a.in_features, 1 if ONE_ROW else T, (a.out_features + 15) // 16
-    row_bytes, panel_bytes, size = (
-        ROW_BYTES(K),
-        K // BLOCK * PANEL_BYTES,
-        claim_size(num_panels, num_threads, min(T, claim_rows)),
-    )
-    part = part_of_k(K, panel_bytes, min(T, claim_rows), SHAPES[0])
-    sizes = Sizes(row_bytes, panel_bytes, rows_at_once(row_bytes), part, num_panels)
+    row_bytes, panel = ROW_BYTES(K), panel_bytes(FORMAT, K, a.weight.d)
+    size = claim_size(num_panels, num_threads, min(T, claim_rows))
+    part = part_of_k(K, panel, min(T, claim_rows), SHAPES[0])
+    is_dense = may_be_dense(FORMAT) and a.weight.d != 0
+    at_once = evenly(min(T, claim_rows), rows_at_once(row_bytes, DENSE_CACHE_BYTES if is_dense else CACHE_BYTES))
+    sizes = Sizes(row_bytes, panel, at_once, part, num_panels)
     num_claims, counter = (num_panels + size - 1) // size, peek(op + 8 * COUNTER, int64)
     number, next_number = fetch_add(counter, 1), fetch_add(counter, 1)
     while number * claim_rows < num_claims * T:

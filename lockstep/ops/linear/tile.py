@@ -1,13 +1,15 @@
 """A tile of a linear layer as LLVM: the loop over K, which the format emits, and the stores of the results."""
 
 from lockstep.formats import FORMATS
+from lockstep.formats.parts.dense_bf16 import K_BLOCK
 from lockstep.formats.parts.rows import QUANTIZED
 from lockstep.formats.parts.tiles import Site, begin, fields, finish, lanes_per_vector, look_ahead
 from lockstep.native import targets
 from lockstep.native.emit import ir
 from lockstep.native.numbers import types
-from lockstep.native.simd import I64, LANES, primitive
+from lockstep.native.simd import I1, I64, LANES, primitive
 
+K_UNIT = max(format.packed.size for format in FORMATS.values())
 WHOLE_PANELS = 2  # up to this number of rows, registers hold whole panels even where a panel is several vectors
 
 
@@ -40,20 +42,65 @@ def linear_tile(context, format, shape, num_rows, x, w, out, ahead):
 
 @primitive()
 def scale_bytes(context, format, num_weights):
-    """Bytes of the scales of num_weights weights of each feature, in a format whose scales are a stream of their own.
+    """Bytes of the scales, or of a dense layout's headers, of num_weights weights of each feature, in a format that has
+    them in a stream of their own.
 
-    format: its name, a literal. num_weights: a multiple of 32.
+    format: its name, a literal. num_weights: a multiple of 32, of a header's where the layout is dense.
     """
 
     def codegen(ctx, b, sig, args):
         made = FORMATS[format.literal_value]
+        if made.dense is not None:
+            return _part(b, args[1], made.dense.bytes_of(K_UNIT)[1])
         blocks = b.udiv(args[1], ir.Constant(I64, made.stored.size))
         return b.mul(blocks, ir.Constant(I64, made.packed.scales.itemsize if made.packed.scales else 0))
 
     return types.int64(format, types.int64), codegen
 
 
+@primitive()
+def panel_bytes(context, format, num_weights, scales):
+    """Bytes of the codes of a panel of num_weights weights of each feature. format: its name, a literal. scales: the
+    address of the stream of scales, or of a dense layout's headers; 0 if there is none."""
+
+    def codegen(ctx, b, sig, args):
+        made = FORMATS[format.literal_value]
+        blocks = b.udiv(args[1], ir.Constant(I64, made.packed.size))
+        plain = b.mul(blocks, ir.Constant(I64, made.packed.panel.itemsize))
+        if made.dense is None:
+            return plain
+        has_headers = b.icmp_signed("!=", args[2], ir.Constant(I64, 0))
+        return b.select(has_headers, _part(b, args[1], made.dense.bytes_of(K_UNIT)[0]), plain)
+
+    return types.int64(format, types.int64, types.int64), codegen
+
+
+@primitive()
+def may_be_dense(context, format):
+    """Whether weights of a format, whose name is a literal, may lie in a dense layout."""
+    is_so = FORMATS[format.literal_value].dense is not None
+    return types.boolean(format), lambda ctx, b, sig, args: ir.Constant(I1, is_so)
+
+
+def _part(b, K, unit_bytes):
+    """The bytes of K weights of each feature, of which K_UNIT take unit_bytes; both are multiples of K_BLOCK."""
+    return b.mul(b.udiv(K, ir.Constant(I64, K_BLOCK)), ir.Constant(I64, unit_bytes * K_BLOCK // K_UNIT))
+
+
 def _tile(b, magic, format, height, panels, operands):
+    w = operands[1]
+    dense = FORMATS[format].dense
+    if dense is None:
+        _tile_by(FORMATS[format].tile, b, magic, format, height, panels, operands)
+        return
+    with b.if_else(b.icmp_signed("!=", w.scales, ir.Constant(I64, 0))) as (then, otherwise):
+        with then:
+            _tile_by(dense.tile, b, magic, format, height, panels, operands)
+        with otherwise:
+            _tile_by(FORMATS[format].tile, b, magic, format, height, panels, operands)
+
+
+def _tile_by(tile, b, magic, format, height, panels, operands):
     x, w, out, ahead = operands
     lanes = lanes_per_vector(FORMATS[format].product.rows is QUANTIZED, targets.int_dot(magic))
     columns = [(p, first) for p in panels for first in range(0, LANES, lanes)]
@@ -61,5 +108,5 @@ def _tile(b, magic, format, height, panels, operands):
     for group in [columns] if whole else [[column] for column in columns]:
         s = Site(b, magic, height, group, lanes, x, w)
         begin(s, out)
-        look_ahead(s, w, ahead)
-        finish(s, FORMATS[format].tile(s), out)
+        look_ahead(s, ahead)
+        finish(s, tile(s), out)

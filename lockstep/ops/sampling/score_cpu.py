@@ -48,6 +48,7 @@ from lockstep.ops.linear.linear_cpu import (
     rows_at_once,
     whole_rows,
 )
+from lockstep.ops.linear.tile import panel_bytes
 from lockstep.ops.math import exp, log
 from lockstep.ops.rounded.grids import KIND, ROW_ASYMMETRIC, ROW_SYMMETRIC
 from lockstep.ops.rounded.grids_cpu import quantize_row
@@ -87,7 +88,7 @@ SIXTEEN, FAR = np.float32(16), np.float32(CHUNK)
 HIGHEST, FIRST, SUM, BASE_HIGHEST, BASE_FIRST, BASE_SUM, CROSS = range(CHUNK_WORDS)
 FEW_ROWS = 2  # rows that go through one panel at a time, as in `linear_cpu`, but for all formats
 SHAPES = (FEW_ROWS, MIN_ROWS, MAX_ROWS, COLS)  # of tiles, see `linear_cpu.shapes_of`
-FORMAT = BLOCK = PANEL_BYTES = ROW_BYTES = None  # constants of a variant, see `linear_cpu`
+FORMAT = ROW_BYTES = None  # constants of a variant, see `linear_cpu`
 MULTIPLY = None  # constant of a variant: the function that makes the logits of a claim
 
 
@@ -131,30 +132,31 @@ def sizes_of(head, row, panel, part):
 
 
 @merged
-def multiplied(format, head, row, panel, part):
+def multiplied(format, head, row, part):
     """Writes the logits of a claim."""
     claim = Claim(0, part.num_rows, part.first, part.last, part.first)
-    multiply_claim(format, SHAPES, multiply_rows, whole_rows, head, sizes_of(head, row, panel, part), claim)
+    sizes = sizes_of(head, row, panel_bytes(format, head.in_features, head.weight.d), part)
+    multiply_claim(format, SHAPES, multiply_rows, whole_rows, head, sizes, claim)
 
 
 @separate
-def multiplied_pairs(head, row, panel, part):
+def multiplied_pairs(head, row, part):
     """`multiplied` of bf16, in FLUSH mode, by pairs."""
     kept_apart()
-    multiplied("bf16", head, row, panel, part)
+    multiplied("bf16", head, row, part)
 
 
 @separate
-def multiplied_flushing(format, head, row, panel, part):
+def multiplied_flushing(format, head, row, part):
     """`multiplied` in FLUSH mode; scores are computed in IEEE mode again."""
     kept_apart()
     set_float_control(FLUSH)
-    multiplied_pairs(head, row, panel, part)
+    multiplied_pairs(head, row, part)
     set_float_control(IEEE)
 
 
 @merged
-def multiplied_codes(format, head, row, panel, part):
+def multiplied_codes(format, head, row, part):
     """Writes the logits of a claim by a head of codes."""
     if peek(head.x + 2 * plane_bytes(head.in_features) + TAIL_PLANES, int32) == 1:
         sweep(1, "float", head, 0, part.num_rows, part.first, part.last)
@@ -174,11 +176,11 @@ def _score(op, step, thread, num_threads):
         for is_base in range(2 if a.base_x else 1):
             if is_base and a.base_f32:
                 head = head_of(a, a.base_x + f32_bytes(K) * part.t, a.base_weight, base, part)
-                multiplied("f32", head, f32_bytes(K), 64 * K, part)
+                multiplied("f32", head, f32_bytes(K), part)
             else:
                 x, weights, out = (a.base_x, a.base_weight, base) if is_base else (a.x, a.weight, memory)
                 head = head_of(a, x + ROW_BYTES(K) * part.t, weights, out, part)
-                MULTIPLY(FORMAT, head, ROW_BYTES(K), K // BLOCK * PANEL_BYTES, part)
+                MULTIPLY(FORMAT, head, ROW_BYTES(K), part)
         for r in range(part.num_rows):
             score_chunk(a, part.t + r, part.chunk, C, memory + ROW * r, base + ROW * r)
         claim = fetch_add(counter, 1) % DONE
@@ -365,7 +367,7 @@ def mean_difference(scratch, C, base_largest):
 
 _KERNELS = {}
 for _name in (*FORMATS, CODES):
-    _constants = dict(FORMAT=_name, MULTIPLY=multiplied, BLOCK=1, PANEL_BYTES=0, ROW_BYTES=code_bytes)
+    _constants = dict(FORMAT=_name, MULTIPLY=multiplied, ROW_BYTES=code_bytes)
     if _name in FORMATS:
         _constants |= {name: value for name, value in constants(FORMATS[_name]).items() if name != "SHAPES"}
     if _name == CODES:

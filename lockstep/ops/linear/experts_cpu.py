@@ -22,9 +22,9 @@ from lockstep.ops.linear.experts import (
     ExpertRows,
     ExpertScatter,
     gated_kind,
-    pair_at,
 )
 from lockstep.ops.linear.linear_cpu import ALL_PANELS, COLS, LAYOUTS, constants, multiply_rows, rows_at_once
+from lockstep.ops.linear.moe import place_at
 from lockstep.ops.linear.tile import scale_bytes
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import COUNTER, num_rows
@@ -44,8 +44,9 @@ def store_plain(low, high, out, K, i):
 def _rows(op, step, thread, num_threads):
     """Rows are dealt to threads in turn."""
     a = ExpertRows.read(op)
-    for s in range(thread, num_rows(op, step) * a.top_k, num_threads):
-        x, out = a.x + 4 * a.width * (pair_at(a.order, s) // a.top_k), a.out + ROW_BYTES(a.width) * s
+    num_pairs = num_rows(op, step) * a.top_k
+    for s in range(thread, num_pairs, num_threads):
+        x, out = a.x + 4 * a.width * (place_at(a.order, s, num_pairs) // a.top_k), a.out + ROW_BYTES(a.width) * s
         for i in range(0, a.width, 32):
             STORE(load(x + 4 * i), load(x + 4 * i + 64), out, a.width, i)
 
@@ -64,9 +65,9 @@ def _gated(op, step, thread, num_threads):
 def scatter(op, step, thread, num_threads):
     """Rows are dealt to threads in turn; the width is a multiple of 16."""
     a = ExpertScatter.read(op)
-    row_bytes = 4 * a.width
-    for s in range(thread, num_rows(op, step) * a.top_k, num_threads):
-        x, out = a.x + row_bytes * s, a.out + row_bytes * pair_at(a.order, s)
+    row_bytes, num_pairs = 4 * a.width, num_rows(op, step) * a.top_k
+    for s in range(thread, num_pairs, num_threads):
+        x, out = a.x + row_bytes * s, a.out + row_bytes * place_at(a.order, s, num_pairs)
         for i in range(0, row_bytes, 64):
             store(out + i, load(x + i))
 
@@ -75,10 +76,10 @@ def scatter(op, step, thread, num_threads):
 def bias(op, step, thread, num_threads):
     """Rows are dealt to threads in turn; the width is a multiple of 16."""
     a = ExpertBias.read(op)
-    row_bytes = 4 * a.width
-    for s in range(thread, num_rows(op, step) * a.top_k, num_threads):
+    row_bytes, num_pairs = 4 * a.width, num_rows(op, step) * a.top_k
+    for s in range(thread, num_pairs, num_threads):
         x, out = a.x + row_bytes * s, a.out + row_bytes * s
-        row = a.bias + row_bytes * pair_at(a.expert_ids, pair_at(a.order, s))
+        row = a.bias + row_bytes * place_at(a.expert_ids, place_at(a.order, s, num_pairs), a.num_experts)
         for i in range(0, row_bytes, 64):
             store(out + i, load(x + i) + load(row + i))
 
@@ -92,12 +93,16 @@ def _linear(op, step, thread, num_threads):
         ROW_BYTES(a.width),
         a.width // BLOCK * PANEL_BYTES,
     )
-    at_once, scale_stride = rows_at_once(row_bytes), scale_bytes(FORMAT, K)
+    at_once, scale_stride, num_starts = (
+        rows_at_once(row_bytes),
+        scale_bytes(FORMAT, K),
+        num_rows(op, step) * a.top_k + 1,
+    )
     num_claims, counter = (num_panels + CLAIM - 1) // CLAIM, peek(op + 8 * COUNTER, int64)
     claim = fetch_add(counter, 1)
     while claim < a.num_experts * num_claims:
         e, first = claim // num_claims, claim % num_claims * CLAIM
-        start, stop = pair_at(a.expert_start, e), pair_at(a.expert_start, e + 1)
+        start, stop = place_at(a.expert_start, e, num_starts), place_at(a.expert_start, e + 1, num_starts)
         for s in range(start, stop, at_once):
             for p in range(first, min(first + CLAIM, num_panels), COLS):
                 panel = e * num_panels + p

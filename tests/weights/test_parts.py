@@ -10,9 +10,9 @@ from lockstep.engine.model import load_model
 from lockstep.models.checkpoint import open_checkpoint
 from lockstep.weights import store as weight_store
 from lockstep.weights.store import PackedStore
-from tests.models import tiny
+from tests.models import running, tiny
 from tests.models.cases import CASES
-from tests.models.running import load, logits_of
+from tests.models.running import load
 
 # matrices one by one; stacks, one of whose matrices is read transposed; a stack of gate and up
 MODELS = [("qwen3_moe", "q8_0"), ("gpt_oss", "bf16"), ("gemma4_experts", "f32")]
@@ -42,6 +42,10 @@ def loaded(checkpoint, weights="q8_0", packs_lazily=True, progress=None):
     store = PackedStore(checkpoint, progress, packs_lazily)
     checkpoint.content.wait(timeout=60)
     return load_model(checkpoint, store, weights, None, 256)
+
+
+def logits_of(model, ids, cuts=()):
+    return running.logits_of(model, ids, cuts, num_threads=1)
 
 
 def num_packed(store):

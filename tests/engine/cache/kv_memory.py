@@ -51,15 +51,21 @@ MODELS = {
         1024,
     ),
     "gemma4, values are keys": (
-        large_heads(**SIZES, head_dim=256, global_head_dim=512, num_key_value_heads=4, num_global_key_value_heads=1)
+        large_heads(**SIZES, head_dim=256, global_head_dim=512, num_attention_heads=2, num_key_value_heads=2)
         | dict(num_hidden_layers=6, layer_types=["sliding_attention"] * 5 + ["full_attention"], sliding_window=1024),
         Layers(1, 1, 512),
-        Layers(5, 4, 256),
+        Layers(5, 2, 256),
         1024,
     ),
     "gemma4, shared keys": (
-        large_heads(**SIZES, head_dim=256, global_head_dim=512, num_key_value_heads=1, attention_k_eq_v=False)
-        | dict(num_hidden_layers=8, layer_types=TYPES * 2, num_kv_shared_layers=4, sliding_window=512),
+        large_heads(**SIZES, head_dim=256, global_head_dim=512, num_attention_heads=1, num_key_value_heads=1)
+        | dict(
+            attention_k_eq_v=False,
+            num_hidden_layers=8,
+            layer_types=TYPES * 2,
+            num_kv_shared_layers=4,
+            sliding_window=512,
+        ),
         Layers(2, 1, 512),
         Layers(2, 1, 256),
         512,

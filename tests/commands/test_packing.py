@@ -23,7 +23,9 @@ def folder(tmp_path, monkeypatch):
 
 
 def load(folder, **options):
-    return LLM(str(folder), packs_lazily=True, progress=False, threads=1, max_requests=1, **options)
+    llm = LLM(str(folder), packs_lazily=True, progress=False, threads=1, max_requests=1, **options)
+    llm.content.wait(timeout=60)  # until then packed weights may move to another folder at any time
+    return llm
 
 
 def answer(llm):

@@ -74,8 +74,8 @@ MODELS = {
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in use now."""
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")]
+    """Memory of this process that is in use now, without pages of files, which the system may drop at any time."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
     return int(line.split()[1]) << 10
 
 

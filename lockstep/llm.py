@@ -54,6 +54,7 @@ class LLM(LoadedModel):
     attribute `context` has the ContextSize that resulted. max_requests: sequences that decode together, at most.
     max_step_tokens: tokens that one forward pass computes, at most; longer prompts are prefilled in chunks. kv_tokens:
     tokens of KV cache over all requests. threads: None: one for each core. num_engines, claims_kv: see EngineOptions.
+    packs_lazily: pack experts when a step first needs them; `finish_packing` packs those that are left.
 
     Prefix caching. prefix_cache: whether a request reuses the KV cache of earlier requests with the same first tokens.
     cache_dir: a folder of at most cache_dir_bytes bytes that keeps cached prefixes across restarts, and which several

@@ -1,10 +1,11 @@
 """Loads the model of an `LLM`, with its tokenizer and engine, and the draft model of speculative decoding: a smaller
 model of the same vocabulary."""
 
+import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
@@ -45,13 +46,15 @@ log = logging.getLogger("lockstep.model")
 
 
 class LoadOptions(NamedTuple):
-    """The arguments of LLM that also hold for its draft model. progress: None: of nobody's interest."""
+    """The arguments of LLM that also hold for its draft model, which packs nothing lazily. progress: None: of nobody's
+    interest."""
 
     weights: str
     kv_dtype: str | None
     max_context: int | None
     verify: bool
     progress: OnProgress | None
+    packs_lazily: bool = False
 
     def report(self, kind: str, done: int, total: int | None) -> None:
         """Reports progress to whom it is of interest."""
@@ -105,7 +108,7 @@ def check_text(files: Files, name: str, needs_text: bool, needs_chat: bool) -> N
 
 def load(files: Files, options: LoadOptions, plan: str | os.PathLike[str] | None = None) -> tuple[Model, PackedStore]:
     """The model of a checkpoint, and the store of its packed weights, which is empty yet. plan: see LLM."""
-    store = PackedStore(files.checkpoint, options.progress)
+    store = PackedStore(files.checkpoint, options.progress, options.packs_lazily and plan is None)
     model = load_model(files.checkpoint, store, options.weights, options.kv_dtype, options.max_context)
     if plan is not None:
         content = files.checkpoint.content.wait(options.progress)
@@ -125,7 +128,7 @@ def load_draft(
     path, own = _resolve(name, sources, options.report), None
     with named(path):
         files = open_files(path, options)
-        model, _ = load(files, options)
+        model, _ = load(files, options._replace(packs_lazily=False))
         if tokenizer is not None:
             own = files.tokenizer_if_any
     check_vocabulary(target, model)
@@ -198,6 +201,7 @@ class LoadedModel:
         num_engines: int = 1,
         claims_kv: bool = True,
         spare_requests: int = 0,
+        packs_lazily: bool = False,
     ) -> None:
         if not isinstance(speculate, str):
             raise ValueError(
@@ -220,7 +224,7 @@ class LoadedModel:
         weights = "f32" if plan is not None and weights == "auto" else weights
         self._generation_config, self._shows_progress = generation_config, progress is True
         with reporting(progress) as report:
-            asked = LoadOptions(weights, kv_dtype, max_context, verify_weights, report)
+            asked = LoadOptions(weights, kv_dtype, max_context, verify_weights, report, packs_lazily)
             self._files = open_files(resolve_model(model, asked.report), asked)
             check_text(self._files, model or "the bundled model", needs_text, needs_chat)
             tokenizer = self._files.tokenizer_if_any  # a damaged one is refused before long work begins
@@ -261,6 +265,25 @@ class LoadedModel:
         for store in (self._store, self._draft.store) if self._draft else (self._store,):
             store.warn_not_kept()
         return engine
+
+    def finish_packing(self, is_stopped: Callable[[], bool] = lambda: False) -> None:
+        """Packs the experts that no answer has needed yet, and keeps them for later starts; without packs_lazily there
+        are none. Another thread may generate meanwhile. is_stopped: asked again and again; True ends it."""
+        self._store.finish(is_stopped)
+
+    @property
+    def is_all_packed(self) -> bool:
+        """Whether `finish_packing` has nothing to do."""
+        return self._store.is_finished
+
+    @contextlib.contextmanager
+    def reports_packing(self, progress: OnProgress) -> Iterator[None]:
+        """A context in which progress is told of experts that are packed, as ("packing", bytes done, bytes in all)."""
+        before, self._store.progress = self._store.progress, progress
+        try:
+            yield
+        finally:
+            self._store.progress = before
 
     def stream_engine(self) -> StreamEngine:
         """What runs requests beside their readers, as a server needs it. From then on nothing else may use `engine`."""

@@ -121,6 +121,7 @@ def command(
         needs_chat=True,
         generation_config=generation_config,
         verify_weights=verify_weights,
+        packs_lazily=True,
     )
     asked |= dict(max_tokens=num_tokens or most_tokens(llm))
     conversation = Conversation(llm, first_settings(llm.sampling_defaults, asked), system)
@@ -154,6 +155,7 @@ def with_piped(question: str) -> str:
 def answer_once(conversation: "Conversation", question: str) -> None:
     """Prints the answer to one question. ValueError if there is none, KeyboardInterrupt if Ctrl-C ended it."""
     from lockstep.commands.terminal.conversation import tell
+    from lockstep.commands.terminal.packing import finish_packing
 
     turn = conversation.ask(question)
     if turn.is_interrupted:
@@ -162,24 +164,28 @@ def answer_once(conversation: "Conversation", question: str) -> None:
         raise ValueError(turn.error or turn.shortfall)
     for remark in turn.remarks:
         tell(remark)
+    finish_packing(conversation.llm)
 
 
 def converse(conversation: "Conversation", entries: "Entries") -> None:
     """Gives a conversation all entries, until it or they end. Ctrl-C ends only an answer that a user has typed for;
     where entries are piped, KeyboardInterrupt."""
     from lockstep.commands.terminal.conversation import tell
+    from lockstep.commands.terminal.packing import packing_beside
 
-    while conversation.open:
-        try:
-            if (entry := entries.read()) is None:
-                break
-            conversation.hear(entry)
-        except KeyboardInterrupt:  # beside an answer, or a second time
-            if not entries.is_typed:
-                raise
-            tell("interrupted")
-        if conversation.was_interrupted and not entries.is_typed:
-            raise KeyboardInterrupt
+    with packing_beside(conversation.llm) as begin_packing:
+        while conversation.open:
+            try:
+                if (entry := entries.read()) is None:
+                    break
+                conversation.hear(entry)
+                begin_packing()
+            except KeyboardInterrupt:  # beside an answer, or a second time
+                if not entries.is_typed:
+                    raise
+                tell("interrupted")
+            if conversation.was_interrupted and not entries.is_typed:
+                raise KeyboardInterrupt
 
 
 def entries_of_input() -> "Entries":

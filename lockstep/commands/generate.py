@@ -173,6 +173,7 @@ def command(
         plan=plan,
         draft=draft,
         verify_weights=verify_weights,
+        packs_lazily=True,
     )
     source_of_seed = invoked.get_parameter_source("seed")
     if receipts is not None and source_of_seed is not None and source_of_seed.name == "DEFAULT":
@@ -260,6 +261,7 @@ def run(llm, text, num_tokens, fields, form, receipts, *, echo, as_json) -> None
     """Generates and prints an answer. fields: arguments of SamplingParams; form: of `answer_form`; receipts: None, or
     the ReceiptFile for its receipt."""
     from lockstep.commands.terminal.answer import answer
+    from lockstep.commands.terminal.packing import finish_packing
     from lockstep.engine.request import SamplingParams
 
     ids = llm.encode(text)
@@ -275,10 +277,12 @@ def run(llm, text, num_tokens, fields, form, receipts, *, echo, as_json) -> None
     has_receipt = receipts and stream.request.error is None
     made = receipts.write(llm, stream.request, params) if has_receipt else {}
     write(json.dumps(described(stream, timing) | made) + "\n" if as_json else "\n")
-    print(timing, file=sys.stderr)
+    print(timing, file=sys.stderr, flush=True)
     if form and stream.request.finish_reason == "length":
         cut = f"the answer was cut at {timing.num_output} tokens, perhaps before {form[0]} is fulfilled"
         print(f"lockstep: {cut}; -n N allows more", file=sys.stderr)
+    if stream.request.error is None:
+        finish_packing(llm)
     llm.close()
     if stream.request.error is not None:
         raise ValueError(stream.request.error)

@@ -12,6 +12,7 @@ from lockstep.formats.format import Format
 from lockstep.formats.parts.finite import check_finite
 from lockstep.formats.parts.layout import view
 from lockstep.formats.parts.panels import PANEL, Arrange, Destination, num_panels, padded_width
+from lockstep.runtime.executor import aligned
 from lockstep.runtime.program import Weight
 
 ROWS_AT_ONCE = 64 * PANEL  # rows of a piece: a tensor is packed piece by piece
@@ -38,15 +39,17 @@ class StoredRows(Protocol):
         ...
 
 
-def _pieces(weight: Weight) -> Iterator[tuple[int, StoredRows, slice]]:
-    """(row of the weight at which a piece begins, stored tensor, slice of the tensor's rows) of every piece."""
-    row = 0
+def _pieces(weight: Weight, chosen: range | None = None) -> Iterator[tuple[int, StoredRows, slice]]:
+    """(number, among the chosen ones, of the row at which a piece begins; stored tensor, slice of the tensor's rows) of
+    every piece. chosen: neighbouring rows of the weight; None: all."""
+    row, first, last = 0, 0, weight.shape[0]
+    if chosen is not None:
+        first, last = chosen.start, chosen.stop
     for part in weight.parts:
-        num_rows = part.shape[0]
-        for start in range(0, num_rows, ROWS_AT_ONCE):
-            rows = slice(start, min(start + ROWS_AT_ONCE, num_rows))
-            yield row + start, part, rows
-        row += num_rows
+        end = min(part.shape[0], last - row)
+        for start in range(max(0, first - row), end, ROWS_AT_ONCE):
+            yield row + start - first, part, slice(start, min(start + ROWS_AT_ONCE, end))
+        row += part.shape[0]
 
 
 def fields(format: Format, part: StoredRows, rows: slice) -> tuple[np.ndarray, ...]:
@@ -79,15 +82,16 @@ def _check_scales(unpacked: tuple[np.ndarray, ...], part: StoredRows, rows: slic
             check_finite(part, field, rows.start or 0, "block scales")
 
 
-def pack(format: Format, weight: Weight) -> tuple[np.ndarray, ...]:
-    """The panels of a weight, and the stream of scales if the format has one: uint8 [panels, bytes] each."""
-    num, K = num_panels(weight.shape[0]), weight.shape[1]
+def pack(format: Format, weight: Weight, chosen: range | None = None) -> tuple[np.ndarray, ...]:
+    """The panels of a weight, and the stream of scales if the format has one: uint8 [panels, bytes] each, on a cache
+    line. chosen: neighbouring rows of the weight that make whole panels; None: all."""
+    num, K = num_panels(weight.shape[0] if chosen is None else len(chosen)), weight.shape[1]
     arrays, places = [], {}
     for layout, size in ((format.packed.panel, format.packed.size), (format.packed.scales, format.stored.size)):
         if layout is not None:
-            arrays.append(np.zeros((num, K // size), layout))
+            arrays.append(aligned(num * (K // size) * layout.itemsize).view(layout).reshape(num, K // size))
             places |= {name: arrays[-1] for name in layout.names or ()}
-    for row, part, rows in _pieces(weight):
+    for row, part, rows in _pieces(weight, chosen):
         for path, (arrange, values) in format.packed.arrange(*fields(format, part, rows)).items():
             array = view(places[path.split(".")[0]], path)
             _place(array, _shaped(arrange, array.shape[1:]), values, row)

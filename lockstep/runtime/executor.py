@@ -110,6 +110,7 @@ class Executor:
         self.program, self.backend, self.team, self.max_rows = program, backend, team, max_rows
         self._weights, self._caches, self._elsewhere = weights, caches, elsewhere or {}
         self._read_arrays = {}  # {index of an op: the arrays of its weights}: held as long as the op reads them
+        self._unpacked = {}  # {index of an op: the parts of its weight}, where some of them are not packed yet
         missing = next((tensor for tensor in program.given if tensor not in self._elsewhere), None)
         if missing is not None:
             raise ValueError(f"{missing} is given to the program, expected an address of it in `elsewhere`")
@@ -126,8 +127,9 @@ class Executor:
         self._table_address, self._step, self._step_address = self._table.ctypes.data, None, 0
 
     def _encode(self, index, op, implementation):
-        row = self._table[index]
+        row, self._index = self._table[index], index
         self._arrays_of_op = self._read_arrays[index] = []
+        self._unpacked.pop(index, None)
         encode(op, row, {word.name: self._field(op, word, implementation) for word in op.words()})
         row[KERNEL], row[FLAGS] = implementation.kernel.address, FLUSHES * implementation.flushes
         row[ROWS], row[COUNTER] = ROW_COUNTS[op.rows], self._counters[index:].ctypes.data
@@ -138,12 +140,12 @@ class Executor:
         if value is None or word.kind not in ("address", "weight"):
             return value
         layout = implementation.layouts.get(word.name, implementation.layout)
-        addresses = self._addresses(value, layout)
+        addresses = self._weight_addresses(op, value, layout) if isinstance(value, Weight) else self._addresses(value)
         if word.kind == "address":
             return addresses[0]
         return WeightArrays(**dict.fromkeys(WeightArrays._fields, 0) | dict(zip(layout.arrays, addresses, strict=True)))
 
-    def _addresses(self, value, layout):
+    def _addresses(self, value):
         if isinstance(value, Tensor):
             return [self._elsewhere.get(value) or self._memory.ctypes.data + self._offsets[value]]
         if isinstance(value, CacheArray):
@@ -152,8 +154,16 @@ class Executor:
             return [value.rows.ctypes.data]
         if isinstance(value, Setting):
             return [value.values.ctypes.data]
-        assert isinstance(value, Weight), value
-        arrays = self._weights.arrays(value.whole or value, layout)
+        raise AssertionError(value)
+
+    def _weight_addresses(self, op, weight, layout):
+        weight = weight.whole or weight
+        if op.part_start is None:
+            arrays = self._weights.arrays(weight, layout)
+        else:
+            arrays, parts = self._weights.arrays_in_parts(weight, layout, op.part_start.width - 1)
+            if parts is not None:
+                self._unpacked[self._index] = parts
         self._arrays_of_op.append(arrays)
         return [a.ctypes.data if a.nbytes else 0 for a in arrays]
 
@@ -169,6 +179,7 @@ class Executor:
 
     def run_op(self, index, step):
         """Runs one op of the program by itself on a step block; may be called again and again."""
+        self.pack_all()
         self._counters[index] = 0
         self.team.run(self._table[index:].ctypes.data, 1, step.ctypes.data)
 
@@ -181,9 +192,29 @@ class Executor:
         self.begin(step)
         if step is not self._step:
             self._step, self._step_address = step, step.ctypes.data
-        address = clock.ctypes.data if clock is not None else 0
-        num_ops = len(self._table) - first if last is None else last - first
-        self.team.run(self._table_address + 8 * ROW_WORDS * first, num_ops, self._step_address, address)
+        stop, address = len(self._table) if last is None else last, clock.ctypes.data if clock is not None else 0
+        for index in [index for index in self._unpacked if first <= index < stop]:
+            self._run_ops(first, index, address)
+            self._pack_chosen(index)
+            first, address = index, address and address + 8 * (index - first)
+        self._run_ops(first, stop, address)
+
+    def _run_ops(self, first, stop, clock_address):
+        self.team.run(self._table_address + 8 * ROW_WORDS * first, stop - first, self._step_address, clock_address)
+
+    def _pack_chosen(self, index):
+        """Packs the parts of an op's weight that this step reads, as the tensor says that an op before it wrote."""
+        parts, op = self._unpacked[index], self.program.ops[index]
+        starts = self.view(op.part_start, 1)[0]
+        parts.pack(np.flatnonzero(np.diff(starts)).tolist())
+        if parts.is_whole:
+            del self._unpacked[index]
+
+    def pack_all(self):
+        """Packs what is not packed yet of the weights, so that ops may be run in other ways than by `run`."""
+        while self._unpacked:
+            _, parts = self._unpacked.popitem()
+            parts.pack(range(parts.num_parts))
 
     def change(self, index, op):
         """Replaces an op by one of the same declaration and outputs with other weights or numbers; its kernel may be
@@ -206,6 +237,7 @@ class Executor:
 
     def table_on(self, step):
         """A copy of the op table whose ops use this step block, not the one that a run is given: see `Chain`."""
+        self.pack_all()
         table = self._table.copy()
         table[:, OWN_STEP] = step.ctypes.data
         return table

@@ -264,6 +264,13 @@ class Operands(metaclass=Declaration):
         return {name: getattr(self, name) for name in self.parameters()}
 
     @property
+    def part_start(self) -> Tensor | None:
+        """Of an op whose weight is made of equal parts, below one another, of which a step reads those that it has rows
+        for: the tensor whose first row says where each part's rows begin, and the last ones end. None: a step reads all
+        of the weight."""
+        return None
+
+    @property
     def rows(self) -> str:
         """The letter that counts the op's rows."""
         return self.outputs[0].rows if self.outputs else "T"

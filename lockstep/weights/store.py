@@ -7,7 +7,7 @@ import hashlib
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +33,12 @@ from lockstep.weights.checkpoint import Checkpoint
 from lockstep.weights.finite import MAPPED_BYTES
 from lockstep.weights.leased_map import LeasedMaps
 from lockstep.weights.mapped import own_descriptor, place_of
+from lockstep.weights.parts import PackedParts
 
 # Layouts with these suffixes are kept on disk; the others are small. Embedding tables (stored bytes) are kept, too:
 # they were checked when they were packed, and no step reads the checkpoint's file, which might be truncated.
-KEPT = ("panels", "stored bytes")
+PANELS = "panels"
+KEPT = (PANELS, "stored bytes")
 
 
 class WeightStore:
@@ -51,6 +53,13 @@ class WeightStore:
         if key not in self._arrays:
             self._arrays[key] = self.make(weight, layout)
         return self._arrays[key]
+
+    def arrays_in_parts(
+        self, weight: Weight, layout: Layout, num_parts: int
+    ) -> tuple[tuple[np.ndarray, ...], PackedParts | None]:
+        """The arrays of a weight that is made of equal parts, below one another, and those parts that have to be packed
+        before they are read; None if all are packed, as this store packs them."""
+        return self.arrays(weight, layout), None
 
     def expect(self, wanted: Iterable[tuple[Weight, Layout]]) -> None:
         """Says which weights will be asked for, some several times, and in which layouts."""
@@ -84,16 +93,21 @@ class PackedStore(WeightStore):
     ones are read, and with ("reading", ...) while the store waits for the content hash. The bytes are the checkpoint's;
     in all there are those that `expect` was told of, or None if it was told of none. Until the hash is known, weights
     are kept under the checkpoint's provisional name. If the folder cannot be written or the disk is full, weights are
-    packed again by the next process: num_bytes_not_kept counts their bytes, and `warn_not_kept` says so.
+    packed again by the next process: num_bytes_not_kept counts their bytes, and `warn_not_kept` says so. packs_lazily:
+    experts are packed when a step first needs them, and kept by `finish`; a process that ends before has kept whole
+    weights, and no part of one; in_parts: the weights, by name and layout, whose parts are packed one by one.
     """
 
-    def __init__(self, checkpoint: Checkpoint, progress: OnProgress | None = None):
+    def __init__(self, checkpoint: Checkpoint, progress: OnProgress | None = None, packs_lazily: bool = False):
         super().__init__()
-        self.checkpoint, self._progress = checkpoint, progress
+        self.checkpoint, self.progress, self._packs_lazily = checkpoint, progress, packs_lazily
+        self.in_parts: dict[tuple[str, str], PackedParts] = {}
+        self._to_keep: list[PackedParts] = []  # those of them that no file has yet
         self._done: Counter[str] = Counter()
         self._total: Counter[str] = Counter()
         self._expected: set[tuple[str, str]] = set()  # (weight, layout)
         self._root, self._lock, self._maps = _packed_folder(), threading.Lock(), LeasedMaps()
+        self._counting = threading.Lock()
         self._suffix, self.num_bytes_not_kept, self._obstacle = f"{packing_version()}-{target_name()}", 0, ""
         self._used: int | None = None  # bytes of all packed models; None until they are counted
         self.folder = self._root / f"{packed_cache.PROVISIONAL}{checkpoint.provisional_name}-{self._suffix}"
@@ -124,7 +138,7 @@ class PackedStore(WeightStore):
         if arrays is None:
             arrays, work = super().make(weight, layout), "packing"
             self._keep(what, arrays)
-        self._report(work, weight)
+        self._report(work, stored_bytes(weight))
         return arrays
 
     def _mapped(self, weight: Weight) -> np.ndarray | None:
@@ -148,10 +162,65 @@ class PackedStore(WeightStore):
                 is_packed = (self.folder / file_name(described(weight, layout.name))).exists()
                 self._total["loading" if is_packed else "packing"] += stored_bytes(weight)
 
-    def _report(self, work: str, weight: Weight) -> None:
-        self._done[work] += stored_bytes(weight)
-        if self._progress is not None:
-            self._progress(work, self._done[work], self._total[work] or None)
+    def _report(self, work: str, num_bytes: int) -> None:
+        with self._counting:
+            self._done[work] += num_bytes
+        if self.progress is not None:
+            self.progress(work, self._done[work], self._total[work] or None)
+
+    def arrays_in_parts(
+        self, weight: Weight, layout: Layout, num_parts: int
+    ) -> tuple[tuple[np.ndarray, ...], PackedParts | None]:
+        key = weight.name, layout.name
+        if key not in self._arrays and self._packs_lazily and layout.name.endswith(PANELS):
+            loaded = self._load(described(weight, layout.name))
+            if loaded is None:
+                on_packed = functools.partial(self._packed, stored_bytes(weight) // num_parts)
+                self.in_parts[key] = PackedParts(weight, layout, num_parts, on_packed)
+                self._to_keep.append(self.in_parts[key])
+                self._arrays[key] = self.in_parts[key].arrays
+            else:
+                self._arrays[key] = loaded
+                self._report("loading", stored_bytes(weight))
+        parts = self.in_parts.get(key)
+        return self.arrays(weight, layout), None if parts is None or parts.is_whole else parts
+
+    def _packed(self, num_bytes: int) -> None:
+        """Takes note of a part that was packed. ValueError if the checkpoint's files have changed."""
+        self.checkpoint.check_unchanged()
+        self._report("packing", num_bytes)
+
+    def finish(self, is_stopped: Callable[[], bool] = lambda: False) -> None:
+        """Packs the parts that no step has needed yet, layer by layer, and keeps them for later starts; those that find
+        no room are not packed.
+
+        is_stopped: asked before each part; where it returns True, this ends. ValueError: see `PackedParts.pack`.
+        """
+        while self._to_keep:
+            parts = self._to_keep[0]
+            if self._finds_room(packed_file.num_bytes(parts.arrays)):
+                parts.pack(part for part in range(parts.num_parts) if not is_stopped())
+                if not parts.is_whole:
+                    return
+                self._keep(described(parts.weight, parts.layout.name), parts.arrays)
+            self._to_keep.pop(0)
+        self.warn_not_kept()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether `finish` has nothing to do."""
+        return not self._to_keep
+
+    def _finds_room(self, size: int) -> bool:
+        """Whether packed models may take `size` bytes more, if others make room; if not, the bytes count as not
+        kept."""
+        with self._lock:
+            allowed = packed_cache.allowed_bytes(self._root, self._used or 0)
+            finds = cache_lasts() and packed_cache.num_bytes(self.folder) + size <= allowed
+        if not finds:
+            self.num_bytes_not_kept += size
+            self._obstacle = packed_cache.limit_words(self._root, allowed)
+        return finds
 
     def _load(self, what: str) -> tuple[np.ndarray, ...] | None:
         """The arrays of a packed weight; None if its file is missing or damaged."""

@@ -55,7 +55,9 @@ def answer(llm, prompt, params, on_text, stopped=lambda: False, *, receipt: bool
     timing = Timing(len(request.prompt_ids))
     try:
         with contextlib.ExitStack() as prefill:
-            report = prefill.enter_context(Progress()).counter("computing the prompt", "token")
+            progress = prefill.enter_context(Progress())
+            report = progress.counter("computing the prompt", "token")
+            prefill.enter_context(llm.reports_packing(progress))
             while request.finish_reason is None and not stopped():
                 if not request.output_ids:
                     report(request.num_computed, timing.num_prompt)

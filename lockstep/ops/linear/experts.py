@@ -19,13 +19,13 @@ import numpy as np
 
 from lockstep.formats import FORMATS
 from lockstep.formats.parts.rows import ROW_FORMATS, plain_row
-from lockstep.native.kernel import definition, inlined, kernel, variant
-from lockstep.native.numbers import int32
-from lockstep.native.simd import peek, poke
+from lockstep.native.kernel import definition, kernel, variant
+from lockstep.native.simd import poke
 from lockstep.ops.elementwise.activations import check_rows, quantize_row, round_row
 from lockstep.ops.elementwise.gated_mul import check_gate
 from lockstep.ops.elementwise.gates import GATES
 from lockstep.ops.linear.linear import LAYOUTS, PREPARATION, PRODUCTS, constants
+from lockstep.ops.linear.moe import place_at
 from lockstep.runtime.backend import Implementation, Layout
 from lockstep.runtime.operands import Operands, constant, output, packed, rows
 from lockstep.runtime.program import Tensor, Weight
@@ -71,6 +71,10 @@ class ExpertLinear(Operands):
 
     def check(self):
         check_rows(self, "x", PREPARATION[self.weight.format], self.width, self.top_k)
+
+    @property
+    def part_start(self):
+        return self.expert_start
 
     @property
     def kind(self):
@@ -127,12 +131,6 @@ class ExpertScatter(Operands):
     top_k: int
 
 
-@inlined
-def pair_at(order, s):
-    """The pair in row s: token * top_k + rank."""
-    return np.int64(peek(order + 4 * s, int32))
-
-
 @definition
 def put_f32(x_K, out):
     """Stores a row as it is."""
@@ -142,8 +140,9 @@ def put_f32(x_K, out):
 
 def _rows(op, step, thread, num_threads):
     a = ExpertRows.read(op)
-    for s in range(num_rows(op, step) * a.top_k if thread == 0 else 0):
-        t = pair_at(a.order, s) // a.top_k
+    num_pairs = num_rows(op, step) * a.top_k
+    for s in range(num_pairs if thread == 0 else 0):
+        t = place_at(a.order, s, num_pairs) // a.top_k
         PUT(plain_row(a.x + 4 * a.width * t, a.width), a.out + ROW_BYTES(a.width) * s)
 
 
@@ -160,8 +159,9 @@ def _gated(op, step, thread, num_threads):
 @kernel
 def _scatter(op, step, thread, num_threads):
     a = ExpertScatter.read(op)
-    for s in range(num_rows(op, step) * a.top_k if thread == 0 else 0):
-        put_f32(plain_row(a.x + 4 * a.width * s, a.width), a.out + 4 * a.width * pair_at(a.order, s))
+    num_pairs = num_rows(op, step) * a.top_k
+    for s in range(num_pairs if thread == 0 else 0):
+        put_f32(plain_row(a.x + 4 * a.width * s, a.width), a.out + 4 * a.width * place_at(a.order, s, num_pairs))
 
 
 def side_by_side(weight):
@@ -182,18 +182,18 @@ def add_bias(x_K, bias_K, out_K):
 @kernel
 def _bias(op, step, thread, num_threads):
     a = ExpertBias.read(op)
-    row_bytes = 4 * a.width
-    for s in range(num_rows(op, step) * a.top_k if thread == 0 else 0):
-        e = pair_at(a.expert_ids, pair_at(a.order, s))
+    row_bytes, num_pairs = 4 * a.width, num_rows(op, step) * a.top_k
+    for s in range(num_pairs if thread == 0 else 0):
+        e = place_at(a.expert_ids, place_at(a.order, s, num_pairs), a.num_experts)
         x, bias = plain_row(a.x + row_bytes * s, a.width), plain_row(a.bias + row_bytes * e, a.width)
         add_bias(x, bias, plain_row(a.out + row_bytes * s, a.width))
 
 
 def _linear(op, step, thread, num_threads):
     a = ExpertLinear.read(op)
-    K, N = a.width, a.features
+    K, N, num_starts = a.width, a.features, num_rows(op, step) * a.top_k + 1
     for e in range(a.num_experts if thread == 0 else 0):
-        for s in range(pair_at(a.expert_start, e), pair_at(a.expert_start, e + 1)):
+        for s in range(place_at(a.expert_start, e, num_starts), place_at(a.expert_start, e + 1, num_starts)):
             x = READ(a.x + ROW_BYTES(K) * s, K)
             for n in range(N):
                 poke(a.out + 4 * (N * s + n), DOT(x, a.weight, e * N + n, K))

@@ -2,7 +2,8 @@
 
 One expert's rows lie together, so each expert is a linear layer of few rows, made of the tiles of `linear_cpu`. Few
 tokens are bound by the stream of the chosen experts' weights, many tokens by arithmetic. Threads claim pairs of an
-expert and a run of panels; an expert that no token chose costs one comparison.
+expert and a run of panels, of experts that a token chose only: an expert that none chose costs each thread one
+comparison.
 """
 
 from lockstep.formats import FORMATS
@@ -22,9 +23,9 @@ from lockstep.ops.linear.experts import (
     ExpertRows,
     ExpertScatter,
     gated_kind,
-    pair_at,
 )
 from lockstep.ops.linear.linear_cpu import ALL_PANELS, COLS, PLAIN_LAYOUTS, constants, multiply_rows, rows_at_once
+from lockstep.ops.linear.moe import place_at
 from lockstep.ops.linear.tile import panel_bytes, scale_bytes
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import COUNTER, num_rows
@@ -44,8 +45,9 @@ def store_plain(low, high, out, K, i):
 def _rows(op, step, thread, num_threads):
     """Rows are dealt to threads in turn."""
     a = ExpertRows.read(op)
-    for s in range(thread, num_rows(op, step) * a.top_k, num_threads):
-        x, out = a.x + 4 * a.width * (pair_at(a.order, s) // a.top_k), a.out + ROW_BYTES(a.width) * s
+    num_pairs = num_rows(op, step) * a.top_k
+    for s in range(thread, num_pairs, num_threads):
+        x, out = a.x + 4 * a.width * (place_at(a.order, s, num_pairs) // a.top_k), a.out + ROW_BYTES(a.width) * s
         for i in range(0, a.width, 32):
             STORE(load(x + 4 * i), load(x + 4 * i + 64), out, a.width, i)
 
@@ -64,9 +66,9 @@ def _gated(op, step, thread, num_threads):
 def scatter(op, step, thread, num_threads):
     """Rows are dealt to threads in turn; the width is a multiple of 16."""
     a = ExpertScatter.read(op)
-    row_bytes = 4 * a.width
-    for s in range(thread, num_rows(op, step) * a.top_k, num_threads):
-        x, out = a.x + row_bytes * s, a.out + row_bytes * pair_at(a.order, s)
+    row_bytes, num_pairs = 4 * a.width, num_rows(op, step) * a.top_k
+    for s in range(thread, num_pairs, num_threads):
+        x, out = a.x + row_bytes * s, a.out + row_bytes * place_at(a.order, s, num_pairs)
         for i in range(0, row_bytes, 64):
             store(out + i, load(x + i))
 
@@ -75,45 +77,61 @@ def scatter(op, step, thread, num_threads):
 def bias(op, step, thread, num_threads):
     """Rows are dealt to threads in turn; the width is a multiple of 16."""
     a = ExpertBias.read(op)
-    row_bytes = 4 * a.width
-    for s in range(thread, num_rows(op, step) * a.top_k, num_threads):
+    row_bytes, num_pairs = 4 * a.width, num_rows(op, step) * a.top_k
+    for s in range(thread, num_pairs, num_threads):
         x, out = a.x + row_bytes * s, a.out + row_bytes * s
-        row = a.bias + row_bytes * pair_at(a.expert_ids, pair_at(a.order, s))
+        row = a.bias + row_bytes * place_at(a.expert_ids, place_at(a.order, s, num_pairs), a.num_experts)
         for i in range(0, row_bytes, 64):
             store(out + i, load(x + i) + load(row + i))
 
 
+@inlined
+def expert_of(expert_start, num_starts, num_experts, num_claims, claim, e, num_before):
+    """(The expert of a claim, the claims of chosen experts before it), found from expert e on, which has num_before;
+    num_experts if there are fewer claims. An expert has num_claims of them if a row has chosen it, else none.
+    num_starts: a bound of what expert_start may hold."""
+    while e < num_experts:
+        is_chosen = place_at(expert_start, e, num_starts) < place_at(expert_start, e + 1, num_starts)
+        if is_chosen and claim < num_before + num_claims:
+            break
+        num_before += num_claims if is_chosen else 0
+        e += 1
+    return e, num_before
+
+
 def _linear(op, step, thread, num_threads):
-    """The thread's share of all experts' products."""
+    """The thread's share of all experts' products. It takes its next claim before it works on the one at hand, so that
+    the first panels of the next claim can be prefetched."""
     a = ExpertLinear.read(op)
-    K, num_panels, row_bytes = a.width, a.features // 16, ROW_BYTES(a.width)
+    E, K, num_panels, row_bytes = a.num_experts, a.width, a.features // 16, ROW_BYTES(a.width)
     at_once, codes_stride = rows_at_once(row_bytes), panel_bytes(FORMAT, K, a.weight.d)
-    scale_stride = scale_bytes(FORMAT, K) if a.weight.d else 0
+    scale_stride, num_starts = scale_bytes(FORMAT, K) if a.weight.d else 0, num_rows(op, step) * a.top_k + 1
     num_claims, counter = (num_panels + CLAIM - 1) // CLAIM, peek(op + 8 * COUNTER, int64)
     claim = fetch_add(counter, 1)
-    while claim < a.num_experts * num_claims:
-        e, first = claim // num_claims, claim % num_claims * CLAIM
-        start, stop = pair_at(a.expert_start, e), pair_at(a.expert_start, e + 1)
-        for s in range(start, stop, at_once):
-            for p in range(first, min(first + CLAIM, num_panels), COLS):
+    e, num_before = expert_of(a.expert_start, num_starts, E, num_claims, claim, 0, 0)
+    while e < E:
+        next_claim = fetch_add(counter, 1)
+        next_e, next_before = expert_of(a.expert_start, num_starts, E, num_claims, next_claim, e, num_before)
+        first, next_first = CLAIM * (claim - num_before), CLAIM * (next_claim - next_before)
+        end, stop = min(first + CLAIM, num_panels), place_at(a.expert_start, e + 1, num_starts)
+        for s in range(place_at(a.expert_start, e, num_starts), stop, at_once):
+            panel_after = e * num_panels + first if s + at_once < stop else next_e * num_panels + next_first
+            for p in range(first, end, COLS):
                 panel = e * num_panels + p
+                panel_ahead = panel + COLS if p + COLS < end else panel_after
                 codes, scales = a.weight.codes + codes_stride * panel, a.weight.d + scale_stride * panel
+                codes_ahead = a.weight.codes + codes_stride * panel_ahead
+                scales_ahead = a.weight.d + scale_stride * panel_ahead
                 multiply_rows(
                     FORMAT,
                     SHAPES,
                     Rows(a.x + row_bytes * s, row_bytes),
                     Panels(codes, codes_stride, scales, scale_stride, K, 0),
                     Output(a.out + 64 * (num_panels * s + p), 0, 64 * num_panels, num_panels - p, 0),
-                    Ahead(
-                        codes + codes_stride * COLS,
-                        codes_stride,
-                        scales + scale_stride * COLS,
-                        scale_stride,
-                        ALL_PANELS,
-                    ),
+                    Ahead(codes_ahead, codes_stride, scales_ahead, scale_stride, ALL_PANELS),
                     min(at_once, stop - s),
                 )
-        claim = fetch_add(counter, 1)
+        claim, e, num_before = next_claim, next_e, next_before
 
 
 STORES = {"f32": store_plain, "bf16": store_rounded, "q8": store_q8}

@@ -7,10 +7,10 @@ combine:  out[t] = sum over ranks r of weight[t, r] * y[t, r], plus sigmoid(gate
 
 import numpy as np
 
-from lockstep.native.kernel import definition, kernel
+from lockstep.native.kernel import definition, inlined, kernel
 from lockstep.native.machine import float_array, int_array
-from lockstep.native.numbers import carray
-from lockstep.native.simd import fma
+from lockstep.native.numbers import carray, int32
+from lockstep.native.simd import fma, peek
 from lockstep.ops.math import ZERO, exp, sigmoid, tree_sum
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.operands import Operands, constant, output, rows
@@ -66,6 +66,19 @@ class CombineExperts(Operands):
             )
 
 
+@inlined
+def bounded(place, count):
+    """A place as it is if it is one of 0 .. count - 1, else the last of them. Places are read from memory, so that one
+    wrong bit may lead to a wrong answer, but never to memory that is nobody's."""
+    return place if 0 <= place < count else count - 1
+
+
+@inlined
+def place_at(places, index, count):
+    """One of an array of int32 places, bounded by their number."""
+    return bounded(np.int64(peek(places + 4 * index, int32)), count)
+
+
 @definition
 def route(logits_TE, scale_E, top_k, renormalise, expert_ids_TX, weights_TX):
     """Chooses top_k experts for every token.
@@ -119,18 +132,20 @@ def group_experts(expert_ids_TX, order_TX, expert_start_TE1):
 
     Shapes: expert_ids, order [T, X] int32; expert_start [T, E + 1] int32, of which row 0 counts and the rest is zero.
     Order: order, read flat, holds the pairs of expert 0 by ascending number, then those of expert 1, ...; the pairs of
-      expert e are at expert_start[0, e] .. expert_start[0, e + 1] - 1.
+      expert e are at expert_start[0, e] .. expert_start[0, e + 1] - 1. An id that is no expert's, which `route` never
+      gives, counts as the last expert's (`bounded`).
     """
     T, X = expert_ids_TX.shape
+    E = expert_start_TE1.shape[1] - 1
     expert_start_TE1[:, :] = 0
     at = 0
-    for e in range(expert_start_TE1.shape[1] - 1):
+    for e in range(E):
         expert_start_TE1[0, e] = at
         for pair in range(T * X):
-            if expert_ids_TX[pair // X, pair % X] == e:
+            if bounded(expert_ids_TX[pair // X, pair % X], E) == e:
                 order_TX[at // X, at % X] = pair
                 at += 1
-    expert_start_TE1[0, expert_start_TE1.shape[1] - 1] = at
+    expert_start_TE1[0, E] = at
 
 
 @definition

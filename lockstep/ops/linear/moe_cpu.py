@@ -5,7 +5,7 @@ import numpy as np
 from lockstep.native.kernel import inlined, kernel
 from lockstep.native.numbers import float32, int32, int64
 from lockstep.native.simd import fma, lane_numbers, lanes, load, peek, poke, store, sum_lanes, to_f32, where_below
-from lockstep.ops.linear.moe import CombineExperts, GroupExperts, Route
+from lockstep.ops.linear.moe import CombineExperts, GroupExperts, Route, place_at
 from lockstep.ops.math import ZERO, exp, sigmoid
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import num_rows
@@ -75,7 +75,7 @@ def group_experts(op, step, thread, num_threads):
         count_experts(start, ids, E, T * X)
         # from the last pair down: the end of an expert's pairs moves down to their begin
         for pair in range(T * X - 1, -1, -1):
-            end = start + 4 * peek(ids + 4 * pair, int32) + 4
+            end = start + 4 * place_at(ids, pair, E) + 4
             at = peek(end, int32) - 1
             poke(end, np.int32(at))
             poke(order + 4 * at, np.int32(pair))
@@ -90,7 +90,7 @@ def count_experts(start, ids, E, num_pairs):
     for e in range(E + 1):
         poke(start + 4 * e, np.int32(0))
     for pair in range(num_pairs):
-        count = start + 4 * peek(ids + 4 * pair, int32) + 4
+        count = start + 4 * place_at(ids, pair, E) + 4
         poke(count, np.int32(peek(count, int32) + 1))
     for e in range(E):
         poke(start + 4 * e + 4, np.int32(peek(start + 4 * e, int32) + peek(start + 4 * e + 4, int32)))

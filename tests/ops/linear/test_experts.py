@@ -110,6 +110,35 @@ def test_biases(T):
     same_bits(out.reshape(-1, N), expected)
 
 
+@pytest.mark.parametrize("wrong", [-1, 6, 2**31 - 1, -(2**31)])
+def test_a_place_that_is_none_counts_as_the_last_one(wrong):
+    """Of 3 tokens with 2 experts each: pairs are 0 .. 5, and an expert's rows end at 6 at most."""
+    T, random = 3, np.random.RandomState(2)
+    order, start = routed(T, 5)
+    ids, broken = np.full((T, X), 3, np.int32), order.copy()
+    broken[1, 0], order[1, 0] = wrong, 5
+    x, pairs = random.standard_normal((T, D)).astype(np.float32), random.standard_normal((T, X * N)).astype(np.float32)
+    bias = Weight("b", "f32", (E, N), (StoredTensor("b", "f32", (E, N), random.rand(E, N).astype(np.float32)),))
+    shape, sizes = dict(width=N, top_k=X), dict(num_experts=E, top_k=X)
+    same_bits(
+        both(ExpertRows, T, x=x, order=broken, **prepared("f32", D)),
+        both(ExpertRows, T, x=x, order=order, **prepared("f32", D)),
+    )
+    found = both(ExpertBias, T, x=pairs, order=broken, expert_ids=np.full_like(ids, wrong), bias=bias, width=N, **sizes)
+    same_bits(found, both(ExpertBias, T, x=pairs, order=order, expert_ids=ids, bias=bias, width=N, **sizes))
+    # equal rows: which of several rows with one place is written last is up to the threads
+    broken, order = (np.full((T, X), place, np.int32) for place in (wrong, 5))
+    same = np.broadcast_to(pairs[0, :N], (T, X, N)).reshape(T, X * N).copy()
+    same_bits(
+        both(ExpertScatter, T, x=same, order=broken, **shape), both(ExpertScatter, T, x=same, order=order, **shape)
+    )
+    rows = both(ExpertRows, T, x=x, order=np.arange(T * X, dtype=np.int32).reshape(T, X), **prepared("f32", D))
+    weight, ends = Weight("experts", "f32", (E * N, D), experts_of(random)), start.copy()
+    start[0, E], ends[0, E] = wrong, T * X
+    linear = dict(x=rows, weight=weight, width=D, features=N, **sizes)
+    same_bits(both(ExpertLinear, T, expert_start=start, **linear), both(ExpertLinear, T, expert_start=ends, **linear))
+
+
 def test_rows_that_are_not_prepared_for_the_weights_are_refused():
     order, small = Tensor("order", "T", X, "i32"), dict(width=32, top_k=X)
     with pytest.raises(ValueError, match=r"ExpertRows: out is o f32.T, 64., expected i8.T, 88."):

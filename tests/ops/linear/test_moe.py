@@ -106,6 +106,18 @@ def test_combine_with_a_shared_expert(num_tokens, top_k, width):
     np.testing.assert_allclose(expected, exact, atol=3e-6)
 
 
+@pytest.mark.parametrize("wrong", [-1, 3, 2**31 - 1, -(2**31)])
+def test_an_id_that_is_no_experts_counts_as_the_last_ones(wrong):
+    """Not as a place in memory that is nobody's."""
+    ids = np.array([[0, 2], [1, 0], [2, 1]], np.int32)
+    nearest, ids_of_none = ids.copy(), ids.copy()
+    nearest[1, 0], ids_of_none[1, 0] = 2, wrong
+    for backend, threads in ((moe.REFERENCE, 1), (moe_cpu.CPU, 1), (moe_cpu.CPU, 3)):
+        expected, found = group(backend, nearest, 3, threads), group(backend, ids_of_none, 3, threads)
+        same_bits(found["order"], expected["order"])
+        same_bits(found["expert_start"], expected["expert_start"])
+
+
 @pytest.mark.parametrize("left_out", [{"gates": None}, {"shared_y": None}, {"gate_column": 16}])
 def test_a_shared_expert_has_a_gate(left_out):
     operands = dict(shared_y=np.ones((1, 16), np.float32), gates=np.ones((1, 16), np.float32), gates_width=16)

@@ -2,7 +2,8 @@
 
 One expert's rows lie together, so each expert is a linear layer of few rows, made of the tiles of `linear_cpu`. Few
 tokens are bound by the stream of the chosen experts' weights, many tokens by arithmetic. Threads claim pairs of an
-expert and a run of panels; an expert that no token chose costs one comparison.
+expert and a run of panels, of experts that a token chose only: an expert that none chose costs each thread one
+comparison.
 """
 
 from lockstep.formats import FORMATS
@@ -83,35 +84,50 @@ def bias(op, step, thread, num_threads):
             store(out + i, load(x + i) + load(row + i))
 
 
+@inlined
+def expert_of(expert_start, num_experts, num_claims, claim, e, num_before):
+    """(The expert of a claim, the claims of chosen experts before it), found from expert e on, which has num_before;
+    num_experts if there are fewer claims. An expert has num_claims of them if a row has chosen it, else none."""
+    while e < num_experts:
+        is_chosen = pair_at(expert_start, e) < pair_at(expert_start, e + 1)
+        if is_chosen and claim < num_before + num_claims:
+            break
+        num_before += num_claims if is_chosen else 0
+        e += 1
+    return e, num_before
+
+
 def _linear(op, step, thread, num_threads):
-    """The thread's share of all experts' products."""
+    """The thread's share of all experts' products. It takes its next claim before it works on the one at hand, so that
+    the first panels of the next claim can be prefetched."""
     a = ExpertLinear.read(op)
-    K, num_panels, row_bytes, panel_bytes = (
-        a.width,
-        a.features // 16,
-        ROW_BYTES(a.width),
-        a.width // BLOCK * PANEL_BYTES,
-    )
-    at_once, scale_stride = rows_at_once(row_bytes), scale_bytes(FORMAT, K)
+    E, K, num_panels, row_bytes = a.num_experts, a.width, a.features // 16, ROW_BYTES(a.width)
+    panel_bytes, scale_stride, at_once = K // BLOCK * PANEL_BYTES, scale_bytes(FORMAT, K), rows_at_once(row_bytes)
     num_claims, counter = (num_panels + CLAIM - 1) // CLAIM, peek(op + 8 * COUNTER, int64)
     claim = fetch_add(counter, 1)
-    while claim < a.num_experts * num_claims:
-        e, first = claim // num_claims, claim % num_claims * CLAIM
-        start, stop = pair_at(a.expert_start, e), pair_at(a.expert_start, e + 1)
+    e, num_before = expert_of(a.expert_start, E, num_claims, claim, 0, 0)
+    while e < E:
+        next_claim = fetch_add(counter, 1)
+        next_e, next_before = expert_of(a.expert_start, E, num_claims, next_claim, e, num_before)
+        first, next_first = CLAIM * (claim - num_before), CLAIM * (next_claim - next_before)
+        end, start, stop = min(first + CLAIM, num_panels), pair_at(a.expert_start, e), pair_at(a.expert_start, e + 1)
         for s in range(start, stop, at_once):
-            for p in range(first, min(first + CLAIM, num_panels), COLS):
+            panel_after = e * num_panels + first if s + at_once < stop else next_e * num_panels + next_first
+            for p in range(first, end, COLS):
                 panel = e * num_panels + p
+                panel_ahead = panel + COLS if p + COLS < end else panel_after
                 codes, scales = a.weight.codes + panel_bytes * panel, a.weight.d + scale_stride * panel
+                codes_ahead = a.weight.codes + panel_bytes * panel_ahead
                 multiply_rows(
                     FORMAT,
                     SHAPES,
                     Rows(a.x + row_bytes * s, row_bytes),
                     Panels(codes, panel_bytes, scales, scale_stride, K),
                     Output(a.out + 64 * (num_panels * s + p), 0, 64 * num_panels, num_panels - p, 0),
-                    Ahead(codes + panel_bytes * COLS, scales + scale_stride * COLS, ALL_PANELS),
+                    Ahead(codes_ahead, a.weight.d + scale_stride * panel_ahead, ALL_PANELS),
                     min(at_once, stop - s),
                 )
-        claim = fetch_add(counter, 1)
+        claim, e, num_before = next_claim, next_e, next_before
 
 
 STORES = {"f32": store_plain, "bf16": store_rounded, "q8": store_q8}

@@ -142,10 +142,11 @@ def experts(a):
     for choice in ("the same", "random"):
         found[choice] = {}
         for num_tokens in TOKENS:
-            runs = [case.run(num_tokens, choice == "the same") for _ in range(3 * a.rounds)]
-            seconds, chosen = (statistics.median(run[i] for run in runs) for i in (0, 1))
+            is_alike = choice == "the same"
+            runs = [(*case.run(num_tokens, is_alike), meter.run().bytes_per_second) for _ in range(3 * a.rounds)]
+            seconds, chosen, ceiling = (statistics.median(values) for values in zip(*runs, strict=True))
             needed = chosen * case.expert_bytes
-            reads = seconds * meter.best().bytes_per_second / needed
+            reads = seconds * ceiling / needed
             found[choice][num_tokens] = dict(chosen=chosen, bytes=needed, seconds=seconds, reads=round(reads, 2))
             rates = f"{needed / 1e6:.1f} | {seconds * 1e6:.0f} | {needed / seconds / 1e9:.1f}"
             print(f"| {choice} | {num_tokens} | {chosen:.0f} | {rates} | {reads:.2f} times |", flush=True)

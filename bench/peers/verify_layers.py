@@ -1,0 +1,133 @@
+#!/usr/bin/env python3
+"""Do llama.cpp and Lockstep compute the same model from each file of make_layers.py?  verify_layers.py [FILE ...]
+
+Logits at every position of one prompt, longer than gpt-oss' window; one JSON line per file: positions of the same
+argmax, the largest difference of logits, the smallest cosine of two rows of them. Where an argmax differs, both tokens
+must be nearly as likely: llama.cpp's logits of the two differ by at most five times what its row and ours differ by in
+the root mean square (both round activations to 8 bits, in ways of their own). Where that rounding chooses another
+expert, logits differ more: in two of a hundred positions the cosine may be lower.
+Exits with 1 if a file does not agree. --weights f32: Lockstep without rounding activations, to see who is nearer.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import numpy as np
+import peers_common as pc
+from layer_shapes import FILES
+
+NUM_TOKENS = 160
+MIN_COSINE, LOW_COSINES, MAX_MARGIN = 0.99, 0.02, 5
+
+
+def paths(names):
+    known = [pc.model_path(name, mixture) for name, (_, mixtures) in FILES.items() for mixture in mixtures]
+    return [path for path in known if not names or any(name in path for name in names)]
+
+
+def vocabulary(path):
+    return next(shape.rows for name, (shape, _) in FILES.items() if os.path.basename(path).startswith(name))
+
+
+def prompt(path, num_tokens=NUM_TOKENS, seed=0):
+    return pc.prompt(num_tokens, seed, vocabulary(path))
+
+
+def llama_cpp_logits(path, out, threads):
+    """Writes float32 [tokens, V]."""
+    ids = prompt(path)
+    engine = pc.LlamaCpp(path, n_ctx=512, threads=threads)
+    engine.decode([(token, i, 0, 1) for i, token in enumerate(ids)])
+    np.save(out, np.stack([engine.logits(i) for i in range(len(ids))]))
+    engine.close()
+
+
+def lockstep_logits(path, threads, weights, kv_dtype="f32"):
+    """float32 [tokens, V]"""
+    from lockstep.engine.cache.pages import everywhere, pages_for
+    from lockstep.engine.model import load_model
+    from lockstep.engine.runner import Limits, Runner, Span
+    from lockstep.models.checkpoint import open_checkpoint
+    from lockstep.runtime.threads import Team
+    from lockstep.weights.store import WeightStore
+
+    ids, team = prompt(path), Team(threads)
+    model = load_model(open_checkpoint(pathlib.Path(path)), WeightStore(), weights, kv_dtype, 512)
+    runner = Runner(model, team, Limits(len(ids), 1, pages_for(len(ids)) + 1, len(ids)))
+    pages = everywhere(range(pages_for(len(ids))))
+    logits = runner.step([Span(ids, 0, pages, 0, {row: {} for row in range(len(ids))})])[2].copy()
+    team.close()
+    return logits
+
+
+def compare(path, ours, theirs):
+    """The line of JSON for a file; is_same: whether the two engines agree."""
+    chosen, expected = ours.argmax(-1), theirs.argmax(-1)
+    rows, worst = np.arange(len(ours)), np.abs(ours - theirs).max(-1)
+    margins = theirs[rows, expected] - theirs[rows, chosen]
+    noise = np.sqrt(((ours - theirs) ** 2).mean(-1))
+    cosines = (ours * theirs).sum(-1) / np.sqrt((ours**2).sum(-1) * (theirs**2).sum(-1))
+    return dict(
+        file=os.path.basename(path),
+        argmax_agree=f"{int((chosen == expected).sum())}/{len(rows)}",
+        largest_margin=round(float((margins / np.maximum(noise, 1e-9)).max()), 2),
+        max_abs_diff=round(float(worst.max()), 4),
+        logit_std=round(float(theirs.std()), 4),
+        min_cosine=round(float(cosines.min()), 5),
+        median_cosine=round(float(np.median(cosines)), 5),
+        is_same=bool((margins <= MAX_MARGIN * noise).all() and (cosines < MIN_COSINE).mean() <= LOW_COSINES),
+    )
+
+
+def check(path, threads=2, weights="auto"):
+    with tempfile.TemporaryDirectory() as folder:
+        out = os.path.join(folder, "logits.npy")
+        command = [sys.executable, os.path.abspath(__file__), path, "--only-llama-cpp", out, "--threads", str(threads)]
+        subprocess.run(command, check=True)
+        theirs = np.load(out)
+    return compare(path, lockstep_logits(path, threads, weights), theirs)
+
+
+def note_of(path):
+    return pathlib.Path(path).with_suffix(".verified.json")
+
+
+def agreed(path, threads=2):
+    """Whether both engines agree on this very file: as noted beside it, or found now and noted."""
+    about = dict(bytes=os.path.getsize(path), modified=os.path.getmtime(path))
+    note = note_of(path)
+    if not note.exists() or {k: v for k, v in json.loads(note.read_text()).items() if k in about} != about:
+        note.write_text(json.dumps(check(path, threads) | about) + "\n")
+    return json.loads(note.read_text())["is_same"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", help="parts of file names; all files if none is given")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--weights", default="auto")
+    parser.add_argument("--only-llama-cpp", metavar="OUT", help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.only_llama_cpp:
+        pc.enter("llama.cpp", a.threads)
+        return llama_cpp_logits(a.files[0], a.only_llama_cpp, a.threads)
+    lines = []
+    for path in paths(a.files):
+        if a.weights == "auto":
+            note_of(path).unlink(missing_ok=True)
+            agreed(path, a.threads)
+            lines.append(json.loads(note_of(path).read_text()))
+        else:
+            lines.append(check(path, a.threads, a.weights))
+        print(json.dumps(lines[-1]), flush=True)
+    return 0 if all(line["is_same"] for line in lines) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

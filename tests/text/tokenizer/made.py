@@ -5,7 +5,9 @@ import io
 import json
 import random
 
-WORDS = "the of and model Größe café naïve 日本語 привет שלום def return self. ( ); == -> 3.14 , . ' \" — 🙂 1234".split()
+WORDS = (
+    "the of and model Größe café naïve 日本語 привет שלום def return self. ( ); == -> 3.14 , . ' \" — 🙂 1234".split()
+)
 ODD = ["\n", "\t", "\r\n", "\u00a0", "▁", "\x00", "\u200d", "e\u0301\u0302", "ﬁ", "<0x0A>", "[INST", "don't", "ab" * 5]
 SPECIAL = """<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS]
 [TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT]
@@ -43,7 +45,9 @@ def text(rng: random.Random, parts: int) -> str:
         if kind == 0:
             return " " * rng.choice([1, 2, 3, rng.randrange(1, 40)])
         if kind == 1:
-            return chr(rng.choice([rng.randrange(33, 127), rng.randrange(0xA1, 0x600), rng.randrange(0x1F300, 0x1F600)]))
+            return chr(
+                rng.choice([rng.randrange(33, 127), rng.randrange(0xA1, 0x600), rng.randrange(0x1F300, 0x1F600)])
+            )
         if kind == 2:
             return rng.choice(ODD)
         if kind == 3:
@@ -63,7 +67,8 @@ def tekken(rng: random.Random, version: str = "v3", tokens: int = 300, special: 
             known.append(made)
             letters.append(made)
     vocab = [
-        dict(rank=rank, token_bytes=base64.b64encode(token).decode(), token_str=None) for rank, token in enumerate(known)
+        dict(rank=rank, token_bytes=base64.b64encode(token).decode(), token_str=None)
+        for rank, token in enumerate(known)
     ]
     vocab += [dict(rank=len(known), token_bytes=base64.b64encode(b"unused").decode(), token_str="unused")]
     config = dict(

@@ -1,6 +1,6 @@
 """Records vocabularies with what sentencepiece and mistral-common make of texts and conversations, for `make test`.
 
-    python -m tests.text.tokenizer.record_vocabularies     # sentencepiece and mistral-common needed
+python -m tests.text.tokenizer.record_vocabularies     # sentencepiece and mistral-common needed
 """
 
 import base64
@@ -39,7 +39,10 @@ def _case(rng: random.Random, raw: bytes, tokenizer: reference.SentencePiece | r
     texts = ["", " ", *(made.text(rng, rng.randrange(1, 12)) for _ in range(NUM_TEXTS))]
     ids = [tokenizer.encode(text) for text in texts]
     return dict(
-        file=base64.b64encode(zlib.compress(raw, 9)).decode(), texts=texts, ids=ids, decoded=[tokenizer.decode(each) for each in ids]
+        file=base64.b64encode(zlib.compress(raw, 9)).decode(),
+        texts=texts,
+        ids=ids,
+        decoded=[tokenizer.decode(each) for each in ids],
     )
 
 

@@ -1,6 +1,7 @@
 """tekken.json and tokenizer.model: the tokens, texts and prompts that sentencepiece and mistral-common make of them."""
 
 import base64
+import itertools
 import json
 import random
 import zlib
@@ -23,7 +24,9 @@ CHATS = [name for name, case in CASES.items() if "chats" in case]
 def folder_of(name, path, **files):
     """A folder with a recorded vocabulary, and other files."""
     path.mkdir(exist_ok=True)
-    (path / name.partition(" ")[0].removesuffix(".v1")).write_bytes(zlib.decompress(base64.b64decode(CASES[name]["file"])))
+    (path / name.partition(" ")[0].removesuffix(".v1")).write_bytes(
+        zlib.decompress(base64.b64decode(CASES[name]["file"]))
+    )
     for other, content in files.items():
         (path / f"{other}.json").write_text(json.dumps(content))
     return path
@@ -163,7 +166,7 @@ def test_merges_join_as_ranks_do(seed):
     def joined(text, rank_of):
         parts = list(text)
         while True:
-            found = [(rank_of(a, b), at) for at, (a, b) in enumerate(zip(parts, parts[1:], strict=False))]
+            found = [(rank_of(a, b), at) for at, (a, b) in enumerate(itertools.pairwise(parts))]
             best = min((pair for pair in found if pair[0] is not None), default=None)
             if best is None:
                 return parts

@@ -27,7 +27,7 @@ SHAPES = dict(
     intermediate_size="hidden_dim", rms_norm_eps="norm_eps", vocab_size="vocab_size", head_dim="head_dim",
     max_position_embeddings="max_position_embeddings", tie_word_embeddings="tied_embeddings",
 )  # fmt: skip
-MISTRAL = case("mistral", sliding_window=None, head_dim=32, rope_theta=500.0)
+MISTRAL = case("mistral", eos_token_id=None, sliding_window=None, head_dim=32, rope_theta=500.0)
 # {name: (config of the twin, keys of params.json)}
 FORMS = {
     "mistral": (MISTRAL, dict(rope_theta=500.0)),
@@ -42,7 +42,10 @@ FORMS = {
         dict(rope_theta=500.0, yarn=YARN | dict(apply_scale=True)),
     ),
     "ministral3": (
-        case("ministral3", head_dim=32, rope_theta=None, rope_parameters=ROPE | UNSCALED | dict(llama_4_scaling_beta=0.1)),
+        case(
+            "ministral3", eos_token_id=None, head_dim=32, rope_theta=None,
+            rope_parameters=ROPE | UNSCALED | dict(llama_4_scaling_beta=0.1),
+        ),
         dict(
             rope_theta=500.0, yarn=YARN, llama_4_scaling=dict(original_max_position_embeddings=16, beta=0.1),
             vision_encoder=dict(hidden_size=8), model_type="transformer",
@@ -66,7 +69,12 @@ def native_name(name):
 def interleaved(rows, num_heads):
     """Rows of pairs half a head apart, with the two of each pair side by side; by a loop over heads and pairs."""
     height = len(rows) // num_heads
-    order = [head * height + pair + half for head in range(num_heads) for pair in range(height // 2) for half in (0, height // 2)]
+    order = [
+        head * height + pair + half
+        for head in range(num_heads)
+        for pair in range(height // 2)
+        for half in (0, height // 2)
+    ]
     return rows[order]
 
 
@@ -136,13 +144,13 @@ def test_several_files(with_index, tmp_path):
     folder, twin = twins(tmp_path, "mistral", parts=3)
     files = sorted(folder.glob("*.safetensors"))
     if with_index:
-        from lockstep.weights.safetensors import open_file
-
         weight_map = {name: file.name for file in files for name in open_file(file).infos}
         write(folder / "consolidated.safetensors.index.json", json.dumps({"weight_map": weight_map}))
     assert same(open_checkpoint(folder), open_checkpoint(twin))
     files[1].unlink()
-    with pytest.raises(ValueError, match="consolidated-00002-of-00003" if with_index else "one .safetensors file, found"):
+    with pytest.raises(
+        ValueError, match="consolidated-00002-of-00003" if with_index else "one .safetensors file, found"
+    ):
         open_checkpoint(folder)
 
 
@@ -218,7 +226,9 @@ def test_what_is_not_supported_is_named(more, match, tmp_path):
         [opened.tensors[name] for name in opened.tensors]
 
 
-@pytest.mark.parametrize("name", ["layers.0.attention.wx.weight", "eagle_linear.weight", "layers.0.moe.gate.weight", "output"])
+@pytest.mark.parametrize(
+    "name", ["layers.0.attention.wx.weight", "eagle_linear.weight", "layers.0.moe.gate.weight", "output"]
+)
 def test_unknown_tensors_are_named(name, tmp_path):
     folder = write_native(tmp_path / "native", native_params(MISTRAL), {name: np.ones((2, 2), np.float32)})
     with pytest.raises(ValueError, match=f"tensor '{name}' is not one that a model of params.json is known to have"):

@@ -19,7 +19,7 @@ reference = pytest.importorskip(
     "tests.text.tokenizer.reference", reason="sentencepiece and mistral-common are needed", exc_type=ImportError
 )
 SEED = int(os.environ.get("LOCKSTEP_SEED") or secrets.randbelow(1 << 30))
-NUM_TEXTS = 300
+NUM_TEXTS = 100
 
 
 def same_tokens(tokenizer, other, rng, only_order=False):

@@ -142,7 +142,7 @@ def build_tokenizer(model: SentencePieceModel) -> Tokenizer:
         raise
     except Exception as error:  # the library raises plain Exception for an inconsistent vocabulary
         raise ValueError(f"it is inconsistent ({str(error).partition(chr(10))[0]})") from None
-    if not is_bpe:
+    if not is_bpe and model.texts(BYTE):
         # All pieces can match in the library's unigram model: a byte written out is taken apart.
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?<=<0x[0-9A-Fa-f]{2})(?=>)"), "isolated")
     tokenizer.decoder = decoder(model.adds_prefix or model.removes_spaces)

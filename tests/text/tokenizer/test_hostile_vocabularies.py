@@ -18,7 +18,7 @@ UNIGRAM, BPE = 1, 2
 
 def varint(number):
     number &= (1 << 64) - 1
-    head = bytes()
+    head = b""
     while number > 127:
         head, number = head + bytes([number & 127 | 128]), number >> 7
     return head + bytes([number])

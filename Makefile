@@ -35,7 +35,7 @@ help:
 	@echo "make attacks       the attacks of a review, one by one, and SIGTERM in the middle of them"
 	@echo "make speculation   10,000 random requests with drafts of every kind against the same without"
 	@echo "make test-ray      replicas as actors of a local Ray cluster (installs Ray into $(RAY))"
-	@echo "make test-oracles  compare with transformers, JAX, lm-eval and TICO, live (installs them and torch into $(ORACLES))"
+	@echo "make test-oracles  compare with transformers, JAX, lm-eval, TICO and tokenizers, live (installs them and torch into $(ORACLES))"
 	@echo "make lint          check style, format and types: ruff and basedpyright"
 	@echo "make audit         ask whether locked or lowest allowed packages have known holes (needs the network)"
 	@echo "make lock          renew the lock files: the newest allowed packages, with the hashes of all their files"
@@ -170,5 +170,5 @@ $(ORACLES)/.installed: pyproject.toml
 	@echo "installing torch, transformers, jax, lm-eval and tico into $(ORACLES)"
 	@$(PYTHON) -m venv $(ORACLES)
 	@$(ORACLES)/$(PIP_INSTALL) --editable '.[test]' torch==2.13.0 transformers==5.23.0 jax==0.10.2 \
-		'lm-eval[api]==0.4.13' tico==0.3.0
+		'lm-eval[api]==0.4.13' tico==0.3.0 mistral-common==1.13.1 sentencepiece==0.2.3
 	@touch $@

@@ -16,6 +16,7 @@ from lockstep.commands.terminal.errors import is_told, sentence
 from lockstep.commands.terminal.output import counted, made_table, shown
 from lockstep.user_cache import user_cache
 from lockstep.weights import packed_cache
+from lockstep.weights.folders.mistral import PARAMS
 from lockstep.weights.hub import resolve_model
 from lockstep.weights.sources.found import FoundModel, file_bytes
 from lockstep.weights.sources.on_disk import SOURCES
@@ -80,7 +81,8 @@ def found_models(on_error: Callable[[OSError], None]) -> list[tuple[str, FoundMo
         if path.parts[-2:] == bundled.parts[-2:]:  # that of another installation
             continue
         is_file = os.path.isfile(path)
-        if os.path.realpath(path) not in known and (is_file or os.path.isfile(path / "config.json")):
+        is_folder = any(os.path.isfile(path / name) for name in ("config.json", PARAMS))
+        if os.path.realpath(path) not in known and (is_file or is_folder):
             weights = [path] if is_file else [*path.glob("*.safetensors")]
             models.append((RUN_BEFORE, FoundModel(str(path), path, file_bytes(*weights))))
     return models

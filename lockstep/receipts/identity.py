@@ -112,9 +112,7 @@ def model_part(llm: ModelSource, name: str | None = None) -> ModelPart:
         eos=tuple(sorted(llm.engine.eos_ids)),
         context=llm.engine.model.max_context,
         plan=model.plan or None,
-        tokenizer=None
-        if tokenizer is None
-        else digest_of([tokenizer.backend.to_str(), dict(tokenizer.special_tokens)]),
+        tokenizer=None if tokenizer is None else digest_of([tokenizer.serialized, dict(tokenizer.special_tokens)]),
         chat_template=digest_of(templates) if templates else None,
     )
 

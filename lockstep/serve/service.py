@@ -390,7 +390,7 @@ def system_fingerprint(llm: "LoadedModel") -> str:
     ]
     if llm.has_tokenizer:
         tokenizer = llm.tokenizer
-        parts += [tokenizer.backend.to_str(), dict(tokenizer.chat_templates), dict(tokenizer.special_tokens)]
+        parts += [tokenizer.serialized, dict(tokenizer.chat_templates), dict(tokenizer.special_tokens)]
     with contextlib.suppress(ValueError):  # without a supported pooling embeddings depend on the request's alone
         parts.append(llm.pooling)
     return "fp_" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

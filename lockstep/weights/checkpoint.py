@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lockstep.weights import safetensors
 from lockstep.weights.content import ContentHash, Stamp, check_unchanged, content_hash, stamp
+from lockstep.weights.folders import mistral
 from lockstep.weights.folders.folder import unquantized
 from lockstep.weights.gguf.architecture import Architectures
 from lockstep.weights.gguf.file import is_gguf
@@ -64,7 +65,8 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path, architectures: Architectures, *, verify: bool = False) -> Checkpoint:
-    """Open a Hugging Face folder, a .safetensors file beside its config.json, or a .gguf file.
+    """Open a Hugging Face folder, a .safetensors file beside its config.json, a folder of Mistral's with a params.json,
+    or a .gguf file.
 
     architectures: those that a .gguf file may have. verify: hash all weights, even if their hash is remembered.
 
@@ -77,13 +79,16 @@ def open_checkpoint(path: str | Path, architectures: Architectures, *, verify: b
         return _open_safetensors(path, path.parent, [safetensors.open_file(path)], verify)
     if not path.is_dir():
         raise ValueError(f"{path}: expected a folder, a .safetensors file or a .gguf file")
-    return _open_safetensors(path, path, safetensors.open_folder(path), verify)
+    stem = mistral.STEM if mistral.is_native(path) else safetensors.STEM
+    return _open_safetensors(path, path, safetensors.open_folder(path, stem), verify)
 
 
 def _open_safetensors(path: Path, folder: Path, files: list[TensorFile], verify: bool) -> Checkpoint:
-    generation, config = folder / "generation_config.json", read_json_object(folder / "config.json")
+    generation, is_native = folder / "generation_config.json", mistral.is_native(folder)
+    config = {} if is_native else read_json_object(folder / "config.json")
     try:
-        tensors = unquantized(config, merge(files))
+        tensors = merge(files)
+        config, tensors = mistral.open_native(folder, tensors) if is_native else (config, unquantized(config, tensors))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return Checkpoint(

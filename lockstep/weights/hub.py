@@ -12,6 +12,7 @@ from urllib.parse import unquote
 from lockstep.progress import OnProgress
 from lockstep.user_cache import UNWRITABLE, obstacle_of
 from lockstep.weights.content import hub_cache as hub_cache_folder
+from lockstep.weights.folders.mistral import PARAMS
 from lockstep.weights.gguf.file import is_gguf
 from lockstep.weights.sources import hub_cache, lm_studio, ollama, quants
 from lockstep.weights.sources.download_bar import bar_class
@@ -27,9 +28,9 @@ HUB_ADDRESS = re.compile(r"(?:https?://)?(?:hf\.co|(?:www\.)?huggingface\.co)/(?
 # the address of a repository, of its files at a revision, or of one of them
 HUB_PAGE = re.compile(r"(?P<repo>[^/]+/[^/]+)(?:/(?:tree|blob|resolve)/(?P<revision>[^/]+)(?:/(?P<file>.+\.gguf))?)?/?")
 BUNDLED = "bundled"  # what receipts and `lockstep list` call the bundled model
-WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
-# Subfolders hold other forms of the same weights, consolidated files a vendor's own form.
-UNWANTED = ("*/*", "consolidated*")
+WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "tokenizer.model.v*")
+# Subfolders hold other forms of the same weights, consolidated files Mistral's own form, which is taken if alone.
+SUBFOLDERS, NATIVE = "*/*", "consolidated*"
 WANTED_OF_SUBFOLDERS = ("additional_chat_templates/*.jinja", "1_Pooling/config.json")
 
 
@@ -130,9 +131,11 @@ def _chosen(name: str, wanted: HubName, there: Repository, progress: OnProgress 
 
 def _of_safetensors(files: list[str]) -> list[str]:
     """The files of a model in safetensors, without other forms of it; empty where there is none."""
-    wanted = [file for file in files if _is_like(file, WANTED) and not _is_like(file, UNWANTED)]
+    wanted = [file for file in files if _is_like(file, WANTED) and not _is_like(file, [SUBFOLDERS])]
     beside = [file for file in files if _is_like(file, WANTED_OF_SUBFOLDERS)]
-    return wanted + beside if any(file.endswith(".safetensors") for file in wanted) else []
+    usual = [file for file in wanted if not _is_like(file, [NATIVE])]
+    forms = (usual, wanted if PARAMS in wanted else [])
+    return next((form + beside for form in forms if any(file.endswith(".safetensors") for file in form)), [])
 
 
 def _is_like(file: str, patterns: Iterable[str]) -> bool:

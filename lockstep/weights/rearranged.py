@@ -42,3 +42,21 @@ def _runs(order: np.ndarray) -> list[slice]:
     ends = np.flatnonzero(np.diff(order, append=-2) != 1) + 1
     starts = np.concatenate([[0], ends[:-1]])
     return [slice(int(order[a]), int(order[b - 1]) + 1) for a, b in zip(starts, ends, strict=True)]
+
+
+def half_split(whole: StoredTensor, num_heads: int) -> MadeTensor:
+    """A matrix of rotary heads whose pairs of rows lie side by side, (2i, 2i + 1), with these half a head apart.
+
+    ValueError for a number of rows that are not pairs of this many heads.
+    """
+    num_rows = whole.shape[0] if whole.shape else 0
+    if type(num_heads) is not int or num_heads < 1 or not num_rows or num_rows % (2 * num_heads):
+        raise ValueError(f"tensor {whole.name!r}: {list(whole.shape)} are no pairs of rows of {num_heads!r:.20} heads")
+    order = np.arange(num_rows).reshape(num_heads, -1, 2).swapaxes(1, 2).ravel()
+
+    def make(rows: slice) -> np.ndarray:
+        wanted = order[rows]
+        first = int(wanted.min())
+        return whole.read(slice(first, int(wanted.max()) + 1))[wanted - first]
+
+    return MadeTensor.of(whole.name, whole.format, whole.shape, make)

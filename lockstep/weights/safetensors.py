@@ -19,7 +19,9 @@ MAX_HEADER_BYTES = 32 << 20
 MAX_TENSORS = 1 << 17
 MAX_DIMS = 16
 MAX_DIM = 1 << 48
-INDEX_NAME = "model.safetensors.index.json"
+STEM = "model"
+INDEX = ".safetensors.index.json"
+INDEX_NAME = STEM + INDEX
 
 FORMAT_OF_DTYPE: Mapping[str, str] = {
     "F64": "f64", "F32": "f32", "F16": "f16", "BF16": "bf16",
@@ -46,16 +48,17 @@ def open_file(path: Path) -> TensorFile:
     return TensorFile(path, raw, hashlib.sha256(header).hexdigest(), {}, infos, begins)
 
 
-def open_folder(folder: Path) -> list[TensorFile]:
-    """Open a folder's checkpoint: the shards that its index names, or else its only .safetensors file.
+def open_folder(folder: Path, stem: str = STEM) -> list[TensorFile]:
+    """Open a folder's checkpoint: the shards that its index names, or else its only .safetensors file. stem: the
+    beginning of the files' names.
 
     A tensor counts only in the shard in which the index lists it.
     Raises ValueError if a shard or a tensor that the index names is missing, or a file is broken.
     """
-    index_path = folder / INDEX_NAME
+    index_path = folder / (stem + INDEX)
     if index_path.is_file():
         return _open_shards(folder, index_path)
-    return [open_file(_only_file(folder))]
+    return [open_file(path) for path in _without_index(folder, stem)]
 
 
 def _header_length(raw: np.ndarray, path: Path) -> int:
@@ -148,12 +151,19 @@ def _open_shard(path: Path, names: list[str], index_path: Path) -> TensorFile:
     return replace(file, infos={name: info for name, info in file.infos.items() if name in listed})
 
 
-def _only_file(folder: Path) -> Path:
-    default = folder / "model.safetensors"
+def _without_index(folder: Path, stem: str) -> list[Path]:
+    default, found = folder / f"{stem}.safetensors", sorted(folder.glob("*.safetensors"))
     if default.is_file():
-        return default
-    found = sorted(folder.glob("*.safetensors"))
-    if len(found) != 1:
+        return [default]
+    if len(found) != 1 and not _are_parts([path.name for path in found], stem):
         names = ", ".join(path.name for path in found[:4]) or "none"
-        raise ValueError(f"{folder}: expected model.safetensors, {INDEX_NAME} or one .safetensors file, found {names}")
-    return found[0]
+        raise ValueError(
+            f"{folder}: expected {stem}.safetensors, {stem}{INDEX} or one .safetensors file, found {names}"
+        )
+    return found
+
+
+def _are_parts(names: list[str], stem: str) -> bool:
+    """Whether files are all the parts of one, each once: STEM-00001-of-00002 and so on."""
+    count = len(names)
+    return bool(names) and names == [f"{stem}-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]

@@ -59,6 +59,14 @@ FILES = {
         "2_Dense/model.safetensors",
         "m-Q8_0.gguf",
     ],
+    "org/native": [
+        "params.json",
+        "tekken.json",
+        "tokenizer.model.v3",
+        "consolidated-00001-of-00001.safetensors",
+        "a.bin",
+    ],
+    "org/meta": ["consolidated.safetensors", "a-Q8_0.gguf"],
     "org/odd": ["[a]*.gguf", "a.gguf"],
     "org/quantless": ["model.safetensors"],
 }
@@ -129,6 +137,12 @@ def test_which_files_of_a_repository_are_downloaded(tmp_path, downloads):
     assert resolve_model("org/safe") == tmp_path / "cache"
     assert resolve_model("org/safe@refs/pr/1") == tmp_path / "cache"
     assert downloads[0] == [("org/safe", revision, set(FILES["org/safe"][:5])) for revision in (None, "refs/pr/1")]
+
+
+def test_mistrals_own_form_is_downloaded_where_it_is_the_only_one(tmp_path, downloads):
+    assert resolve_model("org/native") == tmp_path / "cache"
+    assert resolve_model("org/meta") == tmp_path / "cache" / "a-Q8_0.gguf"
+    assert downloads[0] == [("org/native", None, set(FILES["org/native"][:4])), ("org/meta", None, {"a-Q8_0.gguf"})]
 
 
 def test_a_files_name_is_no_pattern(tmp_path, downloads):

@@ -19,13 +19,8 @@ log = logging.getLogger("lockstep.tokenizer")
 def read_backend(path: Path) -> tokenizers.Tokenizer:
     """The tokenizer in a tokenizer.json, without truncation and padding.
 
-    Raises ValueError if the file is missing, too large or not readable, or its normalizers can make a text far longer.
+    Raises ValueError if the file is too large or not readable, or its normalizers can make a text far longer.
     """
-    if not path.is_file():
-        raise ValueError(
-            f"{path}: no such file, and other tokenizer files are not supported; without it prompts must be token ids "
-            "(lockstep.LLM)"
-        )
     if path.stat().st_size > MAX_TOKENIZER_BYTES:
         raise ValueError(f"{path}: larger than {MAX_TOKENIZER_BYTES} bytes")
     text = _utf8(path)

@@ -13,7 +13,16 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # GGUF's token types
+from lockstep.text.tokenizer.sentencepiece import (
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    decoder,
+    merges_by_score,
+)
+from lockstep.text.tokenizer.space_prefix import SPACE
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 PUNCTUATION_AND_SPACE = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -168,31 +177,16 @@ def _sentencepiece_bpe(metadata: Mapping[str, object], tokens: list[str], types:
     if lists_merges:
         merges = _stated_merges(metadata)
     else:
-        merges = _merges_by_score(vocabulary, _numbers(metadata, "tokenizer.ggml.scores", len(tokens)), types)
+        scores = _numbers(metadata, "tokenizer.ggml.scores", len(tokens))
+        normal = {token: scores[index] for token, index in vocabulary.items() if types[index] == NORMAL}
+        merges = merges_by_score(normal, vocabulary)
     model = models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
     has_prefix = _typed(metadata, "tokenizer.ggml.add_space_prefix", bool, not lists_merges)
-    prefix = [normalizers.Prepend("▁")] if has_prefix else []
-    tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
-    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    prefix = [normalizers.Prepend(SPACE)] if has_prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", SPACE)])
+    tokenizer.decoder = decoder(has_prefix)
     return tokenizer
-
-
-def _merges_by_score(vocabulary: Mapping[str, int], scores: Sequence[float], types: Sequence[int]) -> list[tuple]:
-    """BPE merges in the order in which SentencePiece would apply them: the merged token with the best score first."""
-    merges = []
-    for token, index in vocabulary.items():
-        if types[index] != NORMAL:
-            continue
-        pairs = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
-        known = [pair for pair in pairs if pair[0] in vocabulary and pair[1] in vocabulary]
-        known.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
-        merges.extend((-scores[index], pair) for pair in known)
-    merges.sort(key=lambda merge: merge[0])
-    return [pair for _, pair in merges]
 
 
 def _add_special(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:

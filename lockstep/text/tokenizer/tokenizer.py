@@ -13,15 +13,16 @@ from lockstep.text.templates.chat_template import ChatTemplate, TemplateProcess
 from lockstep.text.tokenizer import gguf as gguf_tokenizer
 from lockstep.text.tokenizer.decoder_rules import DecoderRules, rules_of
 from lockstep.text.tokenizer.end_mark import end_mark, with_channel_ends
+from lockstep.text.tokenizer.files import read_vocabulary, tokenizer_file
 from lockstep.text.tokenizer.folder import (
     add_missing_tokens,
     chat_templates,
     eos_ids,
     optional_json,
-    read_backend,
     special_tokens,
     written,
 )
+from lockstep.text.tokenizer.space_prefix import SpacePrefix
 from lockstep.weights.gguf.file import is_gguf
 
 PIECE_CHARS = 1 << 16  # a long text is first tokenized in pieces of this length, to count its tokens
@@ -41,7 +42,8 @@ class Tokenizer:
     `backend` is the tokenizers library's object. `eos_ids` end a generation, `bos_id` is None where the tokenizer has
     none, `special_tokens` maps names such as "eos_token" to text, `chat_templates` holds templates by name ("default",
     sometimes TOOL_TEMPLATE), none of them empty. `only_decodes` is the reason why texts cannot be encoded, or None if
-    they can. `template_process` is the worker process in which templates run, started with the first one.
+    they can. `space_prefix` puts SentencePiece's space before a text, where the backend does not. `template_process` is
+    the worker process in which templates run, started with the first one.
     """
 
     backend: tokenizers.Tokenizer
@@ -50,6 +52,7 @@ class Tokenizer:
     special_tokens: Mapping[str, str]
     chat_templates: Mapping[str, str]
     only_decodes: str | None = None
+    space_prefix: SpacePrefix | None = None
     template_process: TemplateProcess = field(default_factory=TemplateProcess, repr=False, compare=False)
     # {name: compiled template, or the error message of one that cannot be compiled}
     compiled_templates: dict[str, ChatTemplate | str] = field(
@@ -77,6 +80,8 @@ class Tokenizer:
 
     def piece_ids(self, text: str, add_special_tokens: bool) -> list[int]:
         """The ids of a text that is short enough for one call of the tokenizers library."""
+        if self.space_prefix is not None:
+            text = self.space_prefix.added_to(text)
         # The library's `encode` holds Python's global lock until it returns; its `encode_batch_fast` does not.
         try:
             return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
@@ -139,6 +144,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of tokens, added ones included; the model's embedding table may have more rows."""
         return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def serialized(self) -> str:
+        """All that the tokens of a text depend on."""
+        return self.backend.to_str() + ("" if self.space_prefix is None else repr(self.space_prefix))
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -268,7 +278,7 @@ def check_text(text: str) -> None:
 
 
 def find_tokenizer(path: Path, metadata: Mapping[str, object]) -> Tokenizer:
-    """The tokenizer of a checkpoint: from a GGUF file's metadata, or from tokenizer.json in the folder `path` or, where
+    """The tokenizer of a checkpoint: from a GGUF file's metadata, or from the files in the folder `path` or, where
     `path` is a file, beside it.
 
     Raises ValueError if there is none, or it is broken or not supported.
@@ -284,28 +294,33 @@ def has_tokenizer(path: Path, metadata: Mapping[str, object]) -> bool:
 
 
 def _is_in(folder: Path) -> bool:
-    return (folder / "tokenizer.json").is_file()
+    return tokenizer_file(folder) is not None
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer in a Hugging Face folder: tokenizer.json, and the settings in the JSON files beside it.
+    """The tokenizer in a Hugging Face folder: its vocabulary (see `read_vocabulary`), and the settings in the JSON
+    files beside it.
 
     Raises ValueError that names the file if it is missing, broken or inconsistent.
     """
     folder = Path(folder)
-    backend = read_backend(folder / "tokenizer.json")
     config = optional_json(folder / "tokenizer_config.json")
-    add_missing_tokens(backend, config.get("added_tokens_decoder", {}), folder)
-    by_file = [special_tokens(given) for given in (optional_json(folder / "special_tokens_map.json"), config)]
-    named = by_file[0] | by_file[1]
-    bos_token = named.get("bos_token")
+    vocabulary = read_vocabulary(folder, config)
+    backend = vocabulary.backend
+    entries = config.get("added_tokens_decoder", {})
+    add_missing_tokens(backend, {**vocabulary.added, **entries} if isinstance(entries, dict) else entries, folder)
+    by_file = [dict(vocabulary.named)]
+    by_file += [special_tokens(given) for given in (optional_json(folder / "special_tokens_map.json"), config)]
+    named = by_file[0] | by_file[1] | by_file[2]
+    bos_token, built_in = named.get("bos_token"), vocabulary.chat_template
     return _with_end_mark(
         Tokenizer(
             backend=backend,
             eos_ids=eos_ids(folder, backend, [tokens["eos_token"] for tokens in by_file if "eos_token" in tokens]),
             bos_id=None if bos_token is None else backend.token_to_id(bos_token),
             special_tokens=named,
-            chat_templates=chat_templates(folder, config),
+            chat_templates=chat_templates(folder, config) or ({"default": built_in} if built_in else {}),
+            space_prefix=vocabulary.space_prefix,
         )
     )
 

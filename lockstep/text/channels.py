@@ -13,7 +13,7 @@ function is a call of it (`tool_calls/harmony.py`); all other messages are the a
 import re
 
 from lockstep.text.grammars.structured import quote
-from lockstep.text.tool_calls.events import Event, Parser, Reasoning, partial
+from lockstep.text.tool_calls.events import Content, Event, Parser, Reasoning, partial
 from lockstep.text.tool_calls.grammar import Lark
 from lockstep.text.tool_calls.harmony import BEGIN, CALL, CHANNEL, END, FUNCTIONS, MESSAGE, RETURN, START
 
@@ -69,9 +69,14 @@ class ChannelParser:
 
     def __init__(self, rest: Parser, begun: str = "", calls: bool = False) -> None:
         self._rest, self._calls, self._held = rest, calls, ""
-        self._in_header, self._is_thought, self._is_call = True, False, False
+        self._in_header, self._is_thought, self._is_call, self._mark = True, False, False, ""
         header, found, _ = begun.rpartition(MESSAGE)
         self.push(header + found)
+
+    @property
+    def is_in_call(self) -> bool:
+        """Whether the text so far ends inside of a call."""
+        return self._rest.is_in_call
 
     def push(self, text: str) -> list[Event]:
         """The events that this piece of text completes."""
@@ -86,7 +91,7 @@ class ChannelParser:
         rest, self._held, events = self._held, "", []
         if not self._in_header or not (rest.isspace() or rest.lstrip().startswith(START[0])):
             self._add(rest, events)
-        return events + self._rest.finish(is_cut)
+        return events + self._without_mark(self._rest.finish(is_cut))
 
     # Each of these consumes a part of the text and adds its events. It holds the rest back in `_held` and returns "",
     # or returns the rest for the next of them.
@@ -103,7 +108,8 @@ class ChannelParser:
         self._is_thought = channel is not None and channel[1] == "analysis" and recipient is None
         self._in_header, self._is_call = False, recipient is not None and self._calls
         if recipient is not None and self._is_call:
-            events += self._rest.push(f"{BEGIN}{recipient[1]}{MESSAGE}")
+            self._mark = f"{BEGIN}{recipient[1]}{MESSAGE}"
+            events += self._rest.push(self._mark)
         return body
 
     def _body(self, text: str, events: list[Event]) -> str:
@@ -116,13 +122,24 @@ class ChannelParser:
         at, mark = min(places)
         self._add(text[:at], events)
         if self._is_call:
-            events += self._rest.push(CALL)
+            events += self._without_mark(self._rest.push(CALL))
         self._in_header, self._is_call = True, False
         return text[at + len(mark) :]
 
     def _add(self, text: str, events: list[Event]) -> None:
         if text:
-            events += [Reasoning(text)] if self._is_thought else self._rest.push(text)
+            events += [Reasoning(text)] if self._is_thought else self._without_mark(self._rest.push(text))
+
+    def _without_mark(self, events: list[Event]) -> list[Event]:
+        """Events of the rest, where a call that cannot be read is the text of its message alone: the mark before it is
+        this parser's own."""
+        made: list[Event] = []
+        for event in events:
+            if self._is_call and isinstance(event, Content) and self._mark in event.text:
+                self._is_call = False
+                event = Content(event.text.replace(self._mark, "", 1))
+            made += [event] if not isinstance(event, Content) or event.text else []
+        return made
 
 
 def _is_text(text: str) -> bool:

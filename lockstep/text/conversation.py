@@ -75,8 +75,9 @@ class ChatModel:
         self.grammars = Grammars(tokenizer, eos_ids, vocab_size)
         template = "\n".join(tokenizer.chat_templates.values())
         self._abilities, self._without_tools = abilities_of(tokenizer), abilities_of(tokenizer, with_tools=False)
-        self.style, self._thinks = self._abilities.style, reasoning.thinks(template)
+        self.style, self._marks = self._abilities.style, reasoning.marks_of(template)
         self._has_channels = channels.has_channels(template)
+        self._shows_blocks = self._marks is reasoning.MISTRAL and reasoning.shows_blocks(tokenizer.render_chat)
         hello = [dict(role="user", content="Hello.")]
         self.thinking = reasoning.thinking_switch(functools.partial(tokenizer.render_chat, hello))
         added = tokenizer.backend.get_added_tokens_decoder()
@@ -91,18 +92,18 @@ class ChatModel:
         the grammar is wrong.
         """
         prompt = self.prompt(conversation)
-        uses_tools, opened = bool(conversation.tools.tools), reasoning.is_open(prompt)
+        uses_tools, thoughts = bool(conversation.tools.tools), self._marks
         options: dict[str, Any] = dict(logits_mask=self.mask(conversation, prompt, num_samples))
         marks = (self.style.begin, *self.style.after) if uses_tools else ()
         marks += channels.MARKS if self._has_channels else ()
-        if self._special.keys() & {*marks, *((reasoning.OPEN, reasoning.CLOSE) if self._thinks else ())}:
+        if self._special.keys() & {*marks, *((thoughts.open, thoughts.close) if thoughts else ())}:
             options["skip_special_tokens"] = False  # the parser needs the marks in the text
 
         def new_parser():
             parser = CallParser(self.style, conversation.tools) if uses_tools else PlainParser()
             if self._has_channels:
                 return ChannelParser(parser, channels.beginning(prompt), uses_tools)
-            return ThoughtParser(parser, opened) if self._thinks else parser
+            return ThoughtParser(parser, thoughts.is_open(prompt), thoughts) if thoughts else parser
 
         ids = self._tokenizer.encode(prompt, add_special_tokens=False, max_tokens=self._max_context)
         return Prepared(ids, options, new_parser)
@@ -118,13 +119,17 @@ class ChatModel:
             messages = [with_short_ids(message) for message in messages]
         if self._has_channels:
             messages = [channels.as_templates_want(message) for message in messages]
-        messages = adapted(messages, use, abilities)
-        if not conversation.continues:
-            return rendered(self._tokenizer, abilities, messages, use.tools, add_generation_prompt=asks, **variables)
-        last = messages[-1]
-        marked = [*messages[:-1], last | dict(content=(last["content"] or "") + CUT)]
-        text = rendered(self._tokenizer, abilities, marked, use.tools, add_generation_prompt=False, **variables)
-        return text.partition(CUT)[0]
+        messages, asks = adapted(messages, use, abilities), asks and not conversation.continues
+        if conversation.continues:
+            last = messages[-1]
+            messages = [*messages[:-1], last | dict(content=(last["content"] or "") + CUT)]
+        if self._shows_blocks:
+            messages = [
+                message if message.get("tool_calls") and not abilities.beside_calls else reasoning.in_blocks(message)
+                for message in messages
+            ]
+        text = rendered(self._tokenizer, abilities, messages, use.tools, add_generation_prompt=asks, **variables)
+        return text.partition(CUT)[0] if conversation.continues else text
 
     # ------------------------------------------------------------ constrained decoding
 
@@ -154,9 +159,9 @@ class ChatModel:
         rules are added to `rules`. answer: the expression of the text itself; empty: there is none."""
         if self._has_channels:
             return channels.add_rules(rules, channels.beginning(prompt), answer)
-        if not self._thinks or reasoning.is_closed(prompt):
+        if self._marks is None or self._marks.is_closed(prompt):
             return "", answer
-        return reasoning.add_rules(rules, reasoning.is_open(prompt)), answer
+        return reasoning.add_rules(rules, self._marks, self._marks.is_open(prompt)), answer
 
     def _mask_of_free_calls(self, use: ToolUse, prompt: str, num_samples: int) -> Mask:
         """A mask for tool_choice "auto": free text, but after the mark of a call comes a valid call.
@@ -165,7 +170,8 @@ class ChatModel:
         trigger = self._added.get(self.style.begin)
         if trigger is None:
             return None
-        after = self._added.get(reasoning.CLOSE) if reasoning.is_open(prompt) else None
+        thoughts = self._marks
+        after = self._added.get(thoughts.close) if thoughts and thoughts.is_open(prompt) else None
         parallel = use.parallel and self._abilities.several_calls
         try:
             return self._with_enforceable(

@@ -1,13 +1,16 @@
-"""Reasoning: the thought, <think>...</think>, that a model writes before its answer."""
+"""Reasoning: the thought that a model writes before its answer, between marks: <think>...</think> and other families'.
+
+gpt-oss writes its thoughts into a channel of its own instead: `text/channels.py`.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lockstep.text.grammars.structured import quote
 from lockstep.text.tool_calls.events import Content, Event, Parser, Reasoning, partial
 from lockstep.text.tool_calls.grammar import Lark
 
-OPEN, CLOSE = "<think>", "</think>"
 # Variables of chat templates that a request may set. Names that replace the template or its rendering are not here.
 TEMPLATE_VARIABLES = frozenset(
     """enable_thinking thinking thinking_budget reasoning_effort reasoning preserve_thinking
@@ -19,19 +22,46 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 MAX_VARIABLE_CHARS = 10_000
 
 
-def thinks(template: str) -> bool:
-    """Whether a chat template is for a model that can write thoughts."""
-    return CLOSE in template
+@dataclass(frozen=True)
+class Marks:
+    """How a family of models marks its thoughts.
+
+    open, close: the marks around a thought. label: a word behind `open` that belongs to the mark. answer: marks around
+    the answer behind a thought, or None. repeats: the marks are tokens that no text has, so that a thought may also
+    come later in an answer, and a `close` without a thought is dropped.
+    """
+
+    open: str
+    close: str
+    label: str = ""
+    answer: tuple[str, str] | None = None
+    repeats: bool = False
+
+    def is_open(self, prompt: str) -> bool:
+        """Whether a prompt ends inside of a thought, so that the answer continues the thought."""
+        return prompt.rstrip().endswith(self.open + self.label)
+
+    def is_closed(self, prompt: str) -> bool:
+        """Whether a prompt ends with a complete thought, so that the answer has none: thinking was switched off."""
+        return prompt.rstrip().endswith(self.close)
+
+    def are_in(self, template: str) -> bool:
+        """Whether a chat template is for a model that writes these marks."""
+        return self.close in template and (self.answer is None or self.answer[0] in template)
 
 
-def is_open(prompt: str) -> bool:
-    """Whether a prompt ends inside of a thought, so that the answer continues the thought."""
-    return prompt.rstrip().endswith(OPEN)
+THINK = Marks("<think>", "</think>")
+GEMMA = Marks("<|channel>", "<channel|>", label="thought", repeats=True)
+MISTRAL = Marks("[THINK]", "[/THINK]")
+GRANITE = Marks("<think>", "</think>", answer=("<response>", "</response>"))
+GRANITE_TEXTS = Marks("Here is my thought process:", "Here is my response:")  # Granite 3.2
+SEED = Marks("<seed:think>", "</seed:think>")
+MARKS = (GEMMA, MISTRAL, GRANITE, GRANITE_TEXTS, SEED, THINK)  # the first that a template has
 
 
-def is_closed(prompt: str) -> bool:
-    """Whether a prompt ends with a complete thought, so that the answer has none: thinking was switched off."""
-    return prompt.rstrip().endswith(CLOSE)
+def marks_of(template: str) -> Marks | None:
+    """The Marks that a chat template is for; None if its model writes no thoughts."""
+    return next((marks for marks in MARKS if marks.are_in(template)), None)
 
 
 def switch_of(prompt_with: Callable[..., str]) -> str | None:
@@ -64,13 +94,35 @@ def thinking_switch(prompt_with: Callable[..., str]) -> ThinkingSwitch | None:
         return None
 
 
-def add_rules(lark: Lark, opened: bool) -> str:
+def in_blocks(message: Mapping) -> dict:
+    """An assistant's message with its thought as a block of its content, as Mistral's templates show it."""
+    thought = message.get("reasoning_content") if message["role"] == "assistant" else None
+    if not thought or not isinstance(message.get("content") or "", str):
+        return dict(message)
+    blocks = [dict(type="thinking", thinking=thought), dict(type="text", text=message.get("content") or "")]
+    return {name: value for name, value in message.items() if name != "reasoning_content"} | dict(content=blocks)
+
+
+def shows_blocks(prompt_of: Callable[[list[dict]], str]) -> bool:
+    """Whether a chat template shows the blocks that `in_blocks` makes. prompt_of: renders messages."""
+    answer = dict(role="assistant", content="amberword", reasoning_content="birchword")
+    try:
+        prompt = prompt_of([dict(role="user", content="Hello."), in_blocks(answer)])
+    except ValueError:
+        return False
+    return "[THINK]birchword" in prompt and "amberword" in prompt
+
+
+def add_rules(lark: Lark, marks: Marks, opened: bool) -> str:
     """Adds grammar rules for a thought; returns the expression that stands for it in another rule.
 
     opened: the prompt has begun the thought; otherwise the thought is optional."""
-    lark.text_until("thought", CLOSE)
+    lark.text_until("thought", marks.close)
     parts = ["thought", r"/\n{0,2}/"]
-    return " ".join(parts if opened else ["(", lark.mark(OPEN), *parts, ")?"])
+    if marks.answer:
+        parts.append(f"{quote(marks.answer[0])}?")
+    label = quote(f"{marks.label}\n") if marks.label else ""
+    return " ".join(parts if opened else ["(", lark.mark(marks.open), label, *parts, ")?"])
 
 
 def template_variables(given: Mapping[str, Any] | None, effort: str | None = None) -> dict[str, Any]:
@@ -110,27 +162,31 @@ class ThoughtParser:
     the thought is dropped.
     """
 
-    def __init__(self, rest: Parser, opened: bool = False) -> None:
-        self._rest, self._held = rest, ""
+    def __init__(self, rest: Parser, opened: bool = False, marks: Marks = THINK) -> None:
+        self._rest, self._marks, self._held = rest, marks, ""
         self._state = self._inside_start if opened else self._before
+        self._later = (marks.open, marks.close) if marks.repeats else ()  # marks that may stand in the answer's text
+
+    @property
+    def is_in_call(self) -> bool:
+        """Whether the text so far ends inside of a call."""
+        return self._rest.is_in_call
 
     def push(self, text: str) -> list[Event]:
         """The events that this piece of text completes."""
-        if self._state == self._outside:
-            return self._rest.push(text)
         events: list[Event] = []
-        text, self._held, state = self._held + text, "", None
-        while state != self._state:
-            state = self._state
-            text = state(text, events)
+        text, self._held = self._held + text, ""
+        while text:
+            text = self._state(text, events)
         return events
 
     def finish(self, is_cut: bool = False) -> list[Event]:
         """The remaining events, at the end of the answer. is_cut: the answer reached its maximum length."""
         rest, self._held = self._held, ""
-        inside = self._state in (self._inside_start, self._inside)
-        events: list[Event] = self._rest.push(rest) if rest and not inside else []
-        if inside and rest.strip():
+        is_thought = self._state in (self._inside_start, self._inside)
+        is_text = self._state in (self._before, self._after, self._outside)
+        events: list[Event] = self._rest.push(rest) if rest and is_text else []
+        if is_thought and rest.strip():
             events = [Reasoning(rest)]
         return events + self._rest.finish(is_cut)
 
@@ -138,15 +194,23 @@ class ThoughtParser:
     # returns the rest for the next state.
 
     def _before(self, text: str, events: list[Event]) -> str:
-        stripped = text.lstrip()
-        if stripped.startswith(OPEN):
-            self._state = self._inside_start
-            return stripped[len(OPEN) :]
-        if OPEN.startswith(stripped):
+        stripped, mark = text.lstrip(), self._marks.open
+        if stripped.startswith(mark):
+            self._state = self._label
+            return stripped[len(mark) :]
+        if mark.startswith(stripped):
             self._held = text
             return ""
         self._state = self._outside
         return text
+
+    def _label(self, text: str, events: list[Event]) -> str:
+        label = self._marks.label
+        if text != label and label.startswith(text):
+            self._held = text
+            return ""
+        self._state = self._inside_start
+        return text.removeprefix(label)
 
     def _inside_start(self, text: str, events: list[Event]) -> str:
         text = text.lstrip()
@@ -155,9 +219,10 @@ class ThoughtParser:
         return text
 
     def _inside(self, text: str, events: list[Event]) -> str:
-        at = text.find(CLOSE)
+        mark = self._marks.close
+        at = text.find(mark)
         if at < 0:
-            keep = len(text[: len(text) - partial(text, CLOSE)].rstrip())
+            keep = len(text[: len(text) - partial(text, mark)].rstrip())
             self._held, text = text[keep:], text[:keep]
         thought = text if at < 0 else text[:at].rstrip()
         if thought:
@@ -165,21 +230,41 @@ class ThoughtParser:
         if at < 0:
             return ""
         self._state = self._after
-        return text[at + len(CLOSE) :]
+        return text[at + len(mark) :]
 
     def _after(self, text: str, events: list[Event]) -> str:
         text = text.lstrip()
+        begin, end = self._marks.answer or ("", "")
+        if begin and not self._later and begin.startswith(text[: len(begin)]):
+            if len(text) < len(begin):
+                self._held = text
+                return ""
+            self._later = (end,)
+            return text[len(begin) :]
         if text:
             self._state = self._outside
         return text
 
     def _outside(self, text: str, events: list[Event]) -> str:
-        events += self._rest.push(text)
-        return ""
+        places = [(at, mark) for mark in self._later if (at := text.find(mark)) >= 0]
+        keep = len(text) - max((partial(text, mark) for mark in self._later), default=0)
+        at, mark = min(places, default=(keep, ""))
+        if at:
+            events += self._rest.push(text[:at])
+        if not mark:
+            self._held = text[at:]
+            return ""
+        if self._rest.is_in_call:
+            events += self._rest.push(mark)
+        elif mark == self._marks.open:
+            self._state = self._label
+        return text[at + len(mark) :]
 
 
 class PlainParser:
     """A Parser that turns every piece of text into Content."""
+
+    is_in_call = False
 
     def push(self, text: str) -> list[Event]:
         """The events of a piece of text."""

@@ -2,10 +2,14 @@
 
 import random
 
+import pytest
+
+from lockstep.text.channels import ChannelParser
 from lockstep.text.grammars import structured
 from lockstep.text.tool_calls.events import Arguments, CallStart, Content
 from lockstep.text.tool_calls.grammar import Lark
-from lockstep.text.tool_calls.styles import HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, XML
+from lockstep.text.tool_calls.parser import CallParser
+from lockstep.text.tool_calls.styles import HARMONY, STYLES
 from lockstep.text.tool_calls.tools import Tool, ToolUse
 
 WEATHER = Tool(
@@ -72,4 +76,10 @@ def ways_to_cut(text):
         yield [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
-STYLES = [HERMES, XML, LLAMA, MISTRAL, MISTRAL_NAMED]
+BY_STYLE = pytest.mark.parametrize("style", STYLES, ids=lambda style: style.name)
+
+
+def parser_of(style, use):
+    """The parser of an answer with calls of a style; Harmony's calls are messages among others."""
+    parser = CallParser(style, use)
+    return ChannelParser(parser, calls=True) if style is HARMONY else parser

@@ -12,15 +12,12 @@ from lockstep.serve.answers.content_blocks import collect
 from lockstep.serve.routes.conversation_routes import count_calls
 from lockstep.text.tool_calls.events import Arguments, CallStart, Content
 from lockstep.text.tool_calls.parser import CallParser
-from lockstep.text.tool_calls.styles import HARMONY, HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, STYLES, XML
+from lockstep.text.tool_calls.styles import GEMMA, GRANITE, HARMONY, HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, PHI, XML
 from lockstep.text.tool_calls.tools import Tool, ToolUse
 from tests.slowness import is_within
-from tests.text.calls import parse, ways_to_cut
-from tests.text.test_tool_schemas import written
+from tests.text.calls import BY_STYLE, parse, parser_of, ways_to_cut
+from tests.text.test_tool_schemas import written, written_twice
 
-# Harmony's calls are messages among others: test_harmony.py has them.
-ALONE = [style for style in STYLES if style is not HARMONY]
-BY_STYLE = pytest.mark.parametrize("style", ALONE, ids=lambda style: style.name)
 USE = ToolUse(
     (
         Tool(
@@ -42,6 +39,7 @@ ONE, NOTHING = ("g", '{"a": 1}'), ("h", "{}")
 BEGIN = '<tool_call>\n{"name": "g", "arguments": '
 FUNCTION = "<tool_call>\n<function=g>\n"
 FUNCTION_END = "</function>\n</tool_call>"
+MESSAGE_TO = "<|channel|>commentary to=functions."
 SECOND = '\n<tool_call>\n{"name": "h", "arguments": {}}\n</tool_call>'
 BROKEN = [
     # a call's JSON
@@ -77,6 +75,24 @@ BROKEN = [
     (MISTRAL_NAMED, '[TOOL_CALLS]g[ARGS]{"a": [1, [2[TOOL_CALLS]h[ARGS]{}', [("g", '{"a": [1, [2]]}'), NOTHING]),
     (MISTRAL_NAMED, '[TOOL_CALLS]g[ARGS]{"a": 1}}[TOOL_CALLS]h[ARGS]{}', [ONE, NOTHING]),
     (MISTRAL_NAMED, '[TOOL_CALLS]g[TOOL_CALLS]h[ARGS]{}', ["[TOOL_CALLS]g", NOTHING]),
+    (GRANITE, '<|tool_call|>[{"name": "g", "arguments": {"a": 1}] Done.', [ONE, "Done."]),
+    (PHI, '<|tool_call|>[{"name": "g", "arguments": {"a": 1<|/tool_call|> Done.', [ONE, "Done."]),
+    (PHI, '<|tool_call|>[{"name": "g", "arguments": {"a": 1}} // one\n<|/tool_call|><|tool_call|>[{"name": "h"}]',
+     [ONE, NOTHING]),
+    (HARMONY, f'{MESSAGE_TO}g json<|message|>{{"a": 1<|call|><|start|>assistant{MESSAGE_TO}h<|message|>{{}}',
+     [ONE, NOTHING]),
+    (HARMONY, f'{MESSAGE_TO}g json<|message|>{{"a": 1}}}} // as asked<|call|>', [ONE]),
+    (HARMONY, f"{MESSAGE_TO}g json<|message|>none<|call|>", ["none"]),
+    (HARMONY, f'{MESSAGE_TO}g json<|message|> [1<|call|><|start|>assistant{MESSAGE_TO}h<|message|>{{}}',
+     [" [1", NOTHING]),
+    (HARMONY, f"{MESSAGE_TO}g json<|message|> ", [" "]),
+    (GEMMA, '<|tool_call>call:g{a:1<tool_call|>\n<|tool_call>call:h{}<tool_call|>', [("g", '{"a":1}'), NOTHING]),
+    (GEMMA, '<|tool_call>call:g{l:[1,{a:<|"|>b<|"|><|tool_call>call:h{}<tool_call|>',
+     [("g", '{"l":[1,{"a":"b"}]}'), NOTHING]),
+    (GEMMA, '<|tool_call>call:g{s:<|"|>}<|tool_call>x<|"|> n:2,}}, so<tool_call|> Done.',
+     [("g", '{"s":"}<|tool_call>x" , "n":2}'), "Done."]),
+    (GEMMA, "<|tool_call>call:{}<tool_call|>", ["<|tool_call>call:{}<tool_call|>"]),
+    (GEMMA, "<|tool_call>g(a=1)<tool_call|>", ["<|tool_call>g(a=1)<tool_call|>"]),
     # what stands there as plain text
     (XML, FUNCTION + "<parameter=s>\nx\n</parameter>\n<foo>\n" + FUNCTION_END, [("g", '{"s": "x"}')]),
     (XML, FUNCTION + "<parameter=s>\nx\n</parameter>\nand a < b\n" + FUNCTION_END, [("g", '{"s": "x"}')]),
@@ -105,7 +121,7 @@ BROKEN = [
 @pytest.mark.parametrize("style, text, expected", BROKEN, ids=[f"{s.name}-{i}" for i, (s, *_) in enumerate(BROKEN)])
 def test_what_is_read_of_a_broken_call(style, text, expected):
     for pieces in ways_to_cut(text):
-        assert parse(CallParser(style, USE), pieces) == expected, pieces
+        assert parse(parser_of(style, USE), pieces) == expected, pieces
 
 
 ENDED = [
@@ -122,6 +138,11 @@ ENDED = [
     (XML, FUNCTION + "<parameter=s>\nab\n</para", '{"s": "ab', '{"s": "ab"}'),
     (XML, FUNCTION + "<parameter=s>\nab\n</parameter>\n<para", '{"s": "ab"', '{"s": "ab"}'),
     (XML, FUNCTION, "{", "{}"),
+    (HARMONY, MESSAGE_TO + 'g json<|message|>{"s": "ab', '{"s": "ab', '{"s": "ab"}'),
+    (GEMMA, '<|tool_call>call:g{s:<|"|>ab', '{"s":"ab', '{"s":"ab"}'),
+    (GEMMA, '<|tool_call>call:g{s:<|"|>ab<|"', '{"s":"ab', '{"s":"ab"}'),
+    (GEMMA, "<|tool_call>call:g{l:[1,tru", '{"l":[1', '{"l":[1,"tru"]}'),
+    (GEMMA, "<|tool_call>call:g{s", "{", '{"s": null}'),
 ]  # fmt: skip
 
 
@@ -129,10 +150,10 @@ ENDED = [
 def test_arguments_that_the_answer_ends_in(style, text, cut, completed):
     """Arguments are completed, and the call is not to be run, unless the answer reached its maximum length."""
     for pieces in ways_to_cut(text):
-        [(_, found)] = parse(CallParser(style, USE), pieces, is_cut=True)
+        [(_, found)] = parse(parser_of(style, USE), pieces, is_cut=True)
         assert found.rstrip() == cut.rstrip()
-        assert parse(CallParser(style, USE), pieces) == [("g", completed)]
-    events = (parser := CallParser(style, USE)).push(text) + parser.finish()
+        assert parse(parser_of(style, USE), pieces) == [("g", completed)]
+    events = (parser := parser_of(style, USE)).push(text) + parser.finish()
     assert events[-1].is_cut and count_calls(events) == count_calls(events[-1:], 1) == 0
 
 
@@ -199,13 +220,11 @@ VALUES = st.fixed_dictionaries(
 def damaged(draw, style):
     """Two calls; the first one's arguments and the text after them are damaged, and may be cut off."""
     first, second = (written(style, "g", draw(VALUES)) for _ in range(2))
-    if style is MISTRAL:
-        text = first[:-1] + ", " + second.removeprefix("[TOOL_CALLS][")
-    else:
-        text = first + {"hermes": "\n", "xml": "\n", "llama": "; ", "mistral_named": ""}[style.name] + second
-    begin = first.index({"xml": "g>", "mistral_named": "[ARGS]{"}.get(style.name, ': {"' if ': {"' in first else ": {"))
-    begin += {"xml": 2, "mistral_named": 7}.get(style.name, 3)
-    end = len(first) - len("</tool_call>") * (style.end is not None)
+    text = written_twice(style, first, second)
+    before = {"xml": "g>", "harmony": "<|message|>{", "mistral_named": "[ARGS]{", "gemma": "g{", "function_gemma": "g{"}
+    mark = before.get(style.name, ": {")
+    begin = first.index(mark) + len(mark)
+    end = len(first.removesuffix(style.end or ""))
     part = text[begin:end]
     for _ in range(draw(st.integers(0, 4))):
         at = draw(st.integers(0, len(part)))
@@ -216,14 +235,14 @@ def damaged(draw, style):
 
 
 @BY_STYLE
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 9))
 def test_whatever_is_damaged_arguments_are_json_and_no_mark_is_text(style, data, seed):
     text = data.draw(damaged(style))
     rng = random.Random(seed)
     cuts = sorted(rng.sample(range(len(text) + 1), min(4, len(text))))
     ways = [text], list(text), [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    found, *others = [parse(CallParser(style, USE), pieces) for pieces in ways]
+    found, *others = [parse(parser_of(style, USE), pieces) for pieces in ways]
     assert others == [found, found]
     assert isinstance(found[0], tuple) and found[0][0] == "g"
     for each in found:
@@ -231,7 +250,7 @@ def test_whatever_is_damaged_arguments_are_json_and_no_mark_is_text(style, data,
             assert isinstance(json.loads(each[1], parse_constant=pytest.fail), dict)
         else:
             assert not any(mark in each for mark in (*style.marks, *(TAGS if style is XML else ())))
-    events = (parser := CallParser(style, USE)).push(text) + parser.finish(is_cut=True)
+    events = (parser := parser_of(style, USE)).push(text) + parser.finish(is_cut=True)
     whole = [event for event in events if not isinstance(event, Content)]
     arguments = [
         "".join(e.text for e in whole if isinstance(e, Arguments) and e.index == start.index)
@@ -254,10 +273,12 @@ def test_whatever_is_damaged_arguments_are_json_and_no_mark_is_text(style, data,
         "[TOOL_CALLS]" * 4_000,
         FUNCTION * 2_000,
         (FUNCTION + "<parameter=s>\n" + FUNCTION_END) * 1_200,
+        '<|tool_call>call:g{s:<|"|>' + '<|"|' * 8_000,
+        "<|tool_call>" * 4_000,
     ],
 )
 def test_a_long_broken_call_costs_no_more_than_its_length(text):
-    style = MISTRAL if text[0] == "[" else HERMES if text.startswith(BEGIN) else XML
+    style = GEMMA if text[1] == "|" else MISTRAL if text[0] == "[" else HERMES if text.startswith(BEGIN) else XML
     began = time.process_time()
     parse(CallParser(style, USE), list(text))
     assert is_within(time.process_time() - began, 4), "hardly two, and hours if it were quadratic"

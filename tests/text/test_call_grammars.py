@@ -13,11 +13,11 @@ from lockstep.text.tool_calls.parser import CallParser
 from lockstep.text.tool_calls.styles import HERMES, MISTRAL, XML
 from lockstep.text.tool_calls.texts import alternatives
 from lockstep.text.tool_calls.tools import NO_PARAMETERS, Tool, ToolUse
-from tests.text.calls import EMPTY, STYLES, TOOLS, USE, WEATHER, calls_grammar, parse
+from tests.text.calls import BY_STYLE, EMPTY, TOOLS, USE, WEATHER, calls_grammar, parse, parser_of
 from tests.text.grammar_cases import GRAMMARS, TOKENIZERS, allows, random_answer
 
 
-@pytest.mark.parametrize("style", STYLES, ids=lambda s: s.name)
+@BY_STYLE
 @pytest.mark.parametrize("parallel", [False, True])
 def test_what_a_grammar_holds_to_is_what_the_parser_reads(style, parallel):
     """Random answers under the grammar are calls whose arguments the schemas allow, and nothing else."""
@@ -26,7 +26,7 @@ def test_what_a_grammar_holds_to_is_what_the_parser_reads(style, parallel):
     for seed in range(12):
         use = ToolUse(tools, must_call=True, parallel=parallel)
         answer = random_answer("byte_level", calls_grammar(style, use), np.random.default_rng(seed))
-        found = parse(CallParser(style, use), list(answer or ""))
+        found = parse(parser_of(style, use), list(answer or ""))
         complete += answer is not None
         assert answer is None or (found and all(isinstance(call, tuple) for call in found))
         assert len(found) <= 1 or parallel
@@ -114,11 +114,11 @@ def test_null_stands_there_without_quotes_and_so_does_a_text():
     assert found == [None, None, "5", '"q"', "true", ""]
 
 
-@pytest.mark.parametrize("style", STYLES, ids=lambda s: s.name)
+@BY_STYLE
 def test_a_named_tool_is_the_only_one(style):
     use = ToolUse(TOOLS, must_call=True, allowed=("now",), parallel=False)
     answer = random_answer("gguf", calls_grammar(style, use), np.random.default_rng(0))
-    assert [name for name, _ in parse(CallParser(style, USE), [answer])] == ["now"]
+    assert [name for name, _ in parse(parser_of(style, USE), [answer])] == ["now"]
 
 
 def test_marks_that_are_special_tokens_are_named_by_their_id():
@@ -151,23 +151,25 @@ def test_mistakes_are_value_errors(make, message):
         make()
 
 
+@pytest.mark.parametrize("marks", reasoning.MARKS, ids=lambda marks: f"{marks.open}{marks.answer or ''}")
 @pytest.mark.parametrize("opened", [True, False])
-def test_a_grammar_behind_a_thought(opened):
+def test_a_grammar_behind_a_thought(opened, marks):
     rules = Lark({})
-    rules.rule("start", reasoning.add_rules(rules, opened), "@answer")
+    rules.rule("start", reasoning.add_rules(rules, marks, opened), "@answer")
+    begin, close = marks.open + f"{marks.label}\n" * bool(marks.label), marks.close
     answers = structured.choice(["yes", "no"]), structured.regex("yes|no"), structured.lark('start: "yes" | "no"')
     for answer in answers:
         grammar = structured.compose(rules.text, answer)
         for text, good in [
-            ("Hm.</think>\n\nyes", opened),
-            ("<think>Hm </th</think>no", True),
+            (f"Hm.{close}\n\nyes", opened),
+            (f"{begin}Hm {close[:4]}{close}no", True),
             ("yes", not opened),
-            ("Hm</think>maybe", False),
+            (f"Hm{close}maybe", False),
         ]:
             assert allows("byte_level", grammar, text) == good, (text, opened)
 
 
-@pytest.mark.parametrize("style", STYLES, ids=lambda s: s.name)
+@BY_STYLE
 @pytest.mark.parametrize(
     "parameters",
     [NO_PARAMETERS, dict(type="object", properties={}), dict(properties={}, required=[], title="none")],
@@ -177,5 +179,5 @@ def test_a_function_without_parameters_takes_none(style, parameters):
     use = ToolUse((Tool("now", "", parameters),), must_call=True, parallel=False)
     for seed in range(3):
         answer = random_answer("byte_level", calls_grammar(style, use), np.random.default_rng(seed))
-        [(_, arguments)] = parse(CallParser(style, use), [answer])
+        [(_, arguments)] = parse(parser_of(style, use), [answer])
         assert json.loads(arguments) == {}

@@ -9,7 +9,7 @@ from lockstep.text.channels import ChannelParser, beginning
 from lockstep.text.conversation import ChatModel, Conversation
 from lockstep.text.grammars import structured
 from lockstep.text.reasoning import PlainParser
-from lockstep.text.tokenizer.end_mark import with_channel_ends
+from lockstep.text.tokenizer.end_mark import with_call_ends
 from lockstep.text.tokenizer.tokenizer import Tokenizer
 from lockstep.text.tool_calls.events import Reasoning
 from lockstep.text.tool_calls.parser import CallParser
@@ -183,6 +183,6 @@ def test_what_ends_an_answer(made):
     tokenizer, _ = made
     ids = {mark: tokenizer.backend.token_to_id(mark) for mark in MARKS}
     ended = Tokenizer(tokenizer.backend, frozenset({5, ids["<|end|>"]}), None, {}, {})
-    assert with_channel_ends(ended) == {5, ids["<|return|>"], ids["<|call|>"]}
+    assert with_call_ends(ended) == {5, ids["<|return|>"], ids["<|call|>"]}
     others = Tokenizer(byte_level(), frozenset({0}), None, {}, {})
-    assert with_channel_ends(others) == {0}
+    assert with_call_ends(others) == {0}

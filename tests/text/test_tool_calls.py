@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from lockstep.text.reasoning import PlainParser, ThoughtParser
 from lockstep.text.tool_calls.events import Reasoning
 from lockstep.text.tool_calls.parser import CallParser
-from lockstep.text.tool_calls.styles import HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, XML, style_of
+from lockstep.text.tool_calls.styles import GEMMA, GRANITE, HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, PHI, XML, style_of
 from lockstep.text.tool_calls.tools import ToolUse, written_out
-from tests.text.calls import CITY, STYLES, TOOLS, USE, parse, ways_to_cut
+from tests.text.calls import BY_STYLE, CITY, TOOLS, USE, parse, parser_of, ways_to_cut
 
 WEATHER_CALL = ("get_weather", CITY)
 ANSWERS = [
@@ -117,6 +117,10 @@ def test_a_thought_before_a_call():
         ("{{ tools }}[AVAILABLE_TOOLS] [TOOL_CALLS]", MISTRAL),
         ("{{ tools }}[TOOL_CALLS] name [ARGS]", MISTRAL_NAMED),
         ("{{ tools }}Environment: ipython", LLAMA),
+        ("{{ tools }}<|tool_call|> and a JSON list", GRANITE),
+        ("{{ tools }}<|tool_call|>{{ call }}<|/tool_call|>", PHI),
+        ("<|tool|>{{ m.tools }}<|/tool|>", PHI),
+        ("{{ tools }}<|tool_call>call:{{ name }}<tool_call|>", GEMMA),
         ("{{ tools | tojson }}", HERMES),
         ("{{ messages }}", None),
     ],
@@ -146,6 +150,16 @@ FRAGMENTS = [
     "[TOOL_CALLS]",
     "[ARGS]",
     "<|python_tag|>",
+    "<|tool_call>",
+    "<tool_call|>",
+    "<|tool_call|>",
+    "<|/tool_call|>",
+    '<|"|>',
+    "call:",
+    "<|channel|>",
+    "<|message|>",
+    "<|call|>",
+    " to=functions.",
     "<think>",
     "</think>",
     "\n",
@@ -172,10 +186,10 @@ FRAGMENTS = [
 ]
 
 
-@pytest.mark.parametrize("style", STYLES, ids=lambda s: s.name)
-@settings(max_examples=150, deadline=None)
+@BY_STYLE
+@settings(max_examples=80, deadline=None)
 @given(pieces=st.lists(st.sampled_from(FRAGMENTS), max_size=25), opened=st.booleans())
 def test_any_text_gives_the_same_events_however_it_is_cut(style, pieces, opened):
     text = "".join(pieces)
-    made = [parse(ThoughtParser(CallParser(style, USE), opened), each) for each in ([text], pieces, list(text))]
+    made = [parse(ThoughtParser(parser_of(style, USE), opened), each) for each in ([text], pieces, list(text))]
     assert made[0] == made[1] == made[2]

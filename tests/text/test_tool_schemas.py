@@ -9,15 +9,12 @@ import pytest
 from lockstep.text.tool_calls.events import Arguments, CallStart
 from lockstep.text.tool_calls.parser import CallParser
 from lockstep.text.tool_calls.shapes import MAX_SHAPES, Shape, shapes
-from lockstep.text.tool_calls.styles import HARMONY, STYLES, XML
+from lockstep.text.tool_calls.styles import STYLES, XML
 from lockstep.text.tool_calls.texts import matches
 from lockstep.text.tool_calls.tools import Tool, ToolUse
-from tests.text.calls import calls_grammar, parse
+from tests.text.calls import BY_STYLE, calls_grammar, parse, parser_of
 from tests.text.grammar_cases import GRAMMARS, allows, random_answer
 
-# Harmony's calls are messages among others: test_harmony.py has them.
-ALONE = [style for style in STYLES if style is not HARMONY]
-BY_STYLE = pytest.mark.parametrize("style", ALONE, ids=lambda style: style.name)
 X = {"type": "object", "properties": {"x": {"type": "boolean"}}, "required": ["x"], "additionalProperties": False}
 Y = {"type": "object", "properties": {"y": {"enum": [1, 2]}}, "required": ["y"], "additionalProperties": False}
 OPEN_X = {word: value for word, value in X.items() if word != "additionalProperties"}
@@ -85,18 +82,42 @@ FREE_TEXTS = ("required beyond properties", "no schema")  # a random text hardly
 
 
 def written(style, name, arguments):
-    """A call as a model of a style writes it."""
+    """A call as a model of a style writes it; in Harmony without <|call|>, which ends the answer."""
     text = json.dumps(arguments)
     if style is XML:
         values = [(key, value if isinstance(value, str) else json.dumps(value)) for key, value in arguments.items()]
         members = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values)
         return f"<tool_call>\n<function={name}>\n{members}</function>\n</tool_call>"
+    gemma, function_gemma = in_gemma(arguments, '<|"|>'), in_gemma(arguments, "<escape>")
     return {
         "hermes": f'<tool_call>\n{{"name": "{name}", "arguments": {text}}}\n</tool_call>',
         "llama": f'{{"name": "{name}", "parameters": {text}}}',
         "mistral": f'[TOOL_CALLS][{{"name": "{name}", "arguments": {text}}}]',
         "mistral_named": f"[TOOL_CALLS]{name}[ARGS]{text}",
+        "harmony": f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{text}",
+        "granite": f'<|tool_call|>[{{"name": "{name}", "arguments": {text}}}]',
+        "phi": f'<|tool_call|>[{{"name": "{name}", "arguments": {text}}}]<|/tool_call|>',
+        "gemma": f"<|tool_call>call:{name}{gemma}<tool_call|>",
+        "function_gemma": f"<start_function_call>call:{name}{function_gemma}<end_function_call>",
     }[style.name]
+
+
+def written_twice(style, first, second):
+    """Two calls, as `written` makes them, in one answer."""
+    if style.name in ("mistral", "granite", "phi"):
+        end = f"]{style.end or ''}"
+        return first.removesuffix(end) + ", " + second[second.index('{"name"') :]
+    between = {"llama": "; ", "harmony": f"{style.end}<|start|>assistant", "hermes": "\n", "xml": "\n"}
+    return first + between.get(style.name, "") + second
+
+
+def in_gemma(value, delimiter):
+    """A value in the notation of Gemma's calls."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{in_gemma(each, delimiter)}" for key, each in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{','.join(in_gemma(each, delimiter) for each in value)}]"
+    return f"{delimiter}{value}{delimiter}" if isinstance(value, str) else json.dumps(value)
 
 
 @BY_STYLE
@@ -105,11 +126,11 @@ def test_calls_under_a_grammar_have_arguments_that_their_schema_allows(name, sty
     schema, _ = SHAPES[name]
     use, complete = ToolUse((Tool("g", "", schema),), must_call=True, parallel=False), 0
     grammar = calls_grammar(style, use)
-    for seed in range(5):
+    for seed in range(3):
         answer = random_answer("byte_level", grammar, np.random.default_rng(seed), most=250)
         if answer is None:  # it did not end in time
             continue
-        [(called, arguments)] = parse(CallParser(style, use), list(answer))
+        [(called, arguments)] = parse(parser_of(style, use), list(answer))
         complete += 1
         assert called == "g" and isinstance(json.loads(arguments), dict)
         jsonschema.validate(json.loads(arguments), schema)
@@ -124,7 +145,7 @@ def test_a_call_that_the_schema_allows_is_allowed(name, style):
     use = ToolUse((Tool("g", "", schema),), must_call=True, parallel=False)
     call = written(style, "g", arguments)
     assert allows("byte_level", calls_grammar(style, use), call)
-    [(_, found)] = parse(CallParser(style, use), [call])
+    [(_, found)] = parse(parser_of(style, use), [call])
     assert json.loads(found) == arguments
 
 
@@ -290,7 +311,7 @@ def test_arguments_that_are_no_json_are_repaired(text, value, style):
     else:
         call, use = written(style, "f", {}).replace("{}", text), ToolUse((Tool("f", "", {}),))
     for pieces in ([call], list(call)):
-        [(_, arguments)] = parse(CallParser(style, use), pieces)
+        [(_, arguments)] = parse(parser_of(style, use), pieces)
         assert json.loads(arguments) == value
 
 
@@ -327,9 +348,9 @@ def test_a_mark_inside_of_a_string_in_json_is_a_part_of_it():
 def test_a_call_that_is_cut_off_in_its_marks_leaves_nothing_in_the_text(style):
     use = ToolUse((Tool("f", "", {}),))
     call = written(style, "f", {"a": 1})
-    whole, told = call + "\n" + call, None
+    whole, told = written_twice(style, call, call), None
     for end in range(len(whole)):
-        events = (parser := CallParser(style, use)).push(whole[:end]) + parser.finish()
+        events = (parser := parser_of(style, use)).push(whole[:end]) + parser.finish()
         begun = any(isinstance(event, CallStart) for event in events)
         told = told or (end if begun else None)
         if told:

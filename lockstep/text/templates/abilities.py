@@ -13,10 +13,11 @@ from lockstep.text.templates.chat_template import CUT, TooMuch
 from lockstep.text.tokenizer.tokenizer import TOOL_TEMPLATE
 from lockstep.text.tool_calls.events import Arguments, CallStart, partial
 from lockstep.text.tool_calls.parser import CallParser
-from lockstep.text.tool_calls.styles import HERMES, STYLES, Style, style_of
+from lockstep.text.tool_calls.styles import HERMES, PHI, STYLES, Style, style_of
 from lockstep.text.tool_calls.tools import Tool, ToolUse
 
 AMBER, BIRCH, CEDAR = "amberword", "birchword", "cedarword"  # words to look for in a rendered prompt
+IN_SYSTEM = "messages[0].tools"
 PLACES = dict(type="object", properties=dict(place=dict(type="string")), required=["place"])
 PROBE = Tool("probe_place", "Probes a place.", PLACES)
 
@@ -28,8 +29,9 @@ class Abilities:
     system, several_systems, late_systems: a first system message, several of them, one later in the conversation.
     developer: messages of that role beside a system message. several_users, several_assistants: in a row. opening: the
     user's text that must stand before an assistant's message that comes first; None: no such message is needed.
-    tools: the name of the template's variable for tools; None if it has none, or teaches a format of calls that no
-    Style reads: tools, calls and results are then written into the text, in the style of Hermes. teaches: the template
+    tools: the name of the template's variable for tools, or IN_SYSTEM if they are a field of the system message; None
+    if it has none, or teaches a format of calls that no Style reads: tools, calls and results are then written into the
+    text, in the style of Hermes. teaches: the template
     shows the model how to write a call. style: how the model writes calls. calls, several_calls: messages with a tool
     call, with several. beside_calls: the text of a message that has calls. results: tool results. system_at_results:
     the system message, when a tool result is the last message. after_results: the assistant's text that must stand
@@ -80,8 +82,8 @@ class _Probe:
     def __init__(self, tokenizer, with_tools) -> None:
         self._tokenizer, self.source = tokenizer, "\n".join(tokenizer.chat_templates.values())
         self._variable, self._tools, self._is_hopeless = None, [PROBE] if with_tools else [], False
-        names = (name for name in ("tools", "xml_tools") if name in self.source and self._has_variable(name))
-        self._variable = next(names, None)
+        names = ("tools", "xml_tools", IN_SYSTEM) if "tools" in self.source else ()
+        self._variable = next((name for name in names if self._has_variable(name)), None)
 
     def text(self, messages):
         """The rendered messages; empty if the template refuses them, or has ever reached a limit of time or memory."""
@@ -114,7 +116,8 @@ class _Probe:
         call, style = calling(BIRCH), style_of(self.source) or HERMES
         calls = self.shows([user, call])
         read = next((s for s in (style, *STYLES) if self._reads(s, user, call)), None)
-        teaches = read is not None or (not calls and style.begin in self.source)
+        is_known = style.begin in self.source or (style is PHI and self._variable == IN_SYSTEM)
+        teaches = read is not None or (not calls and is_known)
         # a template that is named as the one for tools is used with tools, even if it teaches no format of calls
         is_meant = TOOL_TEMPLATE in self._tokenizer.chat_templates and not calls
         if (self._variable is None and self._tools) or not (teaches or is_meant):
@@ -147,7 +150,12 @@ class _Probe:
 
 
 def render(tokenizer, variable, messages, tools, **variables):
-    """The text of a prompt. variable: the name under which the template knows tools, or None."""
+    """The text of a prompt. variable: the name under which the template knows tools, IN_SYSTEM or None."""
+    if variable == IN_SYSTEM and tools:
+        first = [dict(messages[0])] if messages[:1] and messages[0]["role"] == "system" else []
+        system = first[0] if first else said("system", "")
+        system["tools"] = json.dumps([tool.for_template()["function"] for tool in tools], ensure_ascii=False)
+        return tokenizer.render_chat([system, *messages[len(first) :]], **variables)
     if variable == "xml_tools" and tools:
         return tokenizer.render_chat(messages, **variables, xml_tools=[t.for_template()["function"] for t in tools])
     usual = [tool.for_template() for tool in tools] if variable == "tools" and tools else None

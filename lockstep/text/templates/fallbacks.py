@@ -5,7 +5,7 @@ The supported kinds of messages are a template's Abilities (abilities.py). use: 
 
 from itertools import takewhile
 
-from lockstep.text.tool_calls.tools import HOW_TO_CALL, as_call, written_out
+from lockstep.text.tool_calls.tools import HOW_TO_CALL, written_out
 
 TEXTS = ("content", "reasoning_content")  # the fields of a message that hold text
 
@@ -17,7 +17,8 @@ def adapted(messages, use, abilities):
     messages = [_written(message, abilities) for message in messages]
     if not (abilities.several_users and abilities.several_assistants):
         messages = [
-            _as_text(message) if _lacks_results(messages, at) else message for at, message in enumerate(messages)
+            _as_text(message, abilities) if _lacks_results(messages, at) else message
+            for at, message in enumerate(messages)
         ]
     if use.tools and not abilities.teaches:
         messages = _with_instructions(messages, written_out(use) if abilities.tools is None else HOW_TO_CALL)
@@ -52,14 +53,17 @@ def _written(message, abilities):
     content = message.get("content") or ""
     if message["role"] == "tool" and not abilities.results:
         return dict(role="user", content=f"<tool_response>\n{content}\n</tool_response>")
-    return message if abilities.calls else _as_text(message)
+    return message if abilities.calls else _as_text(message, abilities)
 
 
-def _as_text(message):
-    """The message with its calls written into its text, in Hermes' style."""
-    calls = [as_call(call["function"]) for call in message.get("tool_calls") or ()]
+def _as_text(message, abilities):
+    """The message with its calls written into its text, as the model writes them."""
+    functions = [call["function"] for call in message.get("tool_calls") or ()]
+    if not functions:
+        return message
+    calls = abilities.style.write([dict(name=each["name"], arguments=each["arguments"]) for each in functions])
     kept = {name: value for name, value in message.items() if name != "tool_calls"}
-    return kept | dict(content="\n".join(filter(None, [_text_of(message), *calls]))) if calls else message
+    return kept | dict(content="\n".join(filter(None, [_text_of(message), calls])))
 
 
 def _lacks_results(messages, at) -> bool:

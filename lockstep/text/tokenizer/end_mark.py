@@ -13,15 +13,17 @@ if TYPE_CHECKING:
 
 
 RETURN, CALL, CHANNEL, END = "<|return|>", "<|call|>", "<|channel|>", "<|end|>"
+# Gemma's marks of a call, and of the result of a call, which is not the model's to write.
+RESULTS = {"<|tool_call>": "<|tool_response>", "<start_function_call>": "<start_function_response>"}
 
 
-def with_channel_ends(tokenizer: "Tokenizer") -> frozenset[int]:
-    """The end tokens of a tokenizer. If it is one of Harmony's channels, an answer ends with a call, too, and not with
-    each of its messages."""
+def with_call_ends(tokenizer: "Tokenizer") -> frozenset[int]:
+    """The end tokens of a tokenizer, also those that come behind a call. In Harmony's channels an answer does not end
+    with each of its messages; in Gemma's turns it ends where the result of a call begins."""
     added = {token.content: token_id for token_id, token in tokenizer.backend.get_added_tokens_decoder().items()}
-    if not {RETURN, CALL, CHANNEL} <= added.keys():
-        return tokenizer.eos_ids
-    return tokenizer.eos_ids - {added.get(END)} | {added[RETURN], added[CALL]}
+    if {RETURN, CALL, CHANNEL} <= added.keys():
+        return tokenizer.eos_ids - {added.get(END)} | {added[RETURN], added[CALL]}
+    return tokenizer.eos_ids | {added[end] for call, end in RESULTS.items() if {call, end} <= added.keys()}
 
 
 def end_mark(tokenizer: "Tokenizer") -> int | None:

@@ -12,7 +12,7 @@ import tokenizers
 from lockstep.text.templates.chat_template import ChatTemplate, TemplateProcess
 from lockstep.text.tokenizer import gguf as gguf_tokenizer
 from lockstep.text.tokenizer.decoder_rules import DecoderRules, rules_of
-from lockstep.text.tokenizer.end_mark import end_mark, with_channel_ends
+from lockstep.text.tokenizer.end_mark import end_mark, with_call_ends
 from lockstep.text.tokenizer.files import read_vocabulary, tokenizer_file
 from lockstep.text.tokenizer.folder import (
     add_missing_tokens,
@@ -345,10 +345,10 @@ def tokenizer_from_gguf(metadata: Mapping[str, object]) -> Tokenizer:
 
 
 def _with_end_mark(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy of the tokenizer whose `eos_ids` also has the end-of-turn token of its chat template."""
+    """A copy of the tokenizer whose `eos_ids` also has the tokens that end a turn of its chat template, or calls."""
     mark = end_mark(tokenizer)
     marked = tokenizer if mark is None else replace(tokenizer, eos_ids=tokenizer.eos_ids | {mark})
-    changed = replace(marked, eos_ids=with_channel_ends(marked))
+    changed = replace(marked, eos_ids=with_call_ends(marked))
     changed.compiled_templates.update(tokenizer.compiled_templates)
     return changed
 

@@ -45,6 +45,11 @@ Event = Content | Reasoning | CallStart | Arguments
 class Parser(Protocol):
     """A streaming parser of an answer's text."""
 
+    @property
+    def is_in_call(self) -> bool:
+        """Whether the text so far ends inside of a call."""
+        ...
+
     def push(self, text: str, /) -> list[Event]:
         """The events that a piece of text completes."""
         ...

@@ -26,6 +26,10 @@ class Lark:
         self._lines.append(line)
         return name
 
+    def is_token(self, text) -> bool:
+        """Whether a text is a special token."""
+        return text in self._special
+
     def mark(self, text):
         """The expression for a text that may be a special token."""
         return f"<[{self._special[text]}]>" if text in self._special else quote(text)

@@ -1,5 +1,7 @@
 """Calls as Hermes, Qwen and SmolLM3 write them: <tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>."""
 
+import json
+
 from lockstep.text.tool_calls.grammar import json_objects, marked_calls
 from lockstep.text.tool_calls.readers import after_space, json_call
 
@@ -9,6 +11,12 @@ KEYS = ("arguments", "parameters")
 def read(calls):
     """Reads one call after its mark."""
     yield from json_call(calls, (yield from after_space()), KEYS)
+
+
+def write(calls) -> str:
+    """The calls, each {"name", "arguments"}, as an assistant's message has them."""
+    texts = [json.dumps(dict(name=call["name"], arguments=call["arguments"]), ensure_ascii=False) for call in calls]
+    return "\n".join(f"<tool_call>\n{text}\n</tool_call>" for text in texts)
 
 
 def rules(lark, tools, parallel) -> None:

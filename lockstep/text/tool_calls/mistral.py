@@ -4,16 +4,7 @@ from lockstep.text.grammars.structured import quote
 from lockstep.text.tool_calls.events import CallEnd
 from lockstep.text.tool_calls.grammar import MAX_CALLS, either, json_objects, several
 from lockstep.text.tool_calls.json_text import json_container
-from lockstep.text.tool_calls.readers import (
-    MAX_NAME,
-    NotACall,
-    after_comment,
-    after_space,
-    ignore,
-    json_call,
-    json_text,
-    object_text,
-)
+from lockstep.text.tool_calls.readers import MAX_NAME, NotACall, after_space, json_array, json_text, object_text
 
 KEYS = ("arguments", "parameters")
 CALL_ID, ARGS = "[CALL_ID]", "[ARGS]"
@@ -24,23 +15,9 @@ def read(calls):
     """Reads the array of calls, or the one call, after a mark."""
     character = yield from after_space()
     if character == "[":
-        yield from _array(calls)
+        yield from json_array(calls, KEYS)
     else:
         yield from _named(calls, character)
-
-
-def _array(calls):
-    num_before, opening = calls.num_calls, (yield from after_space())
-    while opening != "]" or calls.num_calls == num_before:
-        try:
-            end = yield from json_call(calls, opening, KEYS)
-        except NotACall:
-            if calls.num_calls == num_before or opening != "{":
-                raise
-            return (yield from json_container("[", ignore, calls.marks))
-        opening = end if end == "]" else (yield from after_space())
-        while opening in ",}/":
-            opening = yield from (after_comment() if opening == "/" else after_space())
 
 
 def _named(calls, character):

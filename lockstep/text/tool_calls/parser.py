@@ -23,6 +23,11 @@ class CallParser:
         self._reader: Reader | None = None
         self._at_start, self._after_call, self._lacks_end = True, False, False
 
+    @property
+    def is_in_call(self) -> bool:
+        """Whether the text so far ends inside of a call."""
+        return self._reader is not None
+
     def push(self, text: str) -> list[Event]:
         """The events that a piece of text completes."""
         events = []
@@ -80,7 +85,7 @@ class CallParser:
         if at >= 0:
             self._content(text[:at].rstrip(), events)
             return self._enter(self._style.begin, text[at + len(self._style.begin) :], text[:at])
-        keep = self._to_hold(text)
+        keep = 0 if self._may_begin(text) else self._to_hold(text)
         self._content(text[:keep], events)
         self._held = text[keep:]
         return ""
@@ -113,6 +118,11 @@ class CallParser:
             return 0
         end = len(text) - partial(text, self._style.begin)
         return len(text[:end].rstrip())
+
+    def _may_begin(self, text: str) -> bool:
+        """Whether the text is the beginning of a call at the start of an answer, without a mark."""
+        first = self._style.first
+        return first is not None and self._at_start and first.startswith(text.lstrip())
 
     def _content(self, text: str, events: list[Event]) -> None:
         if text:

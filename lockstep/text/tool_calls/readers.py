@@ -142,6 +142,21 @@ def json_call(calls: Calls, opening: str, keys: Sequence[str], others: Sequence[
     return "}"
 
 
+def json_array(calls: Calls, keys: Sequence[str]) -> Reader:
+    """Reads the rest of an array of calls after its opening bracket. keys: as for `json_call`."""
+    num_before, opening = calls.num_calls, (yield from after_space())
+    while opening != "]" or calls.num_calls == num_before:
+        try:
+            end = yield from json_call(calls, opening, keys)
+        except NotACall:
+            if calls.num_calls == num_before or opening != "{":
+                raise
+            return (yield from json_container("[", ignore, calls.marks))
+        opening = end if end == "]" else (yield from after_space())
+        while opening in ",}/":
+            opening = yield from (after_comment() if opening == "/" else after_space())
+
+
 def _rest_of_call(calls: Calls, character: str) -> Reader:
     """Skips the text after the arguments of a call, up to the bracket that ends the call, which is returned."""
     if character == "/":

@@ -65,12 +65,12 @@ class Shape:
         return {**self.patterns, **({} if others is False else {None: others})}
 
 
-def shapes(schema: dict) -> list[Shape]:
-    """The Shapes of the objects that a schema allows. Its references lead into the schema itself.
+def shapes(schema: dict, root: dict | None = None) -> list[Shape]:
+    """The Shapes of the objects that a schema allows. Its references lead into `root`, or else into the schema itself.
 
     ValueError if it allows no object, or more than MAX_SHAPES sorts.
     """
-    made = _Search(schema).shapes(schema, ())
+    made = _Search(root or schema).shapes(schema, ())
     possible = [shape for shape in made if all(shape.members[name] is not False for name in shape.required)]
     if not possible:
         raise ValueError("no object fits the schema")

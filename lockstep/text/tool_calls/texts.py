@@ -27,31 +27,37 @@ FORMATS = {
     "uri": r"^[A-Za-z][A-Za-z0-9+.-]*:[^\s]*$",
 }
 TEXT_KEYWORDS = NOTES | frozenset("type const minLength maxLength pattern format".split())
-OBJECT = {"type": "object"}
+OBJECT, STRING, ANY = {"type": "object"}, {"type": "string"}, {}
 END = "</parameter>"  # the mark after a value
 
 
 def alternatives(schema: object, root: dict) -> list[dict]:
-    """The simple schemas that a schema is the union of, without anyOf, lists of types, enum and references to root."""
+    """The simple schemas that a schema is the union of, without anyOf, lists of types, enum and references to root. A
+    schema that allows any value is one of a string."""
+    return [STRING if kind == ANY else kind for kind in union(schema, root, OBJECT)]
+
+
+def union(schema: object, root: dict, whole: dict) -> list[dict]:
+    """As `alternatives`, but ANY stays. whole: what stands for a reference to root itself."""
     simple, left = [], [schema]
     for _ in range(MAX_STEPS):
         if not left:
             return [kind for kind in simple if _is_possible(kind)]
         each = left.pop()
-        parts = _parts(each, root)
-        simple += [each] if parts is None else []
-        left += reversed(parts or [])
+        parts = _parts(each, root, whole)
+        simple += [each] if parts is None else parts if parts == [ANY] else []
+        left += reversed(parts if parts and parts != [ANY] else [])
     return [OBJECT]
 
 
-def _parts(schema, root):
+def _parts(schema, root, whole):
     """The schemas that a schema is the union of, one level down; None if it is an alternative itself."""
     if schema is False:
         return []
     if not isinstance(schema, dict) or not schema.keys() - NOTES:
-        return [{"type": "string"}]
+        return [ANY]
     if "$ref" in schema:
-        return [both(_target(schema["$ref"], root), _without(schema, "$ref"))]
+        return [both(_target(schema["$ref"], root, whole), _without(schema, "$ref"))]
     if isinstance(schema.get("enum"), list):
         return [both({"const": value}, _without(schema, "enum")) for value in schema["enum"]]
     if isinstance(schema.get("type"), list):
@@ -77,9 +83,9 @@ def both(one: object, other: object) -> object:
     return {**other, **one} if not shared else {"allOf": [one, other]}
 
 
-def _target(reference, root):
+def _target(reference, root, whole):
     schema = resolved(reference, root)
-    return schema if isinstance(schema, (dict, bool)) and schema is not root else OBJECT
+    return whole if schema is root else schema if isinstance(schema, (dict, bool)) else OBJECT
 
 
 def is_string(alternative: dict) -> bool:
@@ -112,25 +118,25 @@ def _is_possible(alternative):
     return is_string(alternative) if kind == "string" else alternative["const"] is None
 
 
-def text_rule(lark, name, schema, strict):
-    """Adds a rule for the text of a value that an alternative (a string or null) allows, with the line break and mark
-    after it; returns its name.
+def text_rule(lark, name, schema, strict, mark=END, end=f"\n{END}\n"):
+    """Adds a rule for the text of a value that an alternative (a string or null) allows, with its end; returns its
+    name.
 
-    strict: a keyword that cannot be enforced is a ValueError; otherwise it is ignored.
+    mark: a text that the value does not have in it. end: what stands after the value: the mark, and the white space
+    around it. strict: a keyword that cannot be enforced is a ValueError; otherwise it is ignored.
     """
     if strict and schema.keys() - TEXT_KEYWORDS:
         raise ValueError(f"{min(schema.keys() - TEXT_KEYWORDS)}: cannot be enforced for a string")
-    end = f"\n{END}\n"
     if "const" in schema or is_null(schema):
         return lark.rule(name, quote((schema.get("const") or "" if is_string(schema) else "null") + end))
-    patterns, free = _patterns(schema, strict), f"/{without(END)}/"
+    patterns, free = _patterns(schema, strict), f"/{without(mark)}/"
     parts = [*_length(schema), *patterns]
     if patterns and not _fits_a_text([*parts, free]):
         if strict:
             raise ValueError(f"no text that can stand in this model's calls fits {json.dumps(schema)[:200]}")
         parts = []
     value = lark.rule(f"{name}_text".upper(), " & ".join([*parts, free]))
-    return lark.rule(name, value, quote(end), options="[lazy]")
+    return lark.rule(name, value, lark.mark(end), options="" if lark.is_token(end) else "[lazy]")
 
 
 def without(mark: str) -> str:

@@ -90,9 +90,3 @@ def written_out(use) -> str:
     """Instructions for models whose chat template does not show tools: the tools, and how to call in Hermes' style."""
     listed = "\n".join(json.dumps(tool.for_template(), ensure_ascii=False) for tool in use.tools)
     return f"You can call functions. These are their signatures:\n<tools>\n{listed}\n</tools>\n{HOW_TO_CALL}"
-
-
-def as_call(function) -> str:
-    """The text of a call in Hermes' style. function: {"name", "arguments"}."""
-    call = json.dumps(dict(name=function["name"], arguments=function["arguments"]), ensure_ascii=False)
-    return f"<tool_call>\n{call}\n</tool_call>"

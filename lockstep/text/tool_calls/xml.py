@@ -6,15 +6,17 @@ Values are plain text: only the tool's schema says whether a value is a string o
 
 import json
 import re
+from collections.abc import Iterable
 
 from lockstep.text.grammars.schemas import self_contained
 from lockstep.text.grammars.structured import quote
 from lockstep.text.tool_calls.events import CallEnd
 from lockstep.text.tool_calls.grammar import either, marked_calls
 from lockstep.text.tool_calls.json_text import json_value, repaired
+from lockstep.text.tool_calls.members import Members, errors_about_parameters
 from lockstep.text.tool_calls.readers import MAX_NAME, NOTHING, NotACall, after_space, expect, ignore, name_until, until
-from lockstep.text.tool_calls.shapes import IGNORED, MAX_NAMES, Shape, kinds, shapes
-from lockstep.text.tool_calls.texts import END, alternatives, is_null, is_text, pattern_part, text_rule
+from lockstep.text.tool_calls.shapes import kinds, shapes
+from lockstep.text.tool_calls.texts import END, alternatives, is_null, is_text, text_rule
 
 FUNCTION, PARAMETER, FUNCTION_END = "function=", "parameter=", "</function>"
 ENDS = (END, FUNCTION_END, "</tool_call>", f"<{PARAMETER}")  # end a value that is JSON, except inside of a string
@@ -24,7 +26,6 @@ MAX_NEXT = 100  # characters that NEXT_CALL may match
 END_OF_NAME = ">\n"
 LITERALS = {"True": True, "False": False, "None": None}
 WRITABLE = r"/[!-;=?-~]([ -;=?-~]{0,62}[!-;=?-~])?/"  # parameter names of the model's choice
-MAX_COUNTED = 500  # rules for a tool with minProperties or maxProperties
 
 
 def read(calls):
@@ -214,103 +215,44 @@ def rules(lark, tools, parallel) -> None:
 
 
 def _function(lark, name, tool):
-    try:
+    with errors_about_parameters(tool):
         parameters = _Parameters(lark, name, tool).any
         return lark.rule(name, quote(f"<function={tool.name}>\n"), parameters, quote("</function>"))
-    except ValueError as error:
-        raise ValueError(f"tools: parameters of {tool.name}: {error}") from None
 
 
-class _Parameters:
+class _Parameters(Members):
     """Adds rules for the parameters of one tool. any: the expression for all of its parameters."""
 
     def __init__(self, lark, name, tool) -> None:
-        self._lark, self._name, self._tool, self._num_names = lark, name, tool, 0
-        if tool.strict and tool.parameters.keys() & IGNORED:
-            raise ValueError(f"{min(tool.parameters.keys() & IGNORED)}: cannot be enforced")
+        super().__init__(lark, name, tool, WRITABLE)
         self._shapes = shapes(tool.arguments)
-        self.any = either([self._members(shape) for shape in self._shapes])
+        self.any = either([self.members(shape) for shape in self._shapes])
 
-    def _new_name(self) -> str:
-        self._num_names += 1
-        return f"{self._name}_{self._num_names}"
+    def is_writable(self, key) -> bool:
+        return is_writable(key)
 
-    def _members(self, shape: Shape) -> str:
-        """The expression for the members of one Shape."""
-        needed = [
-            (self._known(key, schema), key in shape.required)
-            for key, schema in shape.members.items()
-            if schema is not False and (key in shape.required or is_writable(key))
-        ]
-        unknown = self._unknown(shape)
-        least, most = max(0, shape.min_members - len(shape.required)), shape.max_members
-        if not least and (most is None or most >= len(needed) + MAX_NAMES * bool(unknown)):
-            return " ".join(
-                [
-                    *(part if must else f"{part}?" for part, must in needed),
-                    f"{unknown}{{0,{MAX_NAMES}}}" if unknown else "",
-                    '""',
-                ]
-            )
-        return self._counted(needed, unknown, shape)
-
-    def _counted(self, parts, unknown, shape) -> str:
-        """As `_members`, with minProperties or maxProperties: a rule for the rest after each part and each number of
-        members so far."""
-        most = len(parts) + max(MAX_NAMES, shape.min_members) if shape.max_members is None else shape.max_members
-        top = min(most, len(parts)) + 1
-        if len(parts) * top > MAX_COUNTED or shape.min_members > MAX_COUNTED:
-            raise ValueError(f"minProperties, maxProperties: expected at most {MAX_COUNTED} counts of properties")
-        after = {count: self._unknown_members(unknown, shape.min_members - count, most - count) for count in range(top)}
-        for part, must in reversed(parts):
-            after = {
-                count: self._either([[part, after.get(count + 1)], *([] if must else [["", after.get(count)]])])
-                for count in after
-            }
-        whole = after.get(0)
-        if whole is None:
-            raise ValueError("minProperties, maxProperties: no object fits the schema")
-        return whole
-
-    def _unknown_members(self, unknown, least, most):
-        """The expression for least to most members of names of the model's choice; None if that is impossible."""
-        if (least > 0 and not unknown) or most < 0:
-            return None
-        return f"{unknown}{{{max(0, least)},{min(most, max(least, MAX_NAMES))}}}" if unknown else '""'
-
-    def _either(self, options):
-        possible = [" ".join(option) for option in options if option[-1] is not None]
-        return self._lark.rule(self._new_name(), " | ".join(possible)) if possible else None
-
-    def _known(self, key, schema) -> str:
+    def known(self, key, schema, shape) -> str:
         if not is_writable(key):
             raise ValueError(f"properties: {key!r:.100} cannot be written in this model's calls")
-        return self._parameter(quote(f"<parameter={key}>\n"), kinds(self._shapes, key, self._tool.parameters), schema)
+        return self._parameter(quote(f"<parameter={key}>\n"), kinds(self._shapes, key, self.tool.parameters), schema)
 
-    def _unknown(self, shape) -> str:
-        """The expression for a member whose name the model chooses; empty if the Shape allows none."""
-        of_any = kinds(self._shapes, None, self._tool.parameters)
-        known = "".join(f" & ~{quote(key)}" for key in dict.fromkeys(n for each in self._shapes for n in each.members))
-        patterns = [part for pattern in shape.patterns for part in pattern_part(pattern, self._tool.strict)]
-        options = []
-        for pattern, schema in shape.unknown.items():
-            named = [f"~{part}" for part in patterns] if pattern is None else pattern_part(pattern, self._tool.strict)
-            if schema is False or (pattern is not None and not named):
-                continue
-            key = self._lark.rule(f"{self._new_name()}_key".upper(), " & ".join([WRITABLE, *named]) + known)
-            options.append(self._parameter(f"{quote('<parameter=')} {key} {quote(END_OF_NAME)}", of_any, schema))
-        return either(options) if options else ""
+    def unknown(self, key, schema, shape) -> str:
+        of_any = kinds(self._shapes, None, self.tool.parameters)
+        return self._parameter(f"{quote('<parameter=')} {key} {quote(END_OF_NAME)}", of_any, schema)
+
+    def names(self, shape) -> Iterable[str]:
+        return (name for each in self._shapes for name in each.members)
 
     def _parameter(self, head, written, schema) -> str:
         """Adds a rule for one parameter; returns its name. written: the alternatives that decide how the value is
         written."""
-        name, tool = self._new_name(), self._tool
+        name, tool = self.new_name(), self.tool
         if not is_text(written):
             whole = schema if isinstance(schema, dict) else {}
-            value = self._lark.json(f"{name}_value", self_contained(whole, tool.parameters), tool.strict)
-            return self._lark.rule(name, head, value, quote(f"\n{END}\n"))
+            value = self.lark.json(f"{name}_value", self_contained(whole, tool.parameters), tool.strict)
+            return self.lark.rule(name, head, value, quote(f"\n{END}\n"))
         own = alternatives(schema, tool.parameters)
-        texts = [text_rule(self._lark, self._new_name(), kind, tool.strict) for kind in own]
+        texts = [text_rule(self.lark, self.new_name(), kind, tool.strict) for kind in own]
         if not texts:
             raise ValueError("enum: no value fits the schema")
-        return self._lark.rule(name, head, either(texts))
+        return self.lark.rule(name, head, either(texts))

@@ -14,11 +14,13 @@ UNSCALED = RopeScaling()
 
 @dataclass(frozen=True)
 class Rope:
-    """A rotary position embedding. dim: how many channels of a head are rotated, the first ones."""
+    """A rotary position embedding. dim: how many channels of a head are rotated, the first ones. short_factors: of
+    longrope, those that are for contexts of the first training's length, whichever `scaling` has."""
 
     dim: int
     theta: float
     scaling: RopeScaling = UNSCALED
+    short_factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

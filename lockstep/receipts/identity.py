@@ -59,7 +59,8 @@ class ModelPart:
 
     name: for people only, nothing is loaded by it. content: of the weight files and the config. formats: of the names
     and formats of all weights as they are multiplied; weights: how they were asked for, for people only. kv_dtype: of
-    the KV cache. plan: of the quantization plan, or None. tokenizer, chat_template: None without one. eos: the tokens
+    the KV cache. rope: "short" for a rope with other factors than its config calls for, or None. plan: of the
+    quantization plan, or None. tokenizer, chat_template: None without one. eos: the tokens
     that end an answer. context: the most tokens of a prompt and its answer, where it was made.
     """
 
@@ -71,6 +72,7 @@ class ModelPart:
     eos: tuple[int, ...]
     context: int
     plan: str | None = None
+    rope: str | None = None
     tokenizer: str | None = None
     chat_template: str | None = None
 
@@ -91,8 +93,12 @@ def read_model(value: Any) -> ModelPart:
     kv_dtype = fields.text("kv_dtype", 8)
     if kv_dtype not in KV_DTYPES:
         fields.refuse("kv_dtype", f"expected one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
+    rope = fields.text("rope", 8) if "rope" in fields else None
+    if rope not in (None, "short"):
+        fields.refuse("rope", f"expected 'short', got {rope!r}")
     eos = tuple(fields.items("eos", MAX_EOS, is_token, "token ids"))
-    made = ModelPart(**names, **digests, kv_dtype=kv_dtype, eos=eos, context=fields.integer("context", 1, MAX_TOKENS))
+    context = fields.integer("context", 1, MAX_TOKENS)
+    made = ModelPart(**names, **digests, kv_dtype=kv_dtype, eos=eos, context=context, rope=rope)
     fields.finish()
     return made
 
@@ -112,6 +118,7 @@ def model_part(llm: ModelSource, name: str | None = None) -> ModelPart:
         eos=tuple(sorted(llm.engine.eos_ids)),
         context=llm.engine.model.max_context,
         plan=model.plan or None,
+        rope=model.rope or None,
         tokenizer=None
         if tokenizer is None
         else digest_of([tokenizer.backend.to_str(), dict(tokenizer.special_tokens)]),
@@ -129,6 +136,7 @@ WORDS = {
     "formats": "the formats of its weights",
     "kv_dtype": "the format of the KV cache",
     "plan": "the quantization plan",
+    "rope": "the choice of rope factors",
     "tokenizer": "the tokenizer",
     "chat_template": "the chat template",
     "eos": "the tokens that end an answer",

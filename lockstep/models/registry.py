@@ -55,7 +55,11 @@ FAMILIES: Mapping[str, Family] = {
 }
 BY_MODEL_TYPE = {model_type: family for family in FAMILIES.values() for model_type in family.model_types}
 ARCHITECTURES: Mapping[str, Architecture] = {
-    name: architecture for f in FAMILIES.values() if f.gguf for name, architecture in f.gguf.by_name().items()
+    name: architecture
+    for family in FAMILIES.values()
+    for own in (family.gguf, *family.other_gguf)
+    if own is not None
+    for name, architecture in own.by_name().items()
 }
 
 

@@ -15,6 +15,7 @@ GGML_TYPE = {
     "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "q2_k": 10, "q3_k": 11,
     "q4_k": 12, "q5_k": 13, "q6_k": 14,
     "iq4_nl": 20, "iq4_xs": 23, "bf16": 30, "mxfp4": 39,
+    "pairs": 4,  # Ollama's MXFP4
 }  # fmt: skip
 SAFETENSORS_DTYPE = {
     "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "int64": "I64", "int32": "I32",

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from lockstep.models.config import Config, text_config
 from lockstep.models.families.gemma.gemma2 import GEMMA2
 from lockstep.models.families.gemma.gemma3 import GEMMA3
+from lockstep.models.families.gemma.gemma3n import GEMMA3N
 from lockstep.models.families.gemma.gemma4 import GEMMA4
 from lockstep.models.families.gpt_oss import GPT_OSS
 from lockstep.models.families.granite import GRANITE
@@ -46,6 +47,7 @@ FAMILIES: Mapping[str, Family] = {
     "gpt_oss": GPT_OSS,
     "gemma2": GEMMA2,
     "gemma4": GEMMA4,
+    "gemma3n": GEMMA3N,
     "phi3": PHI3,
     "ministral3": MINISTRAL3,
     "granite": GRANITE,

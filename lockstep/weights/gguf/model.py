@@ -1,6 +1,6 @@
 """A GGUF file as the Hugging Face checkpoint that it was converted from: config, names, and conversion undone."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -69,12 +69,19 @@ def _undos(name: str, info: TensorInfo, architecture: Architecture, config: Mapp
     """The Hugging Face tensors in one GGUF tensor (several in stacks and joined projections): {name: how to undo
     conversion}."""
     found: dict[str, tuple[Undo, ...]] = {name: ()}
-    for mark, parts in (("{expert}", _experts), ("{gate_up}", _alternating), ("{qkv}", _projections)):
+    for mark, parts in MARKS.items():
         if mark in name:
             cuts = parts(name, info, config)
             found = {n.replace(mark, part): (*cut, own) for n, cut in found.items() for part, own in cuts.items()}
     whole = (FromPairs(),) if info.format == BYTES else ()
     return {name: Chain((*cut, *whole, architecture.undo(name, config))) for name, cut in found.items()}
+
+
+def _matrices(name: str, info: TensorInfo, config: Mapping) -> dict[str, Undo]:
+    """The matrices of a stack that is no stack of experts."""
+    if len(info.shape) != 3 or info.shape[0] > MAX_MATRICES:
+        raise ValueError(f"expected a stack of at most {MAX_MATRICES} matrices")
+    return {str(index): Expert(index) for index in range(info.shape[0])}
 
 
 def _experts(name: str, info: TensorInfo, config: Mapping) -> dict[str, Undo]:
@@ -100,3 +107,12 @@ def _projections(name: str, info: TensorInfo, config: Mapping) -> dict[str, Undo
     if info.shape[0] not in (q + k, q + 2 * k):
         raise ValueError(f"expected {q + 2 * k} rows of queries, keys and values, or {q + k} without values")
     return {part: rows for part, rows in parts.items() if part != "v" or info.shape[0] == q + 2 * k}
+
+
+MAX_MATRICES = 64
+MARKS: Mapping[str, Callable[[str, TensorInfo, Mapping], dict[str, Undo]]] = {
+    "{expert}": _experts,
+    "{matrix}": _matrices,
+    "{gate_up}": _alternating,
+    "{qkv}": _projections,
+}  # in names of tensors that are several

@@ -17,6 +17,7 @@ WIDTH = 150  # columns where the output is no terminal
 def command(
     invoked: typer.Context,
     model: ModelName = None,
+    *,
     weights: Weights = "auto",
     kv_dtype: KvDtype = None,
     rope: RopeFactors = "auto",

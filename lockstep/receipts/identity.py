@@ -59,9 +59,9 @@ class ModelPart:
 
     name: for people only, nothing is loaded by it. content: of the weight files and the config. formats: of the names
     and formats of all weights as they are multiplied; weights: how they were asked for, for people only. kv_dtype: of
-    the KV cache. rope: "short" for a rope with other factors than its config calls for, or None. plan: of the
-    quantization plan, or None. tokenizer, chat_template: None without one. eos: the tokens
-    that end an answer. context: the most tokens of a prompt and its answer, where it was made.
+    the KV cache. plan: of the quantization plan, or None. tokenizer, chat_template: None without one. eos: the tokens
+    that end an answer. context: the most tokens of a prompt and its answer, where it was made. rope: "short" for a rope
+    with other factors than its config calls for, or None.
     """
 
     name: str
@@ -72,9 +72,9 @@ class ModelPart:
     eos: tuple[int, ...]
     context: int
     plan: str | None = None
-    rope: str | None = None
     tokenizer: str | None = None
     chat_template: str | None = None
+    rope: str | None = None
 
     def to_object(self) -> dict[str, Any]:
         """The part as an object of JSON."""

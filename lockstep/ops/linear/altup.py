@@ -11,8 +11,8 @@ from lockstep.native.kernel import definition, kernel
 from lockstep.native.machine import float_array
 from lockstep.native.numbers import carray
 from lockstep.native.simd import fma, maximum, sqrt
+from lockstep.ops.hyperbolic import tanh
 from lockstep.ops.math import ONE, ZERO, tree_sum
-from lockstep.ops.sampling.soft_cap import tanh
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.operands import Operands, constant, output, rows
 from lockstep.runtime.program import Tensor, Weight

@@ -5,9 +5,9 @@ import numpy as np
 from lockstep.native.kernel import inlined, variant
 from lockstep.native.numbers import float32
 from lockstep.native.simd import fma, lanes, load, maximum, peek, sqrt, store, sum_lanes
+from lockstep.ops.hyperbolic import tanh
 from lockstep.ops.linear.altup import AltupCorrect, AltupPredict, MatchRms
 from lockstep.ops.math import ONE, ZERO
-from lockstep.ops.sampling.soft_cap import tanh
 from lockstep.ops.share import strided
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import num_rows

@@ -43,11 +43,12 @@ class LLM(LoadedModel):
     Model. model: a Hugging Face folder, a GGUF file, a name on the Hugging Face hub (org/model, org/model:Q8_0), of
     Ollama (ollama:NAME) or LM Studio (lmstudio:MAKER/NAME), or None for the bundled model. weights: the format of the
     linear layers: "auto" (as stored), "f32", "bf16", "q8_0" or "q4_0". kv_dtype: of the KV cache: "bf16", "f32" or
-    "q8". plan: a file with a solved quantization plan for this model (`lockstep ptq`), which the model then runs with;
-    weights and kv_dtype are f32 then. needs_text, needs_chat: refuse a model without a tokenizer, or without a chat
-    template, before anything is packed. generation_config: the source of sampling_defaults: "auto" (the model's own),
-    "none", or a folder with a generation_config.json. verify_weights: read all weights, packed ones too, and check
-    their hashes once more.
+    "q8". rope: "short": a model whose rope has short and long factors (Phi) runs with the short ones, and a context no
+    longer than they are for; "auto": its config decides. plan: a file with a solved quantization plan for this model
+    (`lockstep ptq`), which the model then runs with; weights and kv_dtype are f32 then. needs_text, needs_chat: refuse
+    a model without a tokenizer, or without a chat template, before anything is packed. generation_config: the source of
+    sampling_defaults: "auto" (the model's own), "none", or a folder with a generation_config.json. verify_weights: read
+    all weights, packed ones too, and check their hashes once more.
 
     Sizes. max_context: tokens of a prompt and its answer together, at most kv_tokens; None: the model's own limit, as
     far as the KV cache has room (in kv_tokens, or in half of the memory that is free beside the weights); the

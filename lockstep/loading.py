@@ -46,7 +46,7 @@ log = logging.getLogger("lockstep.model")
 
 
 class LoadOptions(NamedTuple):
-    """The arguments of LLM that also hold for its draft model, which packs nothing lazily. progress: None: of nobody's
+    """The arguments of LLM that also hold for its draft model, except rope and packs_lazily. progress: None: of nobody's
     interest."""
 
     weights: str
@@ -55,6 +55,7 @@ class LoadOptions(NamedTuple):
     verify: bool
     progress: OnProgress | None
     packs_lazily: bool = False
+    rope: str = "auto"
 
     def report(self, kind: str, done: int, total: int | None) -> None:
         """Reports progress to whom it is of interest."""
@@ -109,7 +110,7 @@ def check_text(files: Files, name: str, needs_text: bool, needs_chat: bool) -> N
 def load(files: Files, options: LoadOptions, plan: str | os.PathLike[str] | None = None) -> tuple[Model, PackedStore]:
     """The model of a checkpoint, and the store of its packed weights, which is empty yet. plan: see LLM."""
     store = PackedStore(files.checkpoint, options.progress, options.packs_lazily and plan is None)
-    model = load_model(files.checkpoint, store, options.weights, options.kv_dtype, options.max_context)
+    model = load_model(files.checkpoint, store, options.weights, options.kv_dtype, options.max_context, options.rope)
     if plan is not None:
         content = files.checkpoint.content.wait(options.progress)
         model = planned(model, Solved.load(Path(plan)), content)
@@ -128,7 +129,7 @@ def load_draft(
     path, own = _resolve(name, sources, options.report), None
     with named(path):
         files = open_files(path, options)
-        model, _ = load(files, options._replace(packs_lazily=False))
+        model, _ = load(files, options._replace(packs_lazily=False, rope="auto"))
         if tokenizer is not None:
             own = files.tokenizer_if_any
     check_vocabulary(target, model)
@@ -193,6 +194,7 @@ class LoadedModel:
         speculate: str = "off",
         draft: int | None = None,
         plan: str | os.PathLike[str] | None = None,
+        rope: str = "auto",
         needs_text: bool = False,
         needs_chat: bool = False,
         generation_config: str = "auto",
@@ -224,7 +226,7 @@ class LoadedModel:
         weights = "f32" if plan is not None and weights == "auto" else weights
         self._generation_config, self._shows_progress = generation_config, progress is True
         with reporting(progress) as report:
-            asked = LoadOptions(weights, kv_dtype, max_context, verify_weights, report, packs_lazily)
+            asked = LoadOptions(weights, kv_dtype, max_context, verify_weights, report, packs_lazily, rope)
             self._files = open_files(resolve_model(model, asked.report), asked)
             check_text(self._files, model or "the bundled model", needs_text, needs_chat)
             tokenizer = self._files.tokenizer_if_any  # a damaged one is refused before long work begins

@@ -17,6 +17,7 @@ from lockstep.commands.options import (
     ModelName,
     OpSwaps,
     PlanFile,
+    RopeFactors,
     Speculate,
     Threads,
     VerifyWeights,
@@ -81,6 +82,7 @@ def command(
     ] = None,
     weights: Weights = "auto",
     kv_dtype: KvDtype = None,
+    rope: RopeFactors = "auto",
     threads: Threads = None,
     max_context: Annotated[
         int | None,
@@ -111,6 +113,7 @@ def command(
         model,
         weights=weights,
         kv_dtype=kv_dtype,
+        rope=rope,
         threads=threads,
         max_context=max_context,
         ops=op,

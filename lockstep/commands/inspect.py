@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lockstep.commands.options import KvDtype, ModelName, Weights, say_unused
+from lockstep.commands.options import KvDtype, ModelName, RopeFactors, Weights, say_unused
 from lockstep.commands.terminal.output import made_table, shown
 
 WIDTH = 150  # columns where the output is no terminal
@@ -17,8 +17,10 @@ WIDTH = 150  # columns where the output is no terminal
 def command(
     invoked: typer.Context,
     model: ModelName = None,
+    *,
     weights: Weights = "auto",
     kv_dtype: KvDtype = None,
+    rope: RopeFactors = "auto",
     context: Annotated[int, typer.Option(min=1, help="Tokens of context that attention is counted for.")] = 1024,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor of the checkpoint.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="List every layer, equal ones too.")] = False,
@@ -33,7 +35,7 @@ def command(
     path = resolve_model(model)
     has_weights = not path.is_dir() or any(path.glob("*.safetensors*"))
     checkpoint = open_checkpoint(path) if has_weights else open_config(path)
-    loaded = load_model(checkpoint, WeightStore(), weights, kv_dtype)
+    loaded = load_model(checkpoint, WeightStore(), weights, kv_dtype, rope=rope)
     if as_json:
         say_unused(invoked, ["tensors", "everything"], "with --json, which has all of it")
         print(json.dumps(described(checkpoint, loaded, context)))

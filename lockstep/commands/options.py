@@ -30,6 +30,15 @@ KvDtype = Annotated[
         metavar="DTYPE", help="KV cache in f32, bf16 or q8 (8 bits).", show_default="bf16; f32 with --weights f32"
     ),
 ]
+RopeFactors = Annotated[
+    str,
+    typer.Option(
+        "--rope",
+        metavar="FACTORS",
+        help="Of a model whose rope has short and long factors (Phi): short, with a context no longer than they are "
+        "for; auto, those that the model's context calls for.",
+    ),
+]
 Threads = Annotated[int | None, typer.Option(min=1, max=256, help="Threads.", show_default="all cores")]
 MaxContext = Annotated[
     int | None,

@@ -11,6 +11,7 @@ from lockstep.models.model_config import ModelConfig
 from lockstep.models.mtp import check_mtp, has_mtp, record_mtp
 from lockstep.models.recording import record
 from lockstep.models.registry import model_config
+from lockstep.models.rope_config import with_rope
 from lockstep.ops import BACKENDS
 from lockstep.ops.attention.kv_cache import KV_DTYPES
 from lockstep.ops.attention.rope import MAX_POSITIONS
@@ -31,7 +32,7 @@ class Model:
     checkpoint: the files it was loaded from. config: ModelConfig. recorded: the unfused program. logits: the tensor of
     logits in it. store: its packed weights. weights, kv_dtype: formats of the linear layers and of the KV cache.
     max_context: the most positions of a request. plan: the hash of the quantization plan by which it runs, see
-    `planned`; "": none.
+    `planned`; "": none. rope: "short" if it runs with factors of its rope that its config does not call for; else "".
     """
 
     checkpoint: Checkpoint
@@ -43,6 +44,7 @@ class Model:
     kv_dtype: str
     max_context: int
     plan: str = ""
+    rope: str = ""
 
     @functools.cached_property
     def main_formats(self) -> list[str]:
@@ -120,23 +122,27 @@ def load_model(
     weights: str = "auto",
     kv_dtype: str | None = None,
     max_context: int | None = None,
+    rope: str = "auto",
 ) -> Model:
     """Records a checkpoint's program. ValueError for a kv_dtype or max_context that is not allowed.
 
     weights: a format for the linear layers, or "auto": the format of the file. kv_dtype: "f32", "bf16" or "q8"; None:
     "f32" if weights is "f32", else "bf16". max_context: positions, at most the model's; None: the model's, up to
-    MAX_POSITIONS. `cache.size.context_size` says how many of them fit in memory.
+    MAX_POSITIONS. `cache.size.context_size` says how many of them fit in memory. rope: "auto" or "short", see
+    `with_rope`; ValueError for a model without short factors.
     """
     if max_context is not None and not (type(max_context) is int and max_context > 0):
         raise ValueError(f"max_context: expected a positive integer or None, got {max_context!r:.80}")
-    config = model_config(checkpoint.config)
+    usual = model_config(checkpoint.config)
+    config = with_rope(usual, rope)
     max_context = min(config.max_positions, max_context or MAX_POSITIONS)
     if kv_dtype not in (None, *KV_DTYPES):
         raise ValueError(f"kv_dtype {kv_dtype!r}: expected one of {', '.join(KV_DTYPES)}")
     kv_dtype = kv_dtype or ("f32" if weights == "f32" else "bf16")
     program, logits = record(config, checkpoint.tensors, weights, kv_dtype, max_context)
     emit_sampling(program, logits, config.vocab_size)
-    return Model(checkpoint, config, program, logits, store, weights, kv_dtype, max_context)
+    chosen = "" if config.layers == usual.layers else rope
+    return Model(checkpoint, config, program, logits, store, weights, kv_dtype, max_context, rope=chosen)
 
 
 def emit_sampling(program: Program, logits: Tensor, vocab_size: int) -> None:

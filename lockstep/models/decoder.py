@@ -30,6 +30,12 @@ def decoder(
     x = ops.embed(f"{prefix}embed_tokens.weight", config.vocab_size, config.hidden_size, embed_scale)
     for i, shape in enumerate(config.layers):
         x = layer(ops, x, config, shape, f"{prefix}layers.{i}")
+    return ended(ops, x, config, eps, norm_offset)
+
+
+def ended(ops: Recorder, x: Tensor, config: ModelConfig, eps: float, norm_offset: float = 0.0) -> Tensor:
+    """Logits of the rows that sample, given the output of the last layer; also records hidden states."""
+    prefix = ops.prefix
     sampled, factor = ops.select_rows(x, "sampled", "R"), 1 / config.logits_scaling
     h = ops.rms_norm(sampled, f"{prefix}norm.weight", eps, norm_offset, factor=factor)
     hidden = ops.select_rows(x, "embedded", "E")

@@ -24,8 +24,9 @@ class Family:
     model_types: the values of model_type in config.json that it reads. read: turns config.json (its text part) into a
     ModelConfig; ValueError for a config that is not supported. record: records the model on a Recorder and returns its
     logits [R, V padded]. tensors: the checkpoint's, cut and named as `record` asks for them. gguf: its GGUF
-    architecture, None if GGUF has none. tiny: a config.json of a small model with all features of the family, on which
-    the self-check runs kernels; None where other families have the same ops.
+    architecture, None if GGUF has none. other_gguf: those of its files that name their tensors in other ways. tiny: a
+    config.json of a small model with all features of the family, on which the self-check runs kernels; None where other
+    families have the same ops.
     """
 
     model_types: tuple[str, ...]
@@ -33,4 +34,5 @@ class Family:
     record: Callable[[Recorder, ModelConfig], Tensor]
     tensors: Callable[[TensorMap], TensorMap] = _as_they_are
     gguf: Architecture | None = None
+    other_gguf: tuple[Architecture, ...] = ()
     tiny: Mapping[str, Any] | None = None

@@ -14,11 +14,13 @@ UNSCALED = RopeScaling()
 
 @dataclass(frozen=True)
 class Rope:
-    """A rotary position embedding. dim: how many channels of a head are rotated, the first ones."""
+    """A rotary position embedding. dim: how many channels of a head are rotated, the first ones. short_factors: of
+    longrope, those that are for contexts of the first training's length, whichever `scaling` has."""
 
     dim: int
     theta: float
     scaling: RopeScaling = UNSCALED
+    short_factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,13 @@ class LinearAttention:
 
 @dataclass(frozen=True)
 class Mlp:
-    """A gated MLP: down(activation(gate h) * (up h)). activation: one of `ops.gates.GATES`."""
+    """A gated MLP: down(activation(gate h) * (up h)). activation: one of `ops.gates.GATES`. deviations: gates are
+    max(gate - mean - deviations * standard deviation, 0) first; None: they stay as they are."""
 
     width: int
     activation: str = "silu"
     bias: bool = False
+    deviations: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,12 +107,13 @@ class Experts:
 @dataclass(frozen=True)
 class Layer:
     """One decoder layer. experts: beside an MLP. input_width: of an input of its own for each token, from a second
-    embedding; 0: none."""
+    embedding; 0: none. side_rank: of a low-rank product beside attention; 0: there is none."""
 
     mixer: Heads | LinearAttention
     mlp: Mlp | Experts
     experts: Experts | None = None
     input_width: int = 0
+    side_rank: int = 0
 
     @property
     def kind(self) -> str:
@@ -127,7 +132,8 @@ class ModelConfig:
 
     mtp_layers: of its multi-token-prediction head. headless: the model class ends with the final norm, as in embedding
     models. logit_cap: c of c tanh(logit / c); 0: logits are not capped. residual_multiplier: of what each half of a
-    layer adds. logits_scaling: what logits are divided by.
+    layer adds. logits_scaling: what logits are divided by. input_rows: of the second embedding, see `Layer`; 0: one for
+    each token.
     """
 
     model_type: str
@@ -144,6 +150,7 @@ class ModelConfig:
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
+    input_rows: int = 0
 
     @property
     def num_layers(self) -> int:
@@ -170,6 +177,7 @@ def checked(config: ModelConfig) -> ModelConfig:
             if wrong := [width for width in widths if width % 16]:
                 raise ValueError(f"experts of width {wrong[0]} are not supported: it must be a multiple of 16")
         _check_multiple("input_width", layer.input_width, 16)
+        _check_multiple("laurel_rank", layer.side_rank, 16)
     return config
 
 

@@ -17,7 +17,8 @@ def per_layer_inputs(ops: Recorder, x: Tensor, config: ModelConfig) -> Tensor:
     width, prefix = config.layers[0].input_width, ops.prefix
     total = width * config.num_layers
     half, name = 0.5**0.5, f"{prefix}embed_tokens_per_layer"
-    embedded = ops.embed(f"{name}.weight", config.vocab_size, total, half * width**0.5, name, in_file=True)
+    num_rows = config.input_rows or config.vocab_size
+    embedded = ops.embed_from_file(f"{name}.weight", num_rows, total, half * width**0.5, name)
     projected = ops.linear(x, [(f"{prefix}per_layer_model_projection", total)])
     return ops.program.emit(
         PerLayerInputs(

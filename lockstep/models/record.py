@@ -27,6 +27,7 @@ from lockstep.ops.elementwise.gated_mul import GatedMul
 from lockstep.ops.elementwise.rms_norm import RmsNorm
 from lockstep.ops.elementwise.select_rows import SelectRows, selected_rows
 from lockstep.ops.linear.linear import Linear
+from lockstep.ops.linear.sparse_gate import SparseGate
 from lockstep.ops.sampling.soft_cap import SoftCap
 from lockstep.runtime.program import CacheArray, Program, Table, Tensor, Weight
 from lockstep.weights.tensor import StoredTensor
@@ -125,16 +126,21 @@ class Recorder:
 
     # ------------------------------------------------------------ ops
 
-    def embed(
-        self, name: str, vocab_size: int, width: int, scale: float = 1.0, label: str = "embed", in_file: bool = False
-    ) -> Tensor:
-        """Rows of an embedding matrix, times scale. in_file: the matrix is so large that it stays in its file."""
-        table = self.stored(name, vocab_size, width)
+    def embed(self, name: str, vocab_size: int, width: int, scale: float = 1.0) -> Tensor:
+        """Rows of an embedding matrix, times scale."""
+        return self._embedded(Embed, name, "embed", vocab_size, width, scale=scale)
+
+    def embed_from_file(self, name: str, num_rows: int, width: int, scale: float, label: str) -> Tensor:
+        """The same for a matrix so large that it stays in its file. Tokens beyond its rows have row 0."""
+        return self._embedded(MappedEmbed, name, label, num_rows, width, scale=scale, num_rows=num_rows)
+
+    def _embedded(self, declaration: type[Embed], name: str, label: str, rows: int, width: int, **sizes: Any) -> Tensor:
+        table = self.stored(name, rows, width)
         if table.format not in FORMATS:
             raise ValueError(f"tensor {name!r}: format {table.format} is not supported, only {', '.join(FORMATS)}")
         out = self.program.tensor(label, "T", width)
         weight = Weight(name, table.format, table.shape, (table,))
-        return self.program.emit((MappedEmbed if in_file else Embed)(out=out, table=weight, width=width, scale=scale))
+        return self.program.emit(declaration(out=out, table=weight, width=width, **sizes))
 
     def rms_norm(
         self, x: Tensor, name: str, eps: float, offset: float = 0.0, label: str | None = None, factor: float = 1.0
@@ -235,8 +241,15 @@ class Recorder:
         names = [(f"{label}.{p}_proj", mlp.width) for p in ("gate", "up")]
         names = [(f"{label}.gate_up_proj", 2 * mlp.width)] if fused else names
         both = self.linear(x, names, f"{label}.gate_up", mlp.bias)
-        h = self.gated_mul(both, label, mlp.activation)
+        h = self._gated(both, mlp, label)
         return self.linear(h, [(f"{label}.down_proj", x.width)], bias=mlp.bias)
+
+    def _gated(self, x: Tensor, mlp: Mlp, label: str) -> Tensor:
+        if mlp.deviations is None:
+            return self.gated_mul(x, label, mlp.activation)
+        assert mlp.activation == "gelu_tanh", label
+        out = self.program.tensor(f"{label}.act", x.rows, mlp.width)
+        return self.program.emit(SparseGate(out=out, x=x, width=mlp.width, deviations=mlp.deviations))
 
     def gated_mul(self, x: Tensor, label: str, activation: str) -> Tensor:
         """activation(first half of the row) * second half."""

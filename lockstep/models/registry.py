@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from lockstep.models.config import Config, text_config
 from lockstep.models.families.gemma.gemma2 import GEMMA2
 from lockstep.models.families.gemma.gemma3 import GEMMA3
+from lockstep.models.families.gemma.gemma3n import GEMMA3N
 from lockstep.models.families.gemma.gemma4 import GEMMA4
 from lockstep.models.families.gpt_oss import GPT_OSS
 from lockstep.models.families.granite import GRANITE
@@ -46,6 +47,7 @@ FAMILIES: Mapping[str, Family] = {
     "gpt_oss": GPT_OSS,
     "gemma2": GEMMA2,
     "gemma4": GEMMA4,
+    "gemma3n": GEMMA3N,
     "phi3": PHI3,
     "ministral3": MINISTRAL3,
     "granite": GRANITE,
@@ -55,7 +57,11 @@ FAMILIES: Mapping[str, Family] = {
 }
 BY_MODEL_TYPE = {model_type: family for family in FAMILIES.values() for model_type in family.model_types}
 ARCHITECTURES: Mapping[str, Architecture] = {
-    name: architecture for f in FAMILIES.values() if f.gguf for name, architecture in f.gguf.by_name().items()
+    name: architecture
+    for family in FAMILIES.values()
+    for own in (family.gguf, *family.other_gguf)
+    if own is not None
+    for name, architecture in own.by_name().items()
 }
 
 

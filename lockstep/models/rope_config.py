@@ -1,12 +1,14 @@
 """The part of config.json that describes the rotary position embedding (rope)."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import replace
 from typing import Any
 
 from lockstep.models.config import Config, need
-from lockstep.models.model_config import Rope
+from lockstep.models.model_config import Heads, Layer, ModelConfig, Rope
 from lockstep.ops.attention.rope import Growth, RopeScaling
 
+ROPES = ("auto", "short")  # which factors a model with longrope runs with: those of its context, or the short ones
 OLD_CONTEXT = "original_max_position_embeddings"
 YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
 ROPE_KEYS = {  # by rope type: required parameters, and optional ones
@@ -55,9 +57,11 @@ def rope(
     if partial is None and share != 1:
         raise ValueError(f"rope parameter 'partial_rotary_factor': {share} is not supported, only 1")
     rope_dim, numbers = _rope_dim(head_dim, share), _with_old_context(config, rope_type, numbers)
-    if rope_type == "longrope":
-        numbers = _longrope(config, {k: _rope_numbers(given, k, rope_dim // 2) for k in FACTORS}, numbers)
-    return Rope(rope_dim, rope_theta, RopeScaling(kind=rope_type, **numbers))
+    if rope_type != "longrope":
+        return Rope(rope_dim, rope_theta, RopeScaling(kind=rope_type, **numbers))
+    factors = {k: _rope_numbers(given, k, rope_dim // 2) for k in FACTORS}
+    numbers = _longrope(config, factors, numbers)
+    return Rope(rope_dim, rope_theta, RopeScaling(kind=rope_type, **numbers), factors["short_factor"])
 
 
 def ropes_by_type(config: Config, head_dim: int, thetas: Mapping[str, float]) -> dict[str, Rope]:
@@ -90,6 +94,38 @@ def growth(config: Config) -> Growth | None:
     if given.get(BETA) == 0:
         return None
     return Growth(_rope_number(given, BETA), int(_rope_number(given, OLD_CONTEXT)))
+
+
+def with_rope(config: ModelConfig, rope: str) -> ModelConfig:
+    """The config, or, if `rope` is "short", that of the model with the short factors of its ropes, whose context is the
+    one that these are for: transformers takes no others for such a text. ValueError for a model without them.
+    """
+    if rope not in ROPES:
+        raise ValueError(f"rope {rope!r}: expected one of {', '.join(ROPES)}")
+    if rope == "auto":
+        return config
+    layers = tuple(_with_short_factors(layer) for layer in config.layers)
+    contexts = {heads.rope.scaling.original_max_position_embeddings for heads in _of_longrope(config.layers)}
+    if not contexts:
+        raise ValueError(
+            f"rope 'short': expected a model whose rope has short and long factors (longrope, as of Phi), but "
+            f"{config.model_type} has none; allowed is 'auto'"
+        )
+    return replace(config, layers=layers, max_positions=min(config.max_positions, *contexts))
+
+
+def _of_longrope(layers: Iterable[Layer]) -> list[Any]:
+    """The heads whose rope has short factors."""
+    heads = [layer.mixer for layer in layers if isinstance(layer.mixer, Heads)]
+    return [each for each in heads if each.rope is not None and each.rope.short_factors]
+
+
+def _with_short_factors(layer: Layer) -> Layer:
+    """The layer with the short factors of its rope, if this has any."""
+    for heads in _of_longrope([layer]):
+        scaling = replace(heads.rope.scaling, factors=heads.rope.short_factors)
+        return replace(layer, mixer=replace(heads, rope=replace(heads.rope, scaling=scaling)))
+    return layer
 
 
 def _rope_dim(head_dim: int, share: float) -> int:
@@ -142,7 +178,8 @@ def _rope_numbers(given: Config, key: str, count: int) -> tuple[float, ...]:
 
 def _longrope(config: Config, factors: Mapping[str, tuple[float, ...]], numbers: dict[str, Any]) -> dict[str, Any]:
     """The numbers with the factors that all positions have: the long ones if the model's context is longer than that of
-    its first training, however long the texts are. (transformers decides by the text, and for each step anew.)"""
+    its first training, however long the texts are. (transformers decides by the text, and for each step anew;
+    `with_rope` takes the short ones, and no longer context.)"""
     context = need(config, "max_position_embeddings")
     name = "long_factor" if context > numbers[OLD_CONTEXT] else "short_factor"
     return {"factor": context / numbers[OLD_CONTEXT], **numbers, "factors": factors[name]}

@@ -12,7 +12,8 @@ MODULES = dict(
     elementwise="activations activations_cpu add add_bias add_cpu concat concat_cpu embed embed_cpu gated_mul "
     "gated_mul_cpu rms_norm rms_norm_cpu select_rows select_rows_cpu",
     integer="code_fixed code_linear code_linear_cpu code_rows code_rows_cpu",
-    linear="experts experts_cpu grouped_linear linear linear_cpu moe moe_cpu per_layer per_layer_cpu",
+    linear="experts experts_cpu grouped_linear linear linear_cpu moe moe_cpu per_layer per_layer_cpu altup altup_cpu "
+    "sparse_gate sparse_gate_cpu",
     recurrent="conv1d conv1d_cpu gated_delta gated_delta_cpu gated_delta_verify gated_delta_verify_cpu gated_norm "
     "gated_norm_cpu",
     rounded="attention attention_cpu fake_quant fake_quant_cpu inputs inputs_cpu observe observe_cpu silu_mul "

@@ -25,8 +25,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lockstep.ops.rounded.attention import SITES
+from lockstep.ops.rounded.attention import SITES as ATTENTION
 from lockstep.ops.rounded.inputs import SITES as INPUTS
+from lockstep.ops.rounded.silu_mul import SITES as SWIGLU
 from lockstep.ptq.site import Site
 from lockstep.ptq.spec import Spec
 
@@ -39,8 +40,17 @@ OPTIONS = {
 }
 USUAL_FILL = -120.0
 NUM_NEAREST = 3
-INNER = (*SITES, *(f"{name}.{site}" for name in ("q", "k") for site in INPUTS), "v.all")  # sites inside attention
-WINDOWED = "attention with a window, a soft cap or sinks has no sites inside; "
+INNER = {  # sites inside the ops of each group of INSIDE
+    "inputs": (*(f"{name}.{site}" for name in ("q", "k") for site in INPUTS), "v.all"),
+    "attention": ATTENTION,
+    "swiglu": SWIGLU[:-1],  # the last one is a boundary, too
+}
+WHOLE = {  # why an op of a group is never taken apart, see `rewrite.is_plain`
+    "inputs": "inputs of attention with a window, with norms over all heads at once or with a rope of the queries' own "
+    "(Ministral 3's) have no sites inside",
+    "attention": "attention with a window, a soft cap or sinks has no sites inside",
+    "swiglu": "a gated product without SiLU has no sites inside",
+}
 FORM = "lockstep plan 1\n"  # begins the hashed text; another number when the same plan gives other bits
 
 
@@ -78,15 +88,17 @@ class Plan:
     def resolve(self, sites: Sequence[Site]) -> dict[str, Spec]:
         """{site: its resolved spec}, in the order of the sites; "off" for a site that no rule matches.
 
-        ValueError for a rule that matches no site, and for a spec that a site cannot have.
+        ValueError for a rule that matches no site, for a spec that a site cannot have, and for a group of `apart` that
+        no op of the model can be of.
         """
         names = [site.name for site in sites]
+        for group in self.apart:
+            if sites and not any(_matching(names, f"*.{own}") for own in INNER[group]):
+                raise ValueError(f"plan: apart names {group!r}, but {WHOLE[group]}, and this model has no others")
         matched = [_matching(names, glob) for glob, _ in self.rules]
         for (glob, text), found in zip(self.rules, matched, strict=True):
             if not found:
-                layer, _, own = glob.partition(".")
-                is_whole = not _matching(names, f"{layer}.q") or _matching(names, f"{layer}.qk")
-                why = WINDOWED if own in INNER and not is_whole else ""
+                why = _why_whole(glob, names)
                 raise ValueError(f"plan: rule {glob!r} = {text!r} matches no site; {why}{_nearest(glob, names)}")
         return {site.name: self._spec(site, matched) for site in sites}
 
@@ -147,6 +159,17 @@ class Plan:
 def _matching(names: Sequence[str], glob: str) -> set[str]:
     """The names that a glob matches, case-sensitively on every system."""
     return {name for name in names if fnmatch.fnmatchcase(name, glob)}
+
+
+def _why_whole(glob: str, names: Sequence[str]) -> str:
+    """For an error about a glob without a match: why a layer that is there has no such site inside of its ops."""
+    layer, _, own = glob.partition(".")
+    group = next((group for group, sites in INNER.items() if own in sites), None)
+    if group is None or not _matching(names, f"{layer}.*"):
+        return ""
+    is_whole = not any(_matching(names, f"{layer}.{site}") for site in INNER[group])
+    of_group = "mul" if group == "swiglu" else "ctx"
+    return f"{WHOLE[group]}; " if is_whole and _matching(names, f"{layer}.{of_group}") else ""
 
 
 def _nearest(glob: str, names: Sequence[str]) -> str:

@@ -281,8 +281,7 @@ class _Rewriter:
         heads += [("k", op.k_offset, K, op.num_kv_heads), ("v", op.v_offset, K, op.num_kv_heads)]
         for name, column, stride, num_heads in heads:
             self._place(name, layer, op.x, column, stride, num_heads, K)
-        is_plain = op.q_cos is None and not (op.whole_norms or op.k_pages.window)  # no op rounds the others
-        if "inputs" in self._treatment.inside and is_plain:
+        if "inputs" in self._treatment.inside and is_plain(op):
             op = self._apart(op, layer)
         self._ops.append(op)
         for name in ("q", "k") if op.q_norm is not None else ():
@@ -308,8 +307,7 @@ class _Rewriter:
 
     def _attention(self, op: Attention) -> None:
         layer, H = layer_of(op.out.name), op.num_heads
-        is_plain = not (op.window or op.soft_cap) and op.sinks is None  # no op rounds those
-        if "attention" in self._treatment.inside and is_plain:
+        if "attention" in self._treatment.inside and is_plain(op):
             self._need_f32(op, layer)
             existing = [s for s in rounded_attention.SITES if s != "pv" or op.gate is not None]
             existing = [s for s in existing if s != "qk.masked" or self._treatment.additive]
@@ -329,7 +327,7 @@ class _Rewriter:
         self._columns.pop(op.x, None)
         for name, column in (("gate", 0), ("up", F)):
             self._place(name, layer, op.x, column, F, 1, F)
-        if "swiglu" in self._treatment.inside and op.activation == "silu":
+        if "swiglu" in self._treatment.inside and is_plain(op):
             sites = rounded_silu_mul.SITES
             grids = self._group("", layer, sites, 1, sites, dict.fromkeys(sites, F))
             if not self._only_lists:
@@ -381,6 +379,16 @@ class _Rewriter:
     def _experts(self, op: CombineExperts) -> None:
         self._ops.append(op)
         self._whole("experts", op.out)
+
+
+def is_plain(op: AttentionInputs | Attention | GatedMul) -> bool:
+    """Whether there is a rounded op that computes what this one does; others are never taken apart, and a plan that
+    asks for it is refused (`plan.WHOLE` says why)."""
+    if isinstance(op, AttentionInputs):
+        return op.q_cos is None and not (op.whole_norms or op.k_pages.window)
+    if isinstance(op, Attention):
+        return not (op.window or op.soft_cap) and op.sinks is None
+    return op.activation == "silu"
 
 
 def off_grids(num_grids: int) -> np.ndarray:

@@ -60,7 +60,8 @@ class ModelPart:
     name: for people only, nothing is loaded by it. content: of the weight files and the config. formats: of the names
     and formats of all weights as they are multiplied; weights: how they were asked for, for people only. kv_dtype: of
     the KV cache. plan: of the quantization plan, or None. tokenizer, chat_template: None without one. eos: the tokens
-    that end an answer. context: the most tokens of a prompt and its answer, where it was made.
+    that end an answer. context: the most tokens of a prompt and its answer, where it was made. rope: "short" for a rope
+    with other factors than its config calls for, or None.
     """
 
     name: str
@@ -73,6 +74,7 @@ class ModelPart:
     plan: str | None = None
     tokenizer: str | None = None
     chat_template: str | None = None
+    rope: str | None = None
 
     def to_object(self) -> dict[str, Any]:
         """The part as an object of JSON."""
@@ -91,8 +93,12 @@ def read_model(value: Any) -> ModelPart:
     kv_dtype = fields.text("kv_dtype", 8)
     if kv_dtype not in KV_DTYPES:
         fields.refuse("kv_dtype", f"expected one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
+    rope = fields.text("rope", 8) if "rope" in fields else None
+    if rope not in (None, "short"):
+        fields.refuse("rope", f"expected 'short', got {rope!r}")
     eos = tuple(fields.items("eos", MAX_EOS, is_token, "token ids"))
-    made = ModelPart(**names, **digests, kv_dtype=kv_dtype, eos=eos, context=fields.integer("context", 1, MAX_TOKENS))
+    context = fields.integer("context", 1, MAX_TOKENS)
+    made = ModelPart(**names, **digests, kv_dtype=kv_dtype, eos=eos, context=context, rope=rope)
     fields.finish()
     return made
 
@@ -112,6 +118,7 @@ def model_part(llm: ModelSource, name: str | None = None) -> ModelPart:
         eos=tuple(sorted(llm.engine.eos_ids)),
         context=llm.engine.model.max_context,
         plan=model.plan or None,
+        rope=model.rope or None,
         tokenizer=None if tokenizer is None else digest_of([tokenizer.serialized, dict(tokenizer.special_tokens)]),
         chat_template=digest_of(templates) if templates else None,
     )
@@ -127,6 +134,7 @@ WORDS = {
     "formats": "the formats of its weights",
     "kv_dtype": "the format of the KV cache",
     "plan": "the quantization plan",
+    "rope": "the choice of rope factors",
     "tokenizer": "the tokenizer",
     "chat_template": "the chat template",
     "eos": "the tokens that end an answer",

@@ -175,7 +175,40 @@ WITH_DEFAULTS = {
     for k, v in windowed(num_hidden_layers=6).items()
     if k not in ("sliding_window_pattern", "rope_theta", "rope_local_base_freq")
 }
+
+
+def streams(**changes):
+    """gemma3n: two layers of six read the keys of earlier ones, in three most gates are zero; widths differ, and the
+    last tokens have no input of their own."""
+    made = case(
+        "gemma3n_text",
+        head_dim=16,
+        hidden_activation="gelu_pytorch_tanh",
+        num_hidden_layers=6,
+        intermediate_size=[96, 128, 96, 96, 64, 96],
+        activation_sparsity_pattern=[0.75, 0.95, 0.0, 0.0, 0.3, 0.0],
+        layer_types=[f"{sort}_attention" for sort in ("sliding", "full", "sliding", "sliding", "full", "sliding")],
+        sliding_window=9,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            "full_attention": {"rope_type": "default", "rope_theta": 500.0},
+        },
+        final_logit_softcapping=4.0,
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=80,
+        num_kv_shared_layers=2,
+        laurel_rank=16,
+        altup_num_inputs=4,
+        altup_active_idx=0,
+        altup_correct_scale=True,
+        tie_word_embeddings=True,
+    )
+    return {key: value for key, value in made.items() if key not in ("hidden_act", "rope_theta")} | changes
+
+
 CASES = {
+    "gemma3n": streams(),
+    "gemma3n_apart": streams(num_key_value_heads=1, num_kv_shared_layers=0, activation_sparsity_pattern=[0.0] * 6),
     "llama": case("llama"),
     "llama_tied_biased": case("llama", attention_bias=True, tie_word_embeddings=True, num_key_value_heads=1),
     "llama_mlp_biased": case("llama", mlp_bias=True, intermediate_size=112),

@@ -3,8 +3,9 @@
 import numpy as np
 
 from lockstep.ops.attention.kv_cache import AttentionInputs, AttentionQueries
-from lockstep.ops.elementwise.add import AddScaled
+from lockstep.ops.elementwise.add import Add, AddScaled
 from lockstep.ops.elementwise.embed import MappedEmbed
+from lockstep.ops.linear.altup import AltupCorrect, AltupPredict
 from lockstep.ops.linear.per_layer import PerLayerInputs
 from lockstep.runtime.program import Weight
 from lockstep.weights.tensor import StoredTensor
@@ -74,6 +75,36 @@ def router_of_ones(op):
     return op.changed(weight=filled(1 / 8, op.weight)) if is_router else op
 
 
+def changed_of(declaration, **changes):
+    """A change of operands of all ops of a declaration: functions of the op."""
+
+    def change(op):
+        return op.changed(**{k: v(op) for k, v in changes.items()}) if isinstance(op, declaration) else op
+
+    return change
+
+
+def without_sizes(op):
+    """A change of streams, which keep the size that their projection gives them."""
+    return Add(out=op.out, x=op.x, y=op.x, width=op.width, factor=0.0) if op.kind == "match_rms" else op
+
+
+def transposed_coefs(op):
+    [part] = op.coefs.parts
+    turned = np.ascontiguousarray(part.data.reshape(4, 4, 4).swapaxes(0, 1).reshape(16, 4))
+    return Weight("mutant", "f32", (16, 4), (StoredTensor("mutant", "f32", (16, 4), turned),))
+
+
+def last_row_beyond(op):
+    """A change of the second embedding: tokens beyond it have its last row."""
+    if not isinstance(op, MappedEmbed):
+        return op
+    [part] = op.table.parts
+    rows = np.concatenate([part.data, np.repeat(part.data[-1:], 16, axis=0)])
+    whole = StoredTensor("mutant", "f32", rows.shape, rows)
+    return op.changed(table=Weight("mutant", "f32", rows.shape, (whole,)), num_rows=0)
+
+
 OPS = {
     **{
         f"+1 in {name}": ("gemma4_per_layer", of_norm(name, offset=1.0))
@@ -103,8 +134,38 @@ OPS = {
     ),
     "inputs not divided by the root of 2": ("gemma4_per_layer", inputs_times(2**0.5)),
     "second embedding not scaled": ("gemma4_per_layer", second_embedding_times(0.5**0.5)),
+    **{
+        f"+1 in {name} of gemma3n": ("gemma3n", of_norm(name, offset=1.0))
+        for name in (*SANDWICH, "post_laurel_norm", "post_per_layer_input_norm")
+    },
+    "streams not brought to one size": ("gemma3n", without_sizes),
+    "all gates": ("gemma3n", params(["sparse_gate"], deviations=-50.0)),
+    "gates above their mean": ("gemma3n", params(["sparse_gate"], deviations=0.0)),
+    "sums of attention and Laurel not divided": ("gemma3n", with_factor(1)),
+    "an output scale of ones": ("gemma3n", changed_of(AltupCorrect, scale=lambda op: filled(1, op.scale))),
+    "no predictions": ("gemma3n", changed_of(AltupPredict, coefs=lambda op: filled(0, op.coefs))),
+    "coefficients of predictions transposed": ("gemma3n", changed_of(AltupPredict, coefs=transposed_coefs)),
+    "values of gemma3n not normed": ("gemma3n", params(INPUTS, norms_values=False)),
+    "scores of gemma3n scaled": ("gemma3n", params(ATTENTION, scale=0.25)),
+    "windows of gemma3n one too short": ("gemma3n", with_short_window_of("layers.5")),
+    "tokens beyond the second embedding have its last row": ("gemma3n", last_row_beyond),
 }
 WEIGHTS = {
+    "the two projections of streams swapped": (
+        "gemma3n",
+        {"altup_projections": "altup_unembed_projections", "altup_unembed_projections": "altup_projections"},
+    ),
+    "neighbouring streams swapped": (
+        "gemma3n",
+        {"altup_projections.0": "altup_projections.1", "altup_projections.1": "altup_projections.0"},
+    ),
+    "norms of attention and of Laurel swapped": (
+        "gemma3n",
+        {
+            "post_attention_layernorm": "laurel.post_laurel_norm",
+            "laurel.post_laurel_norm": "post_attention_layernorm",
+        },
+    ),
     "gate and up of stacked experts swapped": (
         "gemma4_experts",
         {"gate_up_proj": lambda a, c: np.concatenate(np.split(a, 2, axis=1)[::-1], axis=1)},

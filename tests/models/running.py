@@ -15,9 +15,9 @@ from lockstep.weights.store import WeightStore
 TOLERANCE = 1e-4
 
 
-def load(folder, weights="f32", kv_dtype=None, max_context=256):
+def load(folder, weights="f32", kv_dtype=None, max_context=256, rope="auto"):
     """A checkpoint's model, with packed weights in memory only, not on disk."""
-    return load_model(open_checkpoint(folder), WeightStore(), weights, kv_dtype, max_context)
+    return load_model(open_checkpoint(folder), WeightStore(), weights, kv_dtype, max_context, rope)
 
 
 def logits_of(model, ids, cuts=(), slots=None, num_threads=2, dirty=False, **runner):

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from lockstep.models.families.gemma.gemma3n import quantile
 from lockstep.models.model_config import Heads, Mlp, Rope
 from lockstep.models.registry import model_config
 from lockstep.ops.attention.rope import RopeScaling
@@ -100,3 +101,41 @@ def test_keys_and_values_of_layers_that_read_others_may_lie_in_the_checkpoint(tm
     }
     assert len(more) == 3 and not more.keys() & arrays.keys()
     assert load(tiny.write(tmp_path, config, arrays | more)).recorded.ops
+
+
+def test_streams_sparse_gates_and_a_shorter_second_embedding():
+    made = model_config(p.GEMMA_3N_E4B)
+    assert [layer.window for layer in made.layers] == ([512] * 4 + [0]) * 7
+    assert [layer.mixer.keys_of for layer in made.layers] == [None] * 20 + ([18] * 4 + [19]) * 3
+    cutoffs = [layer.mlp.deviations for layer in made.layers]
+    assert cutoffs[:10] == [pytest.approx(1.6448536269514722, abs=1e-11)] * 10 and cutoffs[10:] == [None] * 25
+    assert made.layers[4].mixer == Heads(8, 2, 256, 1.0, Rope(256, 1e6), norms_values=True)
+    assert made.layers[3].mixer.rope == Rope(256, 1e4) and made.layers[0].side_rank == 64
+    assert (made.vocab_size, made.input_rows, made.logit_cap, made.tied) == (262400, 262144, 30.0, True)
+    silent = {"model_type": "gemma3n_text"}
+    assert model_config(silent).layers == made.layers and model_config(silent).input_rows == made.input_rows
+
+
+@pytest.mark.parametrize("share, deviations", [(0.5, 0.0), (0.25, -0.6744897501960817), (0.99, 2.3263478740408408)])
+def test_quantiles_of_the_normal_distribution(share, deviations):
+    assert quantile(share) == pytest.approx(deviations, abs=1e-11)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(altup_num_inputs=3), "'altup_num_inputs': 3 is not supported, only 4"),
+        (dict(altup_active_idx=1), "'altup_active_idx': 1 is not supported, only 0"),
+        (dict(altup_correct_scale=False), "'altup_correct_scale': False is not supported, only True"),
+        (dict(laurel_rank=24), "laurel_rank 24 is not supported: it must be a multiple of 16"),
+        (dict(intermediate_size=[96] * 5), "'intermediate_size': expected 6 numbers, got 5"),
+        (dict(activation_sparsity_pattern=[0.5] * 5), "'activation_sparsity_pattern': expected 6 numbers"),
+        (dict(activation_sparsity_pattern=[1.0] * 6), "expected numbers from 0, below 1, got 1.0"),
+        (dict(vocab_size_per_layer_input=97), "'vocab_size_per_layer_input': expected 1 to 96, got 97"),
+        (dict(num_kv_shared_layers=5), "'num_kv_shared_layers': 5 leave no layer of each type before"),
+        (dict(query_rescale_scalar=2.0), "'query_rescale_scalar' (value 2.0) is not supported"),
+    ],
+)
+def test_configs_of_gemma3n_that_are_refused(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model_config({**CASES["gemma3n"], **changes})

@@ -61,6 +61,7 @@ def shapes(config):
                 else {f"mlp.{k}": v for k, v in _mlp(of_layer(c, i), i).items()}
             ),
             **(_gemma4_layer(c) if is_gemma4(c) else {}),
+            **(_gemma3n_layer(c) if is_gemma3n(c) else {}),
         }
         made.update({f"layers.{i}.{k}": v for k, v in layer.items()})
     if inputs := c.get("hidden_size_per_layer_input"):
@@ -68,6 +69,9 @@ def shapes(config):
         made["embed_tokens_per_layer.weight"] = (c["vocab_size_per_layer_input"], total)
         made["per_layer_model_projection.weight"] = (total, width)
         made["per_layer_projection_norm.weight"] = (inputs,)
+    if is_gemma3n(c):
+        kinds = "altup_projections", "altup_unembed_projections"
+        made.update({f"{kind}.{i}.weight": (width, width) for kind in kinds for i in range(3)})
     made.update({f"mtp.{k}": v for i in range(c.get("mtp_num_hidden_layers", 0)) for k, v in _mtp(c, i).items()})
     head = {} if config["tie_word_embeddings"] else {"lm_head.weight": (c["vocab_size"], width)}
     return {**{k if k.startswith("mtp.") else prefix(config) + k: v for k, v in made.items()}, **head}
@@ -77,8 +81,15 @@ def is_gemma4(config):
     return config["model_type"].startswith("gemma4")
 
 
+def is_gemma3n(config):
+    return config["model_type"].startswith("gemma3n")
+
+
 def of_layer(c, i):
     """The config with the sizes of layer i, where layers differ."""
+    if is_gemma3n(c):
+        shared = i >= c["num_hidden_layers"] - c["num_kv_shared_layers"]
+        return {**c, "kv_shared": shared, "intermediate_size": c["intermediate_size"][i]}
     if not is_gemma4(c):
         return c
     is_full, last = c["layer_types"][i] == "full_attention", c["num_hidden_layers"] - c.get("num_kv_shared_layers", 0)
@@ -107,6 +118,24 @@ def _gemma4_layer(c):
         made["per_layer_projection.weight"] = (width, inputs)
         made["post_per_layer_input_norm.weight"] = (width,)
     return made
+
+
+def _gemma3n_layer(c):
+    """What a layer of gemma3n has besides attention and MLP."""
+    width, inputs, rank = c["hidden_size"], c["hidden_size_per_layer_input"], c["laurel_rank"]
+    return {
+        "altup.modality_router.weight": (4, width),
+        "altup.router_norm.weight": (width,),
+        "altup.prediction_coefs.weight": (16, 4),
+        "altup.correction_coefs.weight": (4, 4),
+        "altup.correct_output_scale": (width,),
+        "laurel.linear_left.weight": (rank, width),
+        "laurel.linear_right.weight": (width, rank),
+        "laurel.post_laurel_norm.weight": (width,),
+        "per_layer_input_gate.weight": (inputs, width),
+        "per_layer_projection.weight": (width, inputs),
+        "post_per_layer_input_norm.weight": (width,),
+    }
 
 
 def _mtp(c, layer):
@@ -207,10 +236,11 @@ def interval(name, shape, config):
     """The bounds between which a tensor's values are drawn."""
     kind, leaf = text_part(config)["model_type"], name.split(".")[-2]
     if leaf.rstrip("_12").endswith("norm"):
-        is_offset = kind.startswith((*HYBRID, "gemma2", "gemma3")) and "linear_attn" not in name
+        is_offset = kind.startswith((*HYBRID, "gemma2", "gemma3_")) and "linear_attn" not in name
         return (-0.5, 0.5) if is_offset else (0.5, 1.5)
     fixed = {"A_log": (-1.5, 1.5), "dt_bias": (-2.0, 1.0), "bias": (-0.5, 0.5), "sinks": (-1.0, 3.0)}
     fixed |= {f"{matrix}_proj_bias": (-0.5, 0.5) for matrix in ("gate_up", "down")}
+    fixed |= {"correct_output_scale": (0.5, 1.5)}
     fixed |= {"layer_scalar": (0.5, 1.5), "scale": (1.0, 3.0), "per_expert_scale": (0.5, 1.5)}
     stacked = {"gate_up_proj": 4.0, "down_proj": 0.25}  # so that gates and values pass the limits of 7
     if kind == "gpt_oss" and name.split(".")[-1] in stacked:
@@ -231,6 +261,7 @@ def interval(name, shape, config):
         "layer": 2.0,
         "lm_head": 2.0,
         "conv1d": 1.0,
+        "modality_router": 16.0,  # it sees rows divided by their width
     }
     bound = gain.get(leaf, 1.0) * (3.0 / (1 if leaf == "embed_tokens" else shape[-1])) ** 0.5
     return -bound, bound

@@ -44,6 +44,15 @@ def test_float32(name, tmp_path):
     assert whole.tobytes() == logits_of(model, ids, cuts=(1, 2, 33, 64, 65)).tobytes(), f"seed {SEED}"
 
 
+def test_short_factors_of_longrope(tmp_path):
+    """transformers has the short factors for a text as long as they are for: this is what `--rope short` computes."""
+    folder, ids = made(tmp_path, "phi3_long")
+    expected = hugging_face.logits(folder, ids[:32], hugging_face.torch.float64)
+    worst, _ = difference(logits_of(load(folder, rope="short"), ids[:32]), expected)
+    assert worst <= 1e-4, f"seed {SEED}: max_abs_diff {worst:.3g}"
+    assert difference(logits_of(load(folder), ids[:32]), expected)[0] > 1e-2, f"seed {SEED}"
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_bf16_checkpoint_as_stored(name, tmp_path):
     """bf16 weights and cache are nearer to the exact result than transformers' bf16 (measured: 0.4 to 0.53 of its

@@ -1,9 +1,13 @@
 """Sites of recorded programs, and that rounding them changes nothing else."""
 
+import re
+
 import numpy as np
 import pytest
 
 from lockstep.ops.attention.attention import Attention
+from lockstep.ops.attention.kv_cache import AttentionInputs
+from lockstep.ops.elementwise.gated_mul import GatedMul
 from lockstep.ops.rounded.attention import RoundedAttention
 from lockstep.ops.rounded.fake_quant import FakeQuant
 from lockstep.ops.rounded.inputs import RoundedInputs
@@ -137,3 +141,29 @@ def test_attention_with_a_window_has_no_sites_inside_and_all_others(name):
     assert {layer_of(op.out.name) for op in made.program.ops if isinstance(op, Attention)} == windowed
     with pytest.raises(ValueError, match=r"attention with a window, a soft cap or sinks has no sites inside"):
         Plan([(f"L{min(windowed)}.qk", "u8")]).resolve(sites)
+
+
+INPUTS = "inputs of attention with a window, with norms over all heads at once or with a rope of the queries' own"
+WHOLE = {
+    "olmo2": ("inputs", "L0.q.cos", INPUTS),
+    "ministral3": ("inputs", "L1.v.all", INPUTS),
+    "gemma3": ("swiglu", "L2.act.sig", "a gated product without SiLU has no sites inside"),
+    "gpt_oss": ("attention", "L0.p", "attention with a window, a soft cap or sinks has no sites inside"),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_no_op_rounds_is_refused_by_name(name, tmp_path):
+    """By rules that name it and by `apart`; a rule for everything leaves it out, and its ops stay as they are."""
+    group, site, said = WHOLE[name]
+    config = CASES[name]
+    program = load(tiny.write(tmp_path, config, tiny.tensors(config, 1)), kv_dtype="f32").recorded
+    sites = sites_of(program)
+    for plan in (Plan([(site, "u8")]), Plan(apart=[group])):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            plan.resolve(sites)
+    everything = Plan([("*", "i16")]).resolve(sites)
+    assert everything and site not in everything
+    kinds = (AttentionInputs, Attention, GatedMul)
+    kept = [op for op in rounded(program, Treatment(sites=(), inside=(group,))).program.ops if isinstance(op, kinds)]
+    assert kept == [op for op in program.ops if isinstance(op, kinds)]

@@ -57,6 +57,7 @@ STATEMENTS = [
     ),
     made(answer=AnswerPart(0, b"e" * 32, "cancelled", None, ())),
     made(model=dataclasses.replace(MODEL, tokenizer=None, chat_template=None, plan="a" * 64)),
+    made(model=dataclasses.replace(MODEL, rope="short")),
 ]
 
 
@@ -246,6 +247,7 @@ def test_bits_of_a_number():
     ("formats", "0" * 64, "the formats of its weights"),
     ("kv_dtype", "q8", "the format of the KV cache is q8, here it is bf16"),
     ("plan", "0" * 64, "the quantization plan is 000000000000..., here it is none"),
+    ("rope", "short", "the choice of rope factors is short, here it is none"),
     ("tokenizer", None, "the tokenizer is none"),
     ("chat_template", "0" * 64, "the chat template"),
     ("eos", (0,), "the tokens that end an answer"),

@@ -16,6 +16,7 @@ GGML_TYPE = {
     "q4_k": 12, "q5_k": 13, "q6_k": 14,
     "iq4_nl": 20, "iq4_xs": 23, "bf16": 30, "mxfp4": 39,
     "nvfp4": 40,
+    "pairs": 4,  # Ollama's MXFP4
 }  # fmt: skip
 SAFETENSORS_DTYPE = {
     "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "int64": "I64", "int32": "I32",

@@ -181,11 +181,12 @@ def with_salt(given: "Given", found: "Answered") -> "Given":
 def loaded(name: str | None, statements: "Sequence[Statement]", **options: Any) -> "LLM":
     """The model, in the formats of the receipts. No name inside of a receipt is used to find it. ValueError for
     receipts of several formats."""
-    [*formats] = {(statement.model.weights, statement.model.kv_dtype) for statement in statements}
+    [*formats] = {(s.model.weights, s.model.kv_dtype, s.model.rope or "auto") for s in statements}
     if len(formats) > 1:
         raise ValueError("the receipts are of models in several formats: expected files with those of one each")
     most = max(s.prompt.tokens + s.answer.tokens for s in statements)
-    options |= dict(weights=formats[0][0], kv_dtype=formats[0][1], needed_context=max(4096, -(-most // 64) * 64))
+    options |= dict(zip(("weights", "kv_dtype", "rope"), formats[0], strict=True))
+    options |= dict(needed_context=max(4096, -(-most // 64) * 64))
     return load(name, prefix_cache=False, wait_for_content=True, **options)
 
 

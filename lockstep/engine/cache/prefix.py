@@ -48,7 +48,8 @@ def model_identity(model: Model, numerics: int) -> bytes:
     A process has one model, so that this is enough in memory. Names on disk also depend on the model's content.
     """
     caches = [(c.name, c.kind, c.dtype, c.shape, *([c.window] if c.window else [])) for c in model.recorded.caches]
-    known = LAYOUT, numerics, model.weights, model.kv_dtype, PAGE_TOKENS, caches, *([model.plan] if model.plan else ())
+    chosen = [each for each in (model.plan, model.rope) if each]
+    known = LAYOUT, numerics, model.weights, model.kv_dtype, PAGE_TOKENS, caches, *chosen
     return hashlib.sha256(repr(known).encode()).digest()
 
 

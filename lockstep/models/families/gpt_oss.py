@@ -30,6 +30,7 @@ from lockstep.models.tiny import BASE
 from lockstep.ops.elementwise.clamped_swiglu import LIMIT, SLOPE
 from lockstep.runtime.program import Tensor
 from lockstep.weights.gguf.architecture import Architecture
+from lockstep.weights.gguf.config import yarn_scaling
 from lockstep.weights.gguf.keys import Keys
 from lockstep.weights.gguf.names import ATTENTION
 from lockstep.weights.tensor import MadeTensor, StoredTensor
@@ -169,6 +170,22 @@ NAMES = {
 }
 
 
+# Ollama's own conversion: other names, gate and up as alternating rows, MXFP4 as folders have it (`undo.FromPairs`).
+OLLAMA_NAMES = {
+    **{name: hf for name, hf in NAMES.items() if not name.startswith(("ffn_gate_exps", "ffn_up_exps"))},
+    "attn_out": "self_attn.o_proj",
+    "attn_sinks": "self_attn.sinks",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate_up_exps.weight": "mlp.experts.{expert}.{gate_up}_proj.weight",
+    "ffn_gate_up_exps.bias": "mlp.experts.{gate_up}_proj_bias",
+}
+
+
+def ollama_config(config: dict, keys: Keys, names: Container[str]) -> dict:
+    """As `gguf_config`. The files do not say that their rope is yarn."""
+    return gguf_config({**config, "rope_scaling": yarn_scaling(keys)}, keys, names)
+
+
 def gguf_config(config: dict, keys: Keys, names: Container[str]) -> dict:
     """Adds the experts and windows, and that yarn does not round."""
     num_experts = keys.integer("expert_count")
@@ -188,6 +205,7 @@ GPT_OSS = Family(
     read=read,
     record=partial(decoder, layer=layer),
     gguf=Architecture("gpt-oss", "gpt_oss", "GptOssForCausalLM", NAMES, gguf_config),
+    other_gguf=(Architecture("gptoss", "gpt_oss", "GptOssForCausalLM", OLLAMA_NAMES, ollama_config),),
     tiny={
         **BASE,
         "model_type": "gpt_oss",

@@ -2,7 +2,8 @@
 another. The rope may leave channels out, and may have factors of its own for contexts longer than the trained one.
 
 Long factors hold for all positions if the model's context is longer than that of its first training: the bits of a text
-must not depend on how much of it is computed at once. (transformers takes the short ones as long as a text is short.)
+must not depend on how much of it is computed at once. (transformers takes the short ones as long as a text is short;
+`--rope short` takes them, for the context that they are for: `rope_config.with_rope`.)
 
 A sliding window, if there is one, is a window of every layer, as in transformers; llama.cpp has none.
 """

@@ -18,13 +18,15 @@ WEIGHT = SIZE = BLOCK_BYTES = None  # of a variant: decodes a row's weight i; we
 
 
 class Embed(Operands):
-    """out = scale * table[token id], row by row."""
+    """out = scale * table[token id], row by row. num_rows: of a table that is shorter than the vocabulary, where tokens
+    beyond it have row 0; 0: the table has a row for each token."""
 
     group = "embed"
     out: Tensor = output("width")
     table: Weight = packed()
     width: int
     scale: float
+    num_rows: int = 0
 
     @property
     def kind(self):
@@ -58,6 +60,12 @@ MAPPED = Layout(MAPPED_BYTES, raw_bytes)  # where the file cannot be mapped, a c
 
 
 @inlined
+def row_of(token, num_rows):
+    """The row of a token; see `Embed`."""
+    return 0 if 0 < num_rows <= token else token
+
+
+@inlined
 def row_bytes(width, size, block_bytes):
     """Bytes of a row of `width` weights, in blocks of `size`."""
     return width // size * block_bytes
@@ -75,7 +83,8 @@ def embed(op, step, thread, num_threads):
     a, token_ids = Embed.read(op), StepBlock.read(step).token_ids
     size = row_bytes(a.width, SIZE, BLOCK_BYTES)
     for t in range(num_rows(op, step) if thread == 0 else 0):
-        row_B = carray(byte_array(a.table.codes + size * entry(token_ids, t)), (size,))
+        row = row_of(entry(token_ids, t), a.num_rows)
+        row_B = carray(byte_array(a.table.codes + size * row), (size,))
         for i in range(a.width):
             poke(a.out + 4 * (a.width * t + i), float32(WEIGHT(row_B, i) * a.scale))
 

@@ -2,7 +2,7 @@
 
 from lockstep.formats import FORMATS
 from lockstep.native.kernel import variant
-from lockstep.ops.elementwise.embed import MAPPED, RAW, Embed, row_bytes
+from lockstep.ops.elementwise.embed import MAPPED, RAW, Embed, row_bytes, row_of
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import StepBlock, entry, num_rows
 
@@ -15,7 +15,7 @@ def embed(op, step, thread, num_threads):
     a, token_ids = Embed.read(op), StepBlock.read(step).token_ids
     size = row_bytes(a.width, SIZE, BLOCK_BYTES)
     for t in range(thread, num_rows(op, step), num_threads):
-        row, out = a.table.codes + size * entry(token_ids, t), a.out + 4 * a.width * t
+        row, out = a.table.codes + size * row_of(entry(token_ids, t), a.num_rows), a.out + 4 * a.width * t
         for i in range(0, a.width, COUNT):
             STORE(row + i // SIZE * BLOCK_BYTES, a.scale, out + 4 * i)
 

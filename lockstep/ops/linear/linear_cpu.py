@@ -122,7 +122,7 @@ def rows_at_once(row_bytes, cache_bytes=CACHE_BYTES):
 
 @inlined
 def evenly(num_rows, most):
-    """Rows of a share, when rows are dealt in as few nearly equal shares of at most `most` as can be, in whole tiles."""
+    """Rows of a share, where rows are dealt in as few shares of at most `most` as can be: nearly equal, whole tiles."""
     num_shares = (num_rows + most - 1) // most
     return ((num_rows + num_shares - 1) // num_shares + MAX_ROWS - 1) // MAX_ROWS * MAX_ROWS
 

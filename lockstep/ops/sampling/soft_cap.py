@@ -3,23 +3,16 @@
 out[r, i] = cap * tanh(logits[r, i] / cap)
 """
 
-import numpy as np
-
 from lockstep.native.kernel import definition, inlined, kernel
 from lockstep.native.machine import float_array
 from lockstep.native.numbers import carray
-from lockstep.native.simd import absolute, fma, minimum, where_below
-from lockstep.ops.math import EXP_HIGHEST, ONE, TWO, ZERO, exp
+from lockstep.native.simd import fma
+from lockstep.ops.hyperbolic import tanh
+from lockstep.ops.math import ZERO
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.operands import Operands, output, rows
 from lockstep.runtime.program import Tensor
 from lockstep.runtime.step import num_rows
-
-NEAR_ZERO = np.float32(0.625)
-# Cephes' fit of (tanh(x) - x) / x^3 in x^2, for |x| below 0.625
-T11, T9, T7, T5, T3 = (
-    np.float32(c) for c in (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
-)
 
 
 class SoftCap(Operands):
@@ -33,19 +26,6 @@ class SoftCap(Operands):
 
     def flops(self, context):
         return 20 * self.width
-
-
-@inlined
-def tanh(x):
-    """The hyperbolic tangent.
-
-    Error: 1.6 ulp. Order: below 0.625 in size fma(x, s * p(s), x) with s = x * x and p of degree 4 by Horner's rule;
-    else 1 - 2 / (1 + e**(2 |x|)) with 2 |x| limited to 88, and the sign of x.
-    """
-    s, size = x * x, absolute(x)
-    p = fma(fma(fma(fma(T11, s, T9), s, T7), s, T5), s, T3)
-    far = ONE - TWO / (ONE + exp(minimum(size + size, EXP_HIGHEST)))
-    return where_below(size, NEAR_ZERO, fma(x, s * p, x), where_below(x, ZERO, -far, far))
 
 
 @inlined

@@ -55,6 +55,7 @@ PATTERNS: Mapping[str, tuple[str, ...]] = {
     "tekken": (TEKKEN,),
     "gpt-4o": (O200K,),
 }
+PRE_TOKENIZERS = {"gptoss": "gpt-4o"}  # by architecture: Ollama's own names none
 # A whole word in the vocabulary is one token, without merges. These also add BOS unless the metadata says otherwise.
 WHOLE_WORDS_FIRST = {"llama-bpe", "llama3", "llama-v3", "falcon3", "lfm2", "tekken"}
 NORMALIZED_TO_NFC = {"qwen2", "deepseek-r1-qwen", "qwen35"}
@@ -211,7 +212,8 @@ def _add_template(tokenizer: Tokenizer, metadata: Mapping[str, object], tokens: 
 
 
 def _pre_tokenizer(metadata: Mapping[str, object]) -> str:
-    return _typed(metadata, "tokenizer.ggml.pre", str, "default")
+    named = _typed(metadata, "tokenizer.ggml.pre", str, "default")
+    return PRE_TOKENIZERS.get(str(metadata.get("general.architecture")), named)
 
 
 def _warn_of_strange_ids(metadata: Mapping[str, object], num_tokens: int) -> None:

@@ -8,6 +8,7 @@ from lockstep.weights.folders.compressed import open_compressed
 from lockstep.weights.folders.fp8 import open_fp8
 from lockstep.weights.folders.gptq import open_awq, open_gptq
 from lockstep.weights.folders.mlx import open_mlx
+from lockstep.weights.folders.mlx_names import with_usual_names
 from lockstep.weights.tensor import TensorMap
 
 Method = Callable[[Mapping[str, Any], TensorMap], TensorMap]
@@ -27,12 +28,12 @@ def unquantized(config: Mapping[str, Any], tensors: TensorMap) -> TensorMap:
     """
     key, found = quantization_of(config)
     if found is None:
-        return tensors
+        return with_usual_names(tensors)
     if not isinstance(found, dict):
         raise ValueError(f"config key {key!r}: expected an object, got {found!r}")
     method = found.get("quant_method")
     if method is None and "bits" in found and "group_size" in found:
-        return open_mlx(found, tensors)
+        return with_usual_names(open_mlx(found, tensors))
     if isinstance(method, str) and method in BLOCK_FORMATS:
         return tensors  # blocks of a format's own, which the family reads
     if not isinstance(method, str) or method not in METHODS:

@@ -2,7 +2,8 @@
 
     X.weight uint32 [N, K * bits / 32], code k at bit k * bits, lowest first; X.scales, X.biases [N, K / group_size]
 
-Experts are stacks [experts, N, ...] of `switch_mlp`, which become tensors of their own. Source: mlx-lm's models.
+In mode mxfp4 there are no biases, and scales are bytes, 2^(e - 127), of 32 weights. Experts are stacks [experts, N,
+...], which become tensors of their own (`mlx_names.py`). Source: mlx-lm's models.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,12 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from lockstep.formats.mxfp4 import MXFP4, from_pairs
 from lockstep.weights.folders.keys import only, whole
+from lockstep.weights.folders.mlx_names import expert_name
 from lockstep.weights.folders.modules import FLOATS, WORDS, Module, grouped, modules_with, replaced, unpacked
 from lockstep.weights.tensor import MadeTensor, StoredTensor, TensorMap
 
 PARTS = ("weight", "scales", "biases")
-STACK, EACH = ".switch_mlp.", ".experts.{}."
+MODES = ("affine", MXFP4.name)
+SIZES = {"bits": 4, "group_size": 32}  # of mxfp4
 
 
 def open_mlx(config: Mapping[str, Any], tensors: TensorMap) -> TensorMap:
@@ -29,8 +33,8 @@ def open_mlx(config: Mapping[str, Any], tensors: TensorMap) -> TensorMap:
 def _settings(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """Those of a layer: its own, where the config has some under its name."""
     own = config.get(name)
-    settings = {**config, **own} if isinstance(own, dict) else config
-    only(settings, "mode", "affine")
+    settings = {**config, "mode": None, **own} if isinstance(own, dict) else config
+    only(settings, "mode", *MODES)
     return settings
 
 
@@ -43,14 +47,17 @@ def _weights(module: Module, settings: Mapping[str, Any]) -> Iterator[MadeTensor
     K = W * 32 // bits
     if group < 1 or K % group or (W * 32) % bits:
         raise ValueError(f"tensor {words.name!r}: {W} words a row are not groups of {group} codes of {bits} bits")
-    scales, biases = (module.get(name, FLOATS, *E, N, K // group) for name in ("scales", "biases"))
+    if settings.get("mode") == MXFP4.name:
+        for key, value in SIZES.items():
+            whole(settings, key, value)
+        parts: tuple[StoredTensor, ...] = (words, module.get("scales", ("u8",), *E, N, K // group))
+    else:
+        parts = (words, *(module.get(name, FLOATS, *E, N, K // group) for name in ("scales", "biases")))
     if not stack:
-        yield _weight(words.name, (words, scales, biases), bits, K, lambda tensor, rows: tensor.read(rows))
+        yield _weight(words.name, parts, bits, K, lambda tensor, rows: tensor.read(rows))
     for e in range(E[0] if stack else 0):
-        name = words.name.replace(STACK, EACH.format(e))
-        if name == words.name:
-            raise ValueError(f"tensor {name!r}: stacks are supported only of 'switch_mlp'")
-        yield _weight(name, (words, scales, biases), bits, K, lambda tensor, rows, e=e: _of_stack(tensor, e, rows))
+        name = expert_name(words.name, e)
+        yield _weight(name, parts, bits, K, lambda tensor, rows, e=e: _of_stack(tensor, e, rows))
 
 
 def _of_stack(tensor: StoredTensor, e: int, rows: slice) -> np.ndarray:
@@ -58,6 +65,8 @@ def _of_stack(tensor: StoredTensor, e: int, rows: slice) -> np.ndarray:
 
 
 def _weight(name: str, parts: tuple[StoredTensor, ...], bits: int, K: int, read: Any) -> MadeTensor:
+    if len(parts) == 2:
+        return _microscaled(name, parts, K, read)
     words, scales, biases = parts
     return grouped(
         name,
@@ -67,3 +76,15 @@ def _weight(name: str, parts: tuple[StoredTensor, ...], bits: int, K: int, read:
         lambda rows: unpacked(read(words, rows), bits, K),
         lambda rows: (read(scales, rows).astype(np.float32), read(biases, rows).astype(np.float32)),
     )
+
+
+def _microscaled(name: str, parts: tuple[StoredTensor, ...], K: int, read: Any) -> MadeTensor:
+    """The weight of mode mxfp4: bytes of two neighbours each, and exponents."""
+    words, scales = parts
+
+    def make(rows: slice) -> np.ndarray:
+        exponents = read(scales, rows)
+        pairs = np.ascontiguousarray(read(words, rows)).view(np.uint8)
+        return from_pairs(pairs.reshape(*exponents.shape, 16), exponents)
+
+    return MadeTensor.of(name, MXFP4.name, (words.shape[-2], K), make)

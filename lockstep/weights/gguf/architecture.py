@@ -7,6 +7,7 @@ import numpy as np
 
 from lockstep.weights.gguf.keys import Keys
 from lockstep.weights.gguf.undo import Undo
+from lockstep.weights.tensor import TensorInfo
 
 
 def _no_own_keys(config: dict, keys: Keys, names: Container[str]) -> dict:
@@ -25,8 +26,8 @@ class Architecture:
 
     name: the value of `general.architecture`. also: its other values, in files that differ in nothing else. model_type,
     class_name: of the Hugging Face model. names: tensor names within a block, GGUF's -> Hugging Face's; see `names.py`.
-    config: completes a config.json, called with (the keys that all architectures have, the file's metadata, the names
-    of its tensors). undo: (Hugging Face name, config.json) -> how to undo what conversion did to the tensor. mtp_names:
+    config: completes a config.json, called with (the keys that all architectures have, the file's metadata, its
+    tensors). undo: (Hugging Face name, config.json) -> how to undo what conversion did to the tensor. mtp_names:
     as names, in blocks that are multi-token-prediction layers. top_names: as names, outside blocks, besides those that
     all architectures have. varying: keys of the metadata that may differ between layers. rope_factors: reads the tensor
     rope_freqs.weight, float32, given the number of rotated channels and the file: the rope's parameters in config.json.
@@ -37,7 +38,7 @@ class Architecture:
     model_type: str
     class_name: str
     names: Mapping[str, str]
-    config: Callable[[dict, Keys, Container[str]], dict] = _no_own_keys
+    config: Callable[[dict, Keys, Mapping[str, TensorInfo]], dict] = _no_own_keys
     undo: Callable[[str, Mapping], Undo] = _unchanged
     mtp_names: Mapping[str, str] = field(default_factory=dict)
     also: tuple[str, ...] = ()
@@ -55,8 +56,8 @@ Architectures = Mapping[str, Architecture]  # by name
 
 def has_biases(names: Container[str], *keys: str) -> dict[str, bool]:
     """attention_bias and mlp_bias of config.json, from whether the file has such tensors. keys: which of the two."""
-    tensors = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_gate.bias"}
-    return {key: tensors[key] in names for key in keys}
+    tensors = {"attention_bias": ("attn_q", "attn_qkv"), "mlp_bias": ("ffn_gate",)}
+    return {key: any(f"blk.0.{tensor}.bias" in names for tensor in tensors[key]) for key in keys}
 
 
 def architecture_of(metadata: Mapping[str, object], architectures: Architectures, where: str) -> Architecture:

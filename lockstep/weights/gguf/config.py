@@ -117,7 +117,7 @@ def _scaling(
         return {"rope_type": "linear", "factor": keys.number("rope.scaling.factor")}
     if scaling_type != "yarn":
         raise ValueError(f"{where}: rope.scaling.type {scaling_type!r} is not supported, only none, linear and yarn")
-    return _yarn_scaling(keys)
+    return yarn_scaling(keys)
 
 
 def _longrope_scaling(keys: Keys, factors: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -133,7 +133,8 @@ def _longrope_scaling(keys: Keys, factors: Mapping[str, np.ndarray]) -> dict[str
     return scaling
 
 
-def _yarn_scaling(keys: Keys) -> dict:
+def yarn_scaling(keys: Keys) -> dict:
+    """The scaling of a file with yarn."""
     scaling = {
         "rope_type": "yarn",
         "factor": keys.number("rope.scaling.factor"),

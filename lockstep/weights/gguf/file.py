@@ -10,12 +10,13 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from lockstep.formats import FORMATS
+from lockstep.formats import FORMATS, MXFP4
 from lockstep.weights.gguf.metadata import Allowance, Cursor, read_metadata
 from lockstep.weights.mapped import map_file
 from lockstep.weights.tensor import TensorFile, TensorInfo, merge, stored_shape
 
 MAGIC = b"GGUF"
+BYTES = "u8"  # the format of tensors that `undo.FromPairs` reads
 MAX_TENSORS = 1 << 17
 MAX_DIMS = 4
 MAX_DIM = 1 << 48
@@ -31,6 +32,7 @@ FORMAT_OF_TYPE: Mapping[int, str] = dict(
         | {24: "i8", 25: "i16", 26: "i32", 27: "i64", 28: "f64"}.items()
     )
 )
+PAIRS_TYPE = 4  # MXFP4 in Ollama's first files of gpt-oss, as bytes; GGUF never had the type that GGML gave this number
 OTHER_TYPES: Mapping[int, str] = {
     9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
     19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0",
@@ -115,6 +117,9 @@ def _read_tensor(cursor: Cursor, index: int) -> tuple[TensorInfo, int]:
 
 
 def _info(name: str, ggml_type: int, shape: tuple[int, ...], path: str) -> TensorInfo:
+    if ggml_type == PAIRS_TYPE and shape[-1] % MXFP4.block_size == 0:
+        shape = (*shape[:-1], MXFP4.row_bytes(shape[-1]))
+        return TensorInfo(name, BYTES, shape, math.prod(shape))
     if ggml_type not in FORMAT_OF_TYPE:
         type_name = OTHER_TYPES.get(ggml_type, f"number {ggml_type}")
         supported = ", ".join(format.upper() for format in FORMAT_OF_TYPE.values())

@@ -1,15 +1,15 @@
 """A GGUF file as the Hugging Face checkpoint that it was converted from: config, names, and conversion undone."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from lockstep.weights.gguf.architecture import Architecture, Architectures, architecture_of
 from lockstep.weights.gguf.config import hf_config
-from lockstep.weights.gguf.file import open_parts
+from lockstep.weights.gguf.file import BYTES, open_parts
 from lockstep.weights.gguf.names import ROPE_FACTORS, hf_name
-from lockstep.weights.gguf.undo import Expert, Times, Undo
+from lockstep.weights.gguf.undo import Chain, EveryOther, Expert, FromPairs, Rows, Times, Undo
 from lockstep.weights.tensor import BLOCK_FORMATS, StoredTensor, TensorFile, TensorInfo, TensorMap, merge
 
 
@@ -97,9 +97,53 @@ def _recipes_of(
 
 
 def _undos(name: str, info: TensorInfo, architecture: Architecture, config: Mapping) -> dict[str, Undo]:
-    """The Hugging Face tensors in one GGUF tensor (several in stacked experts): {name: how to undo conversion}."""
-    if "{expert}" in name:
-        if len(info.shape) != 3 or info.shape[0] != config["num_experts"]:
-            raise ValueError(f"expected a stack of {config['num_experts']} experts' matrices")
-        return {name.format(expert=index): Expert(index) for index in range(info.shape[0])}
-    return {name: architecture.undo(name, config)}
+    """The Hugging Face tensors in one GGUF tensor (several in stacks and joined projections): {name: how to undo
+    conversion}."""
+    found: dict[str, tuple[Undo, ...]] = {name: ()}
+    for mark, parts in MARKS.items():
+        if mark in name:
+            cuts = parts(name, info, config)
+            found = {n.replace(mark, part): (*cut, own) for n, cut in found.items() for part, own in cuts.items()}
+    whole = (FromPairs(),) if info.format == BYTES else ()
+    return {name: Chain((*cut, *whole, architecture.undo(name, config))) for name, cut in found.items()}
+
+
+def _matrices(name: str, info: TensorInfo, config: Mapping) -> dict[str, Undo]:
+    """The matrices of a stack that is no stack of experts."""
+    if len(info.shape) != 3 or info.shape[0] > MAX_MATRICES:
+        raise ValueError(f"expected a stack of at most {MAX_MATRICES} matrices")
+    return {str(index): Expert(index) for index in range(info.shape[0])}
+
+
+def _experts(name: str, info: TensorInfo, config: Mapping) -> dict[str, Undo]:
+    """The matrix of each expert of a stack."""
+    if len(info.shape) != 3 or info.shape[0] != config["num_experts"]:
+        raise ValueError(f"expected a stack of {config['num_experts']} experts' matrices")
+    return {str(index): Expert(index) for index in range(info.shape[0])}
+
+
+def _alternating(name: str, info: TensorInfo, config: Mapping) -> dict[str, Undo]:
+    """Gate and up of rows, or of columns of biases, that alternate: gate, up, gate, ..."""
+    if len(info.shape) < 2 or info.shape[1] % 2:
+        raise ValueError("expected as many outputs of gates as of what they gate")
+    return {part: EveryOther(first, columns="{expert}" not in name) for first, part in enumerate(("gate", "up"))}
+
+
+def _projections(name: str, info: TensorInfo, config: Mapping) -> dict[str, Undo]:
+    """Queries, keys and values, one below the other; values may be missing where they are the keys."""
+    layer = name.removeprefix("model.layers.").partition(".")[0]
+    own = {**config, **config.get("per_layer_config", {}).get(layer, {})}
+    q, k = (own[key] * own["head_dim"] for key in ("num_attention_heads", "num_key_value_heads"))
+    parts = {"q": Rows(0, q), "k": Rows(q, q + k), "v": Rows(q + k, q + 2 * k)}
+    if info.shape[0] not in (q + k, q + 2 * k):
+        raise ValueError(f"expected {q + 2 * k} rows of queries, keys and values, or {q + k} without values")
+    return {part: rows for part, rows in parts.items() if part != "v" or info.shape[0] == q + 2 * k}
+
+
+MAX_MATRICES = 64
+MARKS: Mapping[str, Callable[[str, TensorInfo, Mapping], dict[str, Undo]]] = {
+    "{expert}": _experts,
+    "{matrix}": _matrices,
+    "{gate_up}": _alternating,
+    "{qkv}": _projections,
+}  # in names of tensors that are several

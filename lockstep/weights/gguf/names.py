@@ -21,6 +21,8 @@ ATTENTION: Mapping[str, str] = {
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
 }
+# The projections of `ATTENTION` may be one tensor in any file, which `model.py` cuts.
+FUSED_ATTENTION: Mapping[str, str] = {"attn_qkv": "self_attn.{qkv}_proj"}
 HEAD_NORMS: Mapping[str, str] = {
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
@@ -57,8 +59,8 @@ NOT_TEXT = ("v.", "mm.", "mtp.")
 def hf_name(architecture: Architecture, name: str, num_layers: int) -> str | None:
     """The Hugging Face name of GGUF tensor `name`; None for a tensor that is a part of the config or of vision.
 
-    Blocks from `num_layers` on are multi-token-prediction layers. Names of stacked experts contain "{expert}". Raises
-    ValueError for a name that the architecture does not have.
+    Blocks from `num_layers` on are multi-token-prediction layers. Names of tensors that are several contain the
+    marks of `model.py`: "{expert}". Raises ValueError for a name that the architecture does not have.
     """
     if name in ROPE_FACTORS or name.startswith(NOT_TEXT):
         return None
@@ -73,7 +75,8 @@ def _layer_name(architecture: Architecture, layer: int, name: str, num_layers: i
     is_mtp = layer >= num_layers
     if is_mtp and (hf := _renamed(architecture.mtp_names, name)):
         return hf
-    hf = _renamed(architecture.names, name)
+    fused = FUSED_ATTENTION if "attn_q" in architecture.names else {}
+    hf = _renamed({**fused, **architecture.names}, name)
     prefix = f"mtp.layers.{layer - num_layers}" if is_mtp else f"model.layers.{layer}"
     return hf and f"{prefix}.{hf}"
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import ml_dtypes
 import numpy as np
 
+from lockstep.formats.mxfp4 import MXFP4, from_pairs
 from lockstep.weights.tensor import BLOCK_FORMATS, MadeTensor, StoredTensor, TensorInfo, stored_shape
 
 
@@ -209,6 +210,79 @@ class Times(Undo):
                 f"tensor {self.factors.name!r} {list(factors.shape)}: expected one factor, or one an expert"
             )
         return factors[index if factors.size > 1 else 0]
+
+
+@dataclass(frozen=True)
+class Rows(Undo):
+    """Rows `start` to `stop` - 1, as a view: one of the projections that are one tensor."""
+
+    start: int
+    stop: int
+
+    def info(self, info: TensorInfo) -> TensorInfo:
+        shape = (self.stop - self.start, *info.shape[1:])
+        return replace(info, shape=shape, num_bytes=info.num_bytes // info.shape[0] * shape[0])
+
+    def apply(self, tensor: StoredTensor) -> StoredTensor:
+        data = tensor.data[self.start : self.stop]
+        return StoredTensor(tensor.name, tensor.format, (len(data), *tensor.shape[1:]), data)
+
+
+@dataclass(frozen=True)
+class EveryOther(Undo):
+    """Rows (or, of biases [experts, outputs], columns) first, first + 2, ... of the two that alternate."""
+
+    first: int
+    columns: bool = False
+
+    def info(self, info: TensorInfo) -> TensorInfo:
+        return replace(info, shape=self._half(info.shape), num_bytes=info.num_bytes // 2)
+
+    def apply(self, tensor: StoredTensor) -> StoredTensor:
+        def make(rows: slice) -> np.ndarray:
+            if self.columns:
+                return tensor.read(rows)[:, self.first :: 2]
+            start, stop, _ = rows.indices(tensor.shape[0] // 2)
+            return tensor.read(slice(2 * start, 2 * stop))[self.first :: 2]
+
+        return MadeTensor.of(tensor.name, tensor.format, self._half(tensor.shape), make)
+
+    def _half(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (shape[0], shape[1] // 2) if self.columns else (shape[0] // 2, *shape[1:])
+
+
+class FromPairs(Undo):
+    """MXFP4 whose bytes hold two neighbours, as Hugging Face has them: bytes [..., K / 32 * 17], scale before codes."""
+
+    def info(self, info: TensorInfo) -> TensorInfo:
+        shape = (*info.shape[:-1], info.shape[-1] // MXFP4.block_bytes * MXFP4.block_size)
+        return replace(info, format=MXFP4.name, shape=shape)
+
+    def apply(self, tensor: StoredTensor) -> StoredTensor:
+        def make(rows: slice) -> np.ndarray:
+            stored = tensor.read(rows)
+            blocks = stored.reshape(-1, stored.shape[-1] // MXFP4.block_bytes, MXFP4.block_bytes)
+            return from_pairs(blocks[..., 1:], blocks[..., 0]).reshape(stored.shape)
+
+        shape = (*tensor.shape[:-1], tensor.shape[-1] // MXFP4.block_bytes * MXFP4.block_size)
+        return MadeTensor.of(tensor.name, MXFP4.name, shape, make)
+
+
+@dataclass(frozen=True)
+class Chain(Undo):
+    """One after the other."""
+
+    undos: tuple[Undo, ...]
+
+    def info(self, info: TensorInfo) -> TensorInfo:
+        for undo in self.undos:
+            info = undo.info(info)
+        return info
+
+    def apply(self, tensor: StoredTensor) -> StoredTensor:
+        for undo in self.undos:
+            tensor = undo.apply(tensor)
+        return tensor
 
 
 def _snapped_log(decay: float) -> float:

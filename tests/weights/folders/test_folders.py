@@ -201,7 +201,7 @@ BAD = {
         "'weight_block_size': expected two sizes",
     ),
     "floats without a scale": (changed("fp8", weight_scale_inv=None), "weight_scale_inv' is missing"),
-    "another mode": ((MLX | {"mode": "mxfp4"}, layer("mlx")[1]), "key 'mode': 'mxfp4' is not supported"),
+    "another mode": ((MLX | {"mode": "nvfp4"}, layer("mlx")[1]), "key 'mode': 'nvfp4' is not supported"),
 }
 
 

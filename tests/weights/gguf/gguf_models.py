@@ -44,13 +44,25 @@ def stored(name, array):
     return array.astype(np.float32) if array.ndim == 1 or name.endswith(("conv1d.weight", "A_log")) else array
 
 
-def write_dense(path, tensors, architecture, extra=None, change=lambda name, array: array, **values):
+def write_dense(path, tensors, architecture, extra=None, change=lambda name, array: array, fused=False, **values):
     named = {}
     for name, array in tensors.items():
         gguf = convert.gguf_name(name, 2, "ffn_norm")
         named[gguf] = stored(name, change(name, array))
+    if fused:
+        fuse_attention(named, 2)
     metadata = convert.metadata(architecture, **{**LLAMA, **values})
     return write(path, gguf_bytes(metadata, {**plain_tensors(named), **(extra or {})}))
+
+
+def fuse_attention(stored, num_layers):
+    """Queries, keys and values, where there are any, become one tensor of each layer, and their biases another."""
+    for layer in range(num_layers):
+        for suffix in ("weight", "bias"):
+            names = [f"blk.{layer}.attn_{part}.{suffix}" for part in "qkv"]
+            if names[1] in stored:
+                parts = [stored.pop(name) for name in names if name in stored]
+                stored[f"blk.{layer}.attn_qkv.{suffix}"] = np.concatenate(parts)
 
 
 def rotary(name, array):

@@ -10,6 +10,7 @@ from tests.models.cases import EXPERTS, PER_LAYER, large_heads
 from tests.models.running import load, logits_of
 from tests.weights import convert
 from tests.weights.files import gguf_bytes, plain_tensors, write
+from tests.weights.gguf.gguf_models import fuse_attention
 
 STEMS = {
     "model.embed_tokens": "token_embd",
@@ -65,13 +66,15 @@ def gguf_name(name):
     return f"{at}{STEMS[stem]}" + ("" if STEMS[stem].endswith(".scale") else ".weight")
 
 
-def write_gemma4(path, config, defaults, factors=FACTORS, is_split=False, **keys):
+def write_gemma4(path, config, defaults, factors=FACTORS, is_split=False, is_fused=False, **keys):
     """Writes a file as conversion does: tensors as they are, and the factors of a rope of which most pairs stand
-    still. is_split: gate and up of experts are two tensors."""
+    still. is_split: gate and up of experts are two tensors. is_fused: queries, keys and values are one."""
     stored = {gguf_name(n): a for n, a in tiny.tensors(config, 3).items()} | {"rope_freqs.weight": factors}
     for name in [name for name in stored if is_split and "gate_up_exps" in name]:
         for part, rows in zip(("gate", "up"), np.split(stored.pop(name), 2, axis=1), strict=True):
             stored[name.replace("gate_up", part)] = np.ascontiguousarray(rows)
+    if is_fused:
+        fuse_attention(stored, config["num_hidden_layers"])
     metadata = {k: v for k, v in {**KEYS, **defaults, **keys}.items() if v is not None}
     return write(path, gguf_bytes(convert.metadata("gemma4", **metadata), plain_tensors(stored)))
 
@@ -84,6 +87,16 @@ def test_a_file_computes_the_bits_of_its_folder(name, tmp_path):
     assert file.config.layers == folder.config.layers and file.config.tied and file.config.logit_cap == 4
     ids = tiny.prompt(config, 40)
     assert logits_of(file, ids).tobytes() == logits_of(folder, ids).tobytes()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_queries_keys_and_values_may_be_one_tensor(name, tmp_path):
+    config, defaults = CONFIGS[name]
+    whole = load(write_gemma4(tmp_path / "whole.gguf", config, defaults))
+    fused = load(write_gemma4(tmp_path / "fused.gguf", config, defaults, is_fused=True))
+    assert fused.config == whole.config
+    ids = tiny.prompt(config, 20)
+    assert logits_of(fused, ids).tobytes() == logits_of(whole, ids).tobytes()
 
 
 def test_gate_and_up_of_experts_may_be_two_tensors(tmp_path):

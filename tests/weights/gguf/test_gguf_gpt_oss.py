@@ -77,6 +77,56 @@ def file_of(path, arrays, blocks=None, **changed):
     return write(path, gguf_bytes({**METADATA, **changed}, stored))
 
 
+OLLAMA = convert.metadata(
+    "gptoss",
+    **{key.removeprefix("gpt-oss.").replace(".", "__"): value for key, (_, value) in METADATA.items()
+       if key.startswith("gpt-oss.") and not key.endswith((".type", "expert_feed_forward_length", "beta_fast"))},
+)  # fmt: skip
+OLLAMA_ROPE = {key: value for key, value in BLOCKS["rope_scaling"].items() if key != "beta_fast"}
+OLLAMA_STEMS = {**STEMS, "self_attn.o_proj": "attn_out", "post_attention_layernorm": "ffn_norm"}
+EXPERT_STEMS = {"gate_up_proj": "ffn_gate_up_exps", "down_proj": "ffn_down_exps"}
+
+
+def ollama_file(path, arrays, kind, fused=False):
+    """Writes a file as Ollama's own conversion does, from a folder's tensors with blocks. kind: of the experts: 4, in
+    which bytes are as in the folder, or GGML's own. fused: queries, keys and values are one tensor."""
+    stored = {}
+    for name, array in arrays.items():
+        if name in convert.WHOLE:
+            stored[convert.WHOLE[name]] = plain(array)
+            continue
+        _, _, layer, rest = name.split(".", 3)
+        stem, _, suffix = rest.rpartition(".")
+        matrix, _, part = suffix.rpartition("_")
+        if stem != "mlp.experts":
+            named = "attn_sinks" if suffix == "sinks" else f"{OLLAMA_STEMS[stem]}.{suffix}"
+            stored[f"blk.{layer}.{named}"] = plain(array)
+        elif part == "bias":
+            stored[f"blk.{layer}.{EXPERT_STEMS[matrix]}.bias"] = plain(array)
+        elif part == "blocks":
+            scales = arrays[name.replace("_blocks", "_scales")]
+            E, N, num, _ = array.shape
+            raw = np.concatenate([scales[..., None], array], axis=-1)
+            if kind == "mxfp4":
+                raw = from_pairs(array.reshape(E * N, num, 16), scales.reshape(E * N, num))
+            stored[f"blk.{layer}.{EXPERT_STEMS[matrix]}.weight"] = (kind, (E, N, num * 32), raw.tobytes())
+    for layer in range(3 if fused else 0):
+        for suffix in ("weight", "bias"):
+            parts = [stored.pop(f"blk.{layer}.attn_{p}.{suffix}") for p in "qkv"]
+            shape = (sum(part[1][0] for part in parts), *parts[0][1][1:])
+            stored[f"blk.{layer}.attn_qkv.{suffix}"] = ("f32", shape, b"".join(part[2] for part in parts))
+    return write(path, gguf_bytes(OLLAMA, stored))
+
+
+@pytest.mark.parametrize("kind, fused", [("pairs", False), ("pairs", True), ("mxfp4", False)])
+def test_a_file_of_ollama_is_its_folder(kind, fused, made, tmp_path):
+    file = ollama_file(tmp_path / "m.gguf", made[0], kind, fused)
+    folder = write_folder(tmp_path / "m", made[0], **{**BLOCKS, "rope_scaling": OLLAMA_ROPE})
+    models, ids = [load(path, "auto") for path in (file, folder)], tiny.prompt(BLOCKS, 40)
+    assert models[0].config.layers == models[1].config.layers
+    assert logits_of(models[0], ids).tobytes() == logits_of(models[1], ids).tobytes()
+
+
 @pytest.fixture(scope="module")
 def made():
     """(blocks, numbers): tensors by Hugging Face name."""

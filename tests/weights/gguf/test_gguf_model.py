@@ -38,6 +38,28 @@ def test_dense_architectures(architecture, model_type, options, change, tmp_path
         assert config["no_rope_layers"] == [1, 1] and config["no_rope_layer_interval"] == 4
 
 
+@pytest.mark.parametrize(
+    "architecture, options, change",
+    [
+        ("llama", {"biases": True}, rotary),
+        ("qwen2", {"biases": True}, lambda name, array: array),
+        ("qwen3", {"head_norms": True}, lambda name, array: array),
+    ],
+)
+def test_queries_keys_and_values_may_be_one_tensor(architecture, options, change, tmp_path):
+    expected = dense_tensors(np.random.default_rng(5), **options)
+    checkpoint = open_checkpoint(write_dense(tmp_path / "m.gguf", expected, architecture, change=change, fused=True))
+    assert_same(checkpoint, expected)
+    assert checkpoint.config.get("attention_bias", True) == options.get("biases", False)
+
+
+def test_a_fused_tensor_of_another_size_is_refused(tmp_path):
+    tensors = dense_tensors(np.random.default_rng(5))
+    with pytest.raises(ValueError, match=r"attn_qkv.weight' \[64, 32\]: expected 128 rows of queries, keys and values"):
+        open_checkpoint(write_dense(tmp_path / "m.gguf", tensors, "llama", fused=True, attention__head_count_kv=4,
+                                    attention__key_length=8, attention__head_count=8))  # fmt: skip
+
+
 @pytest.mark.parametrize("block", [Q8_0, Q4_0])
 def test_rotary_rows_of_blocks(block, tmp_path):
     tensors = dense_tensors(np.random.default_rng(6))

@@ -1,12 +1,13 @@
 """Gemma 4 in GGUF files: names, and the keys that make its config.json."""
 
-from collections.abc import Container
+from collections.abc import Mapping
 
 import numpy as np
 
 from lockstep.models.families.gemma.gemma3 import SANDWICH_NAMES, gguf_base
 from lockstep.weights.gguf.keys import Keys
 from lockstep.weights.gguf.names import HEAD_NORMS
+from lockstep.weights.tensor import TensorInfo
 
 STILL = 1e29  # factors from here on divide a pair's frequency so that it stands still
 NAMES = {
@@ -35,7 +36,7 @@ TOP_NAMES = {
 }
 
 
-def config_of(config: dict, keys: Keys, names: Container[str]) -> dict:
+def config_of(config: dict, keys: Keys, tensors: Mapping[str, TensorInfo]) -> dict:
     """Adds what differs between layers. Of the common keys head_dim is that of layers that see all keys."""
     num_layers, head_dim = config["num_hidden_layers"], keys.integer("attention.key_length_swa")
     slides = keys.values("attention.sliding_window_pattern") or []
@@ -53,7 +54,11 @@ def config_of(config: dict, keys: Keys, names: Container[str]) -> dict:
         "per_layer_config": {
             str(i): {"head_dim": config["head_dim"], "num_key_value_heads": kv_heads[i]} for i in full if i < num_layers
         },
-        "attention_k_eq_v": any(f"blk.{i}.attn_v.weight" not in names for i in full if i < num_layers - shared),
+        "attention_k_eq_v": not all(
+            has_values(tensors, i, config["num_attention_heads"] + kv_heads[i], config["head_dim"])
+            for i in full
+            if i < num_layers - shared
+        ),
         "num_kv_shared_layers": shared,
         "intermediate_size": widths[0],
         "use_double_wide_mlp": double_wide(widths, shared),
@@ -74,6 +79,12 @@ def experts(keys: Keys) -> dict:
         "top_k_experts": keys.integer("expert_used_count", 0),
         "moe_intermediate_size": keys.integer("expert_feed_forward_length", 0),
     }
+
+
+def has_values(tensors: Mapping[str, TensorInfo], layer: int, others: int, head_dim: int) -> bool:
+    """Whether a layer has a projection of values, alone or below those of its `others` heads of queries and keys."""
+    fused = tensors.get(f"blk.{layer}.attn_qkv.weight")
+    return f"blk.{layer}.attn_v.weight" in tensors or (fused is not None and fused.shape[0] > others * head_dim)
 
 
 DROPPED = ("query_pre_attn_scalar", "rope_theta", "rope_scaling", "partial_rotary_factor")

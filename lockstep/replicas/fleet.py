@@ -59,7 +59,7 @@ class Fleet(ReportingEngine):
         self._changed, self._restarting = threading.Event(), threading.Lock()
         self._open: dict[int, Running] = {}  # streams, by the id of the front's request
         self._replacements = Replacements(num_replicas, limits.max_starts)
-        self._is_closing, self._error = False, None
+        self._is_closing, self._has_started, self._error = False, False, None
         self._progress: OnProgress | None = None
         self._watcher = threading.Thread(target=self._watch, name="lockstep replicas", daemon=True)
 
@@ -79,7 +79,7 @@ class Fleet(ReportingEngine):
         except BaseException:
             self.close()
             raise
-        self._progress = None
+        self._has_started = True
 
     def _wait_for(self, number: int) -> None:
         link = self.links[number]
@@ -224,7 +224,7 @@ class Fleet(ReportingEngine):
                         log.warning("%s is heard again", link)
                         self._work(link)
                 case Loading(kind, done, total):
-                    if self._progress is not None:
+                    if self._progress is not None and not self._has_started:
                         self._progress(kind, done, total)
                 case Ready():
                     self._begin(link, message)
@@ -242,7 +242,7 @@ class Fleet(ReportingEngine):
             link.carried.kill()
             return
         self._replacements.started(link.number)
-        if self._progress is None:
+        if self._has_started:
             log.info("%s is ready", link)
         self._work(link)
 
@@ -308,7 +308,7 @@ class Fleet(ReportingEngine):
             self._move(link, was != LEAVING)
             self._verifications.move(link, self._working())
         why = link.reason or link.carried.why()
-        if was != LEAVING:
+        if was != LEAVING and (self._has_started or was != STARTING):  # `start` itself says why the first did not start
             log.warning("%s was lost: %s", link, why)
         with self._lock:
             self._replace(link.number, was == STARTING, why)

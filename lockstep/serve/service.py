@@ -165,13 +165,17 @@ class Service:
         """Why the engine does not work, or None."""
         if self.engine is None:
             return None
-        if isinstance(self.engine.error, ReplicasLost):
+        if self._is_lost:
             return str(self.engine.error)
         if self.engine.error is not None:
             return "the engine stopped, the log says why"
         if self.engine.seconds_in_step > self.limits.stuck_seconds:
             return f"the engine is stuck: one step has taken {self.engine.seconds_in_step:.0f} s"
         return None
+
+    @property
+    def _is_lost(self) -> bool:
+        return self.engine is not None and isinstance(self.engine.error, ReplicasLost)
 
     @property
     def readiness(self) -> tuple[str, str | None, int | None]:
@@ -198,7 +202,7 @@ class Service:
         """ApiError 503 unless the service is ready, 429 if no more sequences may wait. Called before a body is read."""
         trouble = self.engine_trouble
         if self.state in REFUSED or self.state == "closed" or trouble:
-            reason = self.state if self.state != "ready" else "engine"
+            reason = self.state if self.state != "ready" else "replicas_lost" if self._is_lost else "engine"
             self.metrics.refused[reason] += 1
             raise ApiError(
                 503,

@@ -1,18 +1,25 @@
 """Streams whose replica is killed, stopped or replaced are the streams of an engine that nothing interrupts."""
 
+import errno
 import json
 import os
 import re
+import signal
+import threading
 from dataclasses import replace
 
 import httpx
 import pytest
 
 from lockstep import SamplingParams
+from lockstep.commands.serve import ENGINE_FAILED, serve
 from lockstep.engine.token_stream import EngineStopped
 from lockstep.replicas import carrier
 from lockstep.replicas.front import FrontModel
+from lockstep.replicas.limits import FleetLimits
 from lockstep.replicas.verifying import ReplicasLost
+from lockstep.serve.app import make_app
+from lockstep.serve.service import Service
 from tests.replicas.proof import differences, go_on, kill, read_all, ready_links, stop, wait_until
 
 LONG = SamplingParams(max_tokens=400, ignore_eos=True, temperature=0.8, seed=5, repetition_penalty=1.1)
@@ -138,10 +145,43 @@ class OtherModel(carrier.LocalCarrier):
         return super().start(number, {**settings, **self._settings})
 
 
-def test_a_replica_of_another_model_is_not_used():
+def test_a_replica_of_another_model_is_not_used(caplog):
     why = "replica 0: it must not answer beside the others: another model: the formats of its weights"
     with pytest.raises(ValueError, match=why):
         FrontModel(num_replicas=1, carrier=OtherModel(weights="q8_0"), progress=False)
+    assert caplog.messages == []  # the error says why; nobody needs to be told twice
+
+
+class Once(carrier.LocalCarrier):
+    """Starts each replica only once."""
+
+    def __init__(self):
+        self._started = set()
+
+    def start(self, number, settings):
+        if number in self._started:
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        self._started.add(number)
+        return super().start(number, settings)
+
+
+def test_a_server_that_has_no_replica_left_refuses_requests_and_ends_with_a_status(capsys):
+    def lose_all():
+        wait_until(lambda: said.extend(re.findall(r":(\d+)/v1", capsys.readouterr().out)) or said)
+        kill(ready_links(service.engine)[0])
+        wait_until(lambda: service.engine.error)
+        found.append(httpx.post(f"http://127.0.0.1:{said[0]}/v1/completions", json={"prompt": "x"}))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def load():
+        return FrontModel(num_replicas=1, carrier=Once(), fleet_limits=FleetLimits(max_starts=1), progress=False)
+
+    service, found, said = Service("lockstep"), [], []
+    other = threading.Thread(target=lose_all)
+    other.start()
+    assert serve(load, service, make_app(service), "127.0.0.1", 0) == ENGINE_FAILED
+    other.join()
+    assert found[0].status_code == 503 and found[0].json()["error"]["code"] == "replicas_lost"
 
 
 def test_a_replica_ends_with_its_front():

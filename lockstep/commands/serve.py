@@ -250,7 +250,7 @@ def serve(load_model: Callable[[], "LoadedModel"], service: "Service", app: Any,
     Server(app, service, loading).run(listening)
     if loading.error is not None:
         raise loading.error
-    return ENGINE_FAILED if service.engine_trouble else 0
+    return ENGINE_FAILED if service.has_failed else 0
 
 
 def ready_lines(service: "Service", host: str, port: int) -> list[str]:

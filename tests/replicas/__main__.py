@@ -38,7 +38,7 @@ from tests.replicas.proof import (
     subject,
 )
 
-NUM_WISHES = 120
+NUM_WISHES, PATIENCE_SECONDS = 120, 900.0
 SOURCES = ("off", "auto", "lookup", "mtp")
 
 
@@ -58,12 +58,12 @@ class Clients:
             each = rng.choice(self._menu)
             streams = each.submit(self._fleet)
             try:
-                found = differences(each, streams, read_all(streams))
+                found = differences(each, streams, read_all(streams, PATIENCE_SECONDS))
             except EngineStopped as error:
                 self.counts[f"given up: {error}"[:60]] += len(streams)
                 continue
             except (TimeoutError, AssertionError) as error:
-                found = [f"{each.wish}: {error!r}"]
+                found = [f"{error!r}: {each.wish}"[:1500]]
             self.differences += found
             self.counts["answers"] += len(streams)
             for request in (stream.request for stream in streams):

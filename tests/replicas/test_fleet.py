@@ -120,6 +120,18 @@ def test_streams_wait_for_a_replica_and_no_longer_than_they_may(fleet, front, mo
     assert isinstance(caught.value.__cause__, ReplicasLost)
 
 
+def test_only_requests_that_a_replica_worked_on_are_given_up_with_it(fleet, front, monkeypatch):
+    streams = [fleet.submit(front.encode(PROMPT), replace(LONG, max_tokens=200, seed=i)) for i in range(24)]
+    lost = busy(fleet)
+    held = list(lost.streams.values())
+    monkeypatch.setattr(fleet, "limits", fleet.limits._replace(max_moves=0))
+    kill(lost)
+    wait_until(lambda: all(stream.finish_reason or stream.error for stream in streams), 120)
+    given_up = [each for each in held if each.stream.error is not None]
+    assert sum(stream.error is not None for stream in streams) == len(given_up) <= 8 < len(held)
+    assert given_up and all(each.request.output_ids or each.request.admitted is None for each in given_up)
+
+
 def test_a_cancelled_stream_ends_at_once_and_leaves_nothing(fleet, front):
     stream = fleet.submit(front.encode(PROMPT), LONG)
     link = busy(fleet)
@@ -153,35 +165,47 @@ def test_a_replica_of_another_model_is_not_used(caplog):
 
 
 class Once(carrier.LocalCarrier):
-    """Starts each replica only once."""
+    """Starts a replica only once, until it `may` again."""
 
     def __init__(self):
-        self._started = set()
+        self.may = True
 
     def start(self, number, settings):
-        if number in self._started:
+        if not self.may:
             raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
-        self._started.add(number)
+        self.may = False
         return super().start(number, settings)
 
 
 def test_a_server_that_has_no_replica_left_refuses_requests_and_ends_with_a_status(capsys):
     def lose_all():
         wait_until(lambda: said.extend(re.findall(r":(\d+)/v1", capsys.readouterr().out)) or said)
+        for _ in range(2):
+            kill(ready_links(service.engine)[0])
+            wait_until(lambda: service.engine.error)
+            found.append(ask())
+            once.may = True
+            service.engine.restart()  # replicas that were given up get another chance
+            found.append(ask())
         kill(ready_links(service.engine)[0])
         wait_until(lambda: service.engine.error)
-        found.append(httpx.post(f"http://127.0.0.1:{said[0]}/v1/completions", json={"prompt": "x"}))
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def load():
-        return FrontModel(num_replicas=1, carrier=Once(), fleet_limits=FleetLimits(max_starts=1), progress=False)
+    def ask():
+        return httpx.post(
+            f"http://127.0.0.1:{said[0]}/v1/completions", json={"prompt": "x", "max_tokens": 1}, timeout=60
+        )
 
-    service, found, said = Service("lockstep"), [], []
+    def load():
+        return FrontModel(num_replicas=1, carrier=once, fleet_limits=FleetLimits(max_starts=1), progress=False)
+
+    service, found, said, once = Service("lockstep"), [], [], Once()
     other = threading.Thread(target=lose_all)
     other.start()
     assert serve(load, service, make_app(service), "127.0.0.1", 0) == ENGINE_FAILED
     other.join()
-    assert found[0].status_code == 503 and found[0].json()["error"]["code"] == "replicas_lost"
+    assert [each.status_code for each in found] == [503, 200, 503, 200]
+    assert found[0].json()["error"]["code"] == found[2].json()["error"]["code"] == "replicas_lost"
 
 
 def test_a_replica_ends_with_its_front():

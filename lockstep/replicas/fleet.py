@@ -121,9 +121,8 @@ class Fleet(ReportingEngine):
             self._restarting.release()
 
     def _replace_all(self) -> None:
-        with self._lock:
-            self._replacements.revive()
-            self._error = None
+        self._replacements.revive()
+        self._error = None
         for number in list(self.links):
             self._wait_while_starting()
             with self._lock:

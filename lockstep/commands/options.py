@@ -184,6 +184,8 @@ def loader(replicas: int | None, ray: str | None, check_share: float = 0.0) -> C
     """`load`, or a function like it that gives the model replicas: processes of this machine or of a Ray cluster.
     check_share: see `Fleet`."""
     if replicas is None and ray is None:
+        if check_share:
+            raise ValueError("--check: replicas verify one another's answers: give --replicas or --ray, too")
         return load
 
     def load_front(model: str | None, **options: Any) -> "LoadedModel":

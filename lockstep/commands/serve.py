@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from lockstep.text.tokenizer.tokenizer import Tokenizer
 
 KEY_VARIABLE = "LOCKSTEP_API_KEY"
+ENGINE_FAILED = 1  # the exit code of a server that could answer nothing any more when it was ended
 
 
 def command(
@@ -171,7 +172,7 @@ def command(
         ),
     ] = 0.0,
     op: OpSwaps = None,
-) -> None:
+) -> int:
     """Answer requests over HTTP, as OpenAI's API does: see docs/server.md.
 
     The first SIGTERM, SIGHUP or Ctrl-C refuses new requests and lets those that run come to their end; a second SIGTERM
@@ -223,7 +224,7 @@ def command(
         service.receipts = receipt_desk(service, receipt_key, receipts)
     app = make_app(service, origins, [host, socket.gethostname(), *hosts], files_dir=files_dir)
     load_model = loader(replicas, ray, check)
-    serve(lambda: load_model(model, **sizes), service, app, host, port)
+    return serve(lambda: load_model(model, **sizes), service, app, host, port)
 
 
 def receipt_desk(service: "Service", key: str | None, path: str | None) -> "ReceiptDesk":
@@ -234,9 +235,9 @@ def receipt_desk(service: "Service", key: str | None, path: str | None) -> "Rece
     return ReceiptDesk(service, None if key is None else load_signing_key(key), path)
 
 
-def serve(load_model: Callable[[], "LoadedModel"], service: "Service", app: Any, host: str, port: int) -> None:
-    """Listens at once, answers when the model is loaded, and returns when a signal has ended the server. Raises what
-    went wrong while the model was loaded."""
+def serve(load_model: Callable[[], "LoadedModel"], service: "Service", app: Any, host: str, port: int) -> int:
+    """Listens at once, answers when the model is loaded, and returns when a signal has ended the server: 0, or
+    ENGINE_FAILED. Raises what went wrong while the model was loaded."""
     from lockstep.serve.loading import Loading
     from lockstep.serve.server import Server, bind, raise_open_file_limit
 
@@ -252,6 +253,7 @@ def serve(load_model: Callable[[], "LoadedModel"], service: "Service", app: Any,
     Server(app, service, loading).run(listening)
     if loading.error is not None:
         raise loading.error
+    return ENGINE_FAILED if service.has_failed else 0
 
 
 def ready_lines(service: "Service", host: str, port: int) -> list[str]:

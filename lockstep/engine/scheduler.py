@@ -49,6 +49,7 @@ class Scheduler:
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.num_preempted = 0
+        self.on_admitted: Callable[[Request], object] = lambda request: None  # called when one gets pages at first
         self.free_slots = list(range(limits.max_requests - 1, -1, -1))
 
     @property
@@ -200,6 +201,7 @@ class Scheduler:
             self.prefix.enter(request)
         if request.admitted is None:
             request.admitted = time.monotonic()
+            self.on_admitted(request)
         return True
 
     def _has_room(self, request: Request, known: KnownPrefix | None) -> bool:

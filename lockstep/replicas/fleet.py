@@ -19,10 +19,11 @@ from lockstep.receipts.identity import ModelPart, difference
 from lockstep.receipts.statement import Statement
 from lockstep.receipts.verdict import Verdict, unchecked
 from lockstep.receipts.verify import NOTHING, Given
+from lockstep.replicas import messages
 from lockstep.replicas.carrier import CLOSE_SECONDS, Carrier
 from lockstep.replicas.limits import DEFAULTS, FleetLimits
 from lockstep.replicas.link import LEAVING, LOST, READY, STARTING, STUCK, Link, Running, running
-from lockstep.replicas.messages import Beat, Cancel, Close, Failed, Loading, Ready, Refusal, Step, Update, Verified
+from lockstep.replicas.messages import Cancel, Close, Ready, Update
 from lockstep.replicas.replacements import Replacements
 from lockstep.replicas.reports import ReportingEngine
 from lockstep.replicas.router import choose, usable_names
@@ -59,7 +60,7 @@ class Fleet(ReportingEngine):
         self._changed, self._restarting = threading.Event(), threading.Lock()
         self._open: dict[int, Running] = {}  # streams, by the id of the front's request
         self._replacements = Replacements(num_replicas, limits.max_starts)
-        self._is_closing, self._error = False, None
+        self._is_closing, self._has_started, self._error = False, False, None
         self._progress: OnProgress | None = None
         self._watcher = threading.Thread(target=self._watch, name="lockstep replicas", daemon=True)
 
@@ -79,7 +80,7 @@ class Fleet(ReportingEngine):
         except BaseException:
             self.close()
             raise
-        self._progress = None
+        self._has_started = True
 
     def _wait_for(self, number: int) -> None:
         link = self.links[number]
@@ -87,7 +88,7 @@ class Fleet(ReportingEngine):
             self._changed.wait(LOOK_SECONDS)
             self._changed.clear()
         if link.state != READY:
-            raise ValueError(f"replica {number}: {link.reason or link.carried.why()}")
+            raise ValueError(f"replica {number}: {link.reason or f'it did not start: {link.carried.why()}'}")
 
     def _start(self, number: int) -> None:
         carried = self._carrier.start(number, self._settings)
@@ -121,6 +122,7 @@ class Fleet(ReportingEngine):
 
     def _replace_all(self) -> None:
         self._replacements.revive()
+        self._error = None
         for number in list(self.links):
             self._wait_while_starting()
             with self._lock:
@@ -134,7 +136,7 @@ class Fleet(ReportingEngine):
             while not self._is_closing and self.links[number] is old:
                 time.sleep(LOOK_SECONDS)
             self._wait_while_starting()
-            if self.links[number].state != READY:
+            if not self._is_closing and self.links[number].state != READY:
                 raise ValueError(f"replica {number} did not start again, so the others are left as they are")
 
     def _wait_while_starting(self) -> None:
@@ -215,24 +217,27 @@ class Fleet(ReportingEngine):
             if link.state == LOST:
                 return
             match message:
-                case Step(updates, names):
+                case messages.Step(updates, names):
                     link.blocks.take(names)
                     self._take(link, updates)
-                case Beat():
+                case messages.Stage(name, numbers):
+                    for each in filter(None, map(link.streams.get, numbers)):
+                        each.stages.add(name)
+                case messages.Beat():
                     link.take_beat(message)
                     if link.state == STUCK:
                         log.warning("%s is heard again", link)
                         self._work(link)
-                case Loading(kind, done, total):
-                    if self._progress is not None:
+                case messages.Loading(kind, done, total):
+                    if self._progress is not None and not self._has_started:
                         self._progress(kind, done, total)
-                case Ready():
+                case messages.Ready():
                     self._begin(link, message)
-                case Failed(reason):
+                case messages.Failed(reason):
                     link.reason = reason
-                case Refusal(number, reason):
+                case messages.Refusal(number, reason):
                     self._refuse(link, number, reason)
-                case Verified(number, verdict):
+                case messages.Verified(number, verdict):
                     self._judged(link, number, verdict)
 
     def _begin(self, link: Link, ready: Ready) -> None:
@@ -242,7 +247,7 @@ class Fleet(ReportingEngine):
             link.carried.kill()
             return
         self._replacements.started(link.number)
-        if self._progress is None:
+        if self._has_started:
             log.info("%s is ready", link)
         self._work(link)
 
@@ -308,7 +313,7 @@ class Fleet(ReportingEngine):
             self._move(link, was != LEAVING)
             self._verifications.move(link, self._working())
         why = link.reason or link.carried.why()
-        if was != LEAVING:
+        if was != LEAVING and (self._has_started or was != STARTING):  # `start` itself says why the first did not start
             log.warning("%s was lost: %s", link, why)
         with self._lock:
             self._replace(link.number, was == STARTING, why)
@@ -318,15 +323,16 @@ class Fleet(ReportingEngine):
         moved = [each for number in list(link.streams) if (each := self._drop(link, number)) is not None]
         for each in moved:
             each.num_moves += is_lost
+            each.num_lost += is_lost and each.is_at_work
         self.num_moved += len(moved)
         if moved:
             log.warning("%d streams of %s go on elsewhere", len(moved), link)
         most = self.limits.max_moves
         for each in moved:
-            if each.num_moves > most:
-                text = f"the request was given up: {each.num_moves} replicas were lost while they ran it"
+            if each.num_lost > most:
+                text = f"the request was given up: {each.num_lost} replicas were lost while they ran it"
                 wake([each.stream.fail(ReplicasLost(text))])
-        self._route([each for each in moved if each.num_moves <= most])
+        self._route([each for each in moved if each.num_lost <= most])
 
     def _replace(self, number: int, has_failed: bool, why: str) -> None:
         if self._replacements.plan(number, has_failed):

@@ -7,7 +7,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lockstep.engine.request import Request
@@ -15,7 +15,7 @@ from lockstep.engine.speculation.drafts import DraftCounts
 from lockstep.engine.token_stream import TokenStream
 from lockstep.receipts.form import form_of
 from lockstep.replicas.carrier import Carried
-from lockstep.replicas.messages import Asked, Beat, Ready, Submit
+from lockstep.replicas.messages import BEGUN, READ, WAITS, Asked, Beat, Ready, Submit
 from lockstep.replicas.router import OPEN_TOKENS, KnownBlocks, usable_names
 from lockstep.replicas.updates import known_answer
 
@@ -31,7 +31,8 @@ class Running:
 
     form: of its logits_mask. home: the replica that has it; number: by which both sides know it there, another one each
     time that it is given away: what an earlier replica, or the same one before, still says of it is nobody's.
-    num_moves: how many replicas were lost with it. waits_since: time.monotonic(), while it waits. is_checked: whether
+    stages: see `messages.Stage`, of its home. num_moves: how many replicas were lost with it; num_lost: of these, those
+    that may have been lost because of it. waits_since: time.monotonic(), while it waits. is_checked: whether
     another replica is to verify it; drops_leaves: whether its leaves are only for that.
     """
 
@@ -40,7 +41,9 @@ class Running:
     prediction: list[int]
     home: "Link | None" = None
     number: int = 0
+    stages: set[str] = field(default_factory=set)
     num_moves: int = 0
+    num_lost: int = 0
     waits_since: float = 0.0
     is_checked: bool = False
     drops_leaves: bool = False
@@ -49,6 +52,11 @@ class Running:
     def request(self) -> Request:
         """The front's request, which has all that is known of the answer."""
         return self.stream.request
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether its replica may end because of it."""
+        return BEGUN in self.stages or (READ in self.stages and WAITS not in self.stages)
 
     def asked(self) -> Asked:
         """What a replica needs to go on with it."""
@@ -118,7 +126,7 @@ class Link:
     def give(self, given: list[Running], num_known: int) -> None:
         """Has the replica run streams. num_known: tokens of their prompt that it need not compute."""
         for each in given:
-            each.home, each.number = self, next(NUMBERS)
+            each.home, each.number, each.stages = self, next(NUMBERS), set()
             self.streams[each.number] = each
             load = OPEN_TOKENS + max(0, each.request.num_tokens - num_known)
             self._loads[each.number] = load

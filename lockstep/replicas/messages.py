@@ -59,6 +59,8 @@ class Close(NamedTuple):
 
 # ------------------------------------------------------------ to the front
 
+READ, WAITS, BEGUN = "read", "waits", "begun"  # see Stage
+
 
 class Loading(NamedTuple):
     """Progress of the start, see `progress.OnProgress`."""
@@ -93,6 +95,15 @@ class Ending(NamedTuple):
     refused: tuple[str, str | None] | None
     is_nothing_allowed: bool
     pool: Any
+
+
+class Stage(NamedTuple):
+    """How far a replica is with requests, as it tells before it goes on: it READ them, and has yet to make their masks
+    and so on; they WAIT in its engine; their computing has BEGUN. One that a replica died of had been read, and did not
+    wait."""
+
+    name: str
+    numbers: list[int]
 
 
 class Update(NamedTuple):

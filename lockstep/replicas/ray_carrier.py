@@ -7,15 +7,17 @@ Whoever can reach the port needs its key: all these processes are one trust doma
 """
 
 import contextlib
+import ctypes
 import importlib
 import logging
 import os
 import secrets
+import signal
 import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
@@ -28,12 +30,14 @@ LOCAL, LOOPBACK = "local", "127.0.0.1"
 START_SECONDS, REACH_SECONDS = 120, 5  # for an actor to be placed and to connect; for a cluster to be reached
 END_SECONDS = 10  # for a cluster to end
 OBJECT_STORE_BYTES = 100 << 20  # the least that Ray takes: nothing is kept in it
+SIGACTION_BYTES = 512  # more than a sigaction has anywhere
 KEY_BYTES, GREETING_SECONDS = 32, 10  # of the secret of front and replicas; for one to show that it knows it
 # no report of use to Ray's makers; none of the texts that Ray prints about workers that ended, which the fleet logs
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_raylet_start_wait_time_s": "120",  # machines are busy when a server starts
     "RAY_worker_niceness": "0",  # or its front, and all else, would go before a replica
 }
 
@@ -183,18 +187,40 @@ def connected(address: str) -> Any:
     if ray.is_initialized():  # within a cluster's own process
         return ray
     _check_address(address)
-    quiet: dict[str, Any] = dict(log_to_driver=False, logging_level=logging.ERROR)
     try:
-        if address == LOCAL:
-            ray.init(
-                include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, _node_ip_address=LOOPBACK, **quiet
-            )
-        else:
-            ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"--ray {address}: cannot reach a Ray cluster there: {text}") from None
+        with _own_handler(signal.SIGTERM):
+            _init(ray, address)
+    except Exception as error:  # Ray raises classes of all kinds, plain Exception among them
+        raise ValueError(f"--ray {address}: {_reason(error, address)}") from None
     return ray
+
+
+def _init(ray: Any, address: str) -> None:
+    quiet: dict[str, Any] = dict(log_to_driver=False, logging_level=logging.ERROR)
+    if address == LOCAL:
+        ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, _node_ip_address=LOOPBACK, **quiet)
+    else:
+        ray.init(address=address, **quiet)
+
+
+def _reason(error: Exception, address: str) -> str:
+    """Why Ray did not start, or its cluster was not reached: one line."""
+    if address == "auto" and isinstance(error, ConnectionError):
+        return "no Ray cluster runs on this machine"
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"{'Ray did not start' if address == LOCAL else 'cannot reach a Ray cluster there'}: {text}"
+
+
+@contextlib.contextmanager
+def _own_handler(number: signal.Signals) -> Iterator[None]:
+    """Keeps this process's handler of a signal: Ray installs one that prints a stack. Any thread may do that, which
+    Python's `signal.signal` does not allow."""
+    libc, action = ctypes.CDLL(None), ctypes.create_string_buffer(SIGACTION_BYTES)
+    libc.sigaction(number, None, action)
+    try:
+        yield
+    finally:
+        libc.sigaction(number, action, None)
 
 
 def _check_address(address: str) -> None:

@@ -24,6 +24,9 @@ from lockstep.receipts.form import mask_of
 from lockstep.receipts.masks import SERVER_SECONDS
 from lockstep.receipts.verify import Verification, Verifier
 from lockstep.replicas.messages import (
+    BEGUN,
+    READ,
+    WAITS,
     Asked,
     Beat,
     Cancel,
@@ -32,6 +35,7 @@ from lockstep.replicas.messages import (
     Loading,
     Ready,
     Refusal,
+    Stage,
     Step,
     Submit,
     Verified,
@@ -62,6 +66,7 @@ class Replica:
         self._grammars: Grammars | None = None
         self._making, self._verifying = threading.Lock(), ThreadPoolExecutor(1, "lockstep verifier")
         self._verifier: Verifier | None = None
+        engine.scheduler.on_admitted = self._admitted
         self._thread = EngineThread(engine, self._advanced, self._stopped)
         threading.Thread(target=self._beat, name="lockstep beat", daemon=True).start()
 
@@ -71,8 +76,10 @@ class Replica:
         while True:
             match self._connection.recv():
                 case Submit(asked):
+                    self.send(Stage(READ, [each.number for each in asked]))
                     for each in asked:
                         self._guarded(each.number, lambda each=each: self._submit(each))
+                    self.send(Stage(WAITS, [each.number for each in asked]))
                 case Cancel(numbers):
                     found = [self._requests[number] for number in numbers if number in self._requests]
                     self._thread.send("cancel", *found)
@@ -133,6 +140,10 @@ class Replica:
         self._thread.send("submit", begun.request)
 
     # ------------------------------------------------------------ the engine's thread
+
+    def _admitted(self, request: Request) -> None:
+        if request.id in self._sent:
+            self._tell(Stage(BEGUN, [self._sent[request.id].number]))
 
     def _advanced(self, requests: list[Request]) -> None:
         updates = []

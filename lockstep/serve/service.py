@@ -64,6 +64,7 @@ class Service:
         self.api_keys = list(dict.fromkeys(key.encode() for key in api_keys))
         self.shares_prefixes = share_prefixes or len(self.api_keys) < 2
         self.state, self.created = "loading", int(time.time())
+        self.has_failed = False  # whether nothing could be answered any more when it was closed
         self.llm: LoadedModel | None = None
         self.engine: StreamEngine | None = None
         self.tokenizer: Tokenizer | None = None
@@ -145,6 +146,7 @@ class Service:
 
     def close(self) -> None:
         """Ends the engine and the workers. A step that does not end is not waited for."""
+        self.has_failed |= self.state != "closed" and self.engine_trouble is not None  # closing is no failure
         self.state = "closed"
         self._workers.shutdown(wait=False, cancel_futures=True)
         self.receipts.close()
@@ -165,13 +167,17 @@ class Service:
         """Why the engine does not work, or None."""
         if self.engine is None:
             return None
-        if isinstance(self.engine.error, ReplicasLost):
+        if self._is_lost:
             return str(self.engine.error)
         if self.engine.error is not None:
             return "the engine stopped, the log says why"
         if self.engine.seconds_in_step > self.limits.stuck_seconds:
             return f"the engine is stuck: one step has taken {self.engine.seconds_in_step:.0f} s"
         return None
+
+    @property
+    def _is_lost(self) -> bool:
+        return self.engine is not None and isinstance(self.engine.error, ReplicasLost)
 
     @property
     def readiness(self) -> tuple[str, str | None, int | None]:
@@ -198,14 +204,10 @@ class Service:
         """ApiError 503 unless the service is ready, 429 if no more sequences may wait. Called before a body is read."""
         trouble = self.engine_trouble
         if self.state in REFUSED or self.state == "closed" or trouble:
-            reason = self.state if self.state != "ready" else "engine"
+            reason = self.state if self.state != "ready" else "replicas_lost" if self._is_lost else "engine"
             self.metrics.refused[reason] += 1
-            raise ApiError(
-                503,
-                REFUSED.get(self.state, trouble or "the server is closed"),
-                code=reason,
-                retry_after=LOADING_RETRY if reason == "loading" else None,
-            )
+            words, retry = REFUSED.get(self.state, trouble or "the server is closed"), LOADING_RETRY
+            raise ApiError(503, words, code=reason, retry_after=retry if reason == "loading" else None)
         if self.num_sequences >= self.max_open_sequences:
             raise self.too_busy("queue_full", f"{self.num_sequences} sequences are being answered or wait")
 
@@ -232,8 +234,8 @@ class Service:
     def check_content(self) -> None:
         """ApiError 503 as long as the model's content hash, which receipts name, is not known."""
         if self.loaded.content.known is None:
-            message = "receipts name the model by the hash of its files, which are still being read"
-            raise ApiError(503, message, code="loading", retry_after=LOADING_RETRY)
+            why = "receipts name the model by the hash of its files, which are still being read"
+            raise ApiError(503, why, code="loading", retry_after=LOADING_RETRY)
 
     def check_workers(self) -> None:
         """ApiError 429 if too many calls wait for a worker thread. For routes that generate no sequences."""

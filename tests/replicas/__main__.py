@@ -38,18 +38,18 @@ from tests.replicas.proof import (
     subject,
 )
 
-OPEN, NUM_WISHES = 12, 120
+NUM_WISHES, PATIENCE_SECONDS = 120, 900.0
 SOURCES = ("off", "auto", "lookup", "mtp")
 
 
 class Clients:
     """Threads that submit requests one after another and compare their answers, until `end`."""
 
-    def __init__(self, menu: list[Asked], fleet: Fleet, seed: int) -> None:
+    def __init__(self, menu: list[Asked], fleet: Fleet, seed: int, count: int) -> None:
         self.differences: list[str] = []
         self.counts: Counter[str] = Counter()
         self._menu, self._fleet, self._ends = menu, fleet, threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(random.Random(seed + i),)) for i in range(OPEN)]
+        self._threads = [threading.Thread(target=self._run, args=(random.Random(seed + i),)) for i in range(count)]
         for each in self._threads:
             each.start()
 
@@ -58,12 +58,12 @@ class Clients:
             each = rng.choice(self._menu)
             streams = each.submit(self._fleet)
             try:
-                found = differences(each, streams, read_all(streams))
+                found = differences(each, streams, read_all(streams, PATIENCE_SECONDS))
             except EngineStopped as error:
                 self.counts[f"given up: {error}"[:60]] += len(streams)
                 continue
             except (TimeoutError, AssertionError) as error:
-                found = [f"{each.wish}: {error!r}"]
+                found = [f"{error!r}: {each.wish}"[:1500]]
             self.differences += found
             self.counts["answers"] += len(streams)
             for request in (stream.request for stream in streams):
@@ -109,8 +109,7 @@ def faults(fleet: Fleet, num_kills: int, rng: random.Random, made: Counter[str],
             if spared:
                 seen += found
             made["kills"] += 1
-        if made["kills"] % 20 == 0:
-            print(f"{made['kills']} kills, {fleet.num_moved} streams moved", flush=True)
+        print(f"\r{made['kills']} kills, {fleet.num_moved} streams moved", end="", flush=True)
 
 
 def main(carrier: Carrier | None = None) -> int:
@@ -118,6 +117,7 @@ def main(carrier: Carrier | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.replicas", description=__doc__)
     parser.add_argument("--kills", type=int, default=1000, help="how many, at least (%(default)s)")
     parser.add_argument("--replicas", type=int, default=3, help="how many at once (%(default)s)")
+    parser.add_argument("--clients", type=int, default=12, help="how many ask one request after another (%(default)s)")
     parser.add_argument("--speculate", default="auto", choices=SOURCES, help="of the replicas (%(default)s)")
     parser.add_argument("--seed", type=int, default=time.time_ns() // 10**9, help="of requests and moments (the time)")
     parser.add_argument("--broken", action="store_true", help="instead: one replica has broken memory, and is found")
@@ -141,7 +141,7 @@ def main(carrier: Carrier | None = None) -> int:
         fleet_limits=limits,
         progress=False,
     )
-    clients = Clients(menu, front.fleet, given.seed)
+    clients = Clients(menu, front.fleet, given.seed, given.clients)
     made, seen = Counter[str](), list[Gap]()
     with contextlib.suppress(KeyboardInterrupt):  # what was seen so far is reported
         faults(front.fleet, given.kills, random.Random(given.seed), made, seen)
@@ -191,7 +191,7 @@ def report(front: FrontModel, clients: Clients, made: Counter[str], seen: list[G
     if left or counts["running"] or counts["waiting"]:
         found.append(f"left over: {left}, {counts}")
     front.close()
-    print(", ".join(f"{name}: {count}" for name, count in sorted((made + clients.counts).items())))
+    print("\n" + ", ".join(f"{name}: {count}" for name, count in sorted((made + clients.counts).items())))
     print(f"{fleet.num_moved} streams moved, {fleet.num_lost} replicas lost")
     if seen:
         whole = np.array([gap.seconds for gap in seen]) * 1e3

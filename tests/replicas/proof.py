@@ -113,7 +113,7 @@ def differences(each: Asked, streams: list[TokenStream], tokens: list[list[Token
             found.append(f"sample {number}: its reader got other tokens")
         if "".join(token.text for token in read) != before.text:
             found.append(f"sample {number}: its reader got another text")
-    return [f"{each.wish}: {what}"[:1500] for what in found]
+    return [f"{what}: {each.wish}"[:1500] for what in found]
 
 
 # ------------------------------------------------------------ faults

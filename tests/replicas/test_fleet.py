@@ -1,18 +1,25 @@
 """Streams whose replica is killed, stopped or replaced are the streams of an engine that nothing interrupts."""
 
+import errno
 import json
 import os
 import re
+import signal
+import threading
 from dataclasses import replace
 
 import httpx
 import pytest
 
 from lockstep import SamplingParams
+from lockstep.commands.serve import ENGINE_FAILED, serve
 from lockstep.engine.token_stream import EngineStopped
 from lockstep.replicas import carrier
 from lockstep.replicas.front import FrontModel
+from lockstep.replicas.limits import FleetLimits
 from lockstep.replicas.verifying import ReplicasLost
+from lockstep.serve.app import make_app
+from lockstep.serve.service import Service
 from tests.replicas.proof import differences, go_on, kill, read_all, ready_links, stop, wait_until
 
 LONG = SamplingParams(max_tokens=400, ignore_eos=True, temperature=0.8, seed=5, repetition_penalty=1.1)
@@ -113,6 +120,18 @@ def test_streams_wait_for_a_replica_and_no_longer_than_they_may(fleet, front, mo
     assert isinstance(caught.value.__cause__, ReplicasLost)
 
 
+def test_only_requests_that_a_replica_worked_on_are_given_up_with_it(fleet, front, monkeypatch):
+    streams = [fleet.submit(front.encode(PROMPT), replace(LONG, max_tokens=200, seed=i)) for i in range(24)]
+    lost = busy(fleet)
+    held = list(lost.streams.values())
+    monkeypatch.setattr(fleet, "limits", fleet.limits._replace(max_moves=0))
+    kill(lost)
+    wait_until(lambda: all(stream.finish_reason or stream.error for stream in streams), 120)
+    given_up = [each for each in held if each.stream.error is not None]
+    assert sum(stream.error is not None for stream in streams) == len(given_up) <= 8 < len(held)
+    assert given_up and all(each.request.output_ids or each.request.admitted is None for each in given_up)
+
+
 def test_a_cancelled_stream_ends_at_once_and_leaves_nothing(fleet, front):
     stream = fleet.submit(front.encode(PROMPT), LONG)
     link = busy(fleet)
@@ -138,10 +157,55 @@ class OtherModel(carrier.LocalCarrier):
         return super().start(number, {**settings, **self._settings})
 
 
-def test_a_replica_of_another_model_is_not_used():
+def test_a_replica_of_another_model_is_not_used(caplog):
     why = "replica 0: it must not answer beside the others: another model: the formats of its weights"
     with pytest.raises(ValueError, match=why):
         FrontModel(num_replicas=1, carrier=OtherModel(weights="q8_0"), progress=False)
+    assert caplog.messages == []  # the error says why; nobody needs to be told twice
+
+
+class Once(carrier.LocalCarrier):
+    """Starts a replica only once, until it `may` again."""
+
+    def __init__(self):
+        self.may = True
+
+    def start(self, number, settings):
+        if not self.may:
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        self.may = False
+        return super().start(number, settings)
+
+
+def test_a_server_that_has_no_replica_left_refuses_requests_and_ends_with_a_status(capsys):
+    def lose_all():
+        wait_until(lambda: said.extend(re.findall(r":(\d+)/v1", capsys.readouterr().out)) or said)
+        for _ in range(2):
+            kill(ready_links(service.engine)[0])
+            wait_until(lambda: service.engine.error)
+            found.append(ask())
+            once.may = True
+            service.engine.restart()  # replicas that were given up get another chance
+            found.append(ask())
+        kill(ready_links(service.engine)[0])
+        wait_until(lambda: service.engine.error)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def ask():
+        return httpx.post(
+            f"http://127.0.0.1:{said[0]}/v1/completions", json={"prompt": "x", "max_tokens": 1}, timeout=60
+        )
+
+    def load():
+        return FrontModel(num_replicas=1, carrier=once, fleet_limits=FleetLimits(max_starts=1), progress=False)
+
+    service, found, said, once = Service("lockstep"), [], [], Once()
+    other = threading.Thread(target=lose_all)
+    other.start()
+    assert serve(load, service, make_app(service), "127.0.0.1", 0) == ENGINE_FAILED
+    other.join()
+    assert [each.status_code for each in found] == [503, 200, 503, 200]
+    assert found[0].json()["error"]["code"] == found[2].json()["error"]["code"] == "replicas_lost"
 
 
 def test_a_replica_ends_with_its_front():

@@ -46,7 +46,7 @@ log = logging.getLogger("lockstep.model")
 
 
 class LoadOptions(NamedTuple):
-    """The arguments of LLM that also hold for its draft model, except rope and packs_lazily. progress: None: of nobody's
+    """The arguments of LLM that also hold for its draft model, except rope and packs_lazily. progress: None: of no
     interest."""
 
     weights: str

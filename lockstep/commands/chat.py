@@ -204,9 +204,9 @@ def entries_of_input() -> "Entries":
 
 def most_tokens(llm: "LLM") -> int:
     """The most tokens of an answer by default: thoughts may take all of the context."""
-    from lockstep.text.reasoning import thinks
+    from lockstep.text.reasoning import marks_of
 
-    return llm.max_context if any(map(thinks, llm.tokenizer.chat_templates.values())) else ANSWER_TOKENS
+    return llm.max_context if any(map(marks_of, llm.tokenizer.chat_templates.values())) else ANSWER_TOKENS
 
 
 def first_settings(defaults: dict, asked: dict) -> dict:

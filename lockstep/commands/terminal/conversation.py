@@ -22,7 +22,7 @@ from lockstep.commands.terminal.turn import Turn
 from lockstep.engine.request import SamplingParams
 from lockstep.llm import LLM
 from lockstep.text import conversation as chat
-from lockstep.text.reasoning import thinks
+from lockstep.text.reasoning import marks_of
 
 Message = dict[str, Any]
 ROLES = ("system", "user", "assistant")
@@ -168,7 +168,7 @@ class Conversation:
 
     def _set_thinking(self, is_on: bool) -> None:
         if self._chat.thinking is None:
-            always = any(map(thinks, self.llm.tokenizer.chat_templates.values()))
+            always = any(map(marks_of, self.llm.tokenizer.chat_templates.values()))
             knows = "knows thoughts, but has no switch for them" if always else "knows no thinking"
             raise ValueError(f"this model's chat template {knows}, so this changes nothing")
         self.thinking = is_on

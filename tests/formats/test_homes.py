@@ -12,10 +12,11 @@ FOLDER = Path(formats.__file__).parent
 OTHERS = {p: p.read_text("utf-8").lower() for p in FOLDER.parent.rglob("*.py") if FOLDER not in p.parents}
 
 GRIDS, FILE_NAMES, FOLDERS = Path("ptq/spec.py"), Path("weights/sources/quants.py"), Path("models/families/gpt_oss.py")
+PAIRS = {Path("weights/folders/mlx.py"), *(Path(f"weights/gguf/{name}.py") for name in ("file", "undo"))}
 COMPRESSED = Path("weights/folders/compressed.py")
 OF_ACTIVATIONS = {Path("engine/selfcheck/rounded.py"), *(Path(f"ops/rounded/grids{end}.py") for end in ("", "_cpu"))}
 # where a format's name stands for something else, or for the way in which a model's folders store it
-SAME_WORD = {"mxfp4": {GRIDS, FILE_NAMES, FOLDERS}, "nvfp4": {GRIDS, FILE_NAMES, *OF_ACTIVATIONS, COMPRESSED}}
+SAME_WORD = {"mxfp4": {GRIDS, FILE_NAMES, FOLDERS, *PAIRS}, "nvfp4": {GRIDS, FILE_NAMES, *OF_ACTIVATIONS, COMPRESSED}}
 
 
 @pytest.mark.parametrize("name", [name for name, format in BLOCK_FORMATS.items() if format.stored.encode is None])

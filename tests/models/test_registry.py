@@ -10,8 +10,15 @@ from lockstep.models.registry import ARCHITECTURES, BY_MODEL_TYPE, FAMILIES
 PACKAGE = Path(lockstep.__file__).parent
 # Not lockstep/text: tokenizers and notations of tool calls have names of their own, which some models share.
 ROOMS = ("commands", "engine", "formats", "models", "native", "ops", "ptq", "runtime", "weights")
-# GGUF files of Mistral name Llama's architecture, those of its vision-language models Ministral's
-ALSO = {"mistral": {f"models/families/{name}.py" for name in ("llama", "ministral3")}}
+# GGUF files of Mistral name Llama's architecture, those of its vision-language models Ministral's; folders with
+# Mistral's own params.json name neither; the self-check runs two families in all formats
+NATIVE, CHECK = "weights/folders/mistral.py", "engine/selfcheck/check.py"
+ALSO = {
+    "mistral": {NATIVE, *(f"models/families/{name}.py" for name in ("llama", "ministral3"))},
+    "ministral3": {NATIVE},
+    "qwen3": {CHECK},
+    "qwen3_moe": {CHECK},
+}
 
 
 @pytest.mark.parametrize("name", FAMILIES)

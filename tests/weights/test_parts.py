@@ -96,7 +96,10 @@ def test_a_process_that_ends_in_between_has_kept_whole_weights_and_the_next_pack
     told = []
     again = loaded(open_checkpoint(tmp_path / "qwen3_moe"), progress=lambda *report: told.append(report))
     assert logits_of(again, PROMPT).tobytes() == expected.tobytes()
-    assert len(again.store.in_parts) == experts - 3 and {kind for kind, *_ in told} == {"loading", "packing"}
+    assert len(again.store.in_parts) == experts - 3 and {kind for kind, *_ in told} - {"reading"} == {
+        "loading",
+        "packing",
+    }
     again.store.finish()
     assert len(files(packed)) == experts + others and files(packed).items() >= kept.items()
     told.clear()

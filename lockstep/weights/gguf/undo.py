@@ -204,7 +204,8 @@ class Times(Undo):
         return times
 
     def _factor(self) -> np.float32:
-        factors, index = self.factors.finite_f32(), self.undo.index if isinstance(self.undo, Expert) else 0
+        undos = self.undo.undos if isinstance(self.undo, Chain) else (self.undo,)
+        factors, index = self.factors.finite_f32(), next((u.index for u in undos if isinstance(u, Expert)), 0)
         if factors.ndim != 1 or (factors.size != 1 and index >= factors.size):
             raise ValueError(
                 f"tensor {self.factors.name!r} {list(factors.shape)}: expected one factor, or one an expert"

@@ -1,4 +1,5 @@
-"""One fleet of two replicas for all tests of this folder, and the answers of an engine beside it."""
+"""One fleet of two replicas for all tests of this folder, and the answers of an engine beside it. They end with the
+folder: a fleet hears its replicas all the time, and other tests count what their process does."""
 
 import pytest
 
@@ -14,7 +15,7 @@ from tests.serve.server import listening
 LIMITS = FleetLimits(max_moves=5, silent_seconds=1.5)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def front():
     """A FrontModel with two replicas."""
     with FrontModel(num_replicas=2, max_requests=8, speculate="auto", fleet_limits=LIMITS, progress=False) as made:
@@ -30,14 +31,14 @@ def fleet(front):
     wait_until(lambda: not any(link.streams for link in made.links.values()))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def alone():
     """An engine in this process that nothing interrupts."""
     with LLM(threads=1, max_requests=8, progress=False) as llm:
         yield AsyncEngine(llm.engine)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def menu(alone):
     """Requests with their answers."""
     made = asked(subject(), 1, 24)
@@ -45,7 +46,7 @@ def menu(alone):
     return made
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(front):
     """A server of the fleet, which it does not close."""
     service = Service("lockstep")

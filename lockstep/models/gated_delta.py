@@ -65,5 +65,6 @@ def gated_delta(
     )
     out = ops.program.tensor(f"{label}.norm", "T", H * V)
     weight = ops.constant(f"{label}.norm.weight", V)
-    where = dict(row_width=proj.width, z_offset=z, num_heads=H, head_dim=V)
+    in_turn = shape.num_k_heads if shape.has_heads_in_turn else 1
+    where = dict(row_width=proj.width, z_offset=z, num_heads=H, head_dim=V, num_in_turn=in_turn)
     return ops.program.emit(GatedNorm(out=out, o=ops.program.emit(rule), z=proj, weight=weight, eps=eps, **where))

@@ -53,13 +53,15 @@ class Heads:
 
 @dataclass(frozen=True)
 class LinearAttention:
-    """Shape of a gated delta rule layer."""
+    """Shape of a gated delta rule layer. has_heads_in_turn: whether the output projection reads the value heads as GGUF
+    files have them: the first of every key head, then the second of every key head."""
 
     num_k_heads: int
     num_v_heads: int
     k_head_dim: int
     v_head_dim: int
     conv_width: int
+    has_heads_in_turn: bool = False
 
     @property
     def qk_width(self) -> int:

@@ -4,7 +4,7 @@ from lockstep.native.kernel import inlined, kernel
 from lockstep.native.simd import load, store
 from lockstep.ops.elementwise.rms_norm_cpu import inverse_rms
 from lockstep.ops.math import silu
-from lockstep.ops.recurrent.gated_norm import GatedNorm
+from lockstep.ops.recurrent.gated_norm import GatedNorm, place_of
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import num_rows
 
@@ -17,7 +17,8 @@ def gated_norm(op, step, thread, num_threads):
     num_heads = num_rows(op, step) * H
     for i in range(num_heads * thread // num_threads, num_heads * (thread + 1) // num_threads):
         z = a.z + 4 * (i // H * a.row_width + a.z_offset + i % H * K)
-        gate_head(a.o + 4 * K * i, z, a.weight, K, a.eps, a.out + 4 * K * i)
+        place = i - i % H + place_of(i % H, H, a.num_in_turn)
+        gate_head(a.o + 4 * K * i, z, a.weight, K, a.eps, a.out + 4 * K * place)
 
 
 @inlined

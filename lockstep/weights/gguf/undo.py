@@ -86,27 +86,17 @@ class GroupedRows(Undo):
 
 @dataclass(frozen=True)
 class GroupedColumns(Undo):
-    """Puts value heads back into groups along K: whole blocks move; if a block spans heads, weights become float32."""
+    """Puts value heads back into groups along K: whole blocks move. Where a block spans heads, nothing can move."""
 
     heads: ValueHeads
 
-    def info(self, info: TensorInfo) -> TensorInfo:
-        return info if self._moves_whole_blocks(info.format, info.shape) else _as_f32(info)
-
     def apply(self, tensor: StoredTensor) -> StoredTensor:
-        if not self._moves_whole_blocks(tensor.format, tensor.shape):
-            tensor = _f32(tensor, tensor.to_f32())
         if tensor.format not in BLOCK_FORMATS:
             return _with_data(tensor, tensor.read().take(self.heads.order(tensor.shape[-1]), axis=1))
         block = BLOCK_FORMATS[tensor.format]
         blocks = tensor.read().reshape(len(tensor.data), -1, block.block_bytes)
         moved = blocks[:, self.heads.order(blocks.shape[1])].reshape(tensor.data.shape)
         return _with_data(tensor, moved)
-
-    def _moves_whole_blocks(self, format: str, shape: tuple[int, ...]) -> bool:
-        if format not in BLOCK_FORMATS:
-            return True
-        return shape[-1] // self.heads.num_value_heads % BLOCK_FORMATS[format].block_size == 0
 
 
 class MinusOne(Undo):

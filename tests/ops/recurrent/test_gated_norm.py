@@ -15,8 +15,8 @@ def floats(*shape):
     return RNG.standard_normal(shape).astype(np.float32)
 
 
-def norm(backend, o, z, w, offset, num_threads=1):
-    where = dict(row_width=z.shape[1], z_offset=offset, num_heads=o.shape[1] // w.size, head_dim=w.size)
+def norm(backend, o, z, w, offset, num_threads=1, **more):
+    where = dict(row_width=z.shape[1], z_offset=offset, num_heads=o.shape[1] // w.size, head_dim=w.size, **more)
     return run_op(backend, GatedNorm, num_threads=num_threads, o=o, z=z, weight=w, eps=1e-6, **where)["out"]
 
 
@@ -28,6 +28,15 @@ def test_kernel_equals_definition(num_tokens, num_heads, head_size):
     expected = norm(gated_norm.REFERENCE, o, z, w, 24)
     for num_threads in (1, 3):
         same_bits(norm(gated_norm_cpu.CPU, o, z, w, 24, num_threads), expected)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 6])
+def test_heads_of_groups_take_turns(groups):
+    o, z, w = floats(5, 6 * 32), floats(5, 6 * 32), floats(32)
+    plain = norm(gated_norm.REFERENCE, o, z, w, 0).reshape(5, groups, 6 // groups, 32)
+    expected = plain.swapaxes(1, 2).reshape(5, -1)
+    same_bits(norm(gated_norm.REFERENCE, o, z, w, 0, num_in_turn=groups), expected)
+    same_bits(norm(gated_norm_cpu.CPU, o, z, w, 0, 2, num_in_turn=groups), expected)
 
 
 def test_definition_compiled_equals_interpreted():

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from lockstep.formats import Q4_0, Q8_0
+from lockstep.formats import Q4_0, Q4_K, Q8_0
 from lockstep.models.checkpoint import open_checkpoint
 from lockstep.models.registry import model_config
+from tests.models.running import load, logits_of
 from tests.weights import convert
 from tests.weights.fuzz import mutations
 from tests.weights.gguf.gguf_models import assert_same_qwen35, qwen35_tensors, write_qwen35
@@ -55,20 +56,21 @@ def test_qwen35_columns_of_blocks_move_whole(block, tmp_path):
     assert tensor.format == format and (tensor.data == block.quantize(weights)).all()
 
 
-def test_qwen35_columns_across_blocks_become_float32(tmp_path):
-    """Value heads of 64 in k-quant blocks of 256: a block spans heads, so single weights move, not blocks."""
+def test_qwen35_blocks_that_span_heads_stay_and_the_norm_puts_heads_in_their_order(tmp_path):
+    """Value heads of 64 in k-quant blocks of 256, against the same weights as float32, whose columns moved."""
     rng, name = np.random.default_rng(14), "model.layers.0.linear_attn.out_proj.weight"
     tensors = qwen35_tensors(rng, 2, 4, size=64, mtp=False)
-    del tensors[name]
     raw = rng.integers(0, 256, (32, 144), np.uint8)
-    raw[:, [1, 3]] &= 0x3B
+    raw[:, [1, 3]], raw[:, [0, 2]] = 0x1C, 0
+    tensors[name] = convert.tile_heads(Q4_K.dequantize(raw), 1, 2, 4)  # two groups of two: its own inverse
+    write_qwen35(tmp_path / "moved.gguf", tensors, 2, 4, size=64)
+    del tensors[name]
     packed = {"blk.0.ssm_out.weight": ("q4_k", (32, 256), raw.tobytes())}
-    checkpoint = open_checkpoint(write_qwen35(tmp_path / "m.gguf", tensors, 2, 4, size=64, packed=packed))
-    tensor, info = checkpoint.tensors[name], checkpoint.tensors.info[name]
-    assert tensor.format == info.format == "f32" and tensor.shape == info.shape and tensor.data.nbytes == info.num_bytes
-    from lockstep.formats import Q4_K
-
-    assert (convert.tile_heads(tensor.data, 1, 2, 4) == Q4_K.dequantize(raw)).all()
+    stayed = open_checkpoint(write_qwen35(tmp_path / "stayed.gguf", tensors, 2, 4, size=64, packed=packed))
+    assert stayed.tensors[name].format == "q4_k" and (stayed.tensors[name].data == raw).all()
+    ids = rng.integers(3, 40, 50).tolist()
+    expected, found = (logits_of(load(tmp_path / f"{which}.gguf", "f32"), ids) for which in ("moved", "stayed"))
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 def test_decay_that_is_no_bfloat16_logarithm(tmp_path):

@@ -1,6 +1,6 @@
 """Qwen3.5: gated delta rule layers with a gated attention layer after every few; norms store w - 1; partial rope."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 from lockstep.models.config import Config, check_keys, layer_types, need, optional
@@ -35,11 +35,13 @@ from lockstep.weights.gguf.undo import (
     Undo,
     ValueHeads,
 )
+from lockstep.weights.tensor import BLOCK_FORMATS, TensorInfo
 
 OFFSET = 1.0  # of every norm except the norm of the delta rule's heads
 DELTA = """linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim
 linear_conv_kernel_dim""".split()
-KEYS = ["attention_bias", "layer_types", "full_attention_interval", "mtp_num_hidden_layers", *DELTA]
+IN_TURN = "linear_value_heads_in_turn"  # a key of configs that are made of GGUF files
+KEYS = [IN_TURN, "attention_bias", "layer_types", "full_attention_interval", "mtp_num_hidden_layers", *DELTA]
 
 # ------------------------------------------------------------ config.json
 
@@ -73,7 +75,8 @@ def check_output_gate(config: Config) -> None:
 
 def delta_rule(config: Config) -> LinearAttention:
     """The shape of gated delta rule layers; ValueError for one that the kernels cannot run."""
-    linear = LinearAttention(*(need(config, key) for key in DELTA))
+    sizes = [need(config, key) for key in DELTA]
+    linear = LinearAttention(*sizes, has_heads_in_turn=bool(config.get(IN_TURN)))
     if linear.k_head_dim % 16 or linear.v_head_dim % 16 or linear.num_v_heads % linear.num_k_heads:
         raise ValueError(
             f"linear attention of {linear.num_v_heads} value heads of {linear.v_head_dim} and {linear.num_k_heads} "
@@ -132,22 +135,27 @@ MTP_NAMES = {
 }
 
 
-def gguf_config(config: dict, keys: Keys, names: Container[str], reordered: bool = True) -> dict:
+def gguf_config(config: dict, keys: Keys, infos: Mapping[str, TensorInfo], reordered: bool = True) -> dict:
     """Adds biases, layer types and the numbers of the gated delta rule. reordered: whether conversion reorders value
-    heads, as it does for this architecture."""
+    heads, as it does for this architecture. The norm before the output projections puts them in that order, too, if
+    blocks of one of these matrices span heads, as blocks of 256 do."""
     if keys.flag("ssm.v_head_reordered", reordered) != reordered:
         raise ValueError(f"ssm.v_head_reordered is {not reordered}, which is not supported in this architecture")
     num_value_heads, inner_size = keys.integer("ssm.time_step_rank"), keys.integer("ssm.inner_size")
     if num_value_heads == 0 or inner_size % num_value_heads:
         raise ValueError(f"ssm.inner_size {inner_size} is not {num_value_heads} heads of one size")
+    head_size = inner_size // num_value_heads
+    outputs = [info for name, info in infos.items() if name.endswith("ssm_out.weight") and info.format in BLOCK_FORMATS]
+    spans = any(head_size % BLOCK_FORMATS[info.format].block_size for info in outputs)
     return gguf_rope(config, keys) | {
-        **has_biases(names, "attention_bias"),
+        **has_biases(infos, "attention_bias"),
+        **({IN_TURN: True} if reordered and spans and keys.integer("ssm.group_count") != num_value_heads else {}),
         "layer_types": gguf_layer_types(keys, config["num_hidden_layers"]),
         "full_attention_interval": keys.integer("full_attention_interval", 4),
         "linear_num_key_heads": keys.integer("ssm.group_count"),
         "linear_num_value_heads": num_value_heads,
         "linear_key_head_dim": keys.integer("ssm.state_size"),
-        "linear_value_head_dim": inner_size // num_value_heads,
+        "linear_value_head_dim": head_size,
         "linear_conv_kernel_dim": keys.integer("ssm.conv_kernel"),
         "attn_output_gate": True,
         "mamba_ssm_dtype": "float32",
@@ -187,6 +195,8 @@ def undo(name: str, config: Mapping) -> Undo:
     if heads.num_key_heads == 0 or heads.num_value_heads % heads.num_key_heads:
         raise ValueError(f"{heads.num_value_heads} value heads do not divide over {heads.num_key_heads} key heads")
     num_query_key_rows = 2 * heads.num_key_heads * config["linear_key_head_dim"]
+    if config.get(IN_TURN) and name.endswith(".out_proj.weight"):
+        return Undo()
     return undo_of(name, heads, num_query_key_rows)
 
 

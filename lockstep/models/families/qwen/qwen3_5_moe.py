@@ -1,6 +1,6 @@
 """Qwen3.5-MoE (Qwen3.5 and Qwen3.6 35B-A3B): Qwen3.5 with experts in place of MLPs, one of which all tokens share."""
 
-from collections.abc import Container
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -15,6 +15,7 @@ from lockstep.models.model_config import Experts, ModelConfig
 from lockstep.weights.gguf.architecture import Architecture
 from lockstep.weights.gguf.keys import Keys
 from lockstep.weights.gguf.names import EXPERTS, SHARED_EXPERT
+from lockstep.weights.tensor import TensorInfo
 
 EXPERT_KEYS = "num_experts num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size".split()
 
@@ -34,9 +35,9 @@ def with_shared_expert(config: Config) -> Experts:
 NAMES = {**qwen3_5.NAMES, **EXPERTS, **SHARED_EXPERT}
 
 
-def gguf_config(config: dict, keys: Keys, names: Container[str]) -> dict:
+def gguf_config(config: dict, keys: Keys, infos: Mapping[str, TensorInfo]) -> dict:
     """Adds the numbers of the experts to those of Qwen3.5."""
-    return qwen3_5.gguf_config(config, keys, names) | gguf_experts(keys)
+    return qwen3_5.gguf_config(config, keys, infos) | gguf_experts(keys)
 
 
 def gguf_experts(keys: Keys) -> dict:

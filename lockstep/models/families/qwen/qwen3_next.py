@@ -5,7 +5,7 @@ b and a of its values. GGUF files have queries, keys and values in one tensor an
 in_proj_qkvz as it is; all have in_proj_ba as it is.
 """
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -25,7 +25,7 @@ from lockstep.weights.gguf.architecture import Architecture
 from lockstep.weights.gguf.keys import Keys
 from lockstep.weights.gguf.undo import Undo, ValueHeads
 from lockstep.weights.rearranged import gathered
-from lockstep.weights.tensor import StoredTensor
+from lockstep.weights.tensor import StoredTensor, TensorInfo
 
 KEYS = [*qwen3_5.KEYS, *qwen3_5_moe.EXPERT_KEYS, "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"]
 FREE = ["partial_rotary_factor", "decoder_sparse_step", "mlp_only_layers"]
@@ -69,9 +69,9 @@ def columns_of(rows: np.ndarray, *widths: int) -> list[np.ndarray]:
 NAMES = {**qwen3_5_moe.NAMES, "ssm_in": "linear_attn.in_proj_qkvz", "ssm_ba": "linear_attn.in_proj_ba"}
 
 
-def gguf_config(config: dict, keys: Keys, names: Container[str]) -> dict:
+def gguf_config(config: dict, keys: Keys, infos: Mapping[str, TensorInfo]) -> dict:
     """Adds the numbers of the delta rule and of the experts, which all layers have."""
-    made = qwen3_5.gguf_config(config, keys, names, reordered=False) | gguf_experts(keys)
+    made = qwen3_5.gguf_config(config, keys, infos, reordered=False) | gguf_experts(keys)
     return made | {"decoder_sparse_step": 1, "mlp_only_layers": []}
 
 

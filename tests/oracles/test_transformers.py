@@ -22,6 +22,9 @@ hugging_face = pytest.importorskip(
 SEED = int(os.environ.get("LOCKSTEP_SEED") or secrets.randbelow(1 << 30))
 BUNDLED = pathlib.Path(lockstep.__file__).parent / "bundled"
 NUM_TOKENS = 70  # more than one page of keys
+# Sparse gates, which compare with a mean and a deviation, pass on rounding errors many times larger: of 14 seeds the
+# worst was off by 1.1e-4, where transformers in float32 was by 0.6e-4.
+AMPLIFIES = {"gemma3n_apart"}
 
 
 def made(folder, name, dtype="F32", seed=SEED):
@@ -39,8 +42,11 @@ def test_float32(name, tmp_path):
     folder, ids = made(tmp_path, name)
     expected, model = hugging_face.logits(folder, ids, hugging_face.torch.float64), load(folder)
     whole = logits_of(model, ids)
+    allowed = 1e-4
+    if name in AMPLIFIES:
+        allowed = 3 * difference(hugging_face.logits(folder, ids, hugging_face.torch.float32), expected)[0]
     worst, _ = difference(whole, expected)
-    assert worst <= 1e-4, f"seed {SEED}: max_abs_diff {worst:.3g}"
+    assert worst <= allowed, f"seed {SEED}: max_abs_diff {worst:.3g}, allowed {allowed:.3g}"
     assert whole.tobytes() == logits_of(model, ids, cuts=(1, 2, 33, 64, 65)).tobytes(), f"seed {SEED}"
 
 

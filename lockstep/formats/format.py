@@ -57,14 +57,15 @@ class Dense(NamedTuple):
     """A second layout of the panels of a format without scales, in fewer bytes: groups, and a stream of headers.
 
     packed: plain panels to both arrays, uint8 [panels, bytes] each, or None where it does not pay. tile: as
-    `Format.tile`; the first of several also writes plain panels, which the others read. fits: whether rows of K weights
-    may lie in it. bytes_of: K to the bytes of a panel's groups and of its headers.
+    `Format.tile`; the first of several also writes plain panels, which the others read. block_size:
+    weights of a feature under one header, which must divide a row; group_bytes, header_bytes: a panel's, for so many.
     """
 
     packed: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray] | None]
     tile: Callable[[Any], dict]
-    fits: Callable[[int], bool]
-    bytes_of: Callable[[int], tuple[int, int]]
+    block_size: int
+    group_bytes: int
+    header_bytes: int
 
 
 class Lookup(NamedTuple):

@@ -77,9 +77,9 @@ def packed_bytes(op, weight):
     """Bytes of a linear layer's weight as the op's kernel reads it, padding included: in a dense layout where the width
     allows one and experts do not share the op. (A matrix of uncommon exponents keeps plain panels, which take more.)"""
     format, (rows, K) = FORMATS[weight.format], weight.shape
-    if format.dense is None or not format.dense.fits(K) or isinstance(op, ExpertLinear):
+    if format.dense is None or K % format.dense.block_size or isinstance(op, ExpertLinear):
         return num_panels(rows) * format.panel_bytes(K)
-    return num_panels(rows) * sum(format.dense.bytes_of(K))
+    return num_panels(rows) * K // format.dense.block_size * (format.dense.group_bytes + format.dense.header_bytes)
 
 
 def collapsed(costs):

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lockstep.formats.parts.dots import nibbles
+from lockstep.formats.parts.layout import offset, part_bytes
 from lockstep.formats.parts.panels import PANEL
 from lockstep.native.emit import ir, moved, read, vector
 from lockstep.native.kernel import native
@@ -34,19 +35,9 @@ HEADER = np.dtype(
         ("patches", [("place", "u1"), ("group", "u1"), ("bits", "<u2")], PATCHES),
     ]
 )
-PATCHED, FIRST_PATCH, PATCH_BYTES = 16, 20, 4
+PATCHED, FIRST_PATCH, PATCH_BYTES = offset(HEADER, "patched"), offset(HEADER, "patches"), part_bytes(HEADER, "patches")
 SIGN = 8  # the bit of a code that is the weight's sign
 VECTOR_BYTES, LANE_BYTES = 64, 16
-
-
-def fits(K: int) -> bool:
-    """Whether headers divide rows of K weights."""
-    return K % K_BLOCK == 0
-
-
-def bytes_of(K: int) -> tuple[int, int]:
-    """Bytes of the groups and of the headers of a panel of K values of each feature."""
-    return K // K_GROUP * GROUP.itemsize, K // K_BLOCK * HEADER.itemsize
 
 
 def packed(panels: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
@@ -55,7 +46,7 @@ def packed(panels: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     None for a width that is not a multiple of K_BLOCK, and where a block needs more than PATCHES patches.
     """
     num, K = len(panels), panels.shape[1] * 2
-    if not fits(K):
+    if K % K_BLOCK:
         return None
     groups = np.empty((num, K // K_GROUP, GROUP.itemsize), np.uint8)
     headers = np.zeros((num, K // K_BLOCK), HEADER)

@@ -7,7 +7,7 @@ C_j = P_j + (1 + c[j]) (y - P_0),          c = coefs tanh(logits)   corrected by
 
 import numpy as np
 
-from lockstep.native.kernel import definition, kernel
+from lockstep.native.kernel import definition, inlined, kernel
 from lockstep.native.machine import float_array
 from lockstep.native.numbers import carray
 from lockstep.native.simd import fma, maximum, sqrt
@@ -155,6 +155,22 @@ def altup_correct(p_JTD, y_TD, logits_TW, coefs_JJ, scale_D, out_JTD, first_TD):
             first_TD[t, d] = out_JTD[0, t, d] * scale_D[d]
 
 
+@inlined
+def gathered(addresses, shape):
+    """A copy of the streams at four addresses, each of the same shape: float32 [4, *shape]."""
+    made = np.empty((STREAMS, *shape), np.float32)
+    for i in range(STREAMS):
+        made[i] = carray(float_array(addresses[i]), shape)
+    return made
+
+
+@inlined
+def scatter(streams, addresses):
+    """Writes each stream to its address."""
+    for i in range(STREAMS):
+        carray(float_array(addresses[i]), streams.shape[1:])[:] = streams[i]
+
+
 @kernel
 def _match(op, step, thread, num_threads):
     if thread == 0:
@@ -168,32 +184,24 @@ def _match(op, step, thread, num_threads):
 def _predict(op, step, thread, num_threads):
     if thread == 0:
         a, T = AltupPredict.read(op), num_rows(op, step)
-        x_JTD, out_JTD = np.empty((4, T, a.width), np.float32), np.empty((4, T, a.width), np.float32)
-        x_JTD[0], x_JTD[1] = carray(float_array(a.x0), (T, a.width)), carray(float_array(a.x1), (T, a.width))
-        x_JTD[2], x_JTD[3] = carray(float_array(a.x2), (T, a.width)), carray(float_array(a.x3), (T, a.width))
+        x_JTD = gathered((a.x0, a.x1, a.x2, a.x3), (T, a.width))
+        out_JTD = np.empty_like(x_JTD)
         logits_TW, coefs_KJ = carray(float_array(a.logits), (T, a.logits_width)), carray(float_array(a.coefs), (16, 4))
         altup_predict(x_JTD, logits_TW, coefs_KJ, out_JTD)
-        carray(float_array(a.out0), (T, a.width))[:] = out_JTD[0]
-        carray(float_array(a.out1), (T, a.width))[:] = out_JTD[1]
-        carray(float_array(a.out2), (T, a.width))[:] = out_JTD[2]
-        carray(float_array(a.out3), (T, a.width))[:] = out_JTD[3]
+        scatter(out_JTD, (a.out0, a.out1, a.out2, a.out3))
 
 
 @kernel
 def _correct(op, step, thread, num_threads):
     if thread == 0:
         a, T = AltupCorrect.read(op), num_rows(op, step)
-        p_JTD, out_JTD = np.empty((4, T, a.width), np.float32), np.empty((4, T, a.width), np.float32)
-        p_JTD[0], p_JTD[1] = carray(float_array(a.p0), (T, a.width)), carray(float_array(a.p1), (T, a.width))
-        p_JTD[2], p_JTD[3] = carray(float_array(a.p2), (T, a.width)), carray(float_array(a.p3), (T, a.width))
+        p_JTD = gathered((a.p0, a.p1, a.p2, a.p3), (T, a.width))
+        out_JTD = np.empty_like(p_JTD)
         y_TD, first_TD = carray(float_array(a.y), (T, a.width)), carray(float_array(a.first), (T, a.width))
         logits_TW, coefs_JJ = carray(float_array(a.logits), (T, a.logits_width)), carray(float_array(a.coefs), (4, 4))
         scale_D = carray(float_array(a.scale), (a.width,))
         altup_correct(p_JTD, y_TD, logits_TW, coefs_JJ, scale_D, out_JTD, first_TD)
-        carray(float_array(a.out0), (T, a.width))[:] = out_JTD[0]
-        carray(float_array(a.out1), (T, a.width))[:] = out_JTD[1]
-        carray(float_array(a.out2), (T, a.width))[:] = out_JTD[2]
-        carray(float_array(a.out3), (T, a.width))[:] = out_JTD[3]
+        scatter(out_JTD, (a.out0, a.out1, a.out2, a.out3))
 
 
 REFERENCE = {

@@ -1,7 +1,6 @@
 """A tile of a linear layer as LLVM: the loop over K, which the format emits, and the stores of the results."""
 
 from lockstep.formats import FORMATS
-from lockstep.formats.parts.dense_bf16 import K_BLOCK
 from lockstep.formats.parts.rows import QUANTIZED
 from lockstep.formats.parts.tiles import Site, begin, fields, finish, lanes_per_vector, look_ahead
 from lockstep.native import targets
@@ -51,9 +50,8 @@ def scale_bytes(context, format, num_weights):
     def codegen(ctx, b, sig, args):
         made = FORMATS[format.literal_value]
         if made.dense is not None:
-            return _part(b, args[1], made.dense.bytes_of(K_UNIT)[1])
-        blocks = b.udiv(args[1], ir.Constant(I64, made.stored.size))
-        return b.mul(blocks, ir.Constant(I64, made.packed.scales.itemsize if made.packed.scales else 0))
+            return _blocks(b, args[1], made.dense.block_size, made.dense.header_bytes)
+        return _blocks(b, args[1], made.stored.size, made.packed.scales.itemsize if made.packed.scales else 0)
 
     return types.int64(format, types.int64), codegen
 
@@ -65,12 +63,11 @@ def panel_bytes(context, format, num_weights, scales):
 
     def codegen(ctx, b, sig, args):
         made = FORMATS[format.literal_value]
-        blocks = b.udiv(args[1], ir.Constant(I64, made.packed.size))
-        plain = b.mul(blocks, ir.Constant(I64, made.packed.panel.itemsize))
+        plain = _blocks(b, args[1], made.packed.size, made.packed.panel.itemsize)
         if made.dense is None:
             return plain
         has_headers = b.icmp_signed("!=", args[2], ir.Constant(I64, 0))
-        return b.select(has_headers, _part(b, args[1], made.dense.bytes_of(K_UNIT)[0]), plain)
+        return b.select(has_headers, _blocks(b, args[1], made.dense.block_size, made.dense.group_bytes), plain)
 
     return types.int64(format, types.int64, types.int64), codegen
 
@@ -82,22 +79,22 @@ def may_be_dense(context, format):
     return types.boolean(format), lambda ctx, b, sig, args: ir.Constant(I1, is_so)
 
 
-def _part(b, K, unit_bytes):
-    """The bytes of K weights of each feature, of which K_UNIT take unit_bytes; both are multiples of K_BLOCK."""
-    return b.mul(b.udiv(K, ir.Constant(I64, K_BLOCK)), ir.Constant(I64, unit_bytes * K_BLOCK // K_UNIT))
+def _blocks(b, num_weights, size, num_bytes):
+    """The bytes of num_weights weights, of which `size` take num_bytes."""
+    return b.mul(b.udiv(num_weights, ir.Constant(I64, size)), ir.Constant(I64, num_bytes))
 
 
 def _tile(b, magic, format, height, panels, operands):
-    w = operands[1]
-    dense = FORMATS[format].dense
+    plain, dense, rest = FORMATS[format].tile, FORMATS[format].dense, (b, magic, format, height, panels, operands)
     if dense is None:
-        _tile_by(FORMATS[format].tile, b, magic, format, height, panels, operands)
+        _tile_by(plain, *rest)
         return
-    with b.if_else(b.icmp_signed("!=", w.scales, ir.Constant(I64, 0))) as (then, otherwise):
+    scales = operands[1].scales
+    with b.if_else(b.icmp_signed("!=", scales, ir.Constant(I64, 0))) as (then, otherwise):
         with then:
-            _tile_by(dense.tile, b, magic, format, height, panels, operands)
+            _tile_by(dense.tile, *rest)
         with otherwise:
-            _tile_by(FORMATS[format].tile, b, magic, format, height, panels, operands)
+            _tile_by(plain, *rest)
 
 
 def _tile_by(tile, b, magic, format, height, panels, operands):

@@ -1,5 +1,6 @@
 """Rules for objects that a model writes member by member, for the styles of calls whose notation is no JSON."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -22,7 +23,7 @@ def errors_about_parameters(tool: Tool) -> Iterator[None]:
         raise ValueError(f"tools: parameters of {tool.name}: {error}") from None
 
 
-class Members:
+class Members(ABC):
     """Adds rules for the members of the objects in one tool's arguments, to a Lark. A subclass writes one member.
 
     name: which the names of the rules begin with. writable: the regular expression of names that the model may choose.
@@ -35,17 +36,17 @@ class Members:
         self.lark, self.tool, self._name, self._writable, self._num_names = lark, tool, name, writable, 0
         self._separator = quote(separator) if separator else ""
 
+    @abstractmethod
     def is_writable(self, key: str) -> bool:
         """Whether a member of this name can be written, so that one that is not required is left out if not."""
-        raise NotImplementedError
 
+    @abstractmethod
     def known(self, key: str, schema: object, shape: Shape) -> str:
         """The expression for a member of this name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unknown(self, key: str, schema: object, shape: Shape) -> str:
         """The expression for a member whose name the model chooses. key: the expression for the name."""
-        raise NotImplementedError
 
     def names(self, shape: Shape) -> Iterable[str]:
         """Names that the model may not choose, since the schema gives them."""

@@ -17,10 +17,10 @@ import numpy as np
 from lockstep.formats.parts.dots import nibbles
 from lockstep.formats.parts.layout import offset, part_bytes
 from lockstep.formats.parts.panels import PANEL
-from lockstep.native.emit import ir, moved, read, vector
+from lockstep.native.emit import ir, moved, read, vector, write
 from lockstep.native.kernel import native
 from lockstep.native.lookup import lookup
-from lockstep.native.simd import I1, I8, I16, I32, I64, splat
+from lockstep.native.simd import I1, I8, I16, I32, I64
 
 K_GROUP, K_BLOCK = 8, 128  # values of a feature in a group, and under one header
 GROUPS = K_BLOCK // K_GROUP
@@ -148,13 +148,19 @@ def _interleaved(b, lower, upper, first):
 
 
 def _patched(b, header, g, vectors):
-    """The vectors of group g of a block after its patches, which few groups have."""
+    """The vectors of group g of a block after its patches, which few groups have: these go through memory."""
     bits = b.zext(read(b, moved(b, header, PATCHED), I16, 2), I64)
     before, is_patched = b.block, b.trunc(b.lshr(bits, g), I1)
+    with b.goto_entry_block():
+        slot = b.alloca(ir.ArrayType(I8, VECTOR_BYTES * (PAIRS + 1)))  # the last part takes patches of other groups
+    slot.align = VECTOR_BYTES
     with b.if_then(is_patched, likely=False):
-        changed = vectors
+        places = [moved(b, b.bitcast(slot, I8.as_pointer()), VECTOR_BYTES * t) for t in range(PAIRS + 1)]
+        for place, v in zip(places, vectors, strict=False):
+            write(b, place, v, VECTOR_BYTES)
         for q in range(PATCHES):
-            changed = _one_patch(b, moved(b, header, FIRST_PATCH + PATCH_BYTES * q), g, changed)
+            _write_patch(b, moved(b, header, FIRST_PATCH + PATCH_BYTES * q), g, places)
+        changed = [read(b, place, v.type, VECTOR_BYTES) for place, v in zip(places, vectors, strict=False)]
         after = b.block
     results = []
     for old, new in zip(vectors, changed, strict=True):
@@ -164,10 +170,9 @@ def _patched(b, header, g, vectors):
     return results
 
 
-def _one_patch(b, patch, g, vectors):
+def _write_patch(b, patch, g, places):
     byte = lambda at: b.zext(read(b, moved(b, patch, at), I8), I64)
-    is_here = b.icmp_unsigned("==", byte(1), g)
-    place = b.trunc(b.select(is_here, byte(0), ir.Constant(I64, 0x7FFF)), I16)
-    places, bits = splat(b, place, vectors[0].type), splat(b, read(b, moved(b, patch, 2), I16, 2), vectors[0].type)
-    numbers = lambda t: ir.Constant(places.type, list(range(32 * t, 32 * t + 32)))
-    return [b.select(b.icmp_unsigned("==", places, numbers(t)), bits, v) for t, v in enumerate(vectors)]
+    offset = b.select(
+        b.icmp_unsigned("==", byte(1), g), b.mul(byte(0), ir.Constant(I64, 2)), ir.Constant(I64, VECTOR_BYTES * PAIRS)
+    )
+    write(b, moved(b, places[0], offset), read(b, moved(b, patch, 2), I16, 2), 2)

@@ -22,7 +22,7 @@ from lockstep.native.simd import peek
 from lockstep.native.targets import wide_registers
 from lockstep.ops.linear.grouped_linear import GroupedLinear
 from lockstep.ops.linear.linear import Linear
-from lockstep.ops.linear.tile import K_UNIT, linear_tile, may_be_dense, panel_bytes, scale_bytes
+from lockstep.ops.linear.tile import K_UNIT, is_dense, linear_tile, panel_bytes, scale_bytes
 from lockstep.runtime.backend import Implementation, Layout
 from lockstep.runtime.step import COUNTER, num_rows
 
@@ -31,6 +31,8 @@ MIN_ROWS, MAX_ROWS = 3, 6
 ALL_PANELS = (1 << COLS) - 1  # of a tile, one bit for each
 NEAR_BYTES = 48 * 1024  # weights of a tile that are read again and again; a first-level cache may hold a part of them
 FEW_ROWS_DENSE = 2  # rows that share each panel of a dense layout while it streams by
+# the fewest and the most rows of the taller tiles that unpack a dense layout
+DENSE_HEIGHTS = 3, 8 if COLS > 1 else min(format.narrow_rows for format in FORMATS.values() if format.dense)
 UNPACKED_BYTES = 64 * 1024  # of the panels of a tile, in the part of K that is worked on at a time
 # activations that stay in the second-level cache while panels pass by; the more rows, the fewer times a dense layout is
 # unpacked, whose panels take less of the cache themselves
@@ -76,23 +78,37 @@ def multiply_rows(format, shapes, x, w, out, ahead, num_rows):
     Where there are several tiles of a dense layout, the first unpacks its panels for the others.
     """
     few, fewest, most, at_once = shapes
-    is_dense = may_be_dense(format) and w.scales != 0
-    if num_rows <= few and not (is_dense and num_rows > FEW_ROWS_DENSE):
-        linear_tile(format, ((1, few), COLS, 1), num_rows, x, w, out, ahead)
-        return
-    prefetched = ALL_PANELS if num_rows <= most else ALL_PANELS // 2
+    dense = is_dense(format, w.scales)
+    tallest = DENSE_HEIGHTS[1] if dense else most
+    prefetched = ALL_PANELS if num_rows <= tallest else ALL_PANELS // 2
     left = ALL_PANELS - prefetched
-    if is_dense and num_rows > most:
-        w = Panels(w.codes, w.codes_stride, w.scales, w.scales_stride, w.K, stack_memory(UNPACKED_BYTES))
-    while num_rows > 0:
-        num_tiles = (num_rows + most - 1) // most
-        rows = (num_rows + num_tiles - 1) // num_tiles
-        next_panels = only(ahead, prefetched)
-        linear_tile(format, ((fewest, most), COLS, at_once), rows, x, w, out, next_panels)
+    if dense:
+        if num_rows <= FEW_ROWS_DENSE:
+            linear_tile(format, "dense", ((1, FEW_ROWS_DENSE), COLS, 1), num_rows, x, w, out, ahead)
+            return
+        rows = num_rows
+        if num_rows > tallest:
+            rows = tile_rows(num_rows, most)
+            w = Panels(w.codes, w.codes_stride, w.scales, w.scales_stride, w.K, stack_memory(UNPACKED_BYTES))
+        linear_tile(format, "dense", (DENSE_HEIGHTS, COLS, COLS), rows, x, w, out, only(ahead, prefetched))
         num_rows, x, out = num_rows - rows, Rows(x.address + rows * x.stride, x.stride), below(out, rows)
         prefetched, left = left, 0
-        if is_dense and w.unpacked:
-            w = Panels(w.unpacked, panel_bytes(format, w.K, 0), 0, 0, w.K, 0)
+        w = Panels(w.unpacked, panel_bytes(format, w.K, 0), 0, 0, w.K, 0)
+    elif num_rows <= few:
+        linear_tile(format, "plain", ((1, few), COLS, 1), num_rows, x, w, out, ahead)
+        return
+    while num_rows > 0:
+        rows = tile_rows(num_rows, most)
+        linear_tile(format, "plain", ((fewest, most), COLS, at_once), rows, x, w, out, only(ahead, prefetched))
+        num_rows, x, out = num_rows - rows, Rows(x.address + rows * x.stride, x.stride), below(out, rows)
+        prefetched, left = left, 0
+
+
+@inlined
+def tile_rows(num_rows, most):
+    """Rows of the next tile, where the rows left are cut into tiles of nearly equal height, at most `most`."""
+    num_tiles = (num_rows + most - 1) // most
+    return (num_rows + num_tiles - 1) // num_tiles
 
 
 @inlined
@@ -111,7 +127,10 @@ def below(out, rows):
 @merged
 def multiply_one_row(format, shapes, x, w, out, ahead, num_rows):
     """COLS panels by one row: `multiply_rows` for num_rows = 1, without prefetch."""
-    linear_tile(format, ((1, 1), COLS, 1), 1, x, w, out, only(ahead, 0))
+    if is_dense(format, w.scales):
+        linear_tile(format, "dense", ((1, 1), COLS, 1), 1, x, w, out, only(ahead, 0))
+    else:
+        linear_tile(format, "plain", ((1, 1), COLS, 1), 1, x, w, out, only(ahead, 0))
 
 
 @inlined
@@ -221,9 +240,11 @@ def linear(op, step, thread, num_threads):
     K, claim_rows, num_panels = a.in_features, 1 if ONE_ROW else T, (a.out_features + 15) // 16
     row_bytes, panel = ROW_BYTES(K), panel_bytes(FORMAT, K, a.weight.d)
     size = claim_size(num_panels, num_threads, min(T, claim_rows))
-    part = part_of_k(K, panel, min(T, claim_rows), SHAPES[0])
-    is_dense = may_be_dense(FORMAT) and a.weight.d != 0
-    at_once = evenly(min(T, claim_rows), rows_at_once(row_bytes, DENSE_CACHE_BYTES if is_dense else CACHE_BYTES))
+    few, cache_bytes = SHAPES[0], CACHE_BYTES
+    if is_dense(FORMAT, a.weight.d):
+        few, cache_bytes = DENSE_HEIGHTS[1], DENSE_CACHE_BYTES
+    part = part_of_k(K, panel, min(T, claim_rows), few)
+    at_once = evenly(min(T, claim_rows), rows_at_once(row_bytes, cache_bytes))
     sizes = Sizes(row_bytes, panel, at_once, part, num_panels)
     num_claims, counter = (num_panels + size - 1) // size, peek(op + 8 * COUNTER, int64)
     number, next_number = fetch_add(counter, 1), fetch_add(counter, 1)

@@ -13,30 +13,32 @@ WHOLE_PANELS = 2  # up to this number of rows, registers hold whole panels even 
 
 
 @primitive()
-def linear_tile(context, format, shape, num_rows, x, w, out, ahead):
+def linear_tile(context, format, layout, shape, num_rows, x, w, out, ahead):
     """out = x W^T (+ residual) for num_rows rows by a number of panels, over K or a part of K.
 
-    format: its name, a literal. shape: literals: ((fewest rows, most rows), panels, panels that are worked on at a
-    time). All panels are read, but only out.num_panels of them are stored. x: `Rows`. w: `Panels`. out: `Output`.
-    ahead: `Ahead`.
+    format: its name; layout: "plain" or "dense", literals; nothing is emitted for a layout that the format lacks.
+    shape: literals: ((fewest rows, most rows), panels, panels that are worked on at a time). All panels are read, but
+    only out.num_panels of them are stored. x: `Rows`. w: `Panels`. out: `Output`. ahead: `Ahead`.
     """
     heights, num_cols, at_once = shape[0], shape[1].literal_value, shape[2].literal_value
     heights = range(heights[0].literal_value, heights[1].literal_value + 1)
+    made = FORMATS[format.literal_value]
+    tile = made.tile if layout.literal_value == "plain" else made.dense and made.dense.tile
 
     def codegen(ctx, b, sig, args):
         magic = ctx.codegen().magic_tuple()
-        operands = [fields(b, *pair) for pair in zip(sig.args[3:], args[3:], strict=True)]
-        choice = b.switch(args[2], end := b.append_basic_block("no_rows"))
-        for height in heights:
+        operands = [fields(b, *pair) for pair in zip(sig.args[4:], args[4:], strict=True)]
+        choice = b.switch(args[3], end := b.append_basic_block("no_rows"))
+        for height in heights if tile else ():
             choice.add_case(ir.Constant(I64, height), block := b.append_basic_block(f"rows_{height}"))
             b.position_at_start(block)
             for start in range(0, num_cols, at_once):
-                _tile(b, magic, format.literal_value, height, range(start, start + at_once), operands)
+                _tile(tile, b, magic, format.literal_value, height, range(start, start + at_once), operands)
             b.branch(end)
         b.position_at_start(end)
         return ctx.get_dummy_value()
 
-    return types.void(format, shape, types.int64, x, w, out, ahead), codegen
+    return types.void(format, layout, shape, types.int64, x, w, out, ahead), codegen
 
 
 @primitive()
@@ -73,10 +75,15 @@ def panel_bytes(context, format, num_weights, scales):
 
 
 @primitive()
-def may_be_dense(context, format):
-    """Whether weights of a format, whose name is a literal, may lie in a dense layout."""
-    is_so = FORMATS[format.literal_value].dense is not None
-    return types.boolean(format), lambda ctx, b, sig, args: ir.Constant(I1, is_so)
+def is_dense(context, format, scales):
+    """Whether weights lie in the dense layout of their format, whose name is a literal. scales: the address of the
+    layout's headers, or of the scales that other formats have in a stream of their own."""
+    has_dense = FORMATS[format.literal_value].dense is not None
+
+    def codegen(ctx, b, sig, args):
+        return b.icmp_signed("!=", args[1], ir.Constant(I64, 0)) if has_dense else ir.Constant(I1, 0)
+
+    return types.boolean(format, types.int64), codegen
 
 
 def _blocks(b, num_weights, size, num_bytes):
@@ -84,20 +91,7 @@ def _blocks(b, num_weights, size, num_bytes):
     return b.mul(b.udiv(num_weights, ir.Constant(I64, size)), ir.Constant(I64, num_bytes))
 
 
-def _tile(b, magic, format, height, panels, operands):
-    plain, dense, rest = FORMATS[format].tile, FORMATS[format].dense, (b, magic, format, height, panels, operands)
-    if dense is None:
-        _tile_by(plain, *rest)
-        return
-    scales = operands[1].scales
-    with b.if_else(b.icmp_signed("!=", scales, ir.Constant(I64, 0))) as (then, otherwise):
-        with then:
-            _tile_by(dense.tile, *rest)
-        with otherwise:
-            _tile_by(plain, *rest)
-
-
-def _tile_by(tile, b, magic, format, height, panels, operands):
+def _tile(tile, b, magic, format, height, panels, operands):
     x, w, out, ahead = operands
     lanes = lanes_per_vector(FORMATS[format].product.rows is QUANTIZED, targets.int_dot(magic))
     columns = [(p, first) for p in panels for first in range(0, LANES, lanes)]

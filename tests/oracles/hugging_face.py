@@ -1,7 +1,10 @@
 """Logits and hidden states by transformers for a checkpoint folder, in float32 or another dtype."""
 
+import contextlib
+
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 OTHER_PARTS = (
@@ -25,10 +28,20 @@ def load(folder, dtype=torch.float32):
     return model.eval()
 
 
+class InDouble(TorchFunctionMode):
+    """Casts to float32 go to float64: a model in float64 would compute norms, rope's angles and softmax in float32."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.float:
+            return args[0].double()
+        wider = lambda value: torch.float64 if value is torch.float32 else value
+        return function(*map(wider, args), **{name: wider(value) for name, value in (kwargs or {}).items()})
+
+
 def logits(folder, ids, dtype=torch.float32):
     """Logits of every position, float32 [tokens, V]."""
     torch.set_num_threads(1)
-    with torch.no_grad():
+    with torch.no_grad(), InDouble() if dtype == torch.float64 else contextlib.nullcontext():
         return load(folder, dtype)(torch.tensor([ids])).logits[0].float().numpy().astype(np.float32)
 
 

@@ -22,9 +22,9 @@ hugging_face = pytest.importorskip(
 SEED = int(os.environ.get("LOCKSTEP_SEED") or secrets.randbelow(1 << 30))
 BUNDLED = pathlib.Path(lockstep.__file__).parent / "bundled"
 NUM_TOKENS = 70  # more than one page of keys
-# Sparse gates, which compare with a mean and a deviation, pass on rounding errors many times larger: of 14 seeds the
-# worst was off by 1.1e-4, where transformers in float32 was by 0.6e-4.
-AMPLIFIES = {"gemma3n_apart"}
+# Of 5 seeds of every case, Lockstep was off by 0.75 to 1.7 times as much as transformers in float32; gemma3n, whose
+# sparse gates pass on rounding errors many times larger, by 2.8 times, and only there by more than 1e-4: 1.3e-4.
+AMPLIFIED = 4
 
 
 def made(folder, name, dtype="F32", seed=SEED):
@@ -35,17 +35,17 @@ def made(folder, name, dtype="F32", seed=SEED):
 
 @pytest.mark.parametrize("name", CASES)
 def test_float32(name, tmp_path):
-    """Against transformers in float64, because its float32 misses the bound for some seeds.
+    """Against transformers in float64. Where a model is off by more than the bound, so must transformers be in float32.
 
     The argmax is not compared: within the bound it can only differ at near ties, which fresh seeds have.
     """
     folder, ids = made(tmp_path, name)
     expected, model = hugging_face.logits(folder, ids, hugging_face.torch.float64), load(folder)
     whole = logits_of(model, ids)
-    allowed = 1e-4
-    if name in AMPLIFIES:
-        allowed = 3 * difference(hugging_face.logits(folder, ids, hugging_face.torch.float32), expected)[0]
-    worst, _ = difference(whole, expected)
+    worst, allowed = difference(whole, expected)[0], 1e-4
+    if worst > allowed:
+        theirs, _ = difference(hugging_face.logits(folder, ids, hugging_face.torch.float32), expected)
+        allowed = max(allowed, AMPLIFIED * theirs)
     assert worst <= allowed, f"seed {SEED}: max_abs_diff {worst:.3g}, allowed {allowed:.3g}"
     assert whole.tobytes() == logits_of(model, ids, cuts=(1, 2, 33, 64, 65)).tobytes(), f"seed {SEED}"
 

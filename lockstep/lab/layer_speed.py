@@ -22,7 +22,7 @@ from lockstep.runtime.program import Program, Tensor, Weight
 from lockstep.runtime.step_block import StepBlock
 from lockstep.runtime.threads import Team
 from lockstep.weights.store import WeightStore
-from lockstep.weights.tensor import StoredTensor, stored_shape
+from lockstep.weights.tensor import StoredTensor
 
 CACHES = 96 * 2**20  # bytes of weights that no cache holds
 
@@ -40,12 +40,13 @@ def nothing(op, step, thread, num_threads):
 
 def stored(format: str, N: int, K: int) -> StoredTensor:
     """A random weight [N, K] as a checkpoint stores it."""
-    rng = np.random.default_rng(0)
-    if FORMATS[format].stored.encode is not None:
+    rng, made = np.random.default_rng(0), FORMATS[format]
+    if made.stored.encode is not None:
         values = rng.standard_normal((N, K), np.float32) * np.float32(0.05)
-        return StoredTensor("w", format, (N, K), FORMATS[format].data_of(values))
-    shape, _ = stored_shape(format, (N, K))
-    return StoredTensor("w", format, (N, K), rng.integers(0, 60, shape, np.uint8))  # no byte makes a scale infinite
+        return StoredTensor("w", format, (N, K), made.data_of(values))
+    blocks = rng.integers(0, 256, (N, K // made.block_size, made.block_bytes), np.uint8)
+    made.put_scales(blocks, made.made_up_scale)  # random ones might be denormal, and multiply more slowly
+    return StoredTensor("w", format, (N, K), blocks.reshape(N, -1))
 
 
 class Copies(WeightStore):

@@ -84,22 +84,22 @@ def multiply_rows(format, shapes, x, w, out, ahead, num_rows):
     left = ALL_PANELS - prefetched
     if dense:
         if num_rows <= FEW_ROWS_DENSE:
-            linear_tile(format, "dense", ((1, FEW_ROWS_DENSE), COLS, 1), num_rows, x, w, out, ahead)
+            linear_tile((format, "dense"), ((1, FEW_ROWS_DENSE), COLS, 1), num_rows, x, w, out, ahead)
             return
         rows = num_rows
         if num_rows > tallest:
             rows = tile_rows(num_rows, most)
             w = Panels(w.codes, w.codes_stride, w.scales, w.scales_stride, w.K, stack_memory(UNPACKED_BYTES))
-        linear_tile(format, "dense", (DENSE_HEIGHTS, COLS, COLS), rows, x, w, out, only(ahead, prefetched))
+        linear_tile((format, "dense"), (DENSE_HEIGHTS, COLS, COLS), rows, x, w, out, only(ahead, prefetched))
         num_rows, x, out = num_rows - rows, Rows(x.address + rows * x.stride, x.stride), below(out, rows)
         prefetched, left = left, 0
         w = Panels(w.unpacked, panel_bytes(format, w.K, 0), 0, 0, w.K, 0)
     elif num_rows <= few:
-        linear_tile(format, "plain", ((1, few), COLS, 1), num_rows, x, w, out, ahead)
+        linear_tile((format, "plain"), ((1, few), COLS, 1), num_rows, x, w, out, ahead)
         return
     while num_rows > 0:
         rows = tile_rows(num_rows, most)
-        linear_tile(format, "plain", ((fewest, most), COLS, at_once), rows, x, w, out, only(ahead, prefetched))
+        linear_tile((format, "plain"), ((fewest, most), COLS, at_once), rows, x, w, out, only(ahead, prefetched))
         num_rows, x, out = num_rows - rows, Rows(x.address + rows * x.stride, x.stride), below(out, rows)
         prefetched, left = left, 0
 
@@ -128,9 +128,9 @@ def below(out, rows):
 def multiply_one_row(format, shapes, x, w, out, ahead, num_rows):
     """COLS panels by one row: `multiply_rows` for num_rows = 1, without prefetch."""
     if is_dense(format, w.scales):
-        linear_tile(format, "dense", ((1, 1), COLS, 1), 1, x, w, out, only(ahead, 0))
+        linear_tile((format, "dense"), ((1, 1), COLS, 1), 1, x, w, out, only(ahead, 0))
     else:
-        linear_tile(format, "plain", ((1, 1), COLS, 1), 1, x, w, out, only(ahead, 0))
+        linear_tile((format, "plain"), ((1, 1), COLS, 1), 1, x, w, out, only(ahead, 0))
 
 
 @inlined

@@ -13,32 +13,33 @@ WHOLE_PANELS = 2  # up to this number of rows, registers hold whole panels even 
 
 
 @primitive()
-def linear_tile(context, format, layout, shape, num_rows, x, w, out, ahead):
+def linear_tile(context, weights, shape, num_rows, x, w, out, ahead):
     """out = x W^T (+ residual) for num_rows rows by a number of panels, over K or a part of K.
 
-    format: its name; layout: "plain" or "dense", literals; nothing is emitted for a layout that the format lacks.
-    shape: literals: ((fewest rows, most rows), panels, panels that are worked on at a time). All panels are read, but
-    only out.num_panels of them are stored. x: `Rows`. w: `Panels`. out: `Output`. ahead: `Ahead`.
+    weights: literals: the name of their format, and "plain" or "dense", their layout; nothing is emitted for a layout
+    that the format lacks. shape: literals: ((fewest rows, most rows), panels, panels that are worked on at a time). All
+    panels are read, but only out.num_panels of them are stored. x: `Rows`. w: `Panels`. out: `Output`. ahead: `Ahead`.
     """
     heights, num_cols, at_once = shape[0], shape[1].literal_value, shape[2].literal_value
     heights = range(heights[0].literal_value, heights[1].literal_value + 1)
-    made = FORMATS[format.literal_value]
-    tile = made.tile if layout.literal_value == "plain" else made.dense and made.dense.tile
+    format, layout = (part.literal_value for part in weights)
+    made = FORMATS[format]
+    tile = made.tile if layout == "plain" else made.dense and made.dense.tile
 
     def codegen(ctx, b, sig, args):
         magic = ctx.codegen().magic_tuple()
-        operands = [fields(b, *pair) for pair in zip(sig.args[4:], args[4:], strict=True)]
-        choice = b.switch(args[3], end := b.append_basic_block("no_rows"))
+        operands = [fields(b, *pair) for pair in zip(sig.args[3:], args[3:], strict=True)]
+        choice = b.switch(args[2], end := b.append_basic_block("no_rows"))
         for height in heights if tile else ():
             choice.add_case(ir.Constant(I64, height), block := b.append_basic_block(f"rows_{height}"))
             b.position_at_start(block)
             for start in range(0, num_cols, at_once):
-                _tile(tile, b, magic, format.literal_value, height, range(start, start + at_once), operands)
+                _tile(tile, b, magic, format, height, range(start, start + at_once), operands)
             b.branch(end)
         b.position_at_start(end)
         return ctx.get_dummy_value()
 
-    return types.void(format, layout, shape, types.int64, x, w, out, ahead), codegen
+    return types.void(weights, shape, types.int64, x, w, out, ahead), codegen
 
 
 @primitive()

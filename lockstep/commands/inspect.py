@@ -30,11 +30,11 @@ def command(
     from lockstep.engine.model import load_model
     from lockstep.models.checkpoint import open_checkpoint, open_config
     from lockstep.weights.hub import resolve_model
+    from lockstep.weights.safetensors import has_weights
     from lockstep.weights.store import WeightStore
 
     path = resolve_model(model)
-    has_weights = not path.is_dir() or any(path.glob("*.safetensors*"))
-    checkpoint = open_checkpoint(path) if has_weights else open_config(path)
+    checkpoint = open_checkpoint(path) if not path.is_dir() or has_weights(path) else open_config(path)
     loaded = load_model(checkpoint, WeightStore(), weights, kv_dtype, rope=rope)
     if as_json:
         say_unused(invoked, ["tensors", "everything"], "with --json, which has all of it")

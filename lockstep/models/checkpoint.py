@@ -9,7 +9,7 @@ from lockstep.models.recording import record_on
 from lockstep.models.registry import ARCHITECTURES, model_config
 from lockstep.models.shapes import AnyTensor, only_shape
 from lockstep.weights import checkpoint
-from lockstep.weights.checkpoint import Checkpoint
+from lockstep.weights.checkpoint import Checkpoint, refuse_adapter
 from lockstep.weights.mapped import read_json_object
 from lockstep.weights.tensor import TensorInfo, TensorMap
 
@@ -31,6 +31,7 @@ def open_config(folder: Path, matrix_format: str = "bf16") -> Checkpoint:
 
     matrix_format: the format that matrices claim to have; all other tensors are float32.
     """
+    refuse_adapter(folder)
     config, ops = read_json_object(folder / "config.json"), AnyTensor()
     record_on(ops, model_config(config))
     tensors = {name: only_shape(name, shape, matrix_format) for name, shape in ops.shapes.items()}

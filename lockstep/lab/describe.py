@@ -131,6 +131,11 @@ def _windows_per_request(program):
     return sum(each * most_pages(window) for window, each in page_bytes(program).items() if window)
 
 
+def parameters(program):
+    """How many numbers the weights of a recorded program have, without an MTP head, vision and what no op reads."""
+    return sum(math.prod(weight.shape) for weight in program.weights())
+
+
 def formats(infos):
     """{format: (number of tensors, parameters, bytes)} of a checkpoint, the largest first."""
     totals = {}

@@ -62,7 +62,7 @@ def open_native(folder: Path, tensors: TensorMap) -> tuple[dict[str, Any], Tenso
     try:
         config = _config(params)
     except ValueError as error:
-        raise ValueError(f"{folder / PARAMS}: {error}") from None
+        raise ValueError(f"{PARAMS}: {error}") from None
     whole = unquantized(config, _renamed(tensors))
     return config, _half_split(whole, config)
 

@@ -215,6 +215,7 @@ def memory_table(needed, model):
     labels = dict(
         packed_weights="packed weights",
         embedding="embedding, mapped from the file",
+        table_in_file="second embedding, of which tokens' rows are read from the file",
         constants="norms, biases, rope",
         kv_cache_per_token=f"KV cache ({model.kv_dtype}), per token",
         windows_per_request="the same of layers that see a window, per request at most",

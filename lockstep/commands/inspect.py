@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from lockstep.commands import cache
+from lockstep.commands.list import text_problem
 from lockstep.commands.options import KvDtype, ModelName, RopeFactors, Weights, say_unused
 from lockstep.commands.terminal.output import made_table, shown
 
@@ -30,11 +32,11 @@ def command(
     from lockstep.engine.model import load_model
     from lockstep.models.checkpoint import open_checkpoint, open_config
     from lockstep.weights.hub import resolve_model
+    from lockstep.weights.safetensors import has_weights
     from lockstep.weights.store import WeightStore
 
     path = resolve_model(model)
-    has_weights = not path.is_dir() or any(path.glob("*.safetensors*"))
-    checkpoint = open_checkpoint(path) if has_weights else open_config(path)
+    checkpoint = open_checkpoint(path) if not path.is_dir() or has_weights(path) else open_config(path)
     loaded = load_model(checkpoint, WeightStore(), weights, kv_dtype, rope=rope)
     if as_json:
         say_unused(invoked, ["tensors", "everything"], "with --json, which has all of it")
@@ -45,7 +47,7 @@ def command(
 
 def described(checkpoint, model, context):
     """All that the tables show, as a JSON object."""
-    from lockstep.lab.describe import memory, op_costs
+    from lockstep.lab.describe import memory, op_costs, parameters
 
     return dict(
         path=str(checkpoint.path),
@@ -56,6 +58,7 @@ def described(checkpoint, model, context):
         tensors=[dataclasses.asdict(info) for info in checkpoint.tensors.info.values()],
         program=[dataclasses.asdict(cost) for cost in op_costs(model.recorded, context)],
         memory=memory(model.recorded, mtp_program(model)),
+        parameters=parameters(model.recorded),
     )
 
 
@@ -82,6 +85,7 @@ def show(checkpoint, model, context, tensors, everything) -> None:
         tensor_table(checkpoint.tensors.info, tensors),
         program_table(groups, context),
         memory_table(memory(model.recorded, mtp_program(model)), model),
+        short_table(checkpoint, model),
     ):
         console.print(table)
 
@@ -211,6 +215,7 @@ def memory_table(needed, model):
     labels = dict(
         packed_weights="packed weights",
         embedding="embedding, mapped from the file",
+        table_in_file="second embedding, of which tokens' rows are read from the file",
         constants="norms, biases, rope",
         kv_cache_per_token=f"KV cache ({model.kv_dtype}), per token",
         windows_per_request="the same of layers that see a window, per request at most",
@@ -222,3 +227,38 @@ def memory_table(needed, model):
     for name, label in labels.items():
         table.add_row(label, f"{needed[name]:,}")
     return table
+
+
+def short_table(checkpoint, model):
+    """What there is to know before a model is run: its size on the disk, packed and in the cache, and its text."""
+    from lockstep.lab.describe import memory, parameters
+
+    table, size = made_table(None, "in short", ""), cache.size
+    stored = sum(info.num_bytes for info in checkpoint.tensors.info.values())
+    about = f"{parameters(model.recorded):,} parameters" + (f", {size(stored)} as stored" if checkpoint.files else "")
+    table.add_row("weights", f"{about}; multiplied as {', '.join(model.main_formats)}")
+    table.add_row("packed", kept_in_words(memory(model.recorded)["packed_weights"]))
+    problem = text_problem(checkpoint.path, checkpoint.metadata)
+    table.add_row("texts", problem or chat_in_words(checkpoint))
+    return table
+
+
+def kept_in_words(num_bytes):
+    """How much is packed at the first start, and whether later starts find it."""
+    from lockstep.user_cache import user_cache
+    from lockstep.weights import packed_cache
+
+    root = user_cache() / "packed"
+    used = sum(model.num_bytes for model in packed_cache.models(root))
+    allowed = packed_cache.allowed_bytes(root, used)
+    if num_bytes > allowed:
+        return f"{cache.size(num_bytes)} at each start: {packed_cache.limit_words(root, allowed)}"
+    return f"{cache.size(num_bytes)} at the first start, kept in {root} (up to {cache.size(allowed)} of all models)"
+
+
+def chat_in_words(checkpoint):
+    """Whether a model that reads texts has a chat template."""
+    from lockstep.text.tokenizer.tokenizer import find_tokenizer
+
+    has_template = find_tokenizer(checkpoint.path, checkpoint.metadata).has_chat_template
+    return "generate and chat" if has_template else "generate; no chat template"

@@ -100,10 +100,10 @@ def collapsed(costs):
 def memory(program, mtp=None):
     """Bytes of memory by use, {name: bytes}.
 
-    packed_weights, embedding (as stored, without tables that stay in their file), constants; kv_cache_per_token: of
-    layers that see all keys; windows_per_request: of layers with a window; state_per_request: recurrent states;
-    drafts_per_request: memory for drafts, with the default number of drafts; mtp_weights and mtp_cache_per_token: of
-    the MTP head, whose recorded program is `mtp` (None: no head).
+    packed_weights, embedding (as stored, without tables that stay in their file), table_in_file (those), constants;
+    kv_cache_per_token: of layers that see all keys; windows_per_request: of layers with a window; state_per_request:
+    recurrent states; drafts_per_request: memory for drafts, with the default number of drafts; mtp_weights and
+    mtp_cache_per_token: of the MTP head, whose recorded program is `mtp` (None: no head).
     """
     linear = {w.name: (op, w) for op in program.ops if is_linear(op) for w in op.inputs if isinstance(w, Weight)}
     tables = {w.name: w for op in program.ops if isinstance(op, Embed) for w in op.inputs}
@@ -111,7 +111,8 @@ def memory(program, mtp=None):
     small = [w for w in program.weights() if w.name not in linear and w.name not in tables]
     return dict(
         packed_weights=sum(packed_bytes(*each) for each in linear.values()),
-        embedding=sum(p.data.nbytes for w in tables.values() if w.name not in in_file for p in w.parts),
+        embedding=_stored_bytes(w for w in tables.values() if w.name not in in_file),
+        table_in_file=_stored_bytes(w for w in tables.values() if w.name in in_file),
         constants=sum(4 * math.prod(w.shape) for w in small),
         kv_cache_per_token=_cache_per_token(program),
         windows_per_request=_windows_per_request(program),
@@ -122,6 +123,10 @@ def memory(program, mtp=None):
     )
 
 
+def _stored_bytes(weights):
+    return sum(part.data.nbytes for weight in weights for part in weight.parts)
+
+
 def _cache_per_token(program):
     return page_bytes(program).get(0, 0) // PAGE_TOKENS
 
@@ -129,6 +134,11 @@ def _cache_per_token(program):
 def _windows_per_request(program):
     """Bytes of KV cache that a decoding request holds in layers with a window."""
     return sum(each * most_pages(window) for window, each in page_bytes(program).items() if window)
+
+
+def parameters(program):
+    """How many numbers the weights of a recorded program have, without an MTP head, vision and what no op reads."""
+    return sum(math.prod(weight.shape) for weight in program.weights())
 
 
 def formats(infos):

@@ -9,7 +9,8 @@ from lockstep.models.recording import record_on
 from lockstep.models.registry import ARCHITECTURES, model_config
 from lockstep.models.shapes import AnyTensor, only_shape
 from lockstep.weights import checkpoint
-from lockstep.weights.checkpoint import Checkpoint
+from lockstep.weights.checkpoint import Checkpoint, refuse_adapter
+from lockstep.weights.folders import mistral
 from lockstep.weights.mapped import read_json_object
 from lockstep.weights.tensor import TensorInfo, TensorMap
 
@@ -27,11 +28,14 @@ def open_checkpoint(path: str | Path, *, verify: bool = False) -> Checkpoint:
 
 
 def open_config(folder: Path, matrix_format: str = "bf16") -> Checkpoint:
-    """A checkpoint from a config.json without weights: every tensor that the model reads, as zeros of its shape.
+    """A checkpoint from a config.json, or Mistral's params.json, without weights: every tensor that the model reads, as
+    zeros of its shape.
 
     matrix_format: the format that matrices claim to have; all other tensors are float32.
     """
-    config, ops = read_json_object(folder / "config.json"), AnyTensor()
+    refuse_adapter(folder)
+    config = mistral.config_of(folder) if mistral.is_native(folder) else read_json_object(folder / "config.json")
+    ops = AnyTensor()
     record_on(ops, model_config(config))
     tensors = {name: only_shape(name, shape, matrix_format) for name, shape in ops.shapes.items()}
     infos = {name: TensorInfo(name, t.format, t.shape, t.data.nbytes) for name, t in tensors.items()}

@@ -16,6 +16,8 @@ from lockstep.weights.gguf.model import open_gguf
 from lockstep.weights.mapped import descriptor_of, read_json_object
 from lockstep.weights.tensor import TensorFile, TensorMap, merge
 
+ADAPTER = "adapter_config.json"  # of PEFT; transformers loads the adapter wherever a folder has this file
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -75,6 +77,7 @@ def open_checkpoint(path: str | Path, architectures: Architectures, *, verify: b
     path = Path(path)
     if is_gguf(path):
         return _open_gguf(path, architectures, verify)
+    refuse_adapter(path if path.is_dir() else path.parent)
     if path.suffix == ".safetensors":
         return _open_safetensors(path, path.parent, [safetensors.open_file(path)], verify)
     if not path.is_dir():
@@ -100,6 +103,17 @@ def _open_safetensors(path: Path, folder: Path, files: list[TensorFile], verify:
         files=tuple(files),
         verify=verify,
     )
+
+
+def refuse_adapter(folder: Path) -> None:
+    """ValueError for a folder with an adapter, which would change what the weights beside it compute."""
+    path = folder / ADAPTER
+    if path.is_file():
+        about = read_json_object(path)
+        kind, base = (about.get(key) for key in ("peft_type", "base_model_name_or_path"))
+        raise ValueError(
+            f"{path}: adapters are not supported, got one of type {kind!r} for {base!r}: merge it into its base model"
+        )
 
 
 def _open_gguf(path: Path, architectures: Architectures, verify: bool) -> Checkpoint:

@@ -14,6 +14,7 @@ from lockstep.user_cache import UNWRITABLE, obstacle_of
 from lockstep.weights.content import hub_cache as hub_cache_folder
 from lockstep.weights.folders.mistral import PARAMS
 from lockstep.weights.gguf.file import is_gguf
+from lockstep.weights.safetensors import CONVERT, PICKLES
 from lockstep.weights.sources import hub_cache, lm_studio, ollama, quants
 from lockstep.weights.sources.download_bar import bar_class
 from lockstep.weights.sources.found import NotFound, files_below
@@ -149,6 +150,8 @@ def _gguf_file(name: str, wanted: HubName, files: list[str]) -> str:
     kinds = "GGUF file" if wanted.quant else ".safetensors and no GGUF file"
     like = f"; {wanted.repo} without :{wanted.quant} has .safetensors, which --weights q8_0 can quantize"
     like = like if wanted.quant and _of_safetensors(files) else ""
+    if pickles := [file for file in files if _is_like(file, PICKLES)]:
+        like += f", but {pickles[0]}: {CONVERT}"
     raise ValueError(f"{name}: the hub repository {wanted.repo} has no {kinds}{like}")
 
 

@@ -19,6 +19,7 @@ import numpy as np
 MAX_JSON_BYTES = 100 << 20
 MAX_JSON_FIELDS = 5 << 17  # a safetensors header has 4 for each of its tensors
 MAX_JSON_VALUES = 12 << 17
+LFS = b"version https://git-lfs"
 
 
 class MappedFile(mmap.mmap):
@@ -29,7 +30,8 @@ class MappedFile(mmap.mmap):
 
 
 def map_file(path: Path) -> np.ndarray:
-    """The whole file as read-only uint8 [size], mapped, not read. Raises ValueError if it is empty or missing."""
+    """The whole file as read-only uint8 [size], mapped, not read. Raises ValueError if it is empty, missing or a
+    pointer of Git LFS."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     descriptor = os.open(path, os.O_RDONLY)
@@ -43,7 +45,19 @@ def map_file(path: Path) -> np.ndarray:
         raise
     mapped.path, mapped.descriptor = path, descriptor
     weakref.finalize(mapped, os.close, descriptor)
+    refuse_pointer(path, mapped[: len(LFS)])
     return np.frombuffer(mapped, np.uint8)
+
+
+def refuse_pointer(path: Path, beginning: bytes) -> None:
+    """ValueError if a file, as its first bytes show, is what Git LFS leaves in place of files until it fetches them."""
+    if beginning.startswith(LFS):
+        raise ValueError(f"{path}: a pointer of Git LFS in place of the file, which `git lfs pull` downloads")
+
+
+def cut_off(where: str, what: str) -> ValueError:
+    """The error for a file that ends before `what` does."""
+    return ValueError(f"{where}: {what}: the file is cut off, as by a download that was not finished")
 
 
 def read_array(array: np.ndarray) -> np.ndarray:
@@ -116,7 +130,9 @@ def read_json_object(path: Path) -> dict:
     size = path.stat().st_size
     if size > MAX_JSON_BYTES:
         raise ValueError(f"{path}: {size} bytes of JSON, at most {MAX_JSON_BYTES} are allowed")
-    return parse_json_object(path.read_bytes(), str(path))
+    raw = path.read_bytes()
+    refuse_pointer(path, raw)
+    return parse_json_object(raw, str(path))
 
 
 def parse_json_object(raw: bytes, where: str) -> dict:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lockstep.weights.mapped import map_file, parse_json_object, read_json_object
+from lockstep.weights.mapped import cut_off, map_file, parse_json_object, read_json_object
+from lockstep.weights.sources.quants import gguf_models
 from lockstep.weights.tensor import PLAIN_FORMATS, TensorFile, TensorInfo
 
 MAX_HEADER_BYTES = 32 << 20
@@ -22,6 +23,8 @@ MAX_DIM = 1 << 48
 STEM = "model"
 INDEX = ".safetensors.index.json"
 INDEX_NAME = STEM + INDEX
+CONVERT = "such files may run code when they are read; have them converted to safetensors"
+PICKLES = ("pytorch_model*.bin", "*.pth", "*.pt")
 
 FORMAT_OF_DTYPE: Mapping[str, str] = {
     "F64": "f64", "F32": "f32", "F16": "f16", "BF16": "bf16",
@@ -115,7 +118,7 @@ def _check_layout(spans: dict[str, tuple[TensorInfo, int]], data_bytes: int, pat
     for info, begin in sorted(spans.values(), key=lambda span: (span[1], span[0].num_bytes)):
         end = begin + info.num_bytes
         if end > data_bytes:
-            raise ValueError(f"{path}: tensor {info.name!r} ends at byte {end} of {data_bytes} bytes of data")
+            raise cut_off(str(path), f"tensor {info.name!r} ends at byte {end} of {data_bytes} bytes of data")
         if begin != position:
             problem = "overlaps the tensor before it" if begin < position else "leaves a gap before it"
             raise ValueError(f"{path}: tensor {info.name!r} {problem}: begins at {begin}, expected {position}")
@@ -159,8 +162,25 @@ def _without_index(folder: Path, stem: str) -> list[Path]:
         names = ", ".join(path.name for path in found[:4]) or "none"
         raise ValueError(
             f"{folder}: expected {stem}.safetensors, {stem}{INDEX} or one .safetensors file, found {names}"
+            + ("" if found else _said_of_others(folder))
         )
     return found
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether there are weights in a folder, in safetensors or in another form."""
+    return any(folder.glob("*.safetensors*")) or bool(others(folder))
+
+
+def others(folder: Path) -> list[tuple[str, str]]:
+    """(name, what is to be done) of the files in a folder that hold weights in other forms."""
+    models = gguf_models(path.name for path in folder.glob("*.gguf"))
+    pickles = [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]
+    return [(name, "name that file in place of its folder") for name in models] + [(name, CONVERT) for name in pickles]
+
+
+def _said_of_others(folder: Path) -> str:
+    return "".join(f", but {name}: {advice}" for name, advice in others(folder)[:1])
 
 
 def _are_parts(names: list[str], stem: str) -> bool:

@@ -252,6 +252,19 @@ def test_inspect_tables(capsys):
     assert "model.embed_tokens.weight" in full and "model.embed_tokens.weight" not in short
 
 
+def test_inspect_says_in_short_what_a_first_start_makes(capsys, monkeypatch):
+    monkeypatch.setenv("LOCKSTEP_CACHE_GB", "1")
+    assert main(["inspect"]) == 0
+    short = " ".join(capsys.readouterr().out.rpartition("in short")[2].split())
+    assert "4,471,384 parameters, 10.9 MB as stored; multiplied as bf16" in short
+    assert "MB at the first start, kept in" in short and "generate and chat" in short
+    monkeypatch.setenv("LOCKSTEP_CACHE_GB", "0")
+    assert main(["inspect", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == 4471384
+    assert main(["inspect"]) == 0
+    assert "MB at each start: LOCKSTEP_CACHE_GB=0 allows 0 MB" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("weights", ["auto", "f32", "bf16", "q8_0", "q4_0"])
 def test_packed_bytes_are_those_of_the_packed_arrays(weights, llm):
     from lockstep.engine.model import load_model

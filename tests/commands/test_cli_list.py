@@ -64,7 +64,7 @@ def test_what_is_on_the_disk_and_what_can_be_run(home, capsys):
     assert rows["org/model"]["num_bytes"] == rows[None]["num_bytes"] > 10_000_000
     assert rows["org/model"]["reason"] is None
     assert rows["ollama:tiny:bad"]["reason"].startswith("its manifest names no digest")
-    assert "the file has 3000 bytes" in rows["ollama:tiny:latest"]["reason"]
+    assert "of 3000 bytes of the file: the file is cut off" in rows["ollama:tiny:latest"]["reason"]
     assert not rows["ollama:tiny:latest"]["reason"].startswith("/")
     assert rows["lmstudio:maker/tiny"]["reason"] == "it has no tokenizer: prompts must be token ids"
     for name, row in rows.items():

@@ -14,7 +14,7 @@ from lockstep.ops import BACKENDS
 from lockstep.ops.linear.experts import ExpertLinear
 from lockstep.runtime.program import Weight
 from tests.models import tiny
-from tests.models.cases import CASES
+from tests.models.cases import CASES, PER_LAYER
 from tests.models.running import load
 
 CONFIG = CASES["qwen3_moe"]
@@ -49,6 +49,13 @@ def test_an_8_bit_cache_takes_a_byte_and_a_scale_for_each_head(kv_dtype, bytes_e
     G, K, scale = config["num_key_value_heads"], config["head_dim"], 2 if kv_dtype == "q8" else 0
     taken = memory(model.recorded)["kv_cache_per_token"]
     assert taken == 2 * config["num_hidden_layers"] * G * (K * bytes_each + scale)
+
+
+def test_a_table_that_stays_in_its_file_is_counted_apart(tmp_path):
+    arrays = tiny.tensors(PER_LAYER, 1)
+    needed = memory(load(tiny.write(tmp_path / "m", PER_LAYER, arrays), "f32").recorded)
+    for name, table in (("embedding", "embed_tokens"), ("table_in_file", "embed_tokens_per_layer")):
+        assert needed[name] == arrays[f"model.{table}.weight"].nbytes
 
 
 def test_experts_work_for_the_rows_that_chose_them(tmp_path):

@@ -1,5 +1,6 @@
 """A model is one file, named after its model_type, and besides only the registry names it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,18 @@ def test_a_model_is_known_in_its_own_file_and_in_the_registry(name):
     found = {path.relative_to(PACKAGE).as_posix() for path in files if f'"{name}"' in path.read_text()}
     home = f"models/families/{folder}{name}.py"
     assert (PACKAGE / home).is_file() and found <= {home, "models/registry.py"} | ALSO.get(name, set())
+
+
+def test_the_table_of_families_in_the_documents_is_whole():
+    """docs/models.md names each model_type, without the `_text` of text parts, and each GGUF architecture."""
+    page = (PACKAGE.parent / "docs" / "models.md").read_text("utf-8")
+    rows = [line.split("|") for line in page.partition("## Families")[2].partition("\n- ")[0].splitlines()]
+    types, architectures = (
+        {name for row in rows[3:] if len(row) > column for name in re.findall("`([^`]+)`", row[column])}
+        for column in (2, 3)
+    )
+    assert types - {"model_type"} == {model_type.removesuffix("_text") for model_type in BY_MODEL_TYPE}
+    assert architectures == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lockstep.formats import Q4_0, Q8_0
-from lockstep.models.checkpoint import open_checkpoint
+from lockstep.models.checkpoint import open_checkpoint, open_config
 from lockstep.weights.tensor import StoredTensor
 from tests.weights.files import STRING, UINT32, gguf_bytes, plain_tensors, safetensors_bytes, write, write_folder
 
@@ -45,6 +45,73 @@ def test_what_is_missing_is_named(tmp_path):
     write(tmp_path / "config.json", "[]")
     with pytest.raises(ValueError, match=r"config\.json: expected a JSON object, found list"):
         open_checkpoint(tmp_path)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_pointer_of_git_lfs(name, tmp_path):
+    write(write_folder(tmp_path / "m", WEIGHTS) / name, POINTER)
+    with pytest.raises(ValueError, match=rf"{name}: a pointer of Git LFS in place of the file, which `git lfs pull`"):
+        open_checkpoint(tmp_path / "m")
+
+
+def test_a_gguf_file_that_is_a_pointer(tmp_path):
+    with pytest.raises(ValueError, match=r"m\.gguf: a pointer of Git LFS"):
+        open_checkpoint(write(tmp_path / "m.gguf", POINTER))
+
+
+def test_a_file_that_was_not_downloaded_whole(tmp_path):
+    path = write_folder(tmp_path / "m", WEIGHTS) / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(ValueError, match="ends at byte 16 of 15 bytes of data: the file is cut off, as by a download"):
+        open_checkpoint(path)
+    head = {"general.architecture": (STRING, "llama")}
+    file = write(tmp_path / "m.gguf", gguf_bytes(head, plain_tensors({"output_norm.weight": np.ones(64, np.float32)})))
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(ValueError, match=r"bytes of the file: the file is cut off, as by a download"):
+        open_checkpoint(file)
+
+
+@pytest.mark.parametrize(
+    "names, said",
+    [
+        (["pytorch_model-00001-of-00002.bin"], "pytorch_model-00001-of-00002.bin: such files may run code when they"),
+        (["consolidated.00.pth"], "consolidated.00.pth: such files may run code"),
+        (["a-mmproj-F16.gguf", "b-Q4_K_M.gguf"], "b-Q4_K_M.gguf: name that file in place of its folder"),
+    ],
+)
+def test_weights_in_other_forms_are_named(names, said, tmp_path):
+    write(tmp_path / "config.json", "{}")
+    for name in names:
+        write(tmp_path / name, "x")
+    with pytest.raises(ValueError, match=f"found none, but {said}"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_an_adapter_is_refused_alone_and_beside_its_model(beside, tmp_path):
+    folder = write_folder(tmp_path / "m", WEIGHTS)
+    write(folder / "adapter_config.json", '{"peft_type": "LORA", "base_model_name_or_path": "org/base"}')
+    if not beside:
+        (folder / "config.json").unlink()
+    said = r"adapter_config\.json: adapters are not supported, got one of type 'LORA' for 'org/base': merge it"
+    for path in (folder, folder / "model.safetensors"):
+        with pytest.raises(ValueError, match=said):
+            open_checkpoint(path)
+    with pytest.raises(ValueError, match=said):
+        open_config(folder)
+
+
+@pytest.mark.parametrize(
+    "kind, said",
+    [("adapter", "merge it into its base model"), ("mmproj", "only the text part is read"), ("imatrix", "no weights")],
+)
+def test_gguf_files_that_are_no_models(kind, said, tmp_path):
+    metadata = {"general.architecture": (STRING, "llama"), "general.type": (STRING, kind)}
+    with pytest.raises(ValueError, match=f"expected a model, general.type is '{kind}': .*{said}"):
+        open_checkpoint(write(tmp_path / "m.gguf", gguf_bytes(metadata, plain_tensors(WEIGHTS))))
 
 
 def test_opening_does_not_read_the_weights(tmp_path):

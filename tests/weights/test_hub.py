@@ -69,6 +69,7 @@ FILES = {
     "org/meta": ["consolidated.safetensors", "a-Q8_0.gguf"],
     "org/odd": ["[a]*.gguf", "a.gguf"],
     "org/quantless": ["model.safetensors"],
+    "org/pickled": ["config.json", "pytorch_model.bin"],
 }
 
 
@@ -177,6 +178,8 @@ def test_a_quant_of_a_repository(name, files, tmp_path, downloads):
      "org/usual:Q8_0"),
     ("org/twins:Q8_0", "org/twins: 2 GGUF files are Q8_0; expected org/twins:a-Q8_0.gguf or org/twins:b-Q8_0.gguf"),
     ("org/none", "org/none: the hub repository org/none has no .safetensors and no GGUF file"),
+    ("org/pickled", "org/pickled: the hub repository org/pickled has no .safetensors and no GGUF file, but "
+     "pytorch_model.bin: such files may run code when they are read; have them converted to safetensors"),
     ("org/quantless:Q8_0", "org/quantless:Q8_0: the hub repository org/quantless has no GGUF file; org/quantless "
      "without :Q8_0 has .safetensors, which --weights q8_0 can quantize"),
 ])  # fmt: skip

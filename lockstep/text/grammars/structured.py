@@ -223,6 +223,8 @@ class Grammars:
             if self._reader is None:
                 known = range(min(self._tokenizer.vocab_size, self._vocab_size))
                 tokens, bos_id = [self._tokenizer.token_bytes(i) for i in known], self._tokenizer.bos_id
+                # Rows of the logits without a token: llguidance gives its mask one bit for each entry of this list.
+                tokens += [b""] * (self._vocab_size - len(tokens))
                 vocabulary = Vocabulary(tokens, self._special_ids, self._eos_ids[0], bos_id, self._exact_ids)
                 self._reader = new_reader(vocabulary, self._vocab_size, self._eos_ids)
             return self._reader

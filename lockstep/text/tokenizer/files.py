@@ -12,7 +12,7 @@ from lockstep.text.templates.mistral import mistral_template
 from lockstep.text.tokenizer import sentencepiece, tekken
 from lockstep.text.tokenizer.folder import MAX_TOKENIZER_BYTES, optional_json, read_backend
 from lockstep.text.tokenizer.space_prefix import SpacePrefix
-from lockstep.weights.mapped import read_json_object
+from lockstep.weights.mapped import read_json_object, refuse_pointer
 
 HUGGING_FACE, TEKKEN, SENTENCEPIECE = "tokenizer.json", "tekken.json", "tokenizer.model"
 VERSIONED = re.compile(r"tokenizer\.model\.v(\d+)(?:m\d+)?")  # as Mistral names its SentencePiece files
@@ -70,7 +70,9 @@ def _of_tekken(path: Path, config: Mapping[str, Any]) -> Vocabulary:
 
 
 def _of_sentencepiece(path: Path, config: Mapping[str, Any]) -> Vocabulary:
-    model = _named(path, lambda: sentencepiece.read_model(path.read_bytes()))
+    raw = path.read_bytes()
+    refuse_pointer(path, raw)
+    model = _named(path, lambda: sentencepiece.read_model(raw))
     backend = _named(path, lambda: sentencepiece.build_tokenizer(model))
     control = model.texts(sentencepiece.CONTROL)
     version = next((version for mark, version in MARKS.items() if mark in control), None)

@@ -9,7 +9,7 @@ import tokenizers
 
 from lockstep.models.config import end_ids
 from lockstep.text.tokenizer.growth import check_growth
-from lockstep.weights.mapped import read_json_object
+from lockstep.weights.mapped import read_json_object, refuse_pointer
 
 MAX_TOKENIZER_BYTES = 256 << 20
 ADDITIONAL_TEMPLATES = "additional_chat_templates"
@@ -24,6 +24,7 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
     if path.stat().st_size > MAX_TOKENIZER_BYTES:
         raise ValueError(f"{path}: larger than {MAX_TOKENIZER_BYTES} bytes")
     text = _utf8(path)
+    refuse_pointer(path, text[:100].encode())
     check_growth(text, path)
     try:
         backend = tokenizers.Tokenizer.from_str(text)

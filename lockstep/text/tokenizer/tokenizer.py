@@ -285,7 +285,12 @@ def find_tokenizer(path: Path, metadata: Mapping[str, object]) -> Tokenizer:
     """
     folder = path if path.is_dir() else path.parent
     inside = gguf_tokenizer.has_tokenizer(metadata) or (is_gguf(path) and not _is_in(folder))
-    return tokenizer_from_gguf(metadata) if inside else load_tokenizer(folder)
+    if not inside:
+        return load_tokenizer(folder)
+    try:
+        return tokenizer_from_gguf(metadata)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def has_tokenizer(path: Path, metadata: Mapping[str, object]) -> bool:

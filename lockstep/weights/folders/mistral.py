@@ -58,13 +58,18 @@ def open_native(folder: Path, tensors: TensorMap) -> tuple[dict[str, Any], Tenso
 
     ValueError names the key of params.json, or the tensor, that is wrong or not supported.
     """
-    params = read_json_object(folder / PARAMS)
-    try:
-        config = _config(params)
-    except ValueError as error:
-        raise ValueError(f"{folder / PARAMS}: {error}") from None
+    config = config_of(folder)
     whole = unquantized(config, _renamed(tensors))
     return config, _half_split(whole, config)
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """config.json of a folder of Mistral's. ValueError names the key of params.json that is wrong or not supported."""
+    params = read_json_object(folder / PARAMS)
+    try:
+        return _config(params)
+    except ValueError as error:
+        raise ValueError(f"{PARAMS}: {error}") from None
 
 
 def _config(params: Mapping[str, Any]) -> dict[str, Any]:

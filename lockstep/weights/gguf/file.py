@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lockstep.formats import FORMATS, MXFP4
 from lockstep.weights.gguf.metadata import Allowance, Cursor, read_metadata
-from lockstep.weights.mapped import map_file
+from lockstep.weights.mapped import cut_off, map_file
 from lockstep.weights.tensor import TensorFile, TensorInfo, merge, stored_shape
 
 MAGIC = b"GGUF"
@@ -165,7 +165,7 @@ def _check_layout(
         if begin % alignment:
             raise ValueError(f"{path}: tensor {name!r} begins at byte {begin}, not a multiple of {alignment}")
         if end > size:
-            raise ValueError(f"{path}: tensor {name!r} ends at byte {end}, the file has {size} bytes")
+            raise cut_off(str(path), f"tensor {name!r} ends at byte {end} of {size} bytes of the file")
         if begin < previous_end:
             raise ValueError(f"{path}: tensor {name!r} begins at byte {begin}, inside the tensor before it")
         previous_end = end

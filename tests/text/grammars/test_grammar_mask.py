@@ -11,7 +11,7 @@ from lockstep.engine.sampling import Adjustment, Refused
 from lockstep.text.grammars import matchers, structured
 from lockstep.text.grammars.mask import GrammarMask
 from lockstep.text.token_masks import TokenMask, UntilComplete
-from tests.text.grammar_cases import GRAMMARS, PERSON, TOKENIZERS, allowed
+from tests.text.grammar_cases import GRAMMARS, PERSON, SPARE, TOKENIZERS, allowed
 
 TEXTS = dict(
     person=structured.json_schema(PERSON),
@@ -21,7 +21,7 @@ TEXTS = dict(
 )
 KIND = "byte_level"
 TOKENIZER, NEW = TOKENIZERS[KIND], GRAMMARS[KIND].mask
-VOCABULARY = TOKENIZER.vocab_size + 5
+VOCABULARY = TOKENIZER.vocab_size + SPARE
 END = min(TOKENIZER.eos_ids)
 
 

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lockstep.models.checkpoint import open_checkpoint
+from lockstep.models.checkpoint import open_checkpoint, open_config
 from lockstep.models.registry import model_config
 from lockstep.weights.rearranged import half_split
 from lockstep.weights.safetensors import open_file
@@ -233,3 +233,11 @@ def test_unknown_tensors_are_named(name, tmp_path):
     folder = write_native(tmp_path / "native", native_params(MISTRAL), {name: np.ones((2, 2), np.float32)})
     with pytest.raises(ValueError, match=f"tensor '{name}' is not one that a model of params.json is known to have"):
         open_checkpoint(folder)
+
+
+def test_params_without_weights_are_shown_as_the_config_that_they_are(tmp_path):
+    config, more = FORMS["yarn"]
+    write(tmp_path / "params.json", json.dumps(native_params(config, **more)))
+    opened = open_config(tmp_path)
+    assert model_config(opened.config) == model_config(config)
+    assert {name: info.shape for name, info in opened.tensors.info.items()} == tiny.shapes(config)

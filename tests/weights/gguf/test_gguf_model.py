@@ -209,7 +209,7 @@ def test_usual_values_of_keys_that_would_matter(tmp_path):
 
 
 def test_architectures_and_tensors_that_are_not_known(tmp_path):
-    with pytest.raises(ValueError, match="architecture 'gemma' is not supported, only llama, "):
+    with pytest.raises(ValueError, match="architecture 'gemma' is not supported, only gemma2, "):
         open_checkpoint(write(tmp_path / "m.gguf", gguf_bytes({"general.architecture": (STRING, "gemma")}, {})))
     with pytest.raises(ValueError, match="architecture None is not supported"):
         open_checkpoint(write(tmp_path / "m.gguf", gguf_bytes({}, {})))

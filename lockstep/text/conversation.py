@@ -170,20 +170,30 @@ class ChatModel:
         trigger = self._added.get(self.style.begin)
         if trigger is None:
             return None
-        thoughts = self._marks
-        after = self._added.get(thoughts.close) if thoughts and thoughts.is_open(prompt) else None
+        before, after = self._around_thoughts(prompt)
         parallel = use.parallel and self._abilities.several_calls
         try:
             return self._with_enforceable(
                 use.callable,
                 lambda tools: self.grammars.mask(
-                    self._calls_grammar(tools, parallel, "call"), num_samples, trigger, after, not use.parallel
+                    self._calls_grammar(tools, parallel, "call"), num_samples, trigger, after, not use.parallel, before
                 ),
             )
         except ValueError:
             if any(tool.strict for tool in use.tools):
                 raise
             return None
+
+    def _around_thoughts(self, prompt: str) -> tuple[int | None, int | None]:
+        """(the token that opens a thought, unless the prompt has opened it; the one that closes it): the mark of a call
+        within a thought begins no call. None for marks that are no tokens."""
+        thoughts = self._marks
+        opening, closing = (
+            (self._added.get(thoughts.open), self._added.get(thoughts.close)) if thoughts else (None,) * 2
+        )
+        if thoughts and thoughts.is_open(prompt):
+            return None, closing
+        return (opening, closing) if opening is not None and closing is not None else (None, None)
 
     def _calls_grammar(self, tools: list[Tool], parallel: bool, start: str) -> str:
         rules = Lark(self._special)

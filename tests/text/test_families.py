@@ -234,6 +234,16 @@ def test_a_free_answer_is_held_to_the_tools_once_it_calls(name):
         assert accepts(name, mask_of(name, USE), text) == is_good, text
 
 
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("name, thought", [
+    ("gemma", "<|channel>thought\nI write <|tool_call> first.<channel|>"), ("mistral", "[THINK]First [TOOL_CALLS].[/THINK]"),
+])  # fmt: skip
+def test_a_mark_within_a_thought_begins_no_call(name, thought, parallel):
+    mask = lambda: mask_of(name, ToolUse(TOOLS, parallel=parallel), **THINKS.get(name, {}))
+    assert accepts(name, mask(), thought + HELD[name]) and accepts(name, mask(), thought + "So no.")
+    assert not accepts(name, mask(), thought + HELD[name].replace("city", "town"))
+
+
 @pytest.mark.parametrize("name, thought", [
     ("gemma", "<|channel>thought\nHm.<channel|>"), ("mistral", "[THINK]Hm.[/THINK]"),
     ("granite", "<think>Hm.</think>\n<response>"),

@@ -142,5 +142,5 @@ def mask_of(
         return TokenMask(vocab_size, allowed, banned, mask_of(form.get("inside"), grammars, vocab_size, eos_ids), ends)
     if grammars is None:
         raise ReceiptError("form.grammar: the model has no tokenizer here that could read it")
-    places = {name: form.get(name) for name in PLACES}
+    places: dict[str, Any] = {name: form.get(name) for name in PLACES}
     return grammars.mask(form["grammar"], once=form.get("once", False), **places)

@@ -75,13 +75,13 @@ def _efforts(builder: object) -> Sequence[str]:
     if rule is None:
         return ()
     values, usual = (rule.get(key) for key in ("values", "default")) if isinstance(rule, dict) else (None, None)
-    is_list = isinstance(values, list) and all(isinstance(text, str) and EFFORT.fullmatch(text) for text in values)
-    if not is_list or usual not in values:
+    texts = [text for text in values if isinstance(text, str)] if isinstance(values, list) else []
+    if usual not in texts or texts != values or not all(map(EFFORT.fullmatch, texts)):
         raise ValueError(
             "model_settings_builder: reasoning_effort: expected values of small letters and a default among them, "
             f"got {rule!r:.80}"
         )
-    return (usual, *(text for text in values if text != usual))
+    return (usual, *(text for text in texts if text != usual))
 
 
 def _size(config: Mapping[str, Any], key: str, low: int) -> int:

@@ -14,6 +14,7 @@ from lockstep.text.grammars.structured import Grammars
 from lockstep.text.speculative_mask import SpeculativeMask
 from lockstep.text.token_masks import TokenMask, UntilComplete
 
+PLACES = ("trigger", "after", "before")  # tokens between which a grammar holds
 LIBRARY = f"llguidance {importlib.metadata.version('llguidance')}"
 Form = dict[str, Any]
 
@@ -24,7 +25,7 @@ def form_of(mask: Any) -> Form | None:
     if mask is None:
         return None
     if isinstance(mask, GrammarMask) and mask.grammar:
-        places = dict(trigger=mask.trigger, after=mask.after)
+        places = {name: getattr(mask, name) for name in PLACES}
         known = {name: token for name, token in places.items() if token is not None}
         return dict(grammar=mask.grammar, **known, **(dict(once=True) if mask.once else {}), library=LIBRARY)
     if isinstance(mask, TokenMask):
@@ -77,7 +78,7 @@ def _check_grammar(fields: Fields) -> None:
         fields.hex("grammar_sha256", 32)
     else:
         fields.text("grammar", MAX_GRAMMAR_CHARS)
-    for name in ("trigger", "after"):
+    for name in PLACES:
         if name in fields:
             fields.integer(name, 0, (1 << 31) - 1)
     if "once" in fields and not fields.boolean("once"):
@@ -117,7 +118,7 @@ def tokens_of(form: Form | None) -> list[int]:
     """The tokens that a checked form names."""
     if form is None:
         return []
-    own = [form[name] for name in ("trigger", "after") if name in form]
+    own = [form[name] for name in PLACES if name in form]
     if "tokens" in form:
         part = form["tokens"]
         own += [*part.get("allowed", ()), *part["ends"], *(token for ids in part["banned"] for token in ids)]
@@ -141,4 +142,5 @@ def mask_of(
         return TokenMask(vocab_size, allowed, banned, mask_of(form.get("inside"), grammars, vocab_size, eos_ids), ends)
     if grammars is None:
         raise ReceiptError("form.grammar: the model has no tokenizer here that could read it")
-    return grammars.mask(form["grammar"], 1, form.get("trigger"), form.get("after"), form.get("once", False))
+    places: dict[str, Any] = {name: form.get(name) for name in PLACES}
+    return grammars.mask(form["grammar"], once=form.get("once", False), **places)

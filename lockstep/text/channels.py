@@ -36,19 +36,20 @@ def beginning(prompt: str) -> str:
     return after if found else ""
 
 
-def add_rules(lark: Lark, begun: str, answer: str) -> tuple[str, str]:
+def add_rules(lark: Lark, begun: str, answer: str) -> tuple[str, str, str]:
     """Adds grammar rules for a thought before an answer, and for the header of the answer's text.
 
     begun: of the answer, in the prompt. answer: the expression of its text; empty: there is none. Returns expressions
-    for the thought and for the text: no thought and the text alone, where the prompt has begun a message.
+    for the thought, for the text and for the rule `calls`: where the prompt has begun a message, no thought, the text
+    alone, and calls after the end of that message.
     """
     if begun.strip():
-        return "", answer
+        return "", answer, f"{lark.mark(END)} {lark.mark(START)} {quote('assistant')} calls"
     lark.text_until("thought", END)
     analysis = lark.rule("analysis", lark.mark(CHANNEL), quote("analysis"), lark.mark(MESSAGE), "thought")
     thought = lark.rule("before", f"( {analysis} {lark.mark(START)} {quote('assistant')} )?")
     header = [lark.mark(CHANNEL), quote("final"), lark.mark(MESSAGE)]
-    return thought, lark.rule("final", *header, answer) if answer else ""
+    return thought, lark.rule("final", *header, answer) if answer else "", "calls"
 
 
 def as_templates_want(message: dict) -> dict:

@@ -145,8 +145,8 @@ class ChatModel:
 
         def mask_with(tools):
             rules = Lark(self._special)
-            before, answer = self._around_answer(rules, prompt, "@answer" if "@answer" in parts else "")
-            options = [answer if part == "@answer" else part for part in parts]
+            before, answer, calls = self._around_answer(rules, prompt, "@answer" if "@answer" in parts else "")
+            options = [answer if part == "@answer" else calls for part in parts]
             rules.rule("start", before, f"({' | '.join(options)})")
             if tools:
                 self._add_calls(rules, tools, use.parallel and self._abilities.several_calls)
@@ -154,14 +154,14 @@ class ChatModel:
 
         return self._with_enforceable(use.callable, mask_with, conversation.form if grammar else "tools")
 
-    def _around_answer(self, rules: Lark, prompt: str, answer: str) -> tuple[str, str]:
-        """The expressions for a thought before the answer, empty if there is none, and for the answer's text, whose
-        rules are added to `rules`. answer: the expression of the text itself; empty: there is none."""
+    def _around_answer(self, rules: Lark, prompt: str, answer: str) -> tuple[str, str, str]:
+        """The expressions for a thought before the answer, empty if there is none, for the answer's text and for its
+        calls, whose rules are added to `rules`. answer: the expression of the text itself; empty: there is none."""
         if self._has_channels:
             return channels.add_rules(rules, channels.beginning(prompt), answer)
         if self._marks is None or self._marks.is_closed(prompt):
-            return "", answer
-        return reasoning.add_rules(rules, self._marks, self._marks.is_open(prompt)), answer
+            return "", answer, "calls"
+        return reasoning.add_rules(rules, self._marks, self._marks.is_open(prompt)), answer, "calls"
 
     def _mask_of_free_calls(self, use: ToolUse, prompt: str, num_samples: int) -> Mask:
         """A mask for tool_choice "auto": free text, but after the mark of a call comes a valid call.
@@ -170,20 +170,30 @@ class ChatModel:
         trigger = self._added.get(self.style.begin)
         if trigger is None:
             return None
-        thoughts = self._marks
-        after = self._added.get(thoughts.close) if thoughts and thoughts.is_open(prompt) else None
+        before, after = self._around_thoughts(prompt)
         parallel = use.parallel and self._abilities.several_calls
         try:
             return self._with_enforceable(
                 use.callable,
                 lambda tools: self.grammars.mask(
-                    self._calls_grammar(tools, parallel, "call"), num_samples, trigger, after, not use.parallel
+                    self._calls_grammar(tools, parallel, "call"), num_samples, trigger, after, not use.parallel, before
                 ),
             )
         except ValueError:
             if any(tool.strict for tool in use.tools):
                 raise
             return None
+
+    def _around_thoughts(self, prompt: str) -> tuple[int | None, int | None]:
+        """(the token that opens a thought, unless the prompt has opened it; the one that closes it): the mark of a call
+        within a thought begins no call. None for marks that are no tokens."""
+        thoughts = self._marks
+        opening, closing = (
+            (self._added.get(thoughts.open), self._added.get(thoughts.close)) if thoughts else (None,) * 2
+        )
+        if thoughts and thoughts.is_open(prompt):
+            return None, closing
+        return (opening, closing) if opening is not None and closing is not None else (None, None)
 
     def _calls_grammar(self, tools: list[Tool], parallel: bool, start: str) -> str:
         rules = Lark(self._special)

@@ -26,20 +26,22 @@ MAX_VARIABLE_CHARS = 10_000
 class Marks:
     """How a family of models marks its thoughts.
 
-    open, close: the marks around a thought. label: a word behind `open` that belongs to the mark. answer: marks around
-    the answer behind a thought, or None. repeats: the marks are tokens that no text has, so that a thought may also
-    come later in an answer, and a `close` without a thought is dropped.
+    open, close: the marks around a thought. label: a word behind `open` that belongs to the mark. inside: a mark that a
+    prompt may write behind `open`, or empty. answer: marks around the answer behind a thought, or None. repeats: the
+    marks are tokens that no text has, so that a thought may also come later in an answer, and a `close` without a
+    thought is dropped.
     """
 
     open: str
     close: str
     label: str = ""
+    inside: str = ""
     answer: tuple[str, str] | None = None
     repeats: bool = False
 
     def is_open(self, prompt: str) -> bool:
         """Whether a prompt ends inside of a thought, so that the answer continues the thought."""
-        return prompt.rstrip().endswith(self.open + self.label)
+        return prompt.rstrip().removesuffix(self.inside).endswith(self.open + self.label)
 
     def is_closed(self, prompt: str) -> bool:
         """Whether a prompt ends with a complete thought, so that the answer has none: thinking was switched off."""
@@ -55,7 +57,7 @@ GEMMA = Marks("<|channel>", "<channel|>", label="thought", repeats=True)
 MISTRAL = Marks("[THINK]", "[/THINK]")
 GRANITE = Marks("<think>", "</think>", answer=("<response>", "</response>"))
 GRANITE_TEXTS = Marks("Here is my thought process:", "Here is my response:")  # Granite 3.2
-SEED = Marks("<seed:think>", "</seed:think>")
+SEED = Marks("<seed:think>", "</seed:think>", inside="<seed:cot_budget_reflect>")
 MARKS = (GEMMA, MISTRAL, GRANITE, GRANITE_TEXTS, SEED, THINK)  # the first that a template has
 
 

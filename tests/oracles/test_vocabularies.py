@@ -42,10 +42,10 @@ def test_sentencepiece(name, tmp_path):
     same_tokens(load_tokenizer(tmp_path), reference.SentencePiece(raw), rng, "unigram" in name)
 
 
-@pytest.mark.parametrize("version", ["v3", "v13"])
+@pytest.mark.parametrize("version", ["v3", "v13", "v15"])
 def test_tekken(version, tmp_path):
     rng = random.Random(f"{SEED} {version}")
-    content = made.tekken(rng, version, tokens=rng.randrange(100, 900), special=made.SPECIAL + made.LATER)
+    content = made.tekken(rng, version, tokens=rng.randrange(100, 900), special=made.SPECIAL + made.LATER + made.OF_V15)
     (tmp_path / "tekken.json").write_bytes(made.tekken_bytes(content))
     same_tokens(load_tokenizer(tmp_path), reference.Tekken(tmp_path / "tekken.json"), rng)
 

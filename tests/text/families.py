@@ -73,6 +73,24 @@ MISTRAL = """{%- for tool in tools or [] -%}[AVAILABLE_TOOLS]{{ tool | tojson }}
   {%- endfor -%}
   {{- "</s>" if m.role == "assistant" -}}
 {%- endfor -%}"""
+SEED = """{%- for tool in tools or [] -%}
+  <seed:bos>system
+{{ tool.function | tojson }}<seed:eos>
+{%- endfor -%}
+{%- for m in messages -%}
+  <seed:bos>{{ m.role }}
+{% if m.reasoning_content %}<seed:think>{{ m.reasoning_content }}</seed:think>{% endif %}{{ m.content }}
+  {%- for c in m.tool_calls or [] -%}
+    {{ "\n<seed:tool_call>\n<function=" + c.function.name }}>
+{% for k, v in c.function.arguments.items() %}<parameter={{ k }}>{{ v }}</parameter>
+{% endfor %}</function>
+</seed:tool_call>
+  {%- endfor -%}
+  <seed:eos>
+{%- endfor -%}
+{%- if add_generation_prompt -%}<seed:bos>assistant
+{% if thinking_budget == 0 %}<seed:think><seed:cot_budget_reflect>
+{% endif %}{% endif -%}"""
 GRANITE = """{%- if tools -%}
   <|start_of_role|>system<|end_of_role|>Call tools with <|tool_call|> and a list.<|end_of_text|>
 <|start_of_role|>tools<|end_of_role|>{{ tools | tojson }}<|end_of_text|>

@@ -12,7 +12,18 @@ from lockstep.serve.answers.content_blocks import collect
 from lockstep.serve.routes.conversation_routes import count_calls
 from lockstep.text.tool_calls.events import Arguments, CallStart, Content
 from lockstep.text.tool_calls.parser import CallParser
-from lockstep.text.tool_calls.styles import GEMMA, GRANITE, HARMONY, HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, PHI, XML
+from lockstep.text.tool_calls.styles import (
+    GEMMA,
+    GRANITE,
+    HARMONY,
+    HERMES,
+    LLAMA,
+    MISTRAL,
+    MISTRAL_NAMED,
+    PHI,
+    SEED,
+    XML,
+)
 from lockstep.text.tool_calls.tools import Tool, ToolUse
 from tests.slowness import is_within
 from tests.text.calls import BY_STYLE, parse, parser_of, ways_to_cut
@@ -39,12 +50,24 @@ ONE, NOTHING = ("g", '{"a": 1}'), ("h", "{}")
 BEGIN = '<tool_call>\n{"name": "g", "arguments": '
 FUNCTION = "<tool_call>\n<function=g>\n"
 FUNCTION_END = "</function>\n</tool_call>"
+SEED_FUNCTION = "<seed:tool_call>\n<function=g>\n"
 MESSAGE_TO = "<|channel|>commentary to=functions."
 SECOND = '\n<tool_call>\n{"name": "h", "arguments": {}}\n</tool_call>'
 BROKEN = [
     # a call's JSON
     (HERMES, BEGIN + '{"s": "a\\u12"}}\n</tool_call>', [("g", '{"s": "a\\\\u12"}')]),
     (HERMES, BEGIN + '{"s": "a\\u12\\n\\ud"}}\n</tool_call>', [("g", '{"s": "a\\\\u12\\n\\\\ud"}')]),
+    (HERMES,
+     BEGIN + '{"s": "\\ud83d\\ude42", "\\uD83D": "\\ude42\\ud83d\\ud83d\\uDE42\\ud83d\\n\\ud83dx"}}\n</tool_call>',
+     [("g", '{"s": "\\ud83d\\ude42", "\\ufffd": "\\ufffd\\ufffd\\ud83d\\uDE42\\ufffd\\n\\ufffdx"}')]),
+    (HERMES, BEGIN + '{"s": "\\ud83d\\u12", "t": "\\ud83d\\u0041\\ud83d"}}\n</tool_call>',
+     [("g", '{"s": "\\ufffd\\\\u12", "t": "\\ufffd\\u0041\\ufffd"}')]),
+    (HERMES, '<tool_call>\n{"name": "g", "arguments": "{\\"s\\": \\"\\\\ud83d\\"}"}\n</tool_call>',
+     [("g", '{"s": "\ufffd"}')]),
+    (HERMES, BEGIN + '{"a": 1e999, "b": [-1e-999, -2E400], "c": 123456789012345678901}}\n</tool_call>',
+     [("g", '{"a": null, "b": [-1e-999, null], "c": 123456789012345678901}')]),
+    (XML, FUNCTION + '<parameter=l>\n["\\ud83d", 1e999]\n</parameter>\n' + FUNCTION_END,
+     [("g", '{"l": ["\\ufffd", null]}')]),
     (LLAMA, '{"name": "g", "parameters": {"s": "a\\u"}}', [("g", '{"s": "a\\\\u"}')]),
     (HERMES, BEGIN + '{"a": 1}\n</tool_call>' + SECOND, [ONE, NOTHING]),
     (HERMES, BEGIN + '{"a": 1\n</tool_call>' + SECOND, [("g", '{"a": 1\n}'), NOTHING]),
@@ -115,6 +138,12 @@ BROKEN = [
     (XML, FUNCTION + "<parameter=s>\nx\n</parameter>\n</tool_call>", [("g", '{"s": "x"}')]),
     (XML, FUNCTION + "<parameter=s>\nx\n</parameter>\n<function=h>\n" + FUNCTION_END, [("g", '{"s": "x"}'), NOTHING]),
     (XML, "<tool_call><function=></function></tool_call>", ["<tool_call><function=></function></tool_call>"]),
+    (SEED, SEED_FUNCTION + "<parameter=n>5</parameter>\n</seed:tool_call>\n" + SEED_FUNCTION + "</function>\n",
+     [("g", '{"n": 5}'), ("g", "{}")]),
+    (SEED, SEED_FUNCTION + "<parameter=s>a </function>\n</tool_call>\n<tool_call>\n<function=</parameter></function>",
+     [("g", json.dumps({"s": "a </function>\n</tool_call>\n<tool_call>\n<function="}))]),
+    (SEED, SEED_FUNCTION + "<parameter=s>x</function>\n</seed:tool_call>" + SEED_FUNCTION + "</function>",
+     [("g", '{"s": "x"}'), ("g", "{}")]),
 ]  # fmt: skip
 
 
@@ -221,7 +250,14 @@ def damaged(draw, style):
     """Two calls; the first one's arguments and the text after them are damaged, and may be cut off."""
     first, second = (written(style, "g", draw(VALUES)) for _ in range(2))
     text = written_twice(style, first, second)
-    before = {"xml": "g>", "harmony": "<|message|>{", "mistral_named": "[ARGS]{", "gemma": "g{", "function_gemma": "g{"}
+    before = {
+        "xml": "g>",
+        "seed": "g>",
+        "harmony": "<|message|>{",
+        "mistral_named": "[ARGS]{",
+        "gemma": "g{",
+        "function_gemma": "g{",
+    }
     mark = before.get(style.name, ": {")
     begin = first.index(mark) + len(mark)
     end = len(first.removesuffix(style.end or ""))
@@ -249,7 +285,7 @@ def test_whatever_is_damaged_arguments_are_json_and_no_mark_is_text(style, data,
         if isinstance(each, tuple):
             assert isinstance(json.loads(each[1], parse_constant=pytest.fail), dict)
         else:
-            assert not any(mark in each for mark in (*style.marks, *(TAGS if style is XML else ())))
+            assert not any(mark in each for mark in (*style.marks, *(TAGS if style in (XML, SEED) else ())))
     events = (parser := parser_of(style, USE)).push(text) + parser.finish(is_cut=True)
     whole = [event for event in events if not isinstance(event, Content)]
     arguments = [

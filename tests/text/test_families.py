@@ -38,10 +38,12 @@ FUNCTION_MARKS = (
     "<end_of_turn>",
 )
 MISTRAL_MARKS = ("</s>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "[THINK]", "[/THINK]")
+SEED_MARKS = ("<seed:think>", "</seed:think>", "<seed:tool_call>", "</seed:tool_call>")
 FAMILIES = {
     "gemma": Family(families.GEMMA, GEMMA_MARKS, styles.GEMMA, reasoning.GEMMA),
     "function_gemma": Family(families.FUNCTION_GEMMA, FUNCTION_MARKS, styles.FUNCTION_GEMMA, None),
     "mistral": Family(families.MISTRAL, MISTRAL_MARKS, styles.MISTRAL_NAMED, reasoning.MISTRAL),
+    "seed": Family(families.SEED, ("<seed:eos>", *SEED_MARKS), styles.SEED, reasoning.SEED),
     "granite": Family(families.GRANITE, ("<|end_of_text|>", "<|tool_call|>"), styles.GRANITE, reasoning.GRANITE),
     "phi": Family(families.PHI, ("<|end|>", "<|tool_call|>", "<|/tool_call|>"), styles.PHI, None),
 }
@@ -52,6 +54,9 @@ THINKS = dict(gemma=dict(enable_thinking=True), granite=dict(thinking=True))  # 
 WEATHER_CALL, NOW_CALL = ("get_weather", CITY), ("now", "{}")
 GEMMAS_CALL = ("get_weather", '{"city":"Paris"}')
 GEMMA_CALL = '<|tool_call>call:get_weather{city:<|"|>Paris<|"|>}<tool_call|>'
+SEED_CALL = (
+    "<seed:tool_call>\n<function=get_weather>\n<parameter=city>Paris</parameter>\n</function>\n</seed:tool_call>"
+)
 LISTED = '{"name": "get_weather", "arguments": {"city": "Paris"}}'
 ANSWERS = [
     ("gemma", "<|channel>thought\nHm, a < b.\n<channel|>Yes.", [Reasoning("Hm, a < b."), "Yes."]),
@@ -75,6 +80,7 @@ ANSWERS = [
     ("mistral", f"[THINK]I look.[/THINK][TOOL_CALLS]get_weather[ARGS]{CITY}[TOOL_CALLS]now[CALL_ID]abcdefghi[ARGS]{{}}",
      [Reasoning("I look."), WEATHER_CALL, NOW_CALL]),
     ("mistral", "No [THINK]thought[/THINK].", ["No [THINK]thought[/THINK]."]),
+    ("seed", f"<seed:think>Hm.</seed:think>So:\n{SEED_CALL}", [Reasoning("Hm."), "So:", WEATHER_CALL]),
     ("granite", f'<|tool_call|>[{LISTED}, {{"name": "now", "arguments": {{}}}}]', [WEATHER_CALL, NOW_CALL]),
     ("granite", f"<|tool_call|>{LISTED}", [WEATHER_CALL]),
     ("granite", "<think>Hm.</think>\n<response>Yes, <b>.</response>", [Reasoning("Hm."), "Yes, <b>."]),
@@ -130,6 +136,7 @@ def test_thoughts_of_every_family(marks):
     for pieces in ways_to_cut(text):
         assert parse(ThoughtParser(PlainParser(), False, marks), pieces) == [Reasoning("A thought."), "Text."]
     assert marks.is_closed(text.removesuffix("Text.")) and marks.is_open(marks.open + label)
+    assert marks.is_open(f"{marks.open}{label}{marks.inside}\n")
     for pieces in ways_to_cut("Hm." + marks.close + "Text."):
         assert parse(ThoughtParser(PlainParser(), True, marks), pieces) == [Reasoning("Hm."), "Text."]
 
@@ -157,6 +164,7 @@ SHOWN = {
     "gemma": ['<|channel>thought\nI look.<channel|><|tool_call>call:get_weather{city:<|"|>Rome<|"|>}<tool_call|>'],
     "function_gemma": ["<start_function_call>call:get_weather{city:<escape>Rome<escape>}<end_function_call>"],
     "mistral": ["[THINK]I look.[/THINK][TOOL_CALLS]get_weather[CALL_ID]", '[ARGS]{"city": "Rome"}</s>'],
+    "seed": ["<seed:think>I look.</seed:think>\n<seed:tool_call>\n<function=get_weather>\n<parameter=city>Rome</par"],
     "granite": ['<|tool_call|>[{"name": "get_weather", "arguments": {"city": "Rome"}}]<|end_of_text|>'],
     "phi": ['<|tool|>[{"name": "get_weather", ',
             '<|assistant|><|tool_call|>[{"name": "get_weather", "arguments": {"city": "Rome"}}]<|/tool_call|><|end|>'],
@@ -200,9 +208,15 @@ HELD = {
     "gemma": GEMMA_CALL,
     "function_gemma": "<start_function_call>call:get_weather{city:<escape>Paris<escape>}<end_function_call>",
     "mistral": f"[TOOL_CALLS]get_weather[ARGS]{CITY}",
+    "seed": SEED_CALL,
     "granite": f"<|tool_call|>[{LISTED}]",
     "phi": f"<|tool_call|>[{LISTED}]<|/tool_call|>",
 }
+
+
+def call_of_now(name):
+    call = re.sub("<parameter=.*\n|{[^{}]*}(?=[^}]*$|}])", lambda found: "{}" * (found[0][0] == "{"), HELD[name])
+    return call.replace("get_weather", "now")
 
 
 @BY_FAMILY
@@ -211,7 +225,7 @@ def test_a_call_that_must_come(name, strict):
     """Of any function, or of a named one alone."""
     call, weather = HELD[name], Tool(WEATHER.name, "", WEATHER.parameters, strict)
     mask = mask_of(name, ToolUse((weather, TOOLS[1]), must_call=True, allowed=("get_weather",) if strict else None))
-    now = re.sub("{[^{}]*}(?=[^}]*$|}])", "{}", call).replace("get_weather", "now")
+    now = call_of_now(name)
     assert accepts(name, mask, call) and accepts(name, mask, now) != strict
     for other in ("No.", call.replace("city", "town"), call.replace("Paris", "Reykjavik"), call[: len(call) // 2]):
         assert not accepts(name, mask, other), other
@@ -220,10 +234,9 @@ def test_a_call_that_must_come(name, strict):
 @BY_FAMILY
 @pytest.mark.parametrize("parallel", [False, True])
 def test_several_calls_that_must_come(name, parallel):
-    call = HELD[name].replace("get_weather", "now")
-    call = re.sub("{[^{}]*}(?=[^}]*$|}])", "{}", call)
+    call = call_of_now(name)
     listed, now = '{"name": "now", "arguments": {}}', ToolUse((TOOLS[1],), must_call=True, parallel=parallel)
-    several = call.replace(listed, f"{listed}, {listed}") if listed in call else call + call
+    several = call.replace(listed, f"{listed}, {listed}") if listed in call else call + "\n" * (name == "seed") + call
     assert accepts(name, mask_of(name, now), several) == parallel
 
 
@@ -232,6 +245,18 @@ def test_a_free_answer_is_held_to_the_tools_once_it_calls(name):
     call = HELD[name]
     for text, is_good in (("Free text.", True), (f"So: {call}", True), (call.replace("city", "town"), False)):
         assert accepts(name, mask_of(name, USE), text) == is_good, text
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("name, thought", [
+    ("gemma", "<|channel>thought\nI write <|tool_call> first.<channel|>"),
+    ("mistral", "[THINK]First [TOOL_CALLS].[/THINK]"),
+    ("seed", "<seed:think>First <seed:tool_call>.</seed:think>"),
+])  # fmt: skip
+def test_a_mark_within_a_thought_begins_no_call(name, thought, parallel):
+    mask = lambda: mask_of(name, ToolUse(TOOLS, parallel=parallel), **THINKS.get(name, {}))
+    assert accepts(name, mask(), thought + HELD[name]) and accepts(name, mask(), thought + "So no.")
+    assert not accepts(name, mask(), thought + HELD[name].replace("city", "town"))
 
 
 @pytest.mark.parametrize("name, thought", [
@@ -296,7 +321,7 @@ def test_a_strict_schema_that_cannot_be_enforced_in_gemmas_notation(schema, mess
 
 @pytest.mark.parametrize("name, ends", [
     ("gemma", {"<turn|>", "<|tool_response>"}), ("function_gemma", {"<end_of_turn>", "<start_function_response>"}),
-    ("mistral", {"</s>"}), ("granite", {"<|end_of_text|>"}), ("phi", set()),
+    ("mistral", {"</s>"}), ("seed", {"<seed:eos>"}), ("granite", {"<|end_of_text|>"}), ("phi", set()),
 ])  # fmt: skip
 def test_what_ends_an_answer(name, ends):
     tokenizer, _ = MODELS[name]

@@ -166,6 +166,18 @@ def test_a_call_that_must_come(made):
     assert not accepts(tokenizer, mask(), CALL.replace("get_weather", "get_time"))
 
 
+def test_a_call_that_must_come_in_an_answer_that_the_prompt_has_begun(made):
+    tokenizer, chat = made
+    begun = [*USER, dict(role="assistant", content="Well, ")]
+    prepared = chat.prepare(Conversation(begun, ToolUse(TOOLS, must_call=True), continues=True))
+    mask = prepared.options["logits_mask"]
+    assert accepts(tokenizer, mask, NEXT + CALL)
+    for pieces in ways_to_cut(NEXT + CALL):
+        assert parse(prepared.new_parser(), pieces) == [("get_weather", CITY)]
+    again = chat.prepare(Conversation(begun, ToolUse(TOOLS, must_call=True), continues=True))
+    assert not accepts(tokenizer, again.options["logits_mask"], CALL)
+
+
 def test_an_answer_with_a_form(made):
     tokenizer, chat = made
     grammar = structured.json_schema(dict(type="object", properties=dict(a=dict(type="integer")), required=["a"]))

@@ -10,7 +10,18 @@ from hypothesis import strategies as st
 from lockstep.text.reasoning import PlainParser, ThoughtParser
 from lockstep.text.tool_calls.events import Reasoning
 from lockstep.text.tool_calls.parser import CallParser
-from lockstep.text.tool_calls.styles import GEMMA, GRANITE, HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, PHI, XML, style_of
+from lockstep.text.tool_calls.styles import (
+    GEMMA,
+    GRANITE,
+    HERMES,
+    LLAMA,
+    MISTRAL,
+    MISTRAL_NAMED,
+    PHI,
+    SEED,
+    XML,
+    style_of,
+)
 from lockstep.text.tool_calls.tools import ToolUse, written_out
 from tests.text.calls import BY_STYLE, CITY, TOOLS, USE, parse, parser_of, ways_to_cut
 
@@ -42,6 +53,9 @@ ANSWERS = [
     (XML, "<tool_call>\n<function=get_weather>\n<parameter=days>\nmany\n</parameter>\n</function>\n</tool_call>",
      [("get_weather", '{"days": "many"}')]),
     (XML, "<tool_call> no </tool_call>", ["<tool_call> no </tool_call>"]),
+    (SEED, "Hm.\n<seed:tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n\n</parameter>\n"
+           "<parameter=tags>['wind', True]</parameter>\n<parameter=days>3</parameter>\n</function>\n</seed:tool_call>",
+     ["Hm.", ("get_weather", '{"city": "\\nParis\\n\\n", "tags": ["wind", true], "days": 3}')]),
     (LLAMA, '{"name": "get_weather", "parameters": {"city": "Paris"}}', [WEATHER_CALL]),
     (LLAMA, '\n<|python_tag|>{"type": "function", "name": "now", "parameters": {}}; {"name": "now", "parameters": {}}',
      [("now", "{}"), ("now", "{}")]),
@@ -114,6 +128,7 @@ def test_a_thought_before_a_call():
     [
         ("{{ tools }} <tool_call>{'name': name}</tool_call>", HERMES),
         ("{{ tools }} <tool_call><function=x><parameter=y>", XML),
+        ("{{ tools }} <seed:tool_call><function=x><parameter=y>", SEED),
         ("{{ tools }}[AVAILABLE_TOOLS] [TOOL_CALLS]", MISTRAL),
         ("{{ tools }}[TOOL_CALLS] name [ARGS]", MISTRAL_NAMED),
         ("{{ tools }}Environment: ipython", LLAMA),

@@ -9,7 +9,7 @@ import pytest
 from lockstep.text.tool_calls.events import Arguments, CallStart
 from lockstep.text.tool_calls.parser import CallParser
 from lockstep.text.tool_calls.shapes import MAX_SHAPES, Shape, shapes
-from lockstep.text.tool_calls.styles import STYLES, XML
+from lockstep.text.tool_calls.styles import SEED, STYLES, XML
 from lockstep.text.tool_calls.texts import matches
 from lockstep.text.tool_calls.tools import Tool, ToolUse
 from tests.text.calls import BY_STYLE, calls_grammar, parse, parser_of
@@ -84,10 +84,11 @@ FREE_TEXTS = ("required beyond properties", "no schema")  # a random text hardly
 def written(style, name, arguments):
     """A call as a model of a style writes it; in Harmony without <|call|>, which ends the answer."""
     text = json.dumps(arguments)
-    if style is XML:
+    if style in (XML, SEED):
         values = [(key, value if isinstance(value, str) else json.dumps(value)) for key, value in arguments.items()]
-        members = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values)
-        return f"<tool_call>\n<function={name}>\n{members}</function>\n</tool_call>"
+        space = "\n" if style is XML else ""
+        members = "".join(f"<parameter={key}>{space}{value}{space}</parameter>\n" for key, value in values)
+        return f"{style.begin}\n<function={name}>\n{members}</function>\n{style.end}"
     gemma, function_gemma = in_gemma(arguments, '<|"|>'), in_gemma(arguments, "<escape>")
     return {
         "hermes": f'<tool_call>\n{{"name": "{name}", "arguments": {text}}}\n</tool_call>',
@@ -107,7 +108,7 @@ def written_twice(style, first, second):
     if style.name in ("mistral", "granite", "phi"):
         end = f"]{style.end or ''}"
         return first.removesuffix(end) + ", " + second[second.index('{"name"') :]
-    between = {"llama": "; ", "harmony": f"{style.end}<|start|>assistant", "hermes": "\n", "xml": "\n"}
+    between = {"llama": "; ", "harmony": f"{style.end}<|start|>assistant", "hermes": "\n", "xml": "\n", "seed": "\n"}
     return first + between.get(style.name, "") + second
 
 
@@ -134,7 +135,7 @@ def test_calls_under_a_grammar_have_arguments_that_their_schema_allows(name, sty
         complete += 1
         assert called == "g" and isinstance(json.loads(arguments), dict)
         jsonschema.validate(json.loads(arguments), schema)
-    assert complete or style is not XML or name in FREE_TEXTS, "a call that ends is among them"
+    assert complete or style not in (XML, SEED) or name in FREE_TEXTS, "a call that ends is among them"
 
 
 @BY_STYLE
@@ -305,8 +306,8 @@ REPAIRED = [
 @BY_STYLE
 @pytest.mark.parametrize("text, value", REPAIRED, ids=range(len(REPAIRED)))
 def test_arguments_that_are_no_json_are_repaired(text, value, style):
-    if style is XML:
-        call = f"<tool_call><function=f><parameter=v>\n{text}\n</parameter></function></tool_call>"
+    if style in (XML, SEED):
+        call = f"{style.begin}<function=f><parameter=v>\n{text}\n</parameter></function>{style.end}"
         use, value = ToolUse((Tool("f", "", {"properties": {"v": {"type": "object"}}}),)), {"v": value}
     else:
         call, use = written(style, "f", {}).replace("{}", text), ToolUse((Tool("f", "", {}),))

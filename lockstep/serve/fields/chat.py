@@ -13,6 +13,7 @@ from lockstep.serve.fields.sampling import MostTokens, SamplingFields
 from lockstep.serve.fields.stream import StreamFields
 from lockstep.text.conversation import Conversation
 from lockstep.text.reasoning import template_variables
+from lockstep.text.tool_calls.json_text import json_value
 from lockstep.text.tool_calls.tools import NO_PARAMETERS, Tool, ToolUse
 
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")  # types of a message's parts that hold text
@@ -164,9 +165,11 @@ def tool_call(call_id, name, arguments):
 
 
 def arguments_of(text):
-    """The arguments of a tool call as an object; {"incomplete_json": text} where the text is cut off or not JSON."""
+    """The arguments of a tool call as an object; {"incomplete_json": text} where the text is cut off or not JSON. What
+    JSON can write but a prompt cannot (halves of characters, numbers beyond float64) is replaced."""
     try:
-        value = bounded_loads(text, "the text of a call's arguments")
+        bounded_loads(text, "the text of a call's arguments")
+        value = json_value(text, None)
     except (ValueError, RecursionError):
         value = None
     return value if isinstance(value, dict) else dict(incomplete_json=text)

@@ -45,8 +45,8 @@ class GrammarMask(SpeculativeMask):
     """A logits mask for SamplingParams.logits_mask that holds samples, of one request or of several, to a grammar.
 
     Each sample has a matcher that advances with its output: one of `matchers`, or a new one from new_matcher. The
-    returned array is overwritten by the next call. num_words: uint32 words of a mask. trigger, after, once: see
-    `structured.Grammars.mask`. may_draft: whether compiling takes so little that reading drafts, which may make it
+    returned array is overwritten by the next call. num_words: uint32 words of a mask. trigger, after, before, once:
+    see `structured.Grammars.mask`. may_draft: whether compiling takes so little that reading drafts, which may make it
     necessary to compile again, is allowed. grammar: the text of it, from which a receipt makes the mask again.
     """
 
@@ -59,10 +59,11 @@ class GrammarMask(SpeculativeMask):
         after: int | None = None,
         once: bool = False,
         *,
+        before: int | None = None,
         may_draft: bool = True,
         grammar: str = "",
     ) -> None:
-        self.grammar, self.trigger, self.after, self.once = grammar, trigger, after, once
+        self.grammar, self.trigger, self.after, self.before, self.once = grammar, trigger, after, before, once
         self._unused, self._new_matcher, self._may_draft = matchers, new_matcher, may_draft
         self._words = np.zeros(num_words, np.uint32)
         self._samples: OrderedDict[int, Sample] = OrderedDict()
@@ -110,7 +111,7 @@ class GrammarMask(SpeculativeMask):
         if sample is None or sample.num_read > len(output_ids):
             compiled = self._unused.pop() if self._unused else self._new_matcher()
             matcher = compiled if self.trigger is None else None
-            sample = Sample(output_ids, compiled, matcher, self.after is None, may_draft=self._may_draft)
+            sample = Sample(output_ids, compiled, matcher, self._begins_armed, may_draft=self._may_draft)
             self._samples[id(output_ids)] = sample
             if len(self._samples) > MAX_SAMPLES:
                 self._samples.popitem(last=False)
@@ -134,10 +135,18 @@ class GrammarMask(SpeculativeMask):
                 check(sample.matcher)
             if self._is_over(sample.matcher):
                 sample.matcher = None
-        elif token == self.after:
-            sample.armed = True
         elif token == self.trigger and sample.armed:
             sample.matcher = sample.compiled.deep_copy()
+        else:
+            sample.armed = self._is_armed(sample.armed, token)
+
+    @property
+    def _begins_armed(self) -> bool:
+        return self.after is None or self.before is not None
+
+    def _is_armed(self, armed: bool, token: int) -> bool:
+        """Whether the trigger starts the grammar behind this token. armed: whether it did so before it."""
+        return token == self.after or (armed and token != self.before)
 
     def _is_over(self, matcher: llguidance.LLMatcher) -> bool:
         """Whether a grammar that the trigger started is complete, so that every token is allowed again."""
@@ -148,7 +157,7 @@ class GrammarMask(SpeculativeMask):
         they would be without speculation. From now on this sample has no drafts: it is compiled again once at most."""
         sample.compiled, output = self._new_matcher(), sample.output_ids[: sample.num_read]
         sample.matcher = sample.compiled if self.trigger is None else None
-        sample.armed, sample.num_read, sample.has_read_drafts = self.after is None, 0, False
+        sample.armed, sample.num_read, sample.has_read_drafts = self._begins_armed, 0, False
         sample.may_draft = False
         for token in output:
             self._mask(sample)
@@ -168,10 +177,10 @@ class GrammarMask(SpeculativeMask):
                         return
                     num_to_forget += matcher is sample.matcher
                     matcher = None if self._is_over(matcher) else matcher
-                elif token == self.after:
-                    armed = True
                 elif token == self.trigger and armed:
                     matcher = sample.compiled.deep_copy()
+                else:
+                    armed = self._is_armed(armed, token)
                 yield matcher
         finally:
             if num_to_forget and sample.matcher is not None:

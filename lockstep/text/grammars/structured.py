@@ -163,11 +163,13 @@ class Grammars:
         trigger: int | None = None,
         after: int | None = None,
         once: bool = False,
+        before: int | None = None,
     ) -> GrammarMask:
         """A logits mask that holds the samples of a request to a grammar made by one of this module's functions.
 
         trigger: a token id. The grammar then holds only from this token until the grammar is complete, and again from
         the next such token; elsewhere any token is allowed. after: a token id; a trigger before it does not count.
+        before: a token id; then triggers count from the beginning, but not between this token and the next `after`.
         once: the answer ends where the grammar that the trigger started is complete. ValueError, with the reason, for a
         grammar that is wrong, too large or too slow to compile; Busy while another slow grammar is being compiled.
         """
@@ -178,9 +180,8 @@ class Grammars:
         # drafts may make it necessary to compile again, and the engine's thread would wait for a slow grammar
         may_draft = self._costs.cost(grammar, QUICK_SECONDS, COMPILE_BYTES) is not None
         new_matcher = functools.partial(self._compile_in_pool, grammar)
-        return GrammarMask(
-            matchers, new_matcher, self.num_words, trigger, after, once, may_draft=may_draft, grammar=grammar
-        )
+        places: dict[str, Any] = dict(trigger=trigger, after=after, once=once, before=before)
+        return GrammarMask(matchers, new_matcher, self.num_words, **places, may_draft=may_draft, grammar=grammar)
 
     def check(self, grammar: str) -> None:
         """ValueError for a grammar that `mask` would refuse."""

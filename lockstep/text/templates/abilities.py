@@ -10,6 +10,7 @@ from os.path import commonprefix
 from typing import Any
 
 from lockstep.text.templates.chat_template import CUT, TooMuch
+from lockstep.text.templates.fallbacks import RESPONSES, results_inside
 from lockstep.text.tokenizer.tokenizer import TOOL_TEMPLATE
 from lockstep.text.tool_calls.events import Arguments, CallStart, partial
 from lockstep.text.tool_calls.parser import CallParser
@@ -33,7 +34,9 @@ class Abilities:
     if it has none, or teaches a format of calls that no Style reads: tools, calls and results are then written into the
     text, in the style of Hermes. teaches: the template
     shows the model how to write a call. style: how the model writes calls. calls, several_calls: messages with a tool
-    call, with several. beside_calls: the text of a message that has calls. results: tool results. system_at_results:
+    call, with several. beside_calls: the text of a message that has calls, before them. results: tool results.
+    inside: results as a field of the message with the calls, and not as well by messages of their own (Gemma 4, at
+    first). system_at_results:
     the system message, when a tool result is the last message. after_results: the assistant's text that must stand
     between a tool result and a user message; None: no such message is needed.
     """
@@ -52,6 +55,7 @@ class Abilities:
     several_calls: bool = True
     beside_calls: bool = True
     results: bool = False
+    inside: bool = False
     system_at_results: bool = True
     after_results: str | None = None
 
@@ -100,6 +104,16 @@ class _Probe:
         rendered, given = self.text(messages), json.dumps(messages)
         return bool(rendered) and all(word in rendered for word in (AMBER, BIRCH, CEDAR) if word in given)
 
+    def _shows_in_order(self, messages) -> bool:
+        """Whether the rendered prompt has AMBER, and after it BIRCH."""
+        return BIRCH in self.text(messages).partition(AMBER)[2]
+
+    def _has_results_inside(self, user) -> bool:
+        """Whether results that are a field of the message with the calls are shown, other than messages with them."""
+        messages = [user, calling(BIRCH), answering(1, CEDAR)]
+        inside = results_inside(messages)
+        return self.shows(inside) and self.text(inside) != self.text(messages)
+
     def _has_variable(self, name) -> bool:
         self._variable = name
         return PROBE.name in self.text([said("user", AMBER)])
@@ -131,8 +145,10 @@ class _Probe:
             style=read or style if teaches else HERMES,
             calls=calls,
             several_calls=not calls or self.shows(two_calls),
-            beside_calls=not calls or self.shows([said("user", "Hello."), calling(BIRCH) | dict(content=AMBER)]),
+            beside_calls=not calls
+            or self._shows_in_order([said("user", "Hello."), calling(BIRCH) | dict(content=AMBER)]),
             results=self.shows([*with_call, answering(1, CEDAR)]),
+            inside=calls and RESPONSES in self.source and self._has_results_inside(user),
             system_at_results=self.shows(at_results),
             after_results=self.first_text("assistant", [*with_call, YES], [last]),
         )

@@ -1,4 +1,4 @@
-"""An assistant's text in a message with tool calls, for chat templates that show only the calls.
+"""An assistant's text in a message with tool calls, for chat templates that show only the calls, or show it after them.
 
 A model writes such text before its calls, in the same turn, so the text is inserted there into the rendered prompt.
 """
@@ -8,7 +8,7 @@ from itertools import count
 
 from lockstep.text.templates.abilities import Abilities, abilities_of, render
 from lockstep.text.templates.chat_template import check_messages
-from lockstep.text.templates.fallbacks import adapted
+from lockstep.text.templates.fallbacks import adapted, results_inside
 from lockstep.text.tool_calls.styles import Style
 from lockstep.text.tool_calls.tools import Tool, ToolUse
 
@@ -37,24 +37,25 @@ def rendered(tokenizer, abilities: Abilities, messages: Sequence[Mapping], tools
         for number, message in enumerate(messages)
         if message.get("tool_calls") and isinstance(content := message.get("content"), str) and content
     }
+    placed = results_inside if abilities.inside else list
     if abilities.beside_calls or not beside:
-        return render(tokenizer, abilities.tools, messages, tools, **variables)
+        return render(tokenizer, abilities.tools, placed(messages), tools, **variables)
     all_texts = repr(messages)
     mark = next(unused for n in count() if (unused := f"call{n}of") not in all_texts)
     marked = [
         _marked(message, f"{mark}{number}_") if number in beside else message for number, message in enumerate(messages)
     ]
-    text = render(tokenizer, abilities.tools, marked, tools, **variables)
+    text = render(tokenizer, abilities.tools, placed(marked), tools, **variables)
     for number, content in beside.items():
         text = _with_text(text, f"{mark}{number}_", content, abilities.style)
     return text
 
 
 def _marked(message: Mapping, mark: str) -> dict:
-    """The message with a mark put before the function name of its first call."""
+    """The message without its text, and with a mark put before the function name of its first call."""
     first, *others = message["tool_calls"]
     function = first["function"] | {"name": mark + first["function"]["name"]}
-    return {**message, "tool_calls": [first | {"function": function}, *others]}
+    return {**message, "content": "", "tool_calls": [first | {"function": function}, *others]}
 
 
 def _with_text(text: str, mark: str, content: str, style: Style) -> str:

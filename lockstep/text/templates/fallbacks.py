@@ -8,6 +8,7 @@ from itertools import takewhile
 from lockstep.text.tool_calls.tools import HOW_TO_CALL, written_out
 
 TEXTS = ("content", "reasoning_content")  # the fields of a message that hold text
+RESPONSES = "tool_responses"  # the field of a message with calls that holds their results, in some templates
 
 
 def adapted(messages, use, abilities):
@@ -33,6 +34,24 @@ def one_call_each(messages):
         split += _separated(messages[at], results)
         at += 1 + len(results)
     return split
+
+
+def results_inside(messages):
+    """The messages with each result in the message of its call, as the field RESPONSES; the text with which the
+    assistant goes on is that message's, too: to the model all of it is one turn."""
+    made, names = [], {}
+    for message in messages:
+        names |= {call["id"]: call["function"]["name"] for call in message.get("tool_calls") or ()}
+        last = made[-1] if made else {}
+        responses = list(last.get(RESPONSES) or ())
+        if message["role"] == "tool" and last.get("tool_calls"):
+            name = names.get(message.get("tool_call_id"), "unknown")
+            made[-1] = last | {RESPONSES: [*responses, dict(name=name, response=message["content"])]}
+        elif message["role"] == "assistant" and responses and not (last["content"] or message.get("tool_calls")):
+            made[-1] = last | dict(content=message["content"])
+        else:
+            made.append(message)
+    return made
 
 
 def _separated(message, results):

@@ -5,6 +5,8 @@ user or of the assistant in a row are refused, so that fallbacks.py joins them, 
 Source: src/mistral_common/tokens/tokenizers/instruct.py of github.com/mistralai/mistral-common.
 """
 
+from collections.abc import Sequence
+
 HEAD = """
 {%- macro spaced(text) %}{{ SPACE ~ text if text else '' }}{% endmacro %}
 {%- macro arguments(call) %}
@@ -42,6 +44,14 @@ SYSTEM = """
     {%- endif %}"""
 
 # What a user says, in version 1 between marks that are ordinary text.
+SETTINGS = """
+    {%- if message.role == 'user' and loop.index0 == turn.first_user %}
+        {%- set effort = reasoning_effort or EFFORTS[0] %}
+        {%- if effort not in EFFORTS %}
+            {{- raise_exception('reasoning_effort: expected one of ' ~ EFFORTS | join(', ') ~ ', got ' ~ effort) }}
+        {%- endif %}
+        {{- '[MODEL_SETTINGS]{"reasoning_effort": "' ~ effort ~ '"}[/MODEL_SETTINGS]' }}
+    {%- endif %}"""
 PLAIN_USER = """
     {%- if message.role == 'user' %}
         {%- set before = turn.system if loop.index0 == turn.first_user else '' %}
@@ -106,21 +116,23 @@ BODIES = {
     "v7": (SYSTEM, LAST_TOOLS, USER, TEXT, CALLS, END, RESULT_OF_CALL),
     "v11": (SYSTEM, LAST_TOOLS, USER, TEXT, NAMED_CALLS, END, RESULT_OF_CALL),
     "v13": (SYSTEM, FIRST_TOOLS, USER, TEXT, NAMED_CALLS, END, RESULT),
+    "v15": (SYSTEM, FIRST_TOOLS, SETTINGS, USER, TEXT, NAMED_CALLS, END, RESULT),
 }
 
 
-def mistral_template(version: str, spaced: bool, thinks: bool = False) -> str | None:
+def mistral_template(version: str, spaced: bool, thinks: bool = False, efforts: Sequence[str] = ()) -> str | None:
     """The chat template of a version of Mistral's tokenizers, such as "v3"; None if there is none.
 
     spaced: a space is written before each text that follows a mark; for SentencePiece, unless its tokenizer adds it.
-    thinks: for a vocabulary with marks around thoughts.
+    thinks: for a vocabulary with marks around thoughts. efforts: the values of reasoning_effort, the usual one first,
+    of models that are told it.
     """
     parts = BODIES.get(version)
     if parts is None:
         return None
-    if thinks and version == "v13":
+    if thinks and version in ("v13", "v15"):
         parts = (THOUGHT, *parts)
-    body = "".join(parts)
+    body = "".join(part for part in parts if efforts or part is not SETTINGS).replace("EFFORTS", str(list(efforts)))
     roles = ("system", "user", "assistant", *(("tool",) if "[TOOL_RESULTS]" in body else ()))
     call_id = " ~ '[CALL_ID]' ~ call.id" if version == "v11" else ""
     source = (HEAD + body + TAIL).replace("ROLES", str(roles)).replace(" CALL_ID ", f"{call_id} ")

@@ -16,14 +16,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 class GenerationBlock(Extension):
-    """{% generation %}, which marks an assistant's text for training. Here only its body is rendered."""
+    """{% generation %}, which marks an assistant's text for training. Here only its body is rendered. A variable that
+    is set in it has its old value behind it, as in transformers."""
 
     tags: ClassVar[set[str]] = {"generation"}
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
+    def parse(self, parser: Parser) -> nodes.Node:
         """The nodes between {% generation %} and {% endgeneration %}."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
 class Sandbox(ImmutableSandboxedEnvironment):

@@ -65,7 +65,9 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any]) -> Vocabulary:
 def _of_tekken(path: Path, config: Mapping[str, Any]) -> Vocabulary:
     content = read_json_object(path)
     found = _named(path, lambda: tekken.read_tekken(content))
-    template = mistral_template(found.version, spaced=False, thinks={"[THINK]", "[/THINK]"} <= {*found.special})
+    template = mistral_template(
+        found.version, spaced=False, thinks={"[THINK]", "[/THINK]"} <= {*found.special}, efforts=found.efforts
+    )
     return Vocabulary(_named(path, lambda: tekken.build_tokenizer(found)), found.named(), template)
 
 

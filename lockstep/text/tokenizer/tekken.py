@@ -8,6 +8,7 @@ github.com/openai/tiktoken.
 
 import base64
 import binascii
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from lockstep.text.tokenizer.merges import merges_of
 
 VERSIONS = ("v1", "v2", "v3", "v7", "v11", "v13", "v15")
 LISTED_FROM = "v11"  # files of earlier versions may not list their special tokens, which are then these
+SETTINGS_FROM = "v15"  # files of this version say which settings the model may be told
+EFFORT = re.compile("[a-z]{1,20}")
 SPECIAL = """<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS]
 [TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT]
 [TOOL_CONTENT]""".split()
@@ -33,12 +36,14 @@ CHARACTERS = {byte: character for character, byte in BYTE_OF_CHARACTER.items()}
 @dataclass(frozen=True)
 class Tekken:
     """The content of a tekken.json: the texts of the special tokens and the bytes of the others, each in the order of
-    ids; the pattern that splits texts into words; the version of the chat format."""
+    ids; the pattern that splits texts into words; the version of the chat format; the values of reasoning_effort that
+    the model may be told, the usual one first."""
 
     special: Sequence[str]
     tokens: Sequence[bytes]
     pattern: str
     version: str
+    efforts: Sequence[str] = ()
 
     def named(self) -> dict[str, str]:
         """{"bos_token": its text} and so on, of the tokens that are there."""
@@ -58,7 +63,25 @@ def read_tekken(content: Mapping[str, Any]) -> Tekken:
     num_special = _size(config, "default_num_special_tokens", 0)
     vocab_size = _size(config, "default_vocab_size", num_special + 256)
     special = _special_tokens(content.get("special_tokens"), version, num_special)
-    return Tekken(special, _tokens(content.get("vocab"), vocab_size - num_special), pattern, version)
+    tokens = _tokens(content.get("vocab"), vocab_size - num_special)
+    efforts = _efforts(content.get("model_settings_builder")) if version == SETTINGS_FROM else ()
+    return Tekken(special, tokens, pattern, version, efforts)
+
+
+def _efforts(builder: object) -> Sequence[str]:
+    """The values of reasoning_effort, the usual one first, that a file's rules for the model's settings allow."""
+    settings = {} if builder is None else builder
+    rule = settings.get("reasoning_effort") if isinstance(settings, dict) else builder
+    if rule is None:
+        return ()
+    values, usual = (rule.get(key) for key in ("values", "default")) if isinstance(rule, dict) else (None, None)
+    texts = [text for text in values if isinstance(text, str)] if isinstance(values, list) else []
+    if usual not in texts or texts != values or not all(map(EFFORT.fullmatch, texts)):
+        raise ValueError(
+            "model_settings_builder: reasoning_effort: expected values of small letters and a default among them, "
+            f"got {rule!r:.80}"
+        )
+    return (usual, *(text for text in texts if text != usual))
 
 
 def _size(config: Mapping[str, Any], key: str, low: int) -> int:

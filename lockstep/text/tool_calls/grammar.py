@@ -73,10 +73,10 @@ def json_objects(lark: Lark, tools: Sequence[Tool], keys: tuple[str, str], more:
     return names
 
 
-def marked_calls(lark: Lark, options: Sequence[str], parallel: bool) -> None:
-    """Adds rules `call` and `calls` for calls between <tool_call> and </tool_call>. options: alternatives of a call."""
-    lark.rule("call", quote("\n"), either(options), quote("\n"), lark.mark("</tool_call>"))
-    marked = lark.rule("marked", lark.mark("<tool_call>"), "call")
+def marked_calls(lark: Lark, options: Sequence[str], parallel: bool, marks: tuple[str, str]) -> None:
+    """Adds rules `call` and `calls` for calls between two marks. options: alternatives of a call."""
+    lark.rule("call", quote("\n"), either(options), quote("\n"), lark.mark(marks[1]))
+    marked = lark.rule("marked", lark.mark(marks[0]), "call")
     lark.rule("calls", several(marked, quote("\n"), parallel))
 
 

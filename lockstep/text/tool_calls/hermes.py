@@ -6,6 +6,7 @@ from lockstep.text.tool_calls.grammar import json_objects, marked_calls
 from lockstep.text.tool_calls.readers import after_space, json_call
 
 KEYS = ("arguments", "parameters")
+MARKS = ("<tool_call>", "</tool_call>")
 
 
 def read(calls):
@@ -21,4 +22,4 @@ def write(calls) -> str:
 
 def rules(lark, tools, parallel) -> None:
     """Adds rules `call`, for the text after the mark of one call, and `calls`, for a whole answer of calls."""
-    marked_calls(lark, json_objects(lark, tools, ("name", "arguments")), parallel)
+    marked_calls(lark, json_objects(lark, tools, ("name", "arguments")), parallel, MARKS)

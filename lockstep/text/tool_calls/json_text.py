@@ -1,13 +1,15 @@
 """Repairs JSON that a model writes, one character at a time, to valid JSON.
 
-Valid JSON passes unchanged. Trailing and missing commas, raw line breaks in strings, single or missing quotes, Python's
-constants and brackets that do not match are repaired. Readers are coroutines: see readers.py.
+Valid JSON passes unchanged, but for halves of characters (a lone \\ud83d), which are no text, and numbers beyond
+float64. Trailing and missing commas, raw line breaks in strings, single or missing quotes, Python's constants and
+brackets that do not match are repaired. Readers are coroutines: see readers.py.
 """
 
 import json
 import re
 from collections.abc import Callable, Generator
 from contextlib import suppress
+from math import isfinite
 
 from lockstep.text.tool_calls.events import CallEnd
 
@@ -21,6 +23,7 @@ CONSTANTS = {"true": "true", "True": "true", "false": "false", "False": "false"}
 )
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 NEARLY_NUMBER = re.compile(r"[+-]?([1-9][0-9]*\.?|0?\.[0-9]+|[1-9][0-9]*\.[0-9]+)")
+LONE = "\\ufffd"  # stands for half of a character
 KEY, COLON, VALUE, END = range(4)  # what comes next: a key, the colon after it, a value, a comma or bracket after it
 
 
@@ -207,7 +210,11 @@ def json_string(out: Out, quote: str = '"') -> Reader:
 def _escape(out):
     """Reads the escape after a backslash. Returns None, or, if it was no valid escape, the character that was read
     instead, which may be the closing quote."""
-    character = yield
+    return (yield from _escaped(out, (yield)))
+
+
+def _escaped(out, character):
+    """As `_escape`, but the character after the backslash has been read."""
     if character == "u":
         return (yield from _code(out))
     if character in '"\\/bfnrt':
@@ -221,21 +228,47 @@ def _escape(out):
 
 
 def _code(out):
+    """Reads the digits after \\u, and behind the first half of a character also its second half. A half alone becomes
+    LONE."""
+    first = ""
+    while True:
+        digits, character = yield from _digits()
+        if character:
+            out(f"{LONE if first else ''}\\\\u{digits}")
+            return character
+        is_first, is_second = "d800" <= digits.lower() < "dc00", "dc00" <= digits.lower() < "e000"
+        if first and is_second:
+            out(f"\\u{first}\\u{digits}")
+            return None
+        out(LONE if first else "")
+        if not is_first:
+            out(LONE if is_second else f"\\u{digits}")
+            return None
+        first, character = digits, (yield)
+        if character != "\\":
+            out(LONE)
+            return character
+        character = yield
+        if character != "u":
+            out(LONE)
+            return (yield from _escaped(out, character))
+
+
+def _digits():
+    """(up to four hexadecimal digits, the character after them if they are fewer, or empty)."""
     digits = ""
     while len(digits) < 4:
         character = yield
         if character not in "0123456789abcdefABCDEF":
-            out("\\\\u" + digits)
-            return character
+            return digits, character
         digits += character
-    out("\\u" + digits)
-    return None
+    return digits, ""
 
 
 def _repaired_word(word, is_key):
     if not is_key:
         if NUMBER.fullmatch(word):
-            return word
+            return word if word.lstrip("-").isdecimal() or isfinite(float(word)) else "null"
         if word in CONSTANTS:
             return CONSTANTS[word]
         if NEARLY_NUMBER.fullmatch(word) and len(word) < 20:
@@ -251,7 +284,7 @@ def json_value(text: str, default: object, is_cut: bool = False) -> object:
     for candidate in (text, repaired(text, is_cut)):
         try:
             value = json.loads(candidate, parse_constant=_refuse)
-            json.dumps(value, allow_nan=False)
+            json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
             return value
         except (ValueError, RecursionError):
             pass

@@ -35,15 +35,15 @@ class Style:
 
 
 HERMES = Style("hermes", "<tool_call>", hermes.read, hermes.rules, after=("</tool_call>",), end="</tool_call>")
-XML = Style(
-    "xml",
-    "<tool_call>",
-    xml.read,
-    xml.rules,
-    after=("</tool_call>", xml.FUNCTION_END, xml.END),
-    takes_apart=True,
-    end="</tool_call>",
-)
+
+
+def _xml(name: str, form: xml.Form) -> Style:
+    begin, end = form.marks
+    after = (end, xml.FUNCTION_END, xml.END)
+    return Style(name, begin, xml.reader(form), xml.rules(form), after=after, takes_apart=True, end=end)
+
+
+XML, SEED = _xml("xml", xml.QWEN), _xml("seed", xml.SEED)
 MISTRAL = Style("mistral", "[TOOL_CALLS]", mistral.read, mistral.rules)
 MISTRAL_NAMED = Style("mistral_named", "[TOOL_CALLS]", mistral.read, mistral.named_rules)
 LLAMA = Style("llama", "<|python_tag|>", llama.read, llama.rules, after=(";",), first="{")
@@ -80,7 +80,7 @@ GEMMA = _gemma("gemma", "<|tool_call>", "<tool_call|>", gemma.DELIMITER, "<|tool
 FUNCTION_GEMMA = _gemma(
     "function_gemma", "<start_function_call>", "<end_function_call>", gemma.ESCAPE, "<start_function_response>"
 )
-STYLES = (HERMES, XML, MISTRAL, MISTRAL_NAMED, LLAMA, HARMONY, GRANITE, PHI, GEMMA, FUNCTION_GEMMA)
+STYLES = (HERMES, XML, SEED, MISTRAL, MISTRAL_NAMED, LLAMA, HARMONY, GRANITE, PHI, GEMMA, FUNCTION_GEMMA)
 
 
 def style_of(template):
@@ -89,7 +89,7 @@ def style_of(template):
         return HARMONY
     if "<tool_call>" in template:
         return XML if "<function=" in template else HERMES
-    for style in (GEMMA, FUNCTION_GEMMA):
+    for style in (SEED, GEMMA, FUNCTION_GEMMA):
         if style.begin in template:
             return style
     if "<|/tool|>" in template or PHI_END in template:

@@ -118,7 +118,7 @@ def _is_possible(alternative):
     return is_string(alternative) if kind == "string" else alternative["const"] is None
 
 
-def text_rule(lark, name, schema, strict, mark=END, end=f"\n{END}\n"):
+def text_rule(lark, name, schema, strict, mark, end):
     """Adds a rule for the text of a value that an alternative (a string or null) allows, with its end; returns its
     name.
 

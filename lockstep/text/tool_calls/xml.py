@@ -1,12 +1,14 @@
 """Calls as Qwen3-Coder and Qwen3.5 write them:
 <tool_call><function=name><parameter=key>value</parameter></function></tool_call>.
 
-Values are plain text: only the tool's schema says whether a value is a string or JSON.
+Seed-OSS writes the same with another mark, and without line breaks around values. Values are plain text: only the
+tool's schema says whether a value is a string or JSON.
 """
 
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from lockstep.text.grammars.schemas import self_contained
 from lockstep.text.grammars.structured import quote
@@ -19,31 +21,58 @@ from lockstep.text.tool_calls.shapes import kinds, shapes
 from lockstep.text.tool_calls.texts import END, alternatives, is_null, is_text, text_rule
 
 FUNCTION, PARAMETER, FUNCTION_END = "function=", "parameter=", "</function>"
-ENDS = (END, FUNCTION_END, "</tool_call>", f"<{PARAMETER}")  # end a value that is JSON, except inside of a string
 PARAMETER_TAG = re.compile(r"parameter(=(?P<key>.*)|\s+name\s*=(?P<name>.*))", re.DOTALL)
-NEXT_CALL = re.compile(rf"{FUNCTION_END}\s*</tool_call>\s*<tool_call>\s*<{FUNCTION}\Z")
-MAX_NEXT = 100  # characters that NEXT_CALL may match
-END_OF_NAME = ">\n"
+MAX_NEXT = 100  # characters that Form.next_call may match
 LITERALS = {"True": True, "False": False, "None": None}
 WRITABLE = r"/[!-;=?-~]([ -;=?-~]{0,62}[!-;=?-~])?/"  # parameter names of the model's choice
 
 
-def read(calls):
-    """Reads one call after its mark."""
-    if (yield from after_space()) != "<":
-        raise NotACall
-    yield from expect(FUNCTION)
-    name = (yield from name_until(">")).strip()
-    if not name:
-        raise NotACall
-    calls.begin(name)
-    calls.add("{")
-    try:
-        yield from _parameters(calls, calls.remembered(name, lambda: _kinds_by_key(calls.tools, name)))
-    except CallEnd:
+@dataclass(frozen=True)
+class Form:
+    """How a family writes these calls. tag: of the marks around a call. space: what stands around a value."""
+
+    tag: str
+    space: str
+
+    @property
+    def marks(self) -> tuple[str, str]:
+        """The marks before and after a call."""
+        return f"<{self.tag}>", f"</{self.tag}>"
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """The marks that end a value that is JSON, except inside of a string."""
+        return END, FUNCTION_END, self.marks[1], f"<{PARAMETER}"
+
+    @property
+    def next_call(self) -> re.Pattern[str]:
+        """Matches the beginning of a call at the end of a text, from the end of the call before it."""
+        return re.compile(rf"{FUNCTION_END}\s*</{self.tag}>\s*<{self.tag}>\s*<{FUNCTION}\Z")
+
+
+QWEN, SEED = Form("tool_call", "\n"), Form("seed:tool_call", "")
+
+
+def reader(form: Form):
+    """The function that makes the reader of one call after its mark."""
+
+    def read(calls):
+        if (yield from after_space()) != "<":
+            raise NotACall
+        yield from expect(FUNCTION)
+        name = (yield from name_until(">")).strip()
+        if not name:
+            raise NotACall
+        calls.begin(name)
+        calls.add("{")
+        try:
+            yield from _parameters(calls, form, calls.remembered(name, lambda: _kinds_by_key(calls.tools, name)))
+        except CallEnd:
+            calls.add("}")
+            raise
         calls.add("}")
-        raise
-    calls.add("}")
+
+    return read
 
 
 def _kinds_by_key(tools, name):
@@ -56,23 +85,23 @@ def _kinds_by_key(tools, name):
     return lambda key: kinds(tool_shapes, key, tool.parameters if tool else {})
 
 
-def _parameters(calls, kinds_of):
+def _parameters(calls, form, kinds_of):
     """Reads parameters up to </function>. Unknown tags, and text between tags, are dropped."""
     separator, tag = "", ""
     while True:
         tag = tag or (yield from _tag(""))
         if tag == "/function":
             return
-        if tag in ("/tool_call", "tool_call"):
+        if f"<{tag}>" in form.marks:
             raise CallEnd(f"<{tag}>")
         if tag.startswith(FUNCTION):
-            raise CallEnd(f"<tool_call><{tag}>")
+            raise CallEnd(f"{form.marks[0]}<{tag}>")
         named, tag = PARAMETER_TAG.fullmatch(tag), ""
         if named:
             key = named["key"].strip() if named["key"] is not None else named["name"].strip(" \t\r\n\"'")
             calls.add(f"{separator}{json.dumps(key)}: ")
             separator = ", "
-            tag = yield from _value(calls, kinds_of(key))
+            tag = yield from _value(calls, form, kinds_of(key))
 
 
 def _tag(begun):
@@ -88,32 +117,32 @@ def _tag(begun):
     return text.strip()
 
 
-def _value(calls, kinds):
+def _value(calls, form, kinds):
     """Reads a value up to and with its end; returns the tag if another one than </parameter> ended it, or empty."""
     pieces = []
     if is_text(kinds) and not any(map(is_null, kinds)):
         calls.add('"')
         try:
-            yield from _text(lambda text: calls.add(json.dumps(text)[1:-1]))
+            yield from _text(form, lambda text: calls.add(json.dumps(text)[1:-1]))
         finally:
             calls.add('"')
         return ""
     is_cut, end = True, ""
     try:
-        end = yield from (_text(pieces.append) if is_text(kinds) else _json(pieces))
+        end = yield from (_text(form, pieces.append) if is_text(kinds) else _json(form, pieces))
         is_cut = False
     finally:
         calls.add(json.dumps(_decoded("".join(pieces), kinds, is_cut)))
     return (yield from _tag(PARAMETER)) if end == f"<{PARAMETER}" else end[1:-1] if end else ""
 
 
-def _json(pieces):
+def _json(form, pieces):
     """Reads a value that should be JSON, up to and with its end outside of strings; returns the end if it is another
     one than </parameter>, or empty."""
     num_quotes = 0
     while True:
         first = len(pieces)
-        end = yield from until(ENDS, pieces.append)
+        end = yield from until(form.ends, pieces.append)
         part = "".join(pieces[first:])
         num_quotes += re.findall(r'\\.|"', part, re.DOTALL).count('"')
         if num_quotes % 2 == 0 or part.endswith("\n") or (first == 0 and not _is_begun(part)):
@@ -123,9 +152,9 @@ def _json(pieces):
     return "" if end == END else end
 
 
-def _text(out):
+def _text(form, out):
     """Reads a text up to and with </parameter>. `out` is called with its characters as they are read."""
-    text = _Text(Lines(out).add)
+    text = _Text(Lines(out).add if form.space else out, form.next_call)
     try:
         yield from until((END,), text.add)
     except CallEnd:
@@ -140,14 +169,14 @@ class _Text:
     So the text from </function> on is held back until </parameter>, the next call or the end of the answer decides.
     """
 
-    def __init__(self, out) -> None:
-        self._out, self._held, self._waiting = out, "", []
+    def __init__(self, out, next_call) -> None:
+        self._out, self._next_call, self._held, self._waiting = out, next_call, "", []
 
     def add(self, character) -> None:
         """Takes the next character. CallEnd where the next call begins."""
         if self._waiting:
             self._waiting.append(character)
-            if character == "=" and (found := NEXT_CALL.search("".join(self._waiting[-MAX_NEXT:]))):
+            if character == "=" and (found := self._next_call.search("".join(self._waiting[-MAX_NEXT:]))):
                 self._end_at(len(self._waiting) - len(found[0]))
             return
         self._held += character
@@ -208,23 +237,29 @@ def is_writable(key):
     return key == key.strip() and 0 < len(key) <= MAX_NAME and ">" not in key and key.isprintable()
 
 
-def rules(lark, tools, parallel) -> None:
-    """Adds rules `call`, for the text after the mark of one call, and `calls`, for a whole answer of calls. Parameters
-    come in the schema's order."""
-    marked_calls(lark, [_function(lark, f"tool_{i}", tool) for i, tool in enumerate(tools)], parallel)
+def rules(form: Form):
+    """The function that adds rules `call`, for the text after the mark of one call, and `calls`, for a whole answer of
+    calls. Parameters come in the schema's order."""
+
+    def add(lark, tools, parallel) -> None:
+        options = [_function(lark, form, f"tool_{i}", tool) for i, tool in enumerate(tools)]
+        marked_calls(lark, options, parallel, form.marks)
+
+    return add
 
 
-def _function(lark, name, tool):
+def _function(lark, form, name, tool):
     with errors_about_parameters(tool):
-        parameters = _Parameters(lark, name, tool).any
+        parameters = _Parameters(lark, form, name, tool).any
         return lark.rule(name, quote(f"<function={tool.name}>\n"), parameters, quote("</function>"))
 
 
 class _Parameters(Members):
     """Adds rules for the parameters of one tool. any: the expression for all of its parameters."""
 
-    def __init__(self, lark, name, tool) -> None:
+    def __init__(self, lark, form, name, tool) -> None:
         super().__init__(lark, name, tool, WRITABLE)
+        self._space, self._end = form.space, f"{form.space}{END}\n"
         self._shapes = shapes(tool.arguments)
         self.any = either([self.members(shape) for shape in self._shapes])
 
@@ -234,11 +269,13 @@ class _Parameters(Members):
     def known(self, key, schema, shape) -> str:
         if not is_writable(key):
             raise ValueError(f"properties: {key!r:.100} cannot be written in this model's calls")
-        return self._parameter(quote(f"<parameter={key}>\n"), kinds(self._shapes, key, self.tool.parameters), schema)
+        return self._parameter(
+            quote(f"<{PARAMETER}{key}>{self._space}"), kinds(self._shapes, key, self.tool.parameters), schema
+        )
 
     def unknown(self, key, schema, shape) -> str:
         of_any = kinds(self._shapes, None, self.tool.parameters)
-        return self._parameter(f"{quote('<parameter=')} {key} {quote(END_OF_NAME)}", of_any, schema)
+        return self._parameter(f"{quote(f'<{PARAMETER}')} {key} {quote(f'>{self._space}')}", of_any, schema)
 
     def names(self, shape) -> Iterable[str]:
         return (name for each in self._shapes for name in each.members)
@@ -250,9 +287,9 @@ class _Parameters(Members):
         if not is_text(written):
             whole = schema if isinstance(schema, dict) else {}
             value = self.lark.json(f"{name}_value", self_contained(whole, tool.parameters), tool.strict)
-            return self.lark.rule(name, head, value, quote(f"\n{END}\n"))
+            return self.lark.rule(name, head, value, quote(self._end))
         own = alternatives(schema, tool.parameters)
-        texts = [text_rule(self.lark, self.new_name(), kind, tool.strict) for kind in own]
+        texts = [text_rule(self.lark, self.new_name(), kind, tool.strict, END, self._end) for kind in own]
         if not texts:
             raise ValueError("enum: no value fits the schema")
         return self.lark.rule(name, head, either(texts))

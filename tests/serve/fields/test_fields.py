@@ -7,7 +7,7 @@ import pytest
 
 from lockstep.serve.errors import ApiError
 from lockstep.serve.fields.body import Fields, check
-from lockstep.serve.fields.chat import ChatFields
+from lockstep.serve.fields.chat import ChatFields, arguments_of
 from lockstep.serve.fields.known import EMBEDDING, GENERATION, STRUCTURED
 from lockstep.serve.fields.messages import MessagesFields
 from lockstep.serve.fields.responses import ResponsesFields
@@ -267,3 +267,14 @@ def test_the_documentation_lists_every_known_field():
     said = set(re.findall(r"`([a-z_.]+)`", section))
     nested = {f"structured_outputs.{name}" for name in STRUCTURED}
     assert said >= {*GENERATION, *EMBEDDING, *nested}, {*GENERATION, *EMBEDDING, *nested} - said
+
+
+def test_arguments_of_earlier_calls():
+    assert arguments_of('{"a": "\\ud83d", "b": [1e999, 2], "\\ud83d\\ude42": NaN}') == {
+        "a": "\ufffd",
+        "b": [None, 2],
+        "🙂": None,
+    }
+    assert [*map(arguments_of, ("[1]", '{"a": ', '{"a": 1'))] == [
+        dict(incomplete_json=text) for text in ("[1]", '{"a": ', '{"a": 1')
+    ]

@@ -90,14 +90,14 @@ def test_each_draft_has_the_mask_that_it_has_when_it_is_final(name):
 
 
 @pytest.mark.parametrize("once", [True, False])
-@pytest.mark.parametrize("after", [None, "!"])
-def test_grammars_that_begin_and_end_within_drafts(after, once):
+@pytest.mark.parametrize("before, after", [(None, None), (None, "!"), ("?", "!")])
+def test_grammars_that_begin_and_end_within_drafts(before, after, once):
     trigger = TOKENIZER.backend.token_to_id("<tool call>")
-    place = None if after is None else ids_of(after)[0]
-    make = lambda: NEW(structured.choice(["12", "345"]), 1, trigger, place, once)
+    opened, place = (None if mark is None else ids_of(mark)[0] for mark in (before, after))
+    make = lambda: NEW(structured.choice(["12", "345"]), 1, trigger, place, once, opened)
     one, two, three, four, five = (ids_of(digit)[0] for digit in "12345")
     first, second = [four, trigger, one, two], [trigger, three, four, five]
-    text = [*first, place, *second] if after else first if once else first + second
+    text = [*([opened] if before else []), *first, place, *second] if after else first if once else first + second
     text += [] if once else [four, four, trigger, one]
     expected = alone(make, text)
     for count in (1, 2, 5, len(text)):

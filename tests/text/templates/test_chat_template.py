@@ -97,6 +97,7 @@ def test_a_usual_template(apply_chat_template):
         ("{{ {'b': 1, 'a': 2} | tojson(sort_keys=true, separators=(',', ':')) }}", '{"a":2,"b":1}'),
         ("{{ 'é' | tojson }}{{ 'é' | tojson(ensure_ascii=true) }}", '"é""\\u00e9"'),
         ("{% generation %}kept {{ 1 + 1 }}{% endgeneration %}", "kept 2"),
+        ("{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}", "21"),
         ("{{ '%s-%02d' % ('a', 5) }}{{ '{}!'.format('b') }}{{ 'ab' * 2 }}{{ 7 * 6 }}", "a-05b!abab42"),
         ("{{ messages | map(attribute='role') | join(', ') }}", "system, user"),
         ("{{ messages | selectattr('role', 'equalto', 'user') | list | length }}", "1"),

@@ -314,3 +314,35 @@ def test_a_template_that_takes_too_much_is_tried_once(template, num_renders):
         with pytest.raises(ValueError, match=r"chat template takes more than 0\.1 s of the processor"):
             tokenizer.render_chat([said("user", "hello")])
     assert len(compiled) == 1
+
+
+# as Gemma 4's at first: results as a field of the message with the calls, whose text comes after both
+INSIDE = """{{ tools | tojson if tools }}{% for m in messages %}<{{ m.role }}>
+{%- for c in m.tool_calls or [] %}<|tool_call>call:{{ c.function.name }}{
+{%- for k, v in c.function.arguments.items() %}{{ k }}:<|"|>{{ v }}<|"|>{% endfor %}}<tool_call|>{% endfor %}
+{%- for r in m.tool_responses or [] %}{{ '<|tool_response>' + r.name + ':' + r.response + '<tool_response|>' }}
+{%- endfor %}{% if m.content or not m.tool_responses %}{{ m.content }}<end>{% endif %}{% endfor %}"""
+
+
+def test_results_that_are_a_field_of_the_message_with_the_calls():
+    call = lambda number, name: dict(id=f"c{number}", function=dict(name="find", arguments=dict(name=name)))
+    rome, oslo = (f'<|tool_call>call:find{{name:<|"|>{name}<|"|>}}<tool_call|>' for name in ("Rome", "Oslo"))
+    result = lambda number, text: dict(role="tool", tool_call_id=f"c{number}", content=text)
+    shown = "<|tool_response>find:{}<tool_response|>".format
+    asked, done = dict(role="user", content="a"), dict(role="assistant", content="Done.")
+    one, two = (
+        dict(role="assistant", content=text, tool_calls=[call(1, "Rome"), call(2, "Oslo")]) for text in ("", "So:")
+    )
+    results = [result(1, "x"), result(2, "y")]
+    _, chat = model(INSIDE)
+    for messages, expected in (
+        ([asked, one, *results], f"<assistant>{rome}{oslo}{shown('x')}{shown('y')}"),
+        ([asked, two, *results, done], f"<assistant>So:\n{rome}{oslo}{shown('x')}{shown('y')}Done.<end>"),
+        ([asked, one, done, result(1, "x")], f"<assistant>{rome}{oslo}<end><assistant>Done.<end><tool>x<end>"),
+    ):
+        assert chat.prompt(Conversation(messages, USE)).partition("<user>a<end>")[2] == expected
+    again = dict(role="assistant", content="", tool_calls=[call(3, "Rome")])
+    prompt = chat.prompt(Conversation([asked, one, *results, again, result(3, "z")], USE))
+    assert prompt.endswith(f"{shown('y')}<assistant>{rome}{shown('z')}")
+    plain = "{{ tools | tojson if tools }}<tool_call>{% for m in messages %}{{ m | tojson }}{% endfor %}"
+    assert abilities_of(model(INSIDE)[0]).inside and not abilities_of(model(plain)[0]).inside

@@ -13,6 +13,8 @@ SPECIAL = """<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] 
 [TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT]
 [TOOL_CONTENT]""".split()
 LATER = ["[CALL_ID]", "[ARGS]", "[THINK]", "[/THINK]"]
+OF_V15 = ["[MODEL_SETTINGS]", "[/MODEL_SETTINGS]"]
+EFFORTS = dict(type="enum", values=["none", "high"], accepts_none=True, default="high")
 PATTERN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
@@ -76,7 +78,8 @@ def tekken(rng: random.Random, version: str = "v3", tokens: int = 300, special: 
         version=version,
     )  # fmt: skip
     listed = [dict(rank=rank, token_str=token, is_control=True) for rank, token in enumerate(special or ())]
-    return dict(config=config, vocab=vocab, **(dict(special_tokens=listed) if special else {}))
+    content = dict(config=config, vocab=vocab, **(dict(special_tokens=listed) if special else {}))
+    return content | (dict(model_settings_builder=dict(reasoning_effort=EFFORTS)) if version == "v15" else {})
 
 
 def tekken_bytes(content: dict) -> bytes:

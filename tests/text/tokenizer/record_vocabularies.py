@@ -24,8 +24,9 @@ def record() -> dict:
         cases[f"tokenizer.model.{name}"] = _case(rng, raw, reference.SentencePiece(raw))
         if name in ("v1", "v3", "v7"):
             cases[f"tokenizer.model.{name}"]["chats"] = _chats(name, f"tokenizer.model.{name}", raw)
-    for version in ("v3", "v7", "v11", "v13"):
-        special = made.SPECIAL + made.LATER if version in ("v11", "v13") else None
+    for version in ("v3", "v7", "v11", "v13", "v15"):
+        special = made.SPECIAL + made.LATER if version in ("v11", "v13", "v15") else None
+        special = special + made.OF_V15 if special and version == "v15" else special
         raw = made.tekken_bytes(made.tekken(rng, version, special=special))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "tekken.json"

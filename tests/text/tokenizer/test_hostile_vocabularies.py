@@ -167,6 +167,20 @@ ONE = base64.b64encode(b"z").decode()
         ({}, "config: expected an object, got None"),
         (tekken(version="v4"), "config.version 'v4' is not supported, only v1, v2, v3, v7, v11, v13, v15"),
         (tekken(version=["v3"]), "config.version .*v3.* is not supported"),
+        *(
+            (
+                tekken(version="v15") | dict(special_tokens=[], model_settings_builder=builder),
+                "model_settings_builder: rea",
+            )
+            for builder in (
+                7,
+                dict(reasoning_effort=7),
+                dict(reasoning_effort=dict(values=["none"])),
+                dict(reasoning_effort=dict(values=["'"], default="'")),
+                dict(reasoning_effort=dict(values="none", default="none")),
+                dict(reasoning_effort=dict(values=[["a"]], default=["a"])),
+            )
+        ),
         (tekken(pattern=""), "config.pattern: expected a text of 1 to 16384 characters, got ''"),
         (tekken(pattern="("), "it cannot be built"),
         (tekken(default_vocab_size=1 << 40), "config.default_vocab_size: expected an integer from 296 to 2097152"),

@@ -78,9 +78,26 @@ def test_prompts_are_those_of_mistral_common(name, tmp_path):
 
 
 def test_a_thought_stands_before_its_answer(tmp_path):
-    tokenizer = load("tekken.json v13", tmp_path)
     messages = [made.said("user", "a"), made.said("assistant", "b", reasoning_content="c"), made.said("user", "a")]
-    assert tokenizer.render_chat(messages) == "<s>[INST]a[/INST][THINK]c[/THINK]b</s>[INST]a[/INST]"
+    for version in ("v13", "v15"):
+        rendered = load(f"tekken.json {version}", tmp_path).render_chat(messages)
+        assert rendered.endswith("[INST]a[/INST][THINK]c[/THINK]b</s>[INST]a[/INST]")
+
+
+def test_the_effort_that_a_model_is_told(tmp_path):
+    tokenizer, messages = load("tekken.json v15", tmp_path), [made.said("user", "a")]
+    for given, told in (({}, "high"), (dict(reasoning_effort="none"), "none"), (dict(reasoning_effort=None), "high")):
+        settings = f'[MODEL_SETTINGS]{{"reasoning_effort": "{told}"}}[/MODEL_SETTINGS]'
+        assert tokenizer.render_chat(messages, **given) == f"<s>{settings}[INST]a[/INST]"
+    with pytest.raises(ValueError, match="reasoning_effort: expected one of high, none, got low"):
+        tokenizer.render_chat(messages, reasoning_effort="low")
+
+
+def test_a_model_that_is_told_no_settings(tmp_path):
+    content = json.loads(zlib.decompress(base64.b64decode(CASES["tekken.json v15"]["file"])))
+    for builder in (None, {}, {"reasoning_effort": None}):
+        (tmp_path / "tekken.json").write_text(json.dumps(content | dict(model_settings_builder=builder)))
+        assert load_tokenizer(tmp_path).render_chat([made.said("user", "a")]) == "<s>[INST]a[/INST]"
 
 
 def test_which_file_wins(tmp_path):

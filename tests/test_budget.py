@@ -9,8 +9,7 @@ import time
 
 import pytest
 
-from lockstep.native.compile import OBJECTS
-from tests import budget
+from tests import OBJECTS, budget
 from tests.room import Room
 
 

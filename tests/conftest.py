@@ -1,12 +1,14 @@
-"""Registers the plugins of every test run: the budget, kernels compiled once, and tests that run alone."""
+"""Registers the plugins of every test run: the budget, objects that last, kernels compiled once, tests that run
+alone."""
 
 import pytest
 
 from tests.budget import Budget
+from tests.garbage import LastingObjects
 from tests.kernels import KernelsFirst
 from tests.room import RoomForTests
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for plugin in (Budget(), KernelsFirst(), RoomForTests()):
+    for plugin in (Budget(), LastingObjects(), KernelsFirst(), RoomForTests()):
         config.pluginmanager.register(plugin)

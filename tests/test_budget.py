@@ -1,6 +1,7 @@
-"""The tests' own plugins: they count processor time, and let a test run alone."""
+"""The tests' own plugins: they count processor time and save some, and let a test run alone."""
 
 import fcntl
+import gc
 import subprocess
 import sys
 import threading
@@ -8,7 +9,7 @@ import time
 
 import pytest
 
-from tests import budget
+from tests import OBJECTS, budget
 from tests.room import Room
 
 
@@ -56,3 +57,26 @@ def test_who_is_alone_waits_for_the_others_and_lets_nobody_in(tmp_path):
     for each in threads:
         each.join(60)
     assert events == ["alone in", "alone out", "late in", "late out"]
+
+
+def test_the_first_is_by_itself_and_the_others_come_together(tmp_path):
+    together, done = threading.Barrier(2), []
+
+    def enter():
+        with Room(tmp_path).first_alone():
+            together.wait(60)
+            done.append(True)
+
+    threads = [threading.Thread(target=enter) for _ in range(2)]
+    with Room(tmp_path).first_alone():
+        for each in threads:
+            each.start()
+        time.sleep(0.05)
+        assert together.n_waiting == 0
+    for each in threads:
+        each.join(60)
+    assert done == [True, True]
+
+
+def test_garbage_is_collected_rarely_and_not_among_what_was_there_before_the_first_test():
+    assert gc.isenabled() and gc.get_threshold()[0] == OBJECTS and gc.get_freeze_count() > OBJECTS

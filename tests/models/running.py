@@ -20,7 +20,7 @@ def load(folder, weights="f32", kv_dtype=None, max_context=256, rope="auto"):
     return load_model(open_checkpoint(folder), WeightStore(), weights, kv_dtype, max_context, rope)
 
 
-def logits_of(model, ids, cuts=(), slots=None, num_threads=1, dirty=False, **runner):
+def logits_of(model, ids, cuts=(), slots=None, num_threads=2, dirty=False, **runner):
     """Logits [tokens, V] of a prompt fed in pieces that end at `cuts`.
 
     slots: the state slot of each piece (all the same in a sound run). dirty: another prompt ran in the same memory

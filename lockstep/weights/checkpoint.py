@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lockstep.weights import safetensors
+from lockstep.weights.brief import brief_errors
 from lockstep.weights.content import ContentHash, Stamp, check_unchanged, content_hash, stamp
 from lockstep.weights.folders import mistral
 from lockstep.weights.folders.folder import unquantized
@@ -15,6 +16,8 @@ from lockstep.weights.gguf.file import is_gguf
 from lockstep.weights.gguf.model import open_gguf
 from lockstep.weights.mapped import descriptor_of, read_json_object
 from lockstep.weights.tensor import TensorFile, TensorMap, merge
+
+ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Checkpoint:
             check_unchanged(file.path, stamped)
 
 
+@brief_errors()
 def open_checkpoint(path: str | Path, architectures: Architectures, *, verify: bool = False) -> Checkpoint:
     """Open a Hugging Face folder, a .safetensors file beside its config.json, a folder of Mistral's with a params.json,
     or a .gguf file.
@@ -77,10 +81,17 @@ def open_checkpoint(path: str | Path, architectures: Architectures, *, verify: b
         return _open_gguf(path, architectures, verify)
     if path.suffix == ".safetensors":
         return _open_safetensors(path, path.parent, [safetensors.open_file(path)], verify)
+    _check_no_adapter(path)
     if not path.is_dir():
         raise ValueError(f"{path}: expected a folder, a .safetensors file or a .gguf file")
     stem = mistral.STEM if mistral.is_native(path) else safetensors.STEM
     return _open_safetensors(path, path, safetensors.open_folder(path, stem), verify)
+
+
+def _check_no_adapter(folder: Path) -> None:
+    """ValueError for a folder with an adapter, which transformers would add to the weights."""
+    if (folder / ADAPTER).is_file():
+        raise ValueError(f"{folder}: {ADAPTER}: a LoRA adapter is not supported, only a whole model; merge it into one")
 
 
 def _open_safetensors(path: Path, folder: Path, files: list[TensorFile], verify: bool) -> Checkpoint:

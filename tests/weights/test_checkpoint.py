@@ -47,6 +47,18 @@ def test_what_is_missing_is_named(tmp_path):
         open_checkpoint(tmp_path)
 
 
+def test_an_adapter_is_refused_beside_a_model_or_alone(tmp_path):
+    """transformers would add it to the weights."""
+    write(tmp_path / "adapter_config.json", "{}")
+    write(tmp_path / "adapter_model.safetensors", safetensors_bytes(WEIGHTS))
+    for folder in (tmp_path, write_folder(tmp_path, WEIGHTS)):
+        with pytest.raises(ValueError, match=r"adapter_config\.json: a LoRA adapter is not supported, only a whole"):
+            open_checkpoint(folder)
+    path = write(tmp_path / "m.gguf", gguf_bytes({"general.type": (STRING, "adapter")}, {}))
+    with pytest.raises(ValueError, match=r"general\.type is 'adapter', which is not supported, only 'model'"):
+        open_checkpoint(path)
+
+
 def test_opening_does_not_read_the_weights(tmp_path):
     """A sparse file of 8 GB, with only its header on disk: opening takes almost no memory."""
     rows = 1 << 20

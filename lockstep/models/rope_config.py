@@ -97,7 +97,7 @@ def growth(config: Config) -> Growth | None:
     given = _rope_object(config, "rope_parameters")
     if given.get(BETA) == 0:
         return None
-    return Growth(_rope_number(given, BETA), int(_first(OLD_CONTEXT, given.get(OLD_CONTEXT), config)))
+    return Growth(_rope_number(given, BETA), int(_rope_number({**given, **_outer_context(config)}, OLD_CONTEXT)))
 
 
 def with_rope(config: ModelConfig, rope: str) -> ModelConfig:
@@ -150,17 +150,24 @@ def _turning(head_dim: int, share: float) -> float:
     return share
 
 
+def _outer_context(config: Config) -> Config:
+    """The context of the first training, where it stands beside the rope's object."""
+    return {OLD_CONTEXT: config[OLD_CONTEXT]} if config.get(OLD_CONTEXT) is not None else {}
+
+
 def _one_of(scaling: Config, parameters: Config | None) -> Config:
     """The rope's object, present or old. ValueError if both are there and do not say the same: of two ropes, one would
     have to be left out."""
-    for key, value in scaling.items() if parameters else ():
+    if not parameters:
+        return scaling
+    for key, value in scaling.items():
         other = parameters.get(key, parameters.get(ALSO_NAMED.get(key, key)))
         if value not in (None, other):
             raise ValueError(
                 f"config keys 'rope_scaling' and 'rope_parameters' describe two ropes: expected one of them, or the "
                 f"same {key!r} in both, got {value!r} and {other!r}"
             )
-    return parameters or scaling
+    return parameters
 
 
 def _rope_object(config: Config, key: str) -> Config:

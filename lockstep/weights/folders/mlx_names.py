@@ -32,7 +32,8 @@ def with_usual_names(tensors: TensorMap) -> TensorMap:
         made.setdefault(name, []).append(part)
     convs = [name for name in tensors if name.endswith(CONV) and is_turned(tensors.info[name].shape)]
     norms = [name for name in tensors if convs and name.endswith(NORMS)]
-    made |= {name: [turned(tensors[name])] for name in convs} | {name: [minus_one(tensors[name])] for name in norms}
+    made.update((name, [turned(tensors[name])]) for name in convs)
+    made.update((name, [minus_one(tensors[name])]) for name in norms)
     return replaced(tensors, [part for parts in made.values() for part in parts], made) if made else tensors
 
 

@@ -32,6 +32,7 @@ scale_factor""".split()
 ALLOWED_VALUES = {
     "hidden_act": ("silu", "swish"),
     "mlp_bias": (False,),
+    "is_causal": (True,),
     "attn_output_gate": (True,),
     "partial_rotary_factor": (1,),
     "mtp_use_dedicated_embeddings": (False,),

@@ -30,7 +30,7 @@ from lockstep.ops.linear.linear import Linear
 from lockstep.ops.linear.sparse_gate import SparseGate
 from lockstep.ops.sampling.soft_cap import SoftCap
 from lockstep.runtime.program import CacheArray, Program, Table, Tensor, Weight
-from lockstep.weights.tensor import StoredTensor
+from lockstep.weights.tensor import StoredTensor, is_idle
 
 # Tensors of a checkpoint that the text model does not read: draft heads, towers of images and sound.
 NOT_TEXT = tuple(
@@ -95,9 +95,8 @@ class Recorder:
 
     def check_all_used(self) -> None:
         """ValueError for a checkpoint with tensors that no op reads: its config describes another model."""
-        unused = [
-            n for n in self.tensors if n not in self._used and not n.startswith(NOT_TEXT) and "rotary_emb" not in n
-        ]
+        unread = [name for name in self.tensors if name not in self._used and not name.startswith(NOT_TEXT)]
+        unused = [name for name in unread if "rotary_emb" not in name and not is_idle(name, self.tensors[name])]
         if unused:
             raise ValueError(
                 f"tensor {unused[0]!r} (and {len(unused) - 1} more) is not used by a model as its config "
@@ -182,7 +181,7 @@ class Recorder:
 
     def format_of(self, part: StoredTensor, width: int) -> str:
         """The format in which a stored tensor is multiplied with rows of `width` elements."""
-        return compute_format(part.format, self.weights, width)
+        return compute_format(part.format, self.weights, width, part.name)
 
     def _by_format(self, parts: list[StoredTensor], width: int) -> list[tuple[str, list[StoredTensor]]]:
         """Runs of adjacent tensors that are multiplied in one format: (format, [tensors]), ... in order."""

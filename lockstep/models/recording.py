@@ -5,11 +5,13 @@ from lockstep.models.record import Recorder
 from lockstep.models.registry import family_of
 from lockstep.ops.linear.output_rows import output_rows_only
 from lockstep.runtime.program import Program, Tensor
+from lockstep.weights.brief import brief_errors
 from lockstep.weights.tensor import TensorMap
 
 PREFIXES = ("model.language_model.", "language_model.model.", "model.text_model.", "model.", "")
 
 
+@brief_errors()
 def record(
     config: ModelConfig, tensors: TensorMap, weights: str = "auto", kv_dtype: str = "bf16", max_context: int = 4096
 ) -> tuple[Program, Tensor]:

@@ -28,6 +28,7 @@ from lockstep.models.families.seed_oss import SEED_OSS
 from lockstep.models.families.smollm3 import SMOLLM3
 from lockstep.models.family import Family
 from lockstep.models.model_config import ModelConfig
+from lockstep.weights.brief import brief_errors
 from lockstep.weights.gguf.architecture import Architecture
 
 FAMILIES: Mapping[str, Family] = {
@@ -73,6 +74,7 @@ def family_of(model_type: object) -> Family:
     return BY_MODEL_TYPE[model_type]
 
 
+@brief_errors()
 def model_config(config: Config) -> ModelConfig:
     """The ModelConfig of a config.json. ValueError names a key that is missing or not supported."""
     inner = text_config(config)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
-from lockstep.models.config import Config, need
+from lockstep.models.config import Config, flag, need
 from lockstep.models.model_config import Heads, Layer, ModelConfig, Rope
 from lockstep.ops.attention.rope import Growth, RopeScaling
 
@@ -21,6 +21,8 @@ ROPE_KEYS = {  # by rope type: required parameters, and optional ones
 }
 FACTORS = ("short_factor", "long_factor")  # lists, with a number for each pair of channels
 ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+LEAST, MOST = 1e-6, 1e12  # within which tables stay finite
+ALSO_NAMED = {"type": "rope_type", "rope_type": "type"}
 BETA = "llama_4_scaling_beta"
 MROPE = {"mrope_section", "mrope_interleaved"}  # for text all three position components are equal
 
@@ -37,7 +39,7 @@ def rope(
     theta, partial: the family's defaults for rope_theta and partial_rotary_factor; partial None: the family always
     rotates all channels. ignored: parameters that do not matter to text.
     """
-    given = {**_rope_object(config, "rope_scaling"), **_rope_object(config, "rope_parameters")}
+    given = _one_of(_rope_object(config, "rope_scaling"), _rope_object(config, "rope_parameters"))
     rope_type = given.get("rope_type") or given.get("type") or "default"
     rope_type = "default" if rope_type == "mrope" and ignored >= MROPE else rope_type
     if not isinstance(rope_type, str) or rope_type not in ROPE_KEYS:
@@ -71,6 +73,8 @@ def ropes_by_type(config: Config, head_dim: int, thetas: Mapping[str, float]) ->
     thetas: the default rope_theta of "full_attention" and of "sliding_attention".
     """
     given, ropes = _rope_object(config, "rope_parameters"), {}
+    if given:
+        _one_of(_rope_object(config, "rope_scaling"), given.get("full_attention"))
     wrong = next((t for t, parameters in given.items() if t not in thetas or not isinstance(parameters, dict)), None)
     if wrong is not None:
         raise ValueError(
@@ -81,19 +85,19 @@ def ropes_by_type(config: Config, head_dim: int, thetas: Mapping[str, float]) ->
         "sliding_attention": {"rope_theta": config.get("rope_local_base_freq")},
     }
     for layer_type, theta in thetas.items():
-        context = {OLD_CONTEXT: config.get(OLD_CONTEXT), "max_position_embeddings": config["max_position_embeddings"]}
+        context = {key: config.get(key) for key in (OLD_CONTEXT, "max_position_embeddings")}
         own = {**old[layer_type], "rope_parameters": given.get(layer_type)}
         ropes[layer_type] = rope({**context, **own}, head_dim, theta)
     return ropes
 
 
 def growth(config: Config) -> Growth | None:
-    """How queries grow with their position: llama_4_scaling_beta and the context of the first training, both in
-    rope_parameters; None for a beta of 0."""
+    """How queries grow with their position: llama_4_scaling_beta of rope_parameters, and the context of the first
+    training, as the rope has it; None for a beta of 0."""
     given = _rope_object(config, "rope_parameters")
     if given.get(BETA) == 0:
         return None
-    return Growth(_rope_number(given, BETA), int(_rope_number(given, OLD_CONTEXT)))
+    return Growth(_rope_number(given, BETA), int(_rope_number({**given, **_outer_context(config)}, OLD_CONTEXT)))
 
 
 def with_rope(config: ModelConfig, rope: str) -> ModelConfig:
@@ -146,6 +150,26 @@ def _turning(head_dim: int, share: float) -> float:
     return share
 
 
+def _outer_context(config: Config) -> Config:
+    """The context of the first training, where it stands beside the rope's object."""
+    return {OLD_CONTEXT: config[OLD_CONTEXT]} if config.get(OLD_CONTEXT) is not None else {}
+
+
+def _one_of(scaling: Config, parameters: Config | None) -> Config:
+    """The rope's object, present or old. ValueError if both are there and do not say the same: of two ropes, one would
+    have to be left out."""
+    if not parameters:
+        return scaling
+    for key, value in scaling.items():
+        other = parameters.get(key, parameters.get(ALSO_NAMED.get(key, key)))
+        if value not in (None, other):
+            raise ValueError(
+                f"config keys 'rope_scaling' and 'rope_parameters' describe two ropes: expected one of them, or the "
+                f"same {key!r} in both, got {value!r} and {other!r}"
+            )
+    return parameters
+
+
 def _rope_object(config: Config, key: str) -> Config:
     """The object under a key of a config; empty where the key is absent."""
     value = config.get(key)
@@ -161,10 +185,13 @@ def _first(key: str, default: float, *places: Config) -> float:
 
 def _rope_number(given: Config, key: str) -> float:
     value = given.get(key)
-    if key == "truncate" and isinstance(value, bool):
-        return value
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e12:
-        raise ValueError(f"rope parameter {key!r}: expected a positive number, got {value!r}")
+    if key == "truncate":
+        return flag(given, key, True)
+    low = 2 if key == OLD_CONTEXT else LEAST
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= MOST:
+        raise ValueError(
+            f"rope parameter {key!r}: expected a positive number, got {value!r}; allowed is {low:g} to {MOST:g}"
+        )
     return value if key == OLD_CONTEXT else float(value)
 
 

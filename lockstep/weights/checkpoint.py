@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lockstep.weights import safetensors
+from lockstep.weights.brief import brief_errors
 from lockstep.weights.content import ContentHash, Stamp, check_unchanged, content_hash, stamp
 from lockstep.weights.folders import mistral
 from lockstep.weights.folders.folder import unquantized
@@ -66,6 +67,7 @@ class Checkpoint:
             check_unchanged(file.path, stamped)
 
 
+@brief_errors()
 def open_checkpoint(path: str | Path, architectures: Architectures, *, verify: bool = False) -> Checkpoint:
     """Open a Hugging Face folder, a .safetensors file beside its config.json, a folder of Mistral's with a params.json,
     or a .gguf file.

@@ -21,7 +21,8 @@ MAX_TENSORS = 1 << 17
 MAX_DIMS = 16
 MAX_DIM = 1 << 48
 STEM = "model"
-INDEX = ".safetensors.index.json"
+SUFFIX = ".safetensors"
+INDEX = f"{SUFFIX}.index.json"
 INDEX_NAME = STEM + INDEX
 CONVERT = "such files may run code when they are read; have them converted to safetensors"
 PICKLES = ("pytorch_model*.bin", "*.pth", "*.pt")
@@ -134,6 +135,12 @@ def _open_shards(folder: Path, index_path: Path) -> list[TensorFile]:
     names_of_shard: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
         names_of_shard.setdefault(_shard_name(shard, index_path), []).append(name)
+    whole = index_path.with_name(index_path.name.removesuffix(INDEX) + SUFFIX)
+    if whole.is_file() and whole.name not in names_of_shard:
+        raise ValueError(
+            f"{folder}: expected one checkpoint, found two: {whole.name}, and the {len(names_of_shard)} files that "
+            f"{index_path.name} names; remove the one that is not meant"
+        )
     return [_open_shard(folder / shard, names, index_path) for shard, names in sorted(names_of_shard.items())]
 
 

@@ -1,8 +1,9 @@
 """Tensors as a checkpoint stores them (plain floats or integers, or rows of quantized blocks), and files of them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -11,6 +12,7 @@ from lockstep.formats import BLOCK_FORMATS, FORMATS
 from lockstep.formats.parts.finite import check_finite
 from lockstep.weights.mapped import read_array
 
+T = TypeVar("T")
 PLAIN_FORMATS: Mapping[str, np.dtype] = {
     **{name: format.stored.block for name, format in FORMATS.items() if not format.is_quantized},
     "f64": np.dtype(np.float64),
@@ -27,6 +29,9 @@ PLAIN_FORMATS: Mapping[str, np.dtype] = {
     "u8": np.dtype(np.uint8),
     "bool": np.dtype(np.bool_),
 }
+MAX_EXPERTS = 4096  # of a layer
+MAX_PARTS = 1 << 18  # tensors that are made of others
+MOST_OUTPUTS = 1 << 24  # of a layer, so far as its bias is looked at
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,32 @@ class StoredTensor:
         return data.astype(np.float32)
 
 
+def numbers_of(stack: TensorInfo) -> range:
+    """The numbers of the matrices of a stack, each of which becomes a tensor. ValueError for too many: an empty stack
+    of a small file may have any number."""
+    if stack.shape[0] > MAX_EXPERTS:
+        raise ValueError(
+            f"tensor {stack.name!r} {list(stack.shape)}: a stack of {stack.shape[0]} matrices, at most {MAX_EXPERTS} "
+            f"are allowed"
+        )
+    return range(stack.shape[0])
+
+
+def bounded(parts: Iterable[T]) -> Iterator[T]:
+    """The parts of all tensors, one after the other. ValueError for more than any checkpoint has."""
+    for number, part in enumerate(parts):
+        if number == MAX_PARTS:
+            raise ValueError(f"stacks of more than {MAX_PARTS} matrices in all are not allowed")
+        yield part
+
+
+def is_idle(name: str, tensor: StoredTensor) -> bool:
+    """Whether a tensor changes nothing wherever it is added: a bias of zeros, as GPTQ's tools write one for layers that
+    have none."""
+    is_bias = name.endswith(".bias") and len(tensor.shape) == 1 and tensor.shape[0] <= MOST_OUTPUTS
+    return is_bias and not tensor.to_f32().any()
+
+
 @dataclass(frozen=True)
 class MadeTensor(StoredTensor):
     """A tensor whose rows are made of other tensors when they are read. data: zeros that take no memory. make: called
@@ -91,7 +122,7 @@ class MadeTensor(StoredTensor):
         return cls(name, format, shape, np.broadcast_to(np.zeros(1, dtype), stored), make)
 
     def read(self, rows: slice = slice(None)) -> np.ndarray:
-        return self.make(rows)
+        return self.make(slice(*rows.indices(self.shape[0])))
 
 
 class TensorMap(Mapping[str, StoredTensor]):

@@ -140,6 +140,18 @@ def test_old_context_of_scaled_rope():
     assert heads(outside).rope.scaling.original_max_position_embeddings == 64
 
 
+def test_a_rope_may_be_described_twice():
+    old = case("llama", rope_scaling=YARN)
+    both = {**old, "rope_parameters": {**YARN, "rope_theta": old["rope_theta"]}}
+    assert model_config(both) == model_config(old)
+    assert model_config({**both, "rope_scaling": {"type": "yarn", "factor": YARN["factor"]}}) == model_config(old)
+
+
+def test_queries_grow_from_the_context_that_the_rope_has():
+    mixer = heads({**CASES["ministral3"], "original_max_position_embeddings": 16})
+    assert mixer.growth.context == mixer.rope.scaling.original_max_position_embeddings == 16
+
+
 def test_gemma_reads_one_of_two_names_of_the_activation():
     for others in ({"hidden_act": "gelu_pytorch_tanh"}, {"hidden_act": "silu"}):
         made = model_config(windowed(**others))
@@ -165,6 +177,20 @@ REFUSED = [
     (case("qwen3", final_logit_softcapping=30.0), "'final_logit_softcapping'"),
     (case("llama", residual_multiplier=0.2), "'residual_multiplier'"),
     (case("llama", clip_qkv=8.0), "'clip_qkv'"),
+    (case("llama", rope_scaling={**YARN, "truncate": "no"}), "config key 'truncate': expected true or false, got 'no'"),
+    (case("llama", rope_scaling={**LLAMA3, "factor": 1e-9}), "a positive number, got 1e-09; allowed is 1e-06 to 1e+12"),
+    (
+        {**CASES["phi3_long"], "original_max_position_embeddings": 1},
+        "'original_max_position_embeddings': expected a positive number, got 1; allowed is 2 to 1e+12",
+    ),
+    (case("qwen2", is_causal=False), "config key 'is_causal': False is not supported, only True"),
+    ({**CASES["llama_nested"], "is_causal": False}, "config key 'is_causal': False is not supported, only True"),
+    (
+        case("llama", rope_scaling=YARN, rope_parameters={"rope_theta": 5.0}),
+        "'rope_scaling' and 'rope_parameters' describe two ropes: expected one of them, or the same 'rope_type' in",
+    ),
+    ({**CASES["olmo3"], "rope_scaling": {"type": "linear"}}, "or the same 'type' in both, got 'linear' and 'yarn'"),
+    ({k: v for k, v in CASES["olmo3"].items() if k[:3] != "max"}, "config key 'max_position_embeddings': expected a"),
     (case("llama", hidden_act="gelu"), "config key 'hidden_act': 'gelu' is not supported, only 'silu' or 'swish'"),
     (case("qwen3", mlp_bias=True), "'mlp_bias'"),
     (case("llama", mlp_bias="yes"), "config key 'mlp_bias': expected true or false, got 'yes'"),

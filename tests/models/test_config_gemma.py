@@ -82,6 +82,7 @@ def gemma4(**changes):
         (dict(per_layer_config={"35": {}}), "'per_layer_config': '35' is none of 35 layers"),
         (dict(per_layer_config={"1": {"window": 3}}), "'per_layer_config': 'window' is not supported, only head_dim"),
         (dict(per_layer_config=[]), "'per_layer_config': expected an object"),
+        (dict(hidden_size_per_layer_input=[1]), "'hidden_size_per_layer_input': expected a number, got [1]"),
         (dict(hidden_size_per_layer_input=24), "input_width 24 is not supported: it must be a multiple of 16"),
         (dict(hidden_activation="silu"), "'hidden_activation': 'silu' is not supported"),
     ],

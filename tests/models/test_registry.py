@@ -1,12 +1,15 @@
 """A model is one file, named after its model_type, and besides only the registry names it."""
 
+import contextlib
 import re
 from pathlib import Path
 
 import pytest
 
 import lockstep
-from lockstep.models.registry import ARCHITECTURES, BY_MODEL_TYPE, FAMILIES
+from lockstep.models.registry import ARCHITECTURES, BY_MODEL_TYPE, FAMILIES, model_config
+from tests.models import tiny
+from tests.models.cases import CASES
 
 PACKAGE = Path(lockstep.__file__).parent
 # Not lockstep/text: tokenizers and notations of tool calls have names of their own, which some models share.
@@ -52,3 +55,20 @@ def test_a_family_describes_itself(name):
         assert family.read(family.tiny).model_type in family.model_types
     if family.gguf is not None:
         assert ARCHITECTURES[family.gguf.name] is family.gguf and family.gguf.model_type in BY_MODEL_TYPE
+
+
+KEYS_OF_SOME = """eos_token_id is_causal layer_types per_layer_config quantization_config rope_parameters rope_scaling
+partial_rotary_factor original_max_position_embeddings text_config tie_word_embeddings""".split()
+STRANGE = ["x", [], [1], ["a"], [None], {}, {"a": {}}, -1, 0, 1.5, True, None, float("inf"), float("nan"), 10**30]
+
+
+@pytest.mark.parametrize(
+    "name", {tiny.text_part(config)["model_type"]: name for name, config in CASES.items()}.values()
+)
+def test_a_value_of_any_type_is_read_or_refused(name):
+    """Nothing but a ValueError leaves the reader, whatever stands under a key."""
+    config = tiny.text_part(CASES[name])
+    for number, key in enumerate(sorted({*config, *KEYS_OF_SOME})):
+        for value in STRANGE[number % 3 :: 3]:
+            with contextlib.suppress(ValueError):
+                model_config({**config, key: value})

@@ -106,11 +106,16 @@ def test_an_adapter_is_refused_alone_and_beside_its_model(beside, tmp_path):
 
 @pytest.mark.parametrize(
     "kind, said",
-    [("adapter", "merge it into its base model"), ("mmproj", "only the text part is read"), ("imatrix", "no weights")],
+    [
+        ("adapter", "merge it into its base model"),
+        ("mmproj", "only the text part is read"),
+        ("imatrix", "no weights"),
+        ("tokens", "nothing else is read"),
+    ],
 )
 def test_gguf_files_that_are_no_models(kind, said, tmp_path):
     metadata = {"general.architecture": (STRING, "llama"), "general.type": (STRING, kind)}
-    with pytest.raises(ValueError, match=f"expected a model, general.type is '{kind}': .*{said}"):
+    with pytest.raises(ValueError, match=f"general.type is '{kind}', expected 'model': .*{said}"):
         open_checkpoint(write(tmp_path / "m.gguf", gguf_bytes(metadata, plain_tensors(WEIGHTS))))
 
 

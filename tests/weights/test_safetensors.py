@@ -178,6 +178,19 @@ def test_a_tensor_in_two_files(tmp_path):
         merge(files)
 
 
+def test_a_whole_file_beside_the_shards_of_an_index(tmp_path):
+    """One of the two is old, and only the user knows which."""
+    expected = write_shards(tmp_path)
+    write(tmp_path / "model.safetensors", safetensors_bytes(expected))
+    with pytest.raises(
+        ValueError, match=r"found two: model\.safetensors, and the 2 files that model\.safetensors\.index"
+    ):
+        safetensors.open_folder(tmp_path)
+    index = {"weight_map": dict.fromkeys(expected, "model.safetensors")}
+    write(tmp_path / safetensors.INDEX_NAME, json.dumps(index))
+    assert [file.path.name for file in safetensors.open_folder(tmp_path)] == ["model.safetensors"]
+
+
 def test_index_without_a_map(tmp_path):
     write(tmp_path / safetensors.INDEX_NAME, "{}")
     with pytest.raises(ValueError, match="weight_map"):

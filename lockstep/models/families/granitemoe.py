@@ -6,11 +6,10 @@ Checkpoints have all experts of a layer as two tensors, input_linear [E, 2 width
 output_linear [E, D, width]; GGUF files have three.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
-
-import numpy as np
 
 from lockstep.models.config import Config, check_keys, need
 from lockstep.models.families.granite import MULTIPLIERS, multipliers, record, scaled_model
@@ -21,7 +20,7 @@ from lockstep.models.model_config import Experts, Layer, ModelConfig
 from lockstep.weights.gguf.architecture import Architecture, has_biases
 from lockstep.weights.gguf.keys import Keys
 from lockstep.weights.gguf.names import ATTENTION, EXPERTS
-from lockstep.weights.tensor import StoredTensor, TensorInfo, TensorMap
+from lockstep.weights.tensor import StoredTensor, TensorInfo, TensorMap, bounded, numbers_of
 
 # ------------------------------------------------------------ config.json
 
@@ -52,7 +51,8 @@ Change = Callable[[StoredTensor], StoredTensor]
 
 def one_by_one(tensors: TensorMap) -> TensorMap:
     """The tensors with one for each matrix of an expert, named as those of other families."""
-    found = {info.name: (name, info, change) for name in tensors.info for info, change in parts_of(tensors.info[name])}
+    parts = bounded((name, *part) for name in tensors.info for part in parts_of(tensors.info[name]))
+    found = {info.name: (name, info, change) for name, info, change in parts}
     infos = {name: info for name, (_, info, _) in found.items()}
     return TensorMap(infos, lambda name: found[name][2](tensors[found[name][0]]))
 
@@ -64,7 +64,7 @@ def parts_of(info: TensorInfo) -> Iterator[tuple[TensorInfo, Change]]:
         renamed = replace(info, name=f"{layer}mlp.gate.weight")
         yield renamed, lambda tensor: replace(tensor, name=renamed.name)
     elif part in STACKS and len(info.shape) == 3 and info.shape[1] % len(STACKS[part]) == 0:
-        for expert, index in np.ndindex(info.shape[0], len(STACKS[part])):
+        for expert, index in itertools.product(numbers_of(info), range(len(STACKS[part]))):
             name = f"{layer}mlp.experts.{expert}.{STACKS[part][index]}.weight"
             yield matrix_of(info, name, expert, index, len(STACKS[part]))
     else:

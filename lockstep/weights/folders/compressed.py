@@ -89,9 +89,15 @@ def _scheme(group: Mapping[str, Any]) -> Scheme:
     if size is not None and (type(size) is not int or not -1 <= size <= 1 << 20):
         raise ValueError(f"quantization_config key 'group_size': expected an integer, got {size!r}")
     whole_rows = weights.get("strategy") in ("channel", "tensor") or size in (None, -1)
-    block = block_of(weights.get("block_structure"), "block_structure")
+    block = block_of(_sizes(weights.get("block_structure")), "block_structure")
     symmetric = weights.get("symmetric") is not False
     return Scheme(weights.get("num_bits", 8), kind, symmetric, None if whole_rows else size, block)
+
+
+def _sizes(block: Any) -> Any:
+    """The sizes of a block, which older files write as '128x128'."""
+    parts = block.split("x") if isinstance(block, str) and len(block) < 20 else []
+    return [int(part) for part in parts] if parts and all(p.isascii() and p.isdigit() for p in parts) else block
 
 
 def _check_activations(group: Mapping[str, Any], kind: str) -> None:

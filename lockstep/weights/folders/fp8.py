@@ -14,6 +14,7 @@ from lockstep.weights.folders.modules import FLOATS, Module, modules_with, repla
 from lockstep.weights.tensor import MadeTensor, StoredTensor, TensorMap
 
 FP8 = "f8_e4m3"
+SCALE_FORMATS = (*FLOATS, "f8_e8m0")
 SCALES = ("weight_scale_inv", "weight_scale", "scale")
 ACTIVATIONS = ("input_scale", "input_global_scale", "activation_scale", "input_activation_scale", "k_scale", "v_scale")
 
@@ -49,7 +50,7 @@ def _weight(module: Module, block: tuple[int, int] | None) -> MadeTensor:
     def make(rows: slice) -> np.ndarray:
         start, stop, _ = rows.indices(N)
         by_row = scale[np.arange(start, stop) // height]
-        products = numbers.read(rows).astype(np.float32) * np.repeat(by_row, width, axis=1)[:, :K]
+        products = numbers.read(rows).astype(np.float32) * by_row[:, np.arange(K) // width]
         return products.astype(ml_dtypes.bfloat16)
 
     return MadeTensor.of(module.full("weight"), "bf16", (N, K), make)
@@ -65,10 +66,8 @@ def _scale(module: Module, shape: Sequence[int], block: tuple[int, int] | None) 
     forms = {(): (N, K), (1,): (N, K), (1, 1): (N, K), (N, 1): (1, K), (N,): (1, K)}
     if block:
         forms[-(-N // block[0]), -(-K // block[1])] = block
-    if stored.format not in (*FLOATS, "f8_e8m0") or stored.shape not in forms:
-        expected = ", ".join(str(list(form)) for form in forms)
-        raise ValueError(
-            f"tensor {stored.name!r}: expected one of the shapes {expected}, found {stored.format} {list(stored.shape)}"
-        )
+    if stored.format not in SCALE_FORMATS or stored.shape not in forms:
+        expected = f"{' or '.join(SCALE_FORMATS)} of one of the shapes {', '.join(str(list(form)) for form in forms)}"
+        raise ValueError(f"tensor {stored.name!r}: expected {expected}, found {stored.format} {list(stored.shape)}")
     size = forms[stored.shape]
     return stored.read().astype(np.float32).reshape(-(-N // size[0]), -(-K // size[1])), size

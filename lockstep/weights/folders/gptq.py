@@ -32,13 +32,15 @@ from lockstep.weights.folders.modules import (
 from lockstep.weights.tensor import MadeTensor, TensorMap
 
 NIBBLE_OF_COLUMN = [0, 4, 1, 5, 2, 6, 3, 7]
+FORMATS = ("gptq", "gptq_v2")
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def open_awq(config: Mapping[str, Any], tensors: TensorMap) -> TensorMap:
     """The tensors with weights in the place of AWQ's. ValueError names the key or the tensor that is wrong."""
     whole(config, "bits", 4)
-    only(config, "version", "gemm", "GEMM")
+    for key in ("version", "format"):
+        only(config, key, "gemm", "GEMM")
     only(config, "zero_point", True)
     group, last = whole(config, "group_size"), LastRead()
     return _with(tensors, lambda module: _awq(module, group, last))
@@ -47,9 +49,19 @@ def open_awq(config: Mapping[str, Any], tensors: TensorMap) -> TensorMap:
 def open_gptq(config: Mapping[str, Any], tensors: TensorMap) -> TensorMap:
     """The tensors with weights in the place of GPTQ's. ValueError names the key or the tensor that is wrong."""
     bits, group, last = whole(config, "bits", 2, 4, 8), whole(config, "group_size"), LastRead()
-    only(config, "checkpoint_format", "gptq", "gptq_v2")
-    more = 0 if config.get("checkpoint_format") == "gptq_v2" else 1
+    more = 0 if _checkpoint_format(config) == "gptq_v2" else 1
     return _with(tensors, lambda module: _gptq(module, bits, group, more, last))
+
+
+def _checkpoint_format(config: Mapping[str, Any]) -> str:
+    """gptq or gptq_v2. Tools name it under one key, or under both."""
+    only(config, "is_marlin_format", False)
+    named = [config[key] for key in ("checkpoint_format", "format") if config.get(key) is not None]
+    for key in ("checkpoint_format", "format"):
+        only(config, key, *FORMATS)
+    if len({*named}) > 1:
+        raise ValueError(f"quantization_config keys 'checkpoint_format' and 'format': {named[0]!r} is not {named[1]!r}")
+    return named[0] if named else FORMATS[0]
 
 
 def _with(tensors: TensorMap, weight_of: Any) -> TensorMap:

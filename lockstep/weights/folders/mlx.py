@@ -15,7 +15,7 @@ from lockstep.formats.mxfp4 import MXFP4, from_pairs
 from lockstep.weights.folders.keys import only, whole
 from lockstep.weights.folders.mlx_names import expert_name
 from lockstep.weights.folders.modules import FLOATS, WORDS, Module, grouped, modules_with, replaced, unpacked
-from lockstep.weights.tensor import MadeTensor, StoredTensor, TensorMap
+from lockstep.weights.tensor import MadeTensor, StoredTensor, TensorMap, bounded, numbers_of
 
 PARTS = ("weight", "scales", "biases")
 MODES = ("affine", MXFP4.name)
@@ -25,7 +25,7 @@ SIZES = {"bits": 4, "group_size": 32}  # of mxfp4
 def open_mlx(config: Mapping[str, Any], tensors: TensorMap) -> TensorMap:
     """The tensors with weights in the place of MLX's. ValueError names the key or the tensor that is wrong."""
     modules = modules_with(tensors, "scales")
-    made = [weight for module in modules for weight in _weights(module, _settings(config, module.name))]
+    made = bounded(weight for module in modules for weight in _weights(module, _settings(config, module.name)))
     dropped = (module.full(part) for module in modules for part in PARTS)
     return replaced(tensors, made, [*dropped])
 
@@ -55,7 +55,7 @@ def _weights(module: Module, settings: Mapping[str, Any]) -> Iterator[MadeTensor
         parts = (words, *(module.get(name, FLOATS, *E, N, K // group) for name in ("scales", "biases")))
     if not stack:
         yield _weight(words.name, parts, bits, K, lambda tensor, rows: tensor.read(rows))
-    for e in range(E[0] if stack else 0):
+    for e in numbers_of(module.tensors.info[words.name]) if stack else ():
         name = expert_name(words.name, e)
         yield _weight(name, parts, bits, K, lambda tensor, rows, e=e: _of_stack(tensor, e, rows))
 

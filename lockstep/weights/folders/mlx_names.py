@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from lockstep.weights.folders.modules import FLOATS, replaced
-from lockstep.weights.tensor import MadeTensor, StoredTensor, TensorMap
+from lockstep.weights.tensor import MadeTensor, StoredTensor, TensorMap, bounded, numbers_of
 
 STACK = re.compile(r"(.*)\.(?:switch_mlp|experts\.switch_glu|experts)\.((?:gate|up|down)_proj)\.(weight|bias)")
 CONV = ".linear_attn.conv1d.weight"
@@ -26,11 +26,14 @@ NORMS = tuple(
 
 def with_usual_names(tensors: TensorMap) -> TensorMap:
     """The tensors, with MLX's in Hugging Face's form. Those of other folders stay as they are."""
-    made = {name: [*made_of(tensors, name)] for name in tensors if STACK.fullmatch(name)}
+    stacks = [name for name in tensors if STACK.fullmatch(name)]
+    made: dict[str, list[StoredTensor]] = {}
+    for name, part in bounded((stack, part) for stack in stacks for part in made_of(tensors, stack)):
+        made.setdefault(name, []).append(part)
     convs = [name for name in tensors if name.endswith(CONV) and is_turned(tensors.info[name].shape)]
     norms = [name for name in tensors if convs and name.endswith(NORMS)]
-    made |= {name: [turned(tensors[name])] for name in convs} | {name: [minus_one(tensors[name])] for name in norms}
-    made = {name: parts for name, parts in made.items() if parts}
+    made.update((name, [turned(tensors[name])]) for name in convs)
+    made.update((name, [minus_one(tensors[name])]) for name in norms)
     return replaced(tensors, [part for parts in made.values() for part in parts], made) if made else tensors
 
 
@@ -39,7 +42,7 @@ def made_of(tensors: TensorMap, name: str) -> Iterator[StoredTensor]:
     shape = tensors.info[name].shape
     if name.endswith(".weight") and len(shape) == 3:
         stack = tensors[name]
-        for e in range(shape[0]):
+        for e in numbers_of(tensors.info[name]):
             yield StoredTensor(expert_name(name, e), stack.format, shape[1:], stack.data[e])
     if name.endswith(".bias") and len(shape) == 2:
         stack = tensors[name]

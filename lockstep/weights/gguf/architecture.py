@@ -52,6 +52,7 @@ class Architecture:
 
 
 Architectures = Mapping[str, Architecture]  # by name
+MODEL = "model"  # general.type of the files that are read, which older ones do not have
 NO_MODELS = {  # by general.type
     "adapter": "adapters such as LoRA are not supported: merge it into its base model",
     "mmproj": "the vision or sound of a model, of which only the text part is read: name the file of that",
@@ -67,9 +68,10 @@ def has_biases(names: Container[str], *keys: str) -> dict[str, bool]:
 
 def architecture_of(metadata: Mapping[str, object], architectures: Architectures, where: str) -> Architecture:
     """The file's architecture. Raises ValueError if it is not one of `architectures`."""
-    kind = metadata.get("general.type")
-    if isinstance(kind, str) and kind in NO_MODELS:
-        raise ValueError(f"{where}: expected a model, general.type is {kind!r}: {NO_MODELS[kind]}")
+    kind = metadata.get("general.type", MODEL)
+    if kind != MODEL:
+        what = NO_MODELS.get(kind) if isinstance(kind, str) else None
+        raise ValueError(f"{where}: general.type is {kind!r}, expected {MODEL!r}: {what or 'nothing else is read'}")
     name = metadata.get("general.architecture")
     if not isinstance(name, str) or name not in architectures:
         raise ValueError(f"{where}: architecture {name!r} is not supported, only {', '.join(sorted(architectures))}")

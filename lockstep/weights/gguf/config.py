@@ -13,6 +13,7 @@ from lockstep.weights.gguf.keys import Keys
 from lockstep.weights.gguf.rope import LLAMA3_CONTEXT, llama3_scaling
 from lockstep.weights.tensor import TensorInfo
 
+LONGROPE = {"rope_factors_long.weight", "rope_factors_short.weight"}
 # The pooling types of llama.cpp by number.
 POOLINGS: Mapping[int, str] = {0: "none", 1: "mean", 2: "cls", 3: "last", 4: "rank"}
 
@@ -94,7 +95,7 @@ def _rope(keys: Keys, config: dict, factors: Mapping[str, np.ndarray], architect
     if theta < 1 or (has_rope_dim and (rope_dim % 2 or not 0 < rope_dim <= head_dim)):
         raise ValueError(f"{where}: rope.dimension_count {rope_dim}, base {theta} do not fit heads of {head_dim}")
     frequencies = factors.get("rope_freqs.weight")
-    if frequencies is not None and architecture.rope_factors is not None:
+    if frequencies is not None and len(factors) == 1 and architecture.rope_factors is not None:
         scaling = architecture.rope_factors(frequencies, rope_dim, where)
     else:
         scaling = _scaling(keys, theta, rope_dim, factors, where)
@@ -106,11 +107,17 @@ def _scaling(
     keys: Keys, theta: float, rope_dim: int, factors: Mapping[str, np.ndarray], where: str
 ) -> dict[str, Any] | None:
     scaling_type = keys.text("rope.scaling.type", "none")
-    if "rope_factors_long.weight" in factors and scaling_type in ("none", "longrope"):
+    if factors.keys() <= LONGROPE and "rope_factors_long.weight" in factors and scaling_type in ("none", "longrope"):
         return _longrope_scaling(keys, factors)
-    if "rope_freqs.weight" in factors and scaling_type in ("none", "llama3"):
+    if factors.keys() == {"rope_freqs.weight"} and scaling_type in ("none", "llama3"):
         original = keys.integer("rope.scaling.original_context_length", LLAMA3_CONTEXT)
         return llama3_scaling(theta, rope_dim, factors["rope_freqs.weight"], original, where)
+    if factors:
+        names = " and ".join(repr(name) for name in factors)
+        raise ValueError(
+            f"{where}: rope.scaling.type {scaling_type!r} beside {names}: expected none of these tensors, or "
+            f"'rope_freqs.weight' alone with type none or llama3, or both lists of factors with none or longrope"
+        )
     if scaling_type == "none":
         return None
     if scaling_type == "linear":

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 MAX_FLOAT32 = 3.4e38
+MAX_VALUES = 4096  # of an array with a number for each layer
 HARMLESS = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "expert_feed_forward_length"}
 # Keys of images, which Ollama has in the same file as those of text, and of positions that are equal in all text.
 HARMLESS |= {"image_token_id", "vision_start_token_id", "vision_end_token_id"}
@@ -82,6 +83,10 @@ class Keys:
         value = self._get(key, None)
         if not isinstance(value, np.ndarray):
             raise ValueError(f"{self._where}: {self._prefix}{key} must be an array of numbers, found {value!r:.80}")
+        if len(value) > MAX_VALUES:
+            raise ValueError(
+                f"{self._where}: {self._prefix}{key} has {len(value)} numbers, at most {MAX_VALUES} can be"
+            )
         return value.tolist()
 
     def text(self, key: str, default: str) -> str:

@@ -10,7 +10,16 @@ from lockstep.weights.gguf.config import hf_config
 from lockstep.weights.gguf.file import BYTES, open_parts
 from lockstep.weights.gguf.names import ROPE_FACTORS, hf_name
 from lockstep.weights.gguf.undo import Chain, EveryOther, Expert, FromPairs, Rows, Times, Undo
-from lockstep.weights.tensor import BLOCK_FORMATS, StoredTensor, TensorFile, TensorInfo, TensorMap, merge
+from lockstep.weights.tensor import (
+    BLOCK_FORMATS,
+    StoredTensor,
+    TensorFile,
+    TensorInfo,
+    TensorMap,
+    bounded,
+    merge,
+    numbers_of,
+)
 
 
 @dataclass(frozen=True)
@@ -48,15 +57,14 @@ def open_gguf(path: Path, architectures: Architectures) -> tuple[list[TensorFile
 def _recipes(parts: list[TensorFile], architecture: Architecture, config: Mapping) -> dict[str, Recipe]:
     recipes: dict[str, Recipe] = {}
     factors = _factors(parts, architecture)
-    for part in parts:
-        for source, info in part.infos.items():
-            if source in factors.beside:
-                continue
-            for recipe in _recipes_of(part, info, architecture, config, factors.of.get(source)):
-                if recipe.info.name in recipes:
-                    other = recipes[recipe.info.name].source
-                    raise ValueError(f"{part.path}: tensors {source!r} and {other!r} are both {recipe.info.name!r}")
-                recipes[recipe.info.name] = recipe
+    stored = ((part, info) for part in parts for name, info in part.infos.items() if name not in factors.beside)
+    made = (_recipes_of(part, info, architecture, config, factors.of.get(info.name)) for part, info in stored)
+    for recipe in bounded(recipe for several in made for recipe in several):
+        name, source = recipe.info.name, recipe.source
+        if name in recipes:
+            other = recipes[name].source
+            raise ValueError(f"{recipe.file.path}: tensors {source!r} and {other!r} are both {name!r}")
+        recipes[name] = recipe
     return recipes
 
 
@@ -119,7 +127,7 @@ def _experts(name: str, info: TensorInfo, config: Mapping) -> dict[str, Undo]:
     """The matrix of each expert of a stack."""
     if len(info.shape) != 3 or info.shape[0] != config["num_experts"]:
         raise ValueError(f"expected a stack of {config['num_experts']} experts' matrices")
-    return {str(index): Expert(index) for index in range(info.shape[0])}
+    return {str(index): Expert(index) for index in numbers_of(info)}
 
 
 def _alternating(name: str, info: TensorInfo, config: Mapping) -> dict[str, Undo]:

@@ -49,6 +49,8 @@ class HalfSplitRows(Undo):
         return _of_whole_rows(info)
 
     def apply(self, tensor: StoredTensor) -> StoredTensor:
+        if self.num_heads < 1 or tensor.shape[0] % (2 * self.num_heads):
+            raise ValueError(f"expected pairs of rows of {self.num_heads} heads, found {tensor.shape[0]} rows")
         rows = np.arange(tensor.shape[0])
         return _take_rows(tensor, rows.reshape(self.num_heads, -1, 2).swapaxes(1, 2).ravel())
 
@@ -63,6 +65,8 @@ class ValueHeads:
 
     def order(self, length: int) -> np.ndarray:
         """For each Hugging Face position along an axis of `length`, its position in GGUF."""
+        if length % self.num_value_heads:
+            raise ValueError(f"expected a multiple of {self.num_value_heads} value heads, found {length}")
         per_key = self.num_value_heads // self.num_key_heads
         return np.arange(length).reshape(per_key, self.num_key_heads, -1).swapaxes(0, 1).ravel()
 
@@ -91,6 +95,7 @@ class GroupedColumns(Undo):
     heads: ValueHeads
 
     def apply(self, tensor: StoredTensor) -> StoredTensor:
+        _check_matrix(tensor.shape)
         if tensor.format not in BLOCK_FORMATS:
             return _with_data(tensor, tensor.read().take(self.heads.order(tensor.shape[-1]), axis=1))
         block = BLOCK_FORMATS[tensor.format]
@@ -142,7 +147,7 @@ class ConvChannels(Undo):
     first: int
 
     def info(self, info: TensorInfo) -> TensorInfo:
-        channels, kernel = info.shape
+        channels, kernel = _check_matrix(info.shape)
         return replace(info, shape=(channels, 1, kernel))
 
     def apply(self, tensor: StoredTensor) -> StoredTensor:
@@ -274,6 +279,13 @@ class Chain(Undo):
         for undo in self.undos:
             tensor = undo.apply(tensor)
         return tensor
+
+
+def _check_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape; ValueError unless it is that of a matrix."""
+    if len(shape) != 2:
+        raise ValueError(f"expected a matrix, found {len(shape)} dimensions")
+    return shape
 
 
 def _snapped_log(decay: float) -> float:

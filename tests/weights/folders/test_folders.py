@@ -1,5 +1,7 @@
 """Quantized folders: decoded weights equal those of the documented layout, and whole models equal their twins."""
 
+import tracemalloc
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -124,6 +126,56 @@ def changed(form, **changes):
     return config, {k: v for k, v in (parts | changes).items() if v is not None}
 
 
+def blocks_of_floats(block):
+    """A quantization_config of compressed-tensors for floats of 8 bits with a scale for each block."""
+    weights = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": block}
+    return compressed({"weights": weights}, format="float-quantized")
+
+
+@pytest.mark.parametrize("block", [[32, 48], "32x48"])
+def test_blocks_of_floats_have_their_sizes_in_a_list_or_a_text(block, tmp_path):
+    _, parts, weights = layer("fp8")
+    parts["weight_scale"] = parts.pop("weight_scale_inv")
+    assert same(opened(tmp_path, blocks_of_floats(block), parts)[f"{NAME}.weight"].to_f32(), weights)
+
+
+def test_a_block_that_is_larger_than_the_weight_takes_no_memory(tmp_path):
+    """Scales are looked up by column: one for a million columns is not repeated a million times."""
+    parts = {
+        "weight": np.ones((256, K), "f4").astype(ml_dtypes.float8_e4m3fn),
+        "weight_scale_inv": np.ones((1, 1), "f4"),
+    }
+    tensor = opened(tmp_path, FP8 | {"weight_block_size": [1 << 20] * 2}, parts)[f"{NAME}.weight"]
+    tracemalloc.start()
+    try:
+        assert (tensor.read() == 1).all() and tracemalloc.get_traced_memory()[1] < 32 * 256 * K
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("keys", [("format",), ("format", "checkpoint_format")])
+def test_the_version_of_gptq_may_stand_under_either_key(keys, tmp_path):
+    config, parts, weights = layer("gptq_v2 of 2 bits")
+    config = {key: value for key, value in config.items() if key != "checkpoint_format"} | dict.fromkeys(
+        keys, "gptq_v2"
+    )
+    assert same(opened(tmp_path, config, parts)[f"{NAME}.weight"].to_f32(), weights)
+
+
+def test_biases_of_zeros_that_no_layer_has_are_left_alone(tmp_path):
+    """GPTQ's tools write one for every layer; published files of Qwen2.5 have them."""
+    quantized, twin = quantized_model("gptq", tmp_path)
+    path, expected = quantized / "model.safetensors", logits_of(load(twin), IDS)
+    tensors = {name: tensor.read() for name, tensor in merge([open_file(path)]).items()}
+    bias = np.zeros(tiny.tensors(CONFIG, 5)[f"{NAME}.weight"].shape[0], np.float16)
+    path.write_bytes(safetensors_bytes({**tensors, f"{NAME}.bias": bias}))
+    assert logits_of(load(quantized), IDS).tobytes() == expected.tobytes()
+    bias[7] = 1
+    path.write_bytes(safetensors_bytes({**tensors, f"{NAME}.bias": bias}))
+    with pytest.raises(ValueError, match=r"up_proj.bias' .* is not used by a model as its config describes it"):
+        load(quantized)
+
+
 ORDER = {"g_idx": (np.arange(K) % 4).astype(np.int32)}
 FIXED = {"input_activations": {"num_bits": 8, "type": "int", "dynamic": False, "strategy": "tensor"}}
 BAD = {
@@ -194,13 +246,28 @@ BAD = {
     "another packing": ((compressed(scheme(4, 16), format="mxfp4-pack-quantized"), layer("packed")[1]), "key 'format'"),
     "scales of other blocks": (
         (FP8 | {"weight_block_size": [32, 32]}, layer("fp8")[1]),
-        "weight_scale_inv': expected one of",
+        r"of one of the shapes \[\], .*found f32 \[2, 4\]",
     ),
     "blocks of nothing": (
         (FP8 | {"weight_block_size": [0, 1]}, layer("fp8")[1]),
         "'weight_block_size': expected two sizes",
     ),
     "floats without a scale": (changed("fp8", weight_scale_inv=None), "weight_scale_inv' is missing"),
+    "another packing of gptq": (
+        (GPTQ | {"format": "marlin"}, layer("gptq")[1]),
+        "key 'format': 'marlin' is not supported, only 'gptq' or 'gptq_v2'",
+    ),
+    "two packings of gptq": (
+        (GPTQ | {"format": "gptq_v2", "checkpoint_format": "gptq"}, layer("gptq")[1]),
+        "keys 'checkpoint_format' and 'format': 'gptq' is not 'gptq_v2'",
+    ),
+    "marlin": ((GPTQ | {"is_marlin_format": True}, layer("gptq")[1]), "'is_marlin_format': True is not supported"),
+    "another packing of awq": ((AWQ | {"format": "gemv"}, layer("awq")[1]), "key 'format': 'gemv' is not supported"),
+    "scales of another type": (
+        changed("fp8", weight_scale_inv=np.ones((2, 4), np.uint8)),
+        r"expected f32 or f16 or bf16 or f8_e8m0 of one of the shapes .*, found u8 \[2, 4\]",
+    ),
+    "blocks in words": ((blocks_of_floats("2:4"), layer("fp8")[1]), "'block_structure': expected two sizes, got '2:4'"),
     "another mode": ((MLX | {"mode": "nvfp4"}, layer("mlx")[1]), "key 'mode': 'nvfp4' is not supported"),
 }
 

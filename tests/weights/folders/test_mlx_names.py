@@ -1,13 +1,19 @@
 """Folders of MLX, whose names, stacks and norms are its own, compute the bits of the folders that they were made of."""
 
+import json
+
 import numpy as np
 import pytest
 
+from lockstep.models.families.granitemoe import one_by_one
+from lockstep.weights.folders.folder import unquantized
+from lockstep.weights.safetensors import open_file
+from lockstep.weights.tensor import merge
 from tests.models import tiny
 from tests.models.cases import CASES, EXPERTS
 from tests.models.running import load, logits_of
 from tests.models.test_gpt_oss import BLOCKS, with_blocks
-from tests.weights.files import write_folder
+from tests.weights.files import safetensors_bytes, with_header, write, write_folder
 from tests.weights.folders import forms
 from tests.weights.folders.test_folders import MLX, NAME, K, N, opened, same
 
@@ -128,3 +134,20 @@ def test_a_stack_that_no_model_has_is_refused(tmp_path):
     stack = {name: array[None] for name, array in parts.items()}
     with pytest.raises(ValueError, match="stacks are supported only of 'switch_mlp', 'switch_glu' and 'experts'"):
         opened(tmp_path, MLX, stack, "model.layers.0.mlp.towers.up_proj")
+
+
+@pytest.mark.parametrize("name", ["layers.0.mlp.switch_mlp.up_proj", "layers.0.block_sparse_moe.input_linear"])
+def test_an_empty_stack_of_any_number_of_matrices_is_named(name, tmp_path):
+    """A file of a few bytes, whose matrices would be a million million tensors."""
+    entry = {"dtype": "F32", "shape": [1 << 40, 0, 4], "data_offsets": [0, 0]}
+    path = write(tmp_path / "m.safetensors", with_header(json.dumps({f"{name}.weight": entry}), b""))
+    with pytest.raises(ValueError, match=r"\[1099511627776, 0, 4\]: a stack of 1099511627776 matrices, at most 4096"):
+        one_by_one(unquantized({}, merge([open_file(path)])))
+
+
+def test_stacks_of_too_many_matrices_in_all_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("lockstep.weights.tensor.MAX_PARTS", 5)
+    stacks = {f"model.layers.{i}.mlp.switch_mlp.up_proj.weight": np.ones((3, 2, 2), np.float32) for i in range(2)}
+    path = write(tmp_path / "m.safetensors", safetensors_bytes(stacks))
+    with pytest.raises(ValueError, match="stacks of more than 5 matrices in all"):
+        unquantized({}, merge([open_file(path)]))

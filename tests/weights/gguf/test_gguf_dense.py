@@ -183,3 +183,34 @@ def test_a_file_of_small_in_the_architecture_of_ministral(tmp_path):
 def test_a_file_of_granite_without_a_rope_is_refused(tmp_path):
     with pytest.raises(ValueError, match="finetuned is false: Granite without a rope is not supported"):
         config_of("granite", tmp_path, rope__scaling__finetuned=False)
+
+
+YARN = dict(rope__scaling__type="yarn", rope__scaling__factor=2.0, rope__scaling__original_context_length=32)
+
+
+@pytest.mark.parametrize(
+    "names, keys",
+    [
+        (["rope_freqs"], YARN),
+        (["rope_freqs"], dict(rope__scaling__type="linear", rope__scaling__factor=2.0)),
+        (["rope_factors_long", "rope_factors_short"], YARN),
+        (["rope_factors_short"], {}),
+        (["rope_freqs", "rope_factors_long", "rope_factors_short"], dict(rope__scaling__original_context_length=32)),
+    ],
+)
+def test_factors_of_a_rope_of_another_type_are_not_left_out(names, keys, tmp_path):
+    extra = {f"{name}.weight": np.ones(8, np.float32) for name in names}
+    path = File("granite", "granite", SCALES, change=rotary, extra=extra).write(
+        tmp_path / "m.gguf", tiny.tensors(CASES["granite"], 3), **keys
+    )
+    with pytest.raises(ValueError, match=f"rope.scaling.type .* beside '{names[0]}.weight'.*: expected none of these"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("length", [5, 4097])
+def test_arrays_with_too_many_numbers_are_named(length, tmp_path):
+    path = BY_CASE["olmo3"].write(
+        tmp_path / "m.gguf", tiny.tensors(CASES["olmo3"], 3), attention__sliding_window_pattern=[True] * length
+    )
+    with pytest.raises(ValueError, match=r"pattern has 4097 numbers, at most 4096|expected 4 of full"):
+        model_config(open_checkpoint(path).config)

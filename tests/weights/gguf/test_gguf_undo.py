@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from lockstep.formats import BLOCK_FORMATS
-from lockstep.weights.gguf.undo import DecayLog, GroupedRows, HalfSplitRows, MinusOne, ValueHeads
+from lockstep.weights.gguf.undo import (
+    ConvChannels,
+    DecayLog,
+    GroupedColumns,
+    GroupedRows,
+    HalfSplitRows,
+    MinusOne,
+    ValueHeads,
+)
 from lockstep.weights.tensor import StoredTensor, TensorInfo
 
 HEADS = ValueHeads(16, 32)
@@ -32,3 +40,20 @@ def test_one_is_taken_from_a_norm_within_half_a_spacing():
     again = [MinusOne().apply(StoredTensor("n", "f32", s.shape, s)).data + np.float32(1) for s in (sums, others)]
     assert again[0].tobytes() == sums.tobytes()
     assert 0 < np.abs(again[1].astype(np.float64) - others).max() <= 2.0**-25
+
+
+@pytest.mark.parametrize(
+    "step, shape, said",
+    [
+        (GroupedColumns(HEADS), (1, 4, 64), "expected a matrix, found 3 dimensions"),
+        (GroupedColumns(HEADS), (64,), "expected a matrix, found 1 dimensions"),
+        (GroupedColumns(HEADS), (4, 65), "expected a multiple of 32 value heads, found 65"),
+        (GroupedRows(HEADS), (33, 4), "expected a multiple of 32 value heads, found 33"),
+        (ConvChannels(HEADS, 0), (32, 1, 4), "expected a matrix, found 3 dimensions"),
+        (HalfSplitRows(4), (12, 8), "expected pairs of rows of 4 heads, found 12 rows"),
+    ],
+)
+def test_tensors_of_another_shape_are_named(step, shape, said):
+    with pytest.raises(ValueError, match=said):
+        step.info(TensorInfo("v", "f32", shape, 0))
+        step.apply(StoredTensor("v", "f32", shape, np.zeros(shape, np.float32)))

@@ -43,6 +43,7 @@ DEFAULTS = dict(
     rms_norm_eps=1e-6, max_position_embeddings=131_072, sliding_window=512, hidden_activation="gelu_pytorch_tanh",
     rope_parameters=ROPES, vocab_size_per_layer_input=262_144,
 )  # fmt: skip
+INPUTS = "hidden_size_per_layer_input"
 SIZES = ("head_dim", "num_key_value_heads")  # what may differ between layers
 UNIFIED = dict(max_position_embeddings=262_144, sliding_window=1024)  # other defaults of gemma4_unified
 KEYS = """hidden_activation sliding_window layer_types attention_bias final_logit_softcapping attention_k_eq_v
@@ -57,7 +58,7 @@ def read(config: Config) -> ModelConfig:
     """The ModelConfig; keys that a text_config leaves out have the values of `DEFAULTS`."""
     check_keys(config, KEYS, free=["hidden_act"])
     is_unified = config["model_type"] == "gemma4_unified_text"
-    input_width = int(config.get("hidden_size_per_layer_input", 0 if is_unified else 256) or 0)
+    input_width = optional({INPUTS: 0 if is_unified else 256, **config}, INPUTS, 0, low=0)
     config = completed(config, {**DEFAULTS, **UNIFIED} if is_unified else DEFAULTS)
     if config.get("use_bidirectional_attention") not in (None, "vision"):
         raise ValueError("config key 'use_bidirectional_attention': only null and 'vision' are supported")

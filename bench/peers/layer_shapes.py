@@ -5,7 +5,8 @@ tensor has which format follows what llama.cpp's quantizer does without an impor
 published file.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ QWEN3 = Shape(
 # ------------------------------------------------------------ Qwen3.5-35B-A3B, Qwen3.6-35B-A3B
 
 
-def qwen35moe_block(i):
+def qwen35moe_block(i, experts=256):
     width, keys, values = 2048, 16 * 128, 32 * 128
     linear = {
         "attn_qkv.weight": (2 * keys + values, width),
@@ -120,8 +121,8 @@ def qwen35moe_block(i):
         "attn_norm.weight": (width,),
         "post_attention_norm.weight": (width,),
         **(full if i % 4 == 3 else linear),
-        "ffn_gate_inp.weight": (256, width),
-        **stacks(width, 512, 256),
+        "ffn_gate_inp.weight": (experts, width),
+        **stacks(width, 512, experts),
         "ffn_gate_inp_shexp.weight": (width,),
         **mlp(width, 512, "_shexp"),
     }
@@ -158,8 +159,8 @@ QWEN35MOE = Shape(
 # ------------------------------------------------------------ gpt-oss-20b
 
 
-def gpt_oss_block(i):
-    width, inner, experts = 2880, 2880, 32
+def gpt_oss_block(i, experts=32):
+    width = inner = 2880
     matrices = attention(width, 64, 8, 64)
     biases = {name.replace(".weight", ".bias"): shape[:1] for name, shape in matrices.items()}
     of_experts = stacks(width, inner, experts)
@@ -267,6 +268,18 @@ FILES = {
     "gpt-oss-20b-layers": (GPT_OSS, ("MXFP4",)),
     "gemma4-e4b-layers": (GEMMA4, ("Q4_0", "Q4_K_M")),
     "qwen3-0.6b-blocks": (QWEN3, ("Q2_K", "Q3_K_M", "MXFP4", "Q4_0")),
+}
+
+
+def with_experts(shape, count):
+    """The same with so many experts in each layer."""
+    return replace(shape, keys=shape.keys | {"expert_count": count}, block=partial(shape.block, experts=count))
+
+
+# Files whose weights fit into memory in float32.
+FEW_EXPERTS = {
+    "qwen3.5-35b-a3b-32-experts": (with_experts(QWEN35MOE, 32), ("Q4_K_M",)),
+    "gpt-oss-20b-8-experts": (with_experts(GPT_OSS, 8), ("MXFP4",)),
 }
 
 # ------------------------------------------------------------ which tensor has which format

@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import peers_common as pc
-from layer_shapes import FILES, format_of
+from layer_shapes import FEW_EXPERTS, FILES, format_of
 from model_tensors import to_bf16
 
 POOL = 1 << 21  # weights of a pool
@@ -146,14 +146,14 @@ def write_tensor(file, name, dims, format, weights):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=list(FILES))
+    parser.add_argument("models", nargs="*", default=list(FILES), help=f"of {', '.join(FILES | FEW_EXPERTS)}")
     parser.add_argument("--out", default=os.path.join(pc.peers_dir(), "models"))
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     pc.enter("llama.cpp", 2)
     os.makedirs(a.out, exist_ok=True)
     for name in a.models:
-        shape, mixtures = FILES[name]
+        shape, mixtures = (FILES | FEW_EXPERTS)[name]
         for mixture in mixtures:
             path = os.path.join(a.out, f"{name}-{mixture}.gguf")
             plan = write(path, name, shape, mixture, a.seed)

@@ -6,7 +6,13 @@ argmax, the largest difference of logits, the smallest cosine of two rows of the
 must be nearly as likely: llama.cpp's logits of the two differ by at most five times what its row and ours differ by in
 the root mean square (both round activations to 8 bits, in ways of their own). Where that rounding chooses another
 expert, logits differ more: in two of a hundred positions the cosine may be lower.
-Exits with 1 if a file does not agree. --weights f32: Lockstep without rounding activations, to see who is nearer.
+Exits with 1 if a file does not agree. --weights f32: Lockstep without rounding activations.
+
+--referee: who is nearer to the model? The referee is Lockstep in float32, on the decoded weights, which tests compare
+with gguf's and transformers'. One JSON line per file: the root mean square of what each engine's logits differ by from
+the referee's, in standard deviations of these, and positions of the same argmax. Mixtures have few experts, so that
+they fit into memory (make_layers.py makes them by name). Exits with 1 if Lockstep's error is above 1.1 times
+llama.cpp's.
 """
 
 import argparse
@@ -20,19 +26,22 @@ import tempfile
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import numpy as np
 import peers_common as pc
-from layer_shapes import FILES
+from layer_shapes import FEW_EXPERTS, FILES
 
 NUM_TOKENS = 160
 MIN_COSINE, LOW_COSINES, MAX_MARGIN = 0.99, 0.02, 5
+MAX_ERROR = 1.1  # Lockstep's against the referee, in llama.cpp's
+IN_FLOAT32 = {name: FILES[name] for name in ("qwen3-0.6b-blocks", "gemma4-e4b-layers")} | FEW_EXPERTS
 
 
-def paths(names):
-    known = [pc.model_path(name, mixture) for name, (_, mixtures) in FILES.items() for mixture in mixtures]
+def paths(names, files=FILES):
+    known = [pc.model_path(name, mixture) for name, (_, mixtures) in files.items() for mixture in mixtures]
     return [path for path in known if not names or any(name in path for name in names)]
 
 
 def vocabulary(path):
-    return next(shape.rows for name, (shape, _) in FILES.items() if os.path.basename(path).startswith(name))
+    files = FILES | FEW_EXPERTS
+    return next(shape.rows for name, (shape, _) in files.items() if os.path.basename(path).startswith(name))
 
 
 def prompt(path, num_tokens=NUM_TOKENS, seed=0):
@@ -86,12 +95,31 @@ def compare(path, ours, theirs):
 
 
 def check(path, threads=2, weights="auto"):
+    theirs = in_its_own_process(path, threads)
+    return compare(path, lockstep_logits(path, threads, weights), theirs)
+
+
+def in_its_own_process(path, threads):
+    """llama.cpp's logits."""
     with tempfile.TemporaryDirectory() as folder:
         out = os.path.join(folder, "logits.npy")
         command = [sys.executable, os.path.abspath(__file__), path, "--only-llama-cpp", out, "--threads", str(threads)]
         subprocess.run(command, check=True)
-        theirs = np.load(out)
-    return compare(path, lockstep_logits(path, threads, weights), theirs)
+        return np.load(out)
+
+
+def refereed(path, threads):
+    """The line of JSON for a file, of `--referee`."""
+    engines = {"lockstep": lockstep_logits(path, threads, "auto"), "llama.cpp": in_its_own_process(path, threads)}
+    exact = lockstep_logits(path, threads, "f32").astype(np.float64)
+    errors = {name: float(np.sqrt(((logits - exact) ** 2).mean()) / exact.std()) for name, logits in engines.items()}
+    same = {name: int((logits.argmax(-1) == exact.argmax(-1)).sum()) for name, logits in engines.items()}
+    return dict(
+        file=os.path.basename(path),
+        errors={name: round(error, 5) for name, error in errors.items()},
+        argmax_agree={name: f"{count}/{len(exact)}" for name, count in same.items()},
+        is_near=errors["lockstep"] <= MAX_ERROR * errors["llama.cpp"],
+    )
 
 
 def note_of(path):
@@ -112,11 +140,19 @@ def main():
     parser.add_argument("files", nargs="*", help="parts of file names; all files if none is given")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--weights", default="auto")
+    parser.add_argument("--referee", action="store_true")
     parser.add_argument("--only-llama-cpp", metavar="OUT", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.only_llama_cpp:
         pc.enter("llama.cpp", a.threads)
         return llama_cpp_logits(a.files[0], a.only_llama_cpp, a.threads)
+    if a.referee:
+        near = []
+        for path in paths(a.files, IN_FLOAT32):
+            line = refereed(path, a.threads)
+            near.append(line["is_near"])
+            print(json.dumps(line), flush=True)
+        return 0 if all(near) else 1
     lines = []
     for path in paths(a.files):
         if a.weights == "auto":

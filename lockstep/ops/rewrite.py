@@ -9,10 +9,12 @@ from collections import Counter
 from collections.abc import Container
 from typing import Any
 
+from lockstep.formats import FORMATS
 from lockstep.formats.parts.rows import ROW_FORMATS
 from lockstep.ops.elementwise.activations import Preparable, Preparation, QuantizeQ8, RoundBf16
 from lockstep.ops.elementwise.add import Add
 from lockstep.ops.integer.code_weights import FORMAT as CODES
+from lockstep.ops.linear.experts import ExpertBias, ExpertLinear
 from lockstep.ops.linear.linear import PREPARATION, Linear
 from lockstep.ops.recurrent.gated_delta import DeltaInputs, GatedDelta
 from lockstep.ops.recurrent.gated_delta_verify import DeltaInputsVerify, GatedDeltaVerify
@@ -51,9 +53,10 @@ def _preparation(program: Program, x: Tensor, kind: str) -> Preparation:
 
 
 def fuse(program: Program, kinds: Container[str]) -> Program:
-    """Joins residual additions with the linear layer before them, and preparations of rows with the norm or gated
-    product before them where the fused op is one of kinds, those that the backend has."""
-    return fuse_preparations(fuse_residuals(program), kinds)
+    """Joins residual additions with the linear layer before them, biases with the experts' linear layer before them,
+    and preparations of rows with the norm or gated product before them where the fused op is one of kinds, those that
+    the backend has."""
+    return fuse_preparations(fuse_expert_biases(fuse_residuals(program)), kinds)
 
 
 def _neighbours(program: Program, first: type, second: type, name: str) -> dict[Any, Any]:
@@ -80,6 +83,15 @@ def fuse_residuals(program: Program) -> Program:
     found = _neighbours(program, Linear, Add, "y").items()
     pairs = {op: maker for op, maker in found if maker.residual is None and op.factor == 1}
     joined = {op: maker.changed(out=op.out, residual=op.x) for op, maker in pairs.items()}
+    return _replaced(program, joined, {*pairs.values()})
+
+
+def fuse_expert_biases(program: Program) -> Program:
+    """The biases of experts become an operand of the linear layer before them, unless its kernel flushes denormals,
+    which sums with biases do not."""
+    found = _neighbours(program, ExpertLinear, ExpertBias, "x").items()
+    pairs = {op: maker for op, maker in found if not FORMATS[maker.weight.format].flushes}
+    joined = {op: maker.changed(out=op.out, bias=op.bias) for op, maker in pairs.items()}
     return _replaced(program, joined, {*pairs.values()})
 
 

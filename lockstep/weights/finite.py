@@ -1,5 +1,7 @@
 """Checking a stored matrix for NaN and infinity without decoding it, by the exponents of its floats or block scales."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from lockstep.formats import BLOCK_FORMATS
@@ -13,9 +15,10 @@ INFINITY = {"f32": (np.uint32, 0x7F800000), "f16": (np.uint16, 0x7C00), "bf16": 
 FLOATS = {np.dtype(np.float16): "f16", np.dtype(np.float32): "f32"}
 CHECKED = {powers.E8M0: powers.checked_halves, e4m3.E4M3: e4m3.checked_halves}  # small scales
 PIECE_BYTES = 4 << 20
-# The layout of tables that are so large that they stay in the checkpoint's file, as long as it cannot change: mapped
-# under a lease. Where there is no lease, they are kept like other tables (`store.py`).
-MAPPED_BYTES = "mapped stored bytes"
+# The layouts of tables of embeddings, which stay in the checkpoint's file as long as it cannot change: mapped under a
+# lease. Where there is no lease, a copy is kept like packed weights (`store.py`). Tables of the second layout are so
+# large that they are not checked for NaN and infinity, which would read all of them.
+STORED_BYTES, MAPPED_BYTES = "stored bytes", "mapped stored bytes"
 
 
 def finite_bytes(tensor: StoredTensor) -> np.ndarray:
@@ -24,15 +27,25 @@ def finite_bytes(tensor: StoredTensor) -> np.ndarray:
     Raises ValueError that names the tensor and the first NaN or infinity ([row, column], or [row, block] of a scale),
     or the file if it was truncated. Error: none.
     """
-    num_rows = tensor.shape[0]
-    row_bytes = tensor.data.nbytes // num_rows
-    copy = np.empty((num_rows, row_bytes), np.uint8)
-    step = max(1, PIECE_BYTES // row_bytes)
-    for start in range(0, num_rows, step):
+    copy = np.empty((tensor.shape[0], tensor.data.nbytes // tensor.shape[0]), np.uint8)
+    for start, piece in _checked_pieces(tensor):
+        copy[start : start + len(piece)] = piece.reshape(len(piece), -1).view(np.uint8)
+    return copy
+
+
+def check_matrix(tensor: StoredTensor) -> None:
+    """Raises what `finite_bytes` raises, without a copy."""
+    for _ in _checked_pieces(tensor):
+        pass
+
+
+def _checked_pieces(tensor: StoredTensor) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, a copy of some rows as stored), ... of all rows, each piece once it was checked."""
+    step = max(1, PIECE_BYTES // (tensor.data.nbytes // tensor.shape[0]))
+    for start in range(0, tensor.shape[0], step):
         piece = tensor.read(slice(start, start + step))
         _check(tensor, piece, start)
-        copy[start : start + step] = piece.reshape(len(piece), -1).view(np.uint8)
-    return copy
+        yield start, piece
 
 
 def _check(tensor: StoredTensor, piece: np.ndarray, first_row: int) -> None:

@@ -30,15 +30,15 @@ from lockstep.user_cache import (
 )
 from lockstep.weights import packed_cache, packed_file
 from lockstep.weights.checkpoint import Checkpoint
-from lockstep.weights.finite import MAPPED_BYTES
+from lockstep.weights.finite import MAPPED_BYTES, STORED_BYTES, check_matrix
 from lockstep.weights.leased_map import LeasedMaps
 from lockstep.weights.mapped import own_descriptor, place_of
 from lockstep.weights.parts import PackedParts
 
-# Layouts with these suffixes are kept on disk; the others are small. Embedding tables (stored bytes) are kept, too:
-# they were checked when they were packed, and no step reads the checkpoint's file, which might be truncated.
-PANELS = "panels"
-KEPT = (PANELS, "stored bytes")
+# Layouts with these suffixes are kept on disk; the others are small. Of a table (stored bytes) that is mapped where it
+# lies in the checkpoint's file, what is kept is a note, in the layout of this name, that it was checked.
+PANELS, CHECKED = "panels", "checked bytes"
+KEPT = (PANELS, STORED_BYTES)
 
 
 class WeightStore:
@@ -131,7 +131,9 @@ class PackedStore(WeightStore):
         name = layout.name
         if not name.endswith(KEPT):
             return super().make(weight, layout)
-        if name == MAPPED_BYTES and (mapped := self._mapped(weight)) is not None:
+        if name.endswith(STORED_BYTES) and (mapped := self._mapped(weight)) is not None:
+            if name == STORED_BYTES:
+                self._check_once(weight)
             return (mapped,)
         what = described(weight, name)
         arrays, work = self._load(what), "loading"
@@ -140,6 +142,15 @@ class PackedStore(WeightStore):
             self._keep(what, arrays)
         self._report(work, stored_bytes(weight))
         return arrays
+
+    def _check_once(self, weight: Weight) -> None:
+        """Checks a table for NaN and infinity, unless an earlier process did."""
+        what, work = described(weight, CHECKED), "loading"
+        if self._load(what) is None:
+            check_matrix(*weight.parts)
+            self._keep(what, ())
+            work = "packing"
+        self._report(work, stored_bytes(weight))
 
     def _mapped(self, weight: Weight) -> np.ndarray | None:
         """The bytes of a weight where they lie in the checkpoint's file, uint8 [rows, bytes per row]; None without a
@@ -157,9 +168,12 @@ class PackedStore(WeightStore):
         """Counts the bytes of the weights that are to be packed, and of those that are packed already."""
         for weight, layout in wanted:
             key = weight.name, layout.name
+            if layout.name == MAPPED_BYTES:
+                continue  # nothing is read of it
             if layout.name.endswith(KEPT) and key not in self._arrays and key not in self._expected:
                 self._expected.add(key)
-                is_packed = (self.folder / file_name(described(weight, layout.name))).exists()
+                names = (layout.name, CHECKED) if layout.name == STORED_BYTES else (layout.name,)
+                is_packed = any((self.folder / file_name(described(weight, name))).exists() for name in names)
                 self._total["loading" if is_packed else "packing"] += stored_bytes(weight)
 
     def _report(self, work: str, num_bytes: int) -> None:

@@ -7,9 +7,9 @@ import pytest
 
 from lockstep import LLM, SamplingParams
 from lockstep.models.checkpoint import open_checkpoint
-from lockstep.ops.elementwise.embed import MAPPED
+from lockstep.ops.elementwise.embed import MAPPED, RAW
 from lockstep.runtime.program import Weight
-from lockstep.weights import content
+from lockstep.weights import content, packed_file, store
 from lockstep.weights.store import PackedStore
 from tests.kernels import shared_kernels
 from tests.models import tiny
@@ -38,11 +38,11 @@ def folder(arrays, tmp_path):
     return tiny.write(tmp_path / "model", PER_LAYER, arrays)
 
 
-def table_of(folder):
+def table_of(folder, progress=None):
     """(store, weight) of the table."""
     checkpoint = open_checkpoint(folder)
     part = checkpoint.tensors[NAME]
-    return PackedStore(checkpoint), Weight(NAME, part.format, part.shape, (part,))
+    return PackedStore(checkpoint, progress), Weight(NAME, part.format, part.shape, (part,))
 
 
 def is_in_file(array):
@@ -55,32 +55,56 @@ def is_in_file(array):
     return False
 
 
-def num_packed(cache):
-    return len(list((cache / "packed").rglob("*.packed"))) if (cache / "packed").exists() else 0
+def packed_bytes(cache):
+    return sum(path.stat().st_size for path in (cache / "packed").rglob("*.packed"))
 
 
-def test_a_table_is_mapped_and_not_kept_anywhere(folder, arrays, cache):
+@pytest.mark.parametrize("layout, num_bytes", [(MAPPED, 0), (RAW, packed_file.PAGE)], ids=["unchecked", "checked"])
+def test_a_table_is_mapped_and_not_kept_anywhere(layout, num_bytes, folder, arrays, cache):
+    """Of one that was checked a note is kept."""
     store, weight = table_of(folder)
-    (found,) = store.arrays(weight, MAPPED)
+    (found,) = store.arrays(weight, layout)
     assert found.shape == (96, 4 * 96) and not found.flags.writeable and is_in_file(found)
-    assert found.tobytes() == arrays[NAME].tobytes() and num_packed(cache) == 0
+    assert found.tobytes() == arrays[NAME].tobytes() and packed_bytes(cache) == num_bytes
     os.truncate(folder / "model.safetensors", 100)
     assert found.tobytes() == arrays[NAME].tobytes()  # a copy took the map's place before the file was cut
     assert not is_in_file(found)
 
 
-def test_a_file_that_is_open_for_writing_is_copied(folder, arrays, cache):
+@pytest.mark.parametrize("layout", [MAPPED, RAW], ids=["unchecked", "checked"])
+def test_a_file_that_is_open_for_writing_is_copied(layout, folder, arrays, cache):
     store, weight = table_of(folder)
     with open(folder / "model.safetensors", "r+b"):
-        (found,) = store.arrays(weight, MAPPED)
-    assert found.tobytes() == arrays[NAME].tobytes() and num_packed(cache) == 1
+        (found,) = store.arrays(weight, layout)
+    assert found.tobytes() == arrays[NAME].tobytes() and packed_bytes(cache) > found.nbytes
 
 
-def test_a_file_that_changed_since_it_was_opened_is_not_mapped(folder):
+@pytest.mark.parametrize("layout", [MAPPED, RAW], ids=["unchecked", "checked"])
+def test_a_file_that_changed_since_it_was_opened_is_not_mapped(layout, folder):
     store, weight = table_of(folder)
     (folder / "model.safetensors").touch()
-    (found,) = store.arrays(weight, MAPPED)
+    (found,) = store.arrays(weight, layout)
     assert not is_in_file(found)
+
+
+def test_a_table_is_checked_once(folder, cache, monkeypatch):
+    """And what is checked counts as packed, what was checked before as loaded."""
+    reports = []
+    for work in ("packing", "loading"):
+        made, weight = table_of(folder, lambda *report: reports.append(report))
+        made.expect([(weight, RAW)])
+        made.arrays(weight, RAW)
+        assert reports.pop() == (work, weight.parts[0].data.nbytes, weight.parts[0].data.nbytes)
+        made.checkpoint.content.wait()
+        monkeypatch.setattr(store, "check_matrix", lambda part: pytest.fail("checked again"))
+
+
+def test_a_mapped_table_with_a_nan_is_refused(arrays, tmp_path, cache):
+    arrays[NAME][9, 5] = np.nan
+    made, weight = table_of(tiny.write(tmp_path / "broken", PER_LAYER, arrays))
+    with pytest.raises(ValueError, match=r"'model.embed_tokens_per_layer.weight': expected finite weights.*\[9, 5\]"):
+        made.arrays(weight, RAW)
+    assert packed_bytes(cache) == 0
 
 
 def test_a_model_answers_from_a_mapped_table(folder, cache):

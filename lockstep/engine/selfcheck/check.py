@@ -39,7 +39,7 @@ from lockstep.ops.attention.kv_cache import AttentionInputs
 from lockstep.ops.elementwise.embed import Embed
 from lockstep.ops.linear.experts import ExpertLinear
 from lockstep.ops.linear.linear import Linear
-from lockstep.ops.rewrite import RECORDED_KINDS, fuse, lower
+from lockstep.ops.rewrite import RECORDED_KINDS, fuse, fuse_expert_biases, lower
 from lockstep.runtime.threads import Team
 from lockstep.user_cache import cache_subfolder, keeping, user_cache
 
@@ -109,8 +109,9 @@ def _optional(op):
 
 @functools.cache
 def tiny_forms(name):
-    """The forms of a family's tiny model."""
-    return forms(tiny_program(name, AnyTensor(max_context=CONTEXT)))
+    """The forms of a family's tiny model, with its experts' biases fused and not, as formats of weights want it."""
+    program = tiny_program(name, AnyTensor(max_context=CONTEXT))
+    return forms(program) | forms(fuse_expert_biases(program))
 
 
 # ---------------------------------------------------------------- the made-up model

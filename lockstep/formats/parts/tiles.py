@@ -35,12 +35,14 @@ class Panels(NamedTuple):
 
 
 class Output(NamedTuple):
-    """Where rows of out and of the residual begin (0: no residual), bytes from one row to the next, how many panels are
-    stored, and whether out already holds the sums over the part of K before this one (0: no)."""
+    """Where rows of out begin, bytes from one to the next, and the same of what is added to them (0: nothing): a
+    residual, or one row of biases for all, 0 bytes apart; how many panels are stored, and whether out already holds the
+    sums over the part of K before this one (0: no)."""
 
     address: int
-    residual: int
     stride: int
+    added: int
+    added_stride: int
     num_panels: int
     resume: int
 
@@ -163,16 +165,16 @@ def lanes_per_vector(is_integer, int_dot):
 
 
 def finish(s, acc, out):
-    """Adds the residual, if there is one, and stores the first out.num_panels panels."""
+    """Adds what is to be added, if anything is, and stores the first out.num_panels panels."""
     b, outs = s.b, s.pointers(out.address, out.stride, range(s.rows))
-    with b.if_else(b.icmp_signed("!=", out.residual, s.int(0))) as (then, otherwise):
+    with b.if_else(b.icmp_signed("!=", out.added, s.int(0))) as (then, otherwise):
         with then:
-            residuals = s.pointers(out.residual, out.stride, range(s.rows))
+            added = s.pointers(out.added, out.added_stride, range(s.rows))
             _store(
                 s,
                 out.num_panels,
                 lambda r, c, at: write(
-                    b, moved(b, outs[r], at), b.fadd(read(b, moved(b, residuals[r], at), s.floats, 4), acc[r, c]), 4
+                    b, moved(b, outs[r], at), b.fadd(read(b, moved(b, added[r], at), s.floats, 4), acc[r, c]), 4
                 ),
             )
         with otherwise:
@@ -187,10 +189,10 @@ def _store(s, num_panels, store):
 
 
 def begin(s, out):
-    """Starts from the sums that a tile over the part of K before left in out, if any; prefetches the residual."""
+    """Starts from the sums that a tile over the part of K before left in out, if any; prefetches what is added."""
     b, zeros = s.b, list(s.start.values())
-    with b.if_then(b.icmp_signed("!=", out.residual, s.int(0))):
-        for place in s.pointers(out.residual, out.stride, range(s.rows)):
+    with b.if_then(b.icmp_signed("!=", out.added, s.int(0))):
+        for place in s.pointers(out.added, out.added_stride, range(s.rows)):
             for p in sorted(set(s.panels)):
                 prefetch(b, moved(b, place, 64 * p), s.locality)
     with b.if_else(b.icmp_signed("!=", out.resume, s.int(0))) as (then, otherwise):

@@ -12,7 +12,7 @@ from lockstep.runtime.backend import Implementation, Layout
 from lockstep.runtime.operands import Operands, output, packed
 from lockstep.runtime.program import Tensor, Weight
 from lockstep.runtime.step import StepBlock, entry, num_rows
-from lockstep.weights.finite import MAPPED_BYTES, finite_bytes
+from lockstep.weights.finite import MAPPED_BYTES, STORED_BYTES, finite_bytes
 
 WEIGHT = SIZE = BLOCK_BYTES = None  # of a variant: decodes a row's weight i; weights and bytes of a block
 
@@ -42,11 +42,8 @@ class Embed(Operands):
 
 
 class MappedEmbed(Embed):
-    """The same for a table so large that it stays in its file: a step reads the rows of its tokens and no others.
-
-    Such a table is not checked for NaN and infinity, which would read all of it; a row that has one is found as logits
-    that are not finite.
-    """
+    """The same for a table so large that it is not checked for NaN and infinity, which would read all of it: a step
+    reads the rows of its tokens and no others. A row that has a NaN is found as logits that are not finite."""
 
 
 def raw_bytes(weight):
@@ -55,8 +52,8 @@ def raw_bytes(weight):
     return (finite_bytes(weight.parts[0]),)
 
 
-RAW = Layout("stored bytes", raw_bytes)
-MAPPED = Layout(MAPPED_BYTES, raw_bytes)  # where the file cannot be mapped, a copy
+# Copies, where the file cannot be mapped.
+RAW, MAPPED = Layout(STORED_BYTES, raw_bytes), Layout(MAPPED_BYTES, raw_bytes)
 
 
 @inlined

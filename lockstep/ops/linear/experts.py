@@ -5,8 +5,8 @@ expert, and the ops here work on rows in that order, T X rows in all, so that an
 weights are read once:
 
     ExpertRows      row s = the prepared input of the token that pair order[s] belongs to
-    ExpertLinear    out[s] = x[s] W[e]^T, where e is the expert of row s
-    ExpertBias      out[s] = x[s] + bias[e]
+    ExpertLinear    out[s] = x[s] W[e]^T (+ bias[e]), where e is the expert of row s
+    ExpertBias      out[s] = x[s] + bias[e], which `fuse` of `ops/rewrite.py` joins with the op before it
     ExpertGated     row s = activation(gate) * up, prepared
     ExpertScatter   y[order[s]] = x[s], back to the order of pairs
 
@@ -20,7 +20,8 @@ import numpy as np
 from lockstep.formats import FORMATS
 from lockstep.formats.parts.rows import ROW_FORMATS, plain_row
 from lockstep.native.kernel import definition, kernel, variant
-from lockstep.native.simd import poke
+from lockstep.native.numbers import float32
+from lockstep.native.simd import peek, poke
 from lockstep.ops.elementwise.activations import check_rows, quantize_row, round_row
 from lockstep.ops.elementwise.gated_mul import check_gate
 from lockstep.ops.elementwise.gates import GATES
@@ -58,12 +59,14 @@ class ExpertRows(ExpertPreparation):
 
 
 class ExpertLinear(Operands):
-    """out[s] = x[s] W[e]^T. The rows of expert e begin at expert_start[e], its rows of the weight at e * features."""
+    """out[s] = x[s] W[e]^T (+ bias[e]). The rows of expert e begin at expert_start[e], its rows of the weight at
+    e * features."""
 
     out: Tensor = output("top_k * features")
     x: Tensor = rows(dtype=None)
     expert_start: Tensor = rows("num_experts + 1", dtype="i32")
     weight: Weight = packed("num_experts * features, width")
+    bias: Weight | None = constant("num_experts, features", optional=True)
     width: int
     features: int
     num_experts: int
@@ -196,7 +199,9 @@ def _linear(op, step, thread, num_threads):
         for s in range(place_at(a.expert_start, e, num_starts), place_at(a.expert_start, e + 1, num_starts)):
             x = READ(a.x + ROW_BYTES(K) * s, K)
             for n in range(N):
-                poke(a.out + 4 * (N * s + n), DOT(x, a.weight, e * N + n, K))
+                value = DOT(x, a.weight, e * N + n, K)
+                bias = a.bias + 4 * (N * e + n)
+                poke(a.out + 4 * (N * s + n), float32(value + peek(bias, float32) if a.bias else value))
 
 
 PUTS = {"f32": put_f32, "bf16": round_row, "q8": quantize_row}
@@ -213,4 +218,4 @@ for _name, _product in PRODUCTS.items():
     globals()[f"_linear_{_name}"] = variant(_linear, f"_linear_{_name}", **constants(_product))
 for _name, _format in FORMATS.items():
     _kernel = globals()[f"_linear_{_format.product.name}"]
-    REFERENCE[f"expert_linear_{_name}"] = Implementation(_kernel, LAYOUTS[_name])
+    REFERENCE[f"expert_linear_{_name}"] = Implementation(_kernel, LAYOUTS[_name], layouts={"bias": BIASES})

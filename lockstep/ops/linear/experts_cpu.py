@@ -119,6 +119,7 @@ def _linear(op, step, thread, num_threads):
             for p in range(first, end, COLS):
                 panel = e * num_panels + p
                 panel_ahead = panel + COLS if p + COLS < end else panel_after
+                out, bias = a.out + 64 * (num_panels * s + p), a.bias + 64 * panel if a.bias else 0
                 codes, scales = a.weight.codes + codes_stride * panel, a.weight.d + scale_stride * panel
                 codes_ahead = a.weight.codes + codes_stride * panel_ahead
                 scales_ahead = a.weight.d + scale_stride * panel_ahead
@@ -127,7 +128,7 @@ def _linear(op, step, thread, num_threads):
                     SHAPES,
                     Rows(a.x + row_bytes * s, row_bytes),
                     Panels(codes, codes_stride, scales, scale_stride, K, 0),
-                    Output(a.out + 64 * (num_panels * s + p), 0, 64 * num_panels, num_panels - p, 0),
+                    Output(out, 64 * num_panels, bias, 0, num_panels - p, 0),
                     Ahead(codes_ahead, codes_stride, scales_ahead, scale_stride, ALL_PANELS),
                     min(at_once, stop - s),
                 )
@@ -146,4 +147,5 @@ for _rows_of in ROW_FORMATS.values():
         CPU[gated_kind(_activation, _name)] = Implementation(globals()[_kernel])
 for _name, _format in FORMATS.items():
     globals()[f"linear_{_name}"] = variant(_linear, f"linear_{_name}", **constants(_format))
-    CPU[f"expert_linear_{_name}"] = Implementation(globals()[f"linear_{_name}"], PLAIN_LAYOUTS[_name], _format.flushes)
+    _kernel, _biases = globals()[f"linear_{_name}"], {"bias": BIASES}
+    CPU[f"expert_linear_{_name}"] = Implementation(_kernel, PLAIN_LAYOUTS[_name], _format.flushes, _biases)

@@ -120,8 +120,8 @@ def only(ahead, panel_mask):
 @inlined
 def below(out, rows):
     """The Output that begins `rows` rows further down."""
-    residual = out.residual + rows * out.stride if out.residual else 0
-    return Output(out.address + rows * out.stride, residual, out.stride, out.num_panels, out.resume)
+    address, added = out.address + rows * out.stride, out.added + rows * out.added_stride if out.added else 0
+    return Output(address, out.stride, added, out.added_stride, out.num_panels, out.resume)
 
 
 @merged
@@ -198,8 +198,8 @@ class Claim(NamedTuple):
 def output_at(a, t, p, num_panels, k, is_last):
     """The Output of a layer at row t and panel p, for the part of K from k on; the last part adds the residual."""
     place = 4 * (a.width * t + a.column + 16 * p)
-    residual = a.residual + place if a.residual and is_last else 0
-    return Output(a.out + place, residual, 4 * a.width, num_panels - p, k)
+    residual, stride = a.residual + place if a.residual and is_last else 0, 4 * a.width
+    return Output(a.out + place, stride, residual, stride, num_panels - p, k)
 
 
 @merged

@@ -14,7 +14,7 @@ WHOLE_PANELS = 2  # up to this number of rows, registers hold whole panels even 
 
 @primitive()
 def linear_tile(context, weights, shape, num_rows, x, w, out, ahead):
-    """out = x W^T (+ residual) for num_rows rows by a number of panels, over K or a part of K.
+    """out = x W^T (+ residual or biases) for num_rows rows by a number of panels, over K or a part of K.
 
     weights: literals: the name of their format, and "plain" or "dense", their layout; nothing is emitted for a layout
     that the format lacks. shape: literals: ((fewest rows, most rows), panels, panels that are worked on at a time). All

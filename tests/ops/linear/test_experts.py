@@ -29,6 +29,14 @@ def routed(T, seed):
     return order, start
 
 
+def ids_of(order, start):
+    """The experts of each token, [T, X]."""
+    ids = np.empty(order.size, np.int32)
+    for e in range(E):
+        ids[order.reshape(-1)[start[0, e] : start[0, e + 1]]] = e
+    return ids.reshape(order.shape)
+
+
 def both(declaration, T, **operands):
     """The output of the definition; the kernel must give the same bits with every number of threads."""
     step, _held = ragged_step([T])
@@ -62,7 +70,11 @@ def test_experts(format, T):
     weights = Weight("experts", format, (E * N, D), parts)
     h = both(ExpertRows, T, x=x, order=order, **prepared(format, D))
     shape = dict(width=D, features=N, num_experts=E, top_k=X)
-    out = both(ExpertLinear, T, x=h, expert_start=start, weight=weights, **shape)
+    linear = dict(x=h, expert_start=start, weight=weights, **shape)
+    out = both(ExpertLinear, T, **linear)
+    bias = Weight("b", "f32", (E, N), (StoredTensor("b", "f32", (E, N), random.rand(E, N).astype(np.float32)),))
+    biases = dict(x=out, order=order, expert_ids=ids_of(order, start), bias=bias, width=N, num_experts=E, top_k=X)
+    same_bits(both(ExpertLinear, T, bias=bias, **linear), both(ExpertBias, T, **biases))
     if N // 2 % 32 == 0 or not PREPARATION[format]:
         for activation in GATES:
             both(ExpertGated, T, x=out, activation=activation, **prepared(format, N // 2))
@@ -98,9 +110,7 @@ def test_a_row_is_that_of_an_ordinary_linear_layer():
 def test_biases(T):
     """Each row gets those of its expert, of all parts side by side."""
     random, (order, start) = np.random.RandomState(T), routed(T, 6)
-    ids, biases = np.empty((T, X), np.int32), random.standard_normal((E, N)).astype(np.float32)
-    for e in range(E):
-        ids.reshape(-1)[order.reshape(-1)[start[0, e] : start[0, e + 1]]] = e
+    ids, biases = ids_of(order, start), random.standard_normal((E, N)).astype(np.float32)
     widths, at = {"gate": 64, "up": 32}, {"gate": slice(64), "up": slice(64, N)}
     parts = [StoredTensor(name, "f32", (E, width), biases[:, at[name]].copy()) for name, width in widths.items()]
     x, weight = random.standard_normal((T, X * N)).astype(np.float32), Weight("biases", "f32", (E, N), tuple(parts))

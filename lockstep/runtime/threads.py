@@ -27,9 +27,10 @@ from lockstep.native.machine import (
 )
 from lockstep.native.numbers import int64
 from lockstep.native.simd import peek, poke
+from lockstep.native.system import SYSTEM
 from lockstep.runtime.step import FLAGS, FLUSHES, OWN_STEP, ROW_WORDS
 
-LINE = 64  # bytes; each shared word has a cache line of its own
+LINE = 128  # bytes; each shared word has a cache line of its own, where lines are of 64 bytes a pair of them
 GENERATION, ARRIVED, PASSED, SLEEPERS, QUIT = (i * LINE for i in range(5))
 TABLE, NUM_OPS, STEP, CLOCK = (5 * LINE + 8 * i for i in range(4))
 SHARED_BYTES = 6 * LINE
@@ -115,6 +116,7 @@ class Team:
         ]
         for helper in self._helpers:
             helper.start()
+        SYSTEM.prefer_fast_cores()  # the thread that makes a team usually runs its steps, too
         self._memory = memory
         self._end = weakref.finalize(self, _quit, self._shared, self.num_threads)  # a team that is dropped ends, too
 
@@ -140,6 +142,7 @@ class Team:
 
 def _live(memory, shared, thread, num_threads):
     """What a helper thread runs; it holds a reference to the memory that it watches."""
+    SYSTEM.prefer_fast_cores()
     help_forever(shared, thread, num_threads, 0)
 
 

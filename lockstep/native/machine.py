@@ -16,14 +16,20 @@ IEEE, FLUSH = ISA.IEEE, ISA.FLUSH
 
 @emitted(types.int64(types.int64, types.int64))
 def fetch_add(b, address, value):
-    """Adds value to the int64 at an address, atomically; returns what was there."""
-    return b.atomic_rmw("add", b.inttoptr(address, I64.as_pointer()), value, "acq_rel")
+    """Adds value to the int64 at an address, atomically, sequentially consistent; returns what was there."""
+    return b.atomic_rmw("add", b.inttoptr(address, I64.as_pointer()), value, "seq_cst")
 
 
 @emitted(types.int64(types.int64))
 def load_acquire(b, address):
     """Reads the int64 at an address with acquire order."""
     return b.load_atomic(b.inttoptr(address, I64.as_pointer()), "acquire", 8)
+
+
+@emitted(types.int64(types.int64))
+def load_in_order(b, address):
+    """Reads the int64 at an address, sequentially consistent: in one order with every `fetch_add`."""
+    return b.load_atomic(b.inttoptr(address, I64.as_pointer()), "seq_cst", 8)
 
 
 @emitted(types.void(types.int64, types.int64))

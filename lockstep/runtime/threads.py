@@ -18,6 +18,7 @@ from lockstep.native.machine import (
     fetch_add,
     float_control,
     load_acquire,
+    load_in_order,
     nanoseconds,
     set_float_control,
     sleep_while_equal,
@@ -79,8 +80,8 @@ def run_step(shared, table, num_ops, step, clock, num_threads):
     poke(shared + NUM_OPS, num_ops)
     poke(shared + STEP, step)
     poke(shared + CLOCK, clock)
-    fetch_add(shared + GENERATION, 1)  # a full fence: a helper either sees it or is counted as asleep
-    if load_acquire(shared + SLEEPERS) > 0:
+    fetch_add(shared + GENERATION, 1)
+    if load_in_order(shared + SLEEPERS) > 0:  # a helper has seen the new generation, or is counted here
         wake(shared + GENERATION, num_threads)
     run_ops(shared, 0, num_threads)
 
@@ -91,7 +92,7 @@ def help_forever(shared, thread, num_threads, generation):
     while True:
         if not wait_until(shared + GENERATION, generation + 1, SPINS_BEFORE_SLEEP):
             fetch_add(shared + SLEEPERS, 1)
-            while load_acquire(shared + GENERATION) == generation:
+            while load_in_order(shared + GENERATION) == generation:
                 sleep_while_equal(shared + GENERATION, generation & 0xFFFFFFFF)
             fetch_add(shared + SLEEPERS, -1)
         generation += 1

@@ -80,8 +80,9 @@ def install_packages(folder: Path) -> None:
 
 
 def make(folder: Path) -> None:
-    """Makes the machine; a folder that is there is made anew."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Makes the machine; where one is there, it is made anew, with the kernels that it has compiled."""
+    for part in ("apt", "amd64", "arm64", "site"):
+        shutil.rmtree(folder / part, ignore_errors=True)
     address = mirror()
     for architecture in PACKAGES:
         print(f"downloading and unpacking {', '.join(PACKAGES[architecture])} for {architecture}", flush=True)
@@ -93,6 +94,9 @@ def make(folder: Path) -> None:
     starter.write_text(STARTER.format(**paths, repository=ROOT, cpu=CPU, version=PYTHON))
     starter.chmod(0o755)
     shutil.rmtree(folder / "apt")
+    for other in (folder / "amd64/usr/bin").glob("qemu-*"):
+        if other.name != "qemu-aarch64":
+            other.unlink()
 
 
 def _run(*command: str, env: dict[str, str] | None = None) -> str:

@@ -106,15 +106,26 @@ def every_kernel() -> list[str]:
     return sorted({implementation.kernel.path for table in tables for implementation in table.values()})
 
 
+def product_of(path: str) -> str | None:
+    """The instruction that the inner loop of a format's linear layer is made of; None for other kernels."""
+    from lockstep.formats import FORMATS
+    from lockstep.formats.parts.rows import QUANTIZED
+
+    format = FORMATS.get(path.rpartition(":linear_")[2])
+    return format and ("sdot" if format.product.rows is QUANTIZED else "fmla")
+
+
 def main() -> None:
-    """Prints a line of JSON for each kernel and each CPU."""
+    """Prints a line of JSON for each kernel and each CPU. AssertionError if a linear layer lacks its instruction."""
     cpus = sys.argv[1].split(",")
     initialize()
     pretend(cpus[0])
     for path in sys.argv[2:] or every_kernel():
         text = emitted(path)
         for cpu in cpus:
-            print(json.dumps([path, cpu, *assembled(text, cpu)]), flush=True)
+            num_bytes, mnemonics = assembled(text, cpu)
+            assert product_of(path) in (None, *mnemonics), (path, cpu)
+            print(json.dumps([path, cpu, num_bytes, mnemonics]), flush=True)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ test-targets: $(VENV)/.test
 test-formats: $(VENV)/.test
 	@LOCKSTEP_ALL_FORMATS=1 $(BIN)/python -m pytest -q tests/ops/sampling/test_score.py tests/ops/linear/test_grouped_linear.py
 
-# 40 minutes from nothing, a few with the kernels of a run before
+# with the kernels of a run before it takes minutes, without them an hour
 PARTS ?=
 test-arm: $(ARM)/python $(VENV)/.test
 	@$(BIN)/python -m tests.arm $(ARM) $(PARTS)

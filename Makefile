@@ -4,6 +4,7 @@ VENV := .venv
 ORACLES := .venv-oracles
 RAY := .venv-ray
 DEV := .venv-dev
+ARM := .venv-arm
 # Python compiles the modules that are imported; all of torch would take a minute
 PIP_INSTALL := bin/python -m pip install -qq --disable-pip-version-check --no-compile
 # every package in the version and with the bytes that a lock file names; this one is built by the locked setuptools
@@ -18,11 +19,11 @@ LOCKSTEP := $(BIN)/lockstep
 
 # Tests start hundreds of processes. Where an environment forbids .pyc files, as containers like to, each would compile
 # again all that it imports.
-TESTS := test test-targets test-formats soak fuzz attacks speculation test-ray oracles-lm-eval oracles-others
+TESTS := test test-targets test-formats test-arm soak fuzz attacks speculation test-ray oracles-lm-eval oracles-others
 $(TESTS): export PYTHONDONTWRITEBYTECODE :=
 $(TESTS): export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/pycache
 
-.PHONY: help demo test test-targets test-formats soak fuzz attacks speculation test-ray ray test-oracles oracles-lm-eval oracles-others oracles dev lint lock audit clean
+.PHONY: help demo test test-targets test-formats test-arm arm soak fuzz attacks speculation test-ray ray test-oracles oracles-lm-eval oracles-others oracles dev lint lock audit clean
 .DEFAULT_GOAL := help
 
 help:
@@ -30,6 +31,7 @@ help:
 	@echo "make test          run the tests (without torch)"
 	@echo "make test-targets  compare with kernels for other CPUs, those with this CPU's own instructions included"
 	@echo "make test-formats  layers in groups and scores in every weight format, not in some"
+	@echo "make test-arm      the same bits on ARM, emulated by QEMU (on Debian); PARTS=\"linear parity\" chooses"
 	@echo "make soak          random schedules with fresh seeds, for SOAK minutes (10), and 2 minutes of make fuzz"
 	@echo "make fuzz          random requests, bytes, templates, grammars and files, for FUZZ minutes (60)"
 	@echo "make attacks       the attacks of a review, one by one, and SIGTERM in the middle of them"
@@ -75,6 +77,13 @@ test-targets: $(VENV)/.test
 # layers in groups and scores in every format, whose kernels take a minute to compile
 test-formats: $(VENV)/.test
 	@LOCKSTEP_ALL_FORMATS=1 $(BIN)/python -m pytest -q tests/ops/sampling/test_score.py tests/ops/linear/test_grouped_linear.py
+
+# with the kernels of a run before it takes minutes, without them an hour
+PARTS ?=
+test-arm: $(ARM)/python $(VENV)/.test
+	@$(BIN)/python -m tests.arm $(ARM) $(PARTS)
+# only the emulated machine, from Debian's and Python's registries, without root
+arm: $(ARM)/python
 
 SOAK ?= 10
 soak: $(VENV)/.test
@@ -135,7 +144,7 @@ audit: $(DEV)/.installed
 	@$(DEV)/$(AUDIT) --no-deps -r $(DEV)/lowest.txt
 
 clean:
-	rm -rf $(VENV) $(ORACLES) $(RAY) $(DEV) build dist *.egg-info
+	rm -rf $(VENV) $(ORACLES) $(RAY) $(DEV) $(ARM) build dist *.egg-info
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
@@ -159,6 +168,10 @@ $(DEV)/.installed: requirements-dev.lock
 	@$(PYTHON) -m venv $(DEV)
 	@$(DEV)/$(LOCKED) requirements-dev.lock
 	@touch $@
+
+$(ARM)/python: $(BIN)/python requirements-test.lock tests/arm/environment.py
+	@echo "making an emulated ARM machine in $(ARM)"
+	@$(BIN)/python -m tests.arm.environment $(ARM)
 
 $(RAY)/.installed: pyproject.toml
 	@echo "installing lockstep and Ray into $(RAY)"

@@ -11,6 +11,7 @@ Shape suffixes used in all names:
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,6 +32,22 @@ _HOMES = {
 }
 
 
+def unfit_system(system: str, release: str) -> str | None:
+    """Why Lockstep cannot run on a system, named as by `sys.platform`, of some release; None if it can."""
+    if system == "win32":
+        return "Lockstep runs on Linux and macOS; on Windows it runs in WSL 2, which is Linux: wsl --install"
+    if system == "darwin" and int(release.split(".")[0] or 0) < 12:
+        return f"Lockstep needs macOS 12 or newer, as Numba and LLVM do; this is macOS {release or 'of no release'}"
+    return None
+
+
+if sys.platform in ("win32", "darwin"):
+    import platform
+
+    if _REASON := unfit_system(sys.platform, platform.mac_ver()[0]):
+        raise ImportError(_REASON)
+
+
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first used, so that `import lockstep` stays fast."""
     if name in _HOMES:
@@ -40,4 +57,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """The names of the module, the public ones included that are not imported yet; not what it uses itself."""
-    return sorted({*globals(), *__all__} - {"Any", "TYPE_CHECKING", "importlib", "_HOMES"})
+    return sorted({*globals(), *__all__} - {"Any", "TYPE_CHECKING", "importlib", "sys", "_HOMES"})

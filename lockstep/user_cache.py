@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Hashable, Iterator
 from pathlib import Path
@@ -172,7 +173,8 @@ def _named_folder(named: str) -> CacheFolder:
 @functools.cache
 def usual_folder(xdg: str | None, home: str) -> CacheFolder:
     """The cache folder where LOCKSTEP_CACHE names none. xdg: XDG_CACHE_HOME. home: the home folder; empty if none."""
-    usual = [Path(xdg)] if xdg and os.path.isabs(xdg) else [Path(home) / ".cache"] if home else []
+    of_system = "Library/Caches" if sys.platform == "darwin" else ".cache"
+    usual = [Path(xdg)] if xdg and os.path.isabs(xdg) else [Path(home) / of_system] if home else []
     temporary, unfit = temporary_folders(), dict[Path, str]()
     folders = [base.absolute() / "lockstep" for base in usual] + [t / f"lockstep-{os.getuid()}" for t in temporary]
     for folder in folders:

@@ -86,6 +86,13 @@ def test_without_any_folder_there_is_one_warning_and_a_path_where_nothing_can_be
     assert "/home/somebody/.cache/lockstep: Permission denied. Set LOCKSTEP_CACHE" in record.message
 
 
+def test_macos_keeps_caches_in_the_library(monkeypatch, tmp_path):
+    monkeypatch.setattr(user_cache.sys, "platform", "darwin")
+    found = user_cache.usual_folder.__wrapped__(None, str(tmp_path))
+    named = user_cache.usual_folder.__wrapped__(str(tmp_path / "xdg"), str(tmp_path))
+    assert (found.path, named.path) == (tmp_path / "Library/Caches/lockstep", tmp_path / "xdg/lockstep")
+
+
 def test_pythons_last_choice_for_temporary_files_is_not_taken(monkeypatch, tmp_path):
     monkeypatch.setattr(user_cache.tempfile, "gettempdir", lambda: str(tmp_path))
     assert user_cache.temporary_folders() == []

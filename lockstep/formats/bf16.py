@@ -12,6 +12,8 @@ from lockstep.formats.parts.rows import ROUNDED
 from lockstep.formats.parts.scalars import upper_half
 from lockstep.formats.parts.tiles import outer
 from lockstep.native.emit import dpbf16, moved, read, spread, write
+from lockstep.native.emit import fma as vector_fma
+from lockstep.native.flushing import as_defined, exact_step
 from lockstep.native.kernel import definition, inlined
 from lockstep.native.simd import I32, constant, fma, load_bf16, store
 
@@ -61,13 +63,15 @@ def row_dot(x, w, n, K):
 
 def tile(s):
     """acc = fma(x[2i], w[2i], fma(x[2i+1], w[2i+1], acc)), flushed after each."""
-    pairs = _pairs_native if s.bf16 else _pairs_wide
 
-    def step(i, acc):
-        columns = [read(s.b, moved(s.b, w, s.b.mul(i, s.int(PANEL.itemsize))), s.ints, PANEL.itemsize) for w in s.w]
-        return pairs(s, i, columns, acc)
+    def sums(pairs):
+        def step(i, acc):
+            columns = [read(s.b, moved(s.b, w, s.b.mul(i, s.int(PANEL.itemsize))), s.ints, PANEL.itemsize) for w in s.w]
+            return pairs(s, i, columns, acc)
 
-    return s.blocks(2, step, PANEL.itemsize)
+        return s.blocks(2, step, PANEL.itemsize)
+
+    return _by_pairs(s, sums)
 
 
 def dense_tile(s):
@@ -75,24 +79,39 @@ def dense_tile(s):
     plain_bytes = PANEL.itemsize * dense.PAIRS  # of a group
     unpacked = s.pointers(s.unpacked, s.b.mul(s.b.udiv(s.K, s.int(dense.K_GROUP)), s.int(plain_bytes)), s.panels)
     has_followers = s.b.icmp_signed("!=", s.unpacked, s.int(0))
-    pairs, panels = (
-        _pairs_native if s.bf16 else _pairs_wide,
-        [dense.Block(*both) for both in zip(s.w, s.scales, strict=True)],
-    )
+    panels = [dense.Block(*both) for both in zip(s.w, s.scales, strict=True)]
 
-    def step(g, acc):
-        columns = [dense.decoded(s.b, s.magic, panel, g) for panel in panels]
-        with s.b.if_then(has_followers):
-            for place, column in zip(unpacked, columns, strict=True):
-                for t, values in enumerate(column):
-                    write(s.b, moved(s.b, moved(s.b, place, s.b.mul(g, s.int(plain_bytes))), 64 * t), values, 64)
-        for t in range(dense.PAIRS):
-            i = s.b.add(s.b.mul(g, s.int(dense.PAIRS)), s.int(t))
-            acc = pairs(s, i, [column[t] for column in columns], acc)
-        return acc
+    def sums(pairs):
+        def step(g, acc):
+            columns = [dense.decoded(s.b, s.magic, panel, g) for panel in panels]
+            with s.b.if_then(has_followers):
+                for place, column in zip(unpacked, columns, strict=True):
+                    for t, values in enumerate(column):
+                        write(s.b, moved(s.b, moved(s.b, place, s.b.mul(g, s.int(plain_bytes))), 64 * t), values, 64)
+            for t in range(dense.PAIRS):
+                i = s.b.add(s.b.mul(g, s.int(dense.PAIRS)), s.int(t))
+                acc = pairs(s, i, [column[t] for column in columns], acc)
+            return acc
 
-    header_bytes = dense.HEADER.itemsize // dense.GROUPS
-    return s.blocks(dense.K_GROUP, step, dense.GROUP.itemsize, header_bytes)
+        return s.blocks(dense.K_GROUP, step, dense.GROUP.itemsize, dense.HEADER.itemsize // dense.GROUPS)
+
+    return _by_pairs(s, sums)
+
+
+def _by_pairs(s, sums):
+    """The accumulators that sums(pairs) emits, by the products of pairs that the target has."""
+    if s.bf16:
+        return sums(_pairs_native)
+
+    def by(pairs):
+        def emit(start):
+            s.start = dict(zip(s.cells, start, strict=True))
+            return list(sums(pairs).values())
+
+        return emit
+
+    start = list(s.start.values())
+    return dict(zip(s.cells, as_defined(s.b, start, by(_pairs_wide), by(_pairs_exact)), strict=True))
 
 
 def _pairs_native(s, i, columns, acc):
@@ -103,10 +122,19 @@ def _pairs_native(s, i, columns, acc):
 
 def _pairs_wide(s, i, columns, acc):
     """The arithmetic of VDPBF16PS in two FMAs: x holds float32 pairs. Needs FLUSH mode."""
+    return _two_steps(s, i, columns, acc, vector_fma)
+
+
+def _pairs_exact(s, i, columns, acc):
+    """The same in any mode."""
+    return _two_steps(s, i, columns, acc, exact_step)
+
+
+def _two_steps(s, i, columns, acc, step):
     b, place = s.b, s.b.mul(i, s.int(8))
     odd = [b.bitcast(b.and_(v, constant(s.ints, -65536)), s.floats) for v in columns]
     even = [b.bitcast(b.shl(v, constant(s.ints, 16)), s.floats) for v in columns]
-    return outer(s, outer(s, acc, place, 4, odd), place, 0, even)
+    return outer(s, outer(s, acc, place, 4, odd, step), place, 0, even, step)
 
 
 @definition

@@ -1,7 +1,5 @@
 """This machine: how many cores it has, and what it cannot do or does wrongly."""
 
-import os
-
 
 class UnfitMachine(RuntimeError):
     """This machine cannot run the kernels, or computes other bits than they define. Its message is one sentence for a
@@ -9,5 +7,7 @@ class UnfitMachine(RuntimeError):
 
 
 def num_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may compute on; of cores that differ, the fast ones where the system tells them."""
+    from lockstep.native.system import SYSTEM  # which loads LLVM
+
+    return SYSTEM.num_cores()

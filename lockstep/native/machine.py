@@ -1,7 +1,5 @@
 """What a kernel asks of the machine itself: atomics, waiting, floating-point control, calls by address."""
 
-import sys
-
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -10,23 +8,28 @@ from lockstep.native import emit, targets
 from lockstep.native.isa import ISA
 from lockstep.native.kernel import inlined
 from lockstep.native.simd import F32, I8, I32, I64, call, emitted, primitive
+from lockstep.native.system import SYSTEM
 
 SPINS_BEFORE_YIELD, FOREVER = 50, 1 << 62
 IEEE, FLUSH = ISA.IEEE, ISA.FLUSH
-FUTEX_CALL = ISA.FUTEX if sys.platform == "linux" else None
-FUTEX_WAIT, FUTEX_WAKE = 128, 129  # of threads of one process
 
 
 @emitted(types.int64(types.int64, types.int64))
 def fetch_add(b, address, value):
-    """Adds value to the int64 at an address, atomically; returns what was there."""
-    return b.atomic_rmw("add", b.inttoptr(address, I64.as_pointer()), value, "acq_rel")
+    """Adds value to the int64 at an address, atomically, sequentially consistent; returns what was there."""
+    return b.atomic_rmw("add", b.inttoptr(address, I64.as_pointer()), value, "seq_cst")
 
 
 @emitted(types.int64(types.int64))
 def load_acquire(b, address):
     """Reads the int64 at an address with acquire order."""
     return b.load_atomic(b.inttoptr(address, I64.as_pointer()), "acquire", 8)
+
+
+@emitted(types.int64(types.int64))
+def load_in_order(b, address):
+    """Reads the int64 at an address, sequentially consistent: in one order with every `fetch_add`."""
+    return b.load_atomic(b.inttoptr(address, I64.as_pointer()), "seq_cst", 8)
 
 
 @emitted(types.void(types.int64, types.int64))
@@ -64,34 +67,23 @@ def wait_until(address, least, spins=FOREVER):
     return True
 
 
-def _futex(b, address, operation, value):
-    zero, operation = ir.Constant(I64, 0), ir.Constant(I64, operation)
-    syscall = cgutils.get_or_insert_function(b.module, ir.FunctionType(I64, [I64], var_arg=True), "syscall")
-    b.call(syscall, [ir.Constant(I64, FUTEX_CALL), address, operation, value, zero, zero, zero])
-
-
 @emitted(types.void(types.int64, types.int64))
 def sleep_while_equal(b, address, value):
     """Sleeps while the int32 at an address has this value, until `wake`; may return early."""
-    if FUTEX_CALL is None:  # no futex: sleep 50 us and look again
-        call(b, "usleep", I32, [ir.Constant(I32, 50)])
-    else:
-        _futex(b, address, FUTEX_WAIT, value)
+    SYSTEM.sleep_while_equal(b, address, value)
 
 
 @emitted(types.void(types.int64, types.int64))
 def wake(b, address, num_threads):
-    """Wakes up to num_threads threads that sleep on an address."""
-    if FUTEX_CALL is not None:
-        _futex(b, address, FUTEX_WAKE, num_threads)
+    """Wakes up to num_threads threads, or all, that sleep on an address."""
+    SYSTEM.wake(b, address, num_threads)
 
 
 @emitted(types.int64())
 def nanoseconds(b):
     """The monotonic clock."""
     slot = cgutils.alloca_once(b, ir.ArrayType(I64, 2))
-    clock = 1 if sys.platform == "linux" else 6
-    call(b, "clock_gettime", I32, [ir.Constant(I32, clock), b.bitcast(slot, I8.as_pointer())])
+    call(b, "clock_gettime", I32, [ir.Constant(I32, SYSTEM.CLOCK), b.bitcast(slot, I8.as_pointer())])
     seconds, rest = (b.load(b.gep(slot, [ir.Constant(I32, 0), ir.Constant(I32, i)])) for i in (0, 1))
     return b.add(b.mul(seconds, ir.Constant(I64, 10**9)), rest)
 

@@ -11,7 +11,7 @@ from numba import types
 
 from lockstep.native.emit import moved, pointer, prefetch, read, vector, write
 from lockstep.native.simd import F16, I8, I16, I32, I64, LANES, constant, emitted, f32x16, primitive, widened
-from lockstep.native.tiles import V16F, V16I, _outer, pack, unpack
+from lockstep.native.tiles import V16F, V16I, outer, pack, unpack
 
 SECOND_CACHE = 2  # rows are prefetched into this level: those of a page lie too far apart for the first to hold many
 
@@ -109,7 +109,7 @@ def _fma_row(name, size, load_column):
             shape, parts = sig.args[0], unpack(b, sig.args[0], args[0])
             start = moved(b, _row(b, args[3], args[4]), args[5])
             columns = [load_column(b, moved(b, start, 16 * size * c)) for c in range(shape.cols)]
-            _outer(b, shape, parts, args[1], args[2], columns, 0)
+            outer(b, shape, parts, args[1], args[2], columns, 0)
             return pack(b, shape, parts)
 
         return tile(tile, *[types.int64] * 5), codegen

@@ -18,6 +18,7 @@ from lockstep.native.machine import (
     fetch_add,
     float_control,
     load_acquire,
+    load_in_order,
     nanoseconds,
     set_float_control,
     sleep_while_equal,
@@ -27,9 +28,10 @@ from lockstep.native.machine import (
 )
 from lockstep.native.numbers import int64
 from lockstep.native.simd import peek, poke
+from lockstep.native.system import SYSTEM
 from lockstep.runtime.step import FLAGS, FLUSHES, OWN_STEP, ROW_WORDS
 
-LINE = 64  # bytes; each shared word has a cache line of its own
+LINE = 128  # bytes; each shared word has a cache line of its own, where lines are of 64 bytes a pair of them
 GENERATION, ARRIVED, PASSED, SLEEPERS, QUIT = (i * LINE for i in range(5))
 TABLE, NUM_OPS, STEP, CLOCK = (5 * LINE + 8 * i for i in range(4))
 SHARED_BYTES = 6 * LINE
@@ -78,8 +80,8 @@ def run_step(shared, table, num_ops, step, clock, num_threads):
     poke(shared + NUM_OPS, num_ops)
     poke(shared + STEP, step)
     poke(shared + CLOCK, clock)
-    fetch_add(shared + GENERATION, 1)  # a full fence: a helper either sees it or is counted as asleep
-    if load_acquire(shared + SLEEPERS) > 0:
+    fetch_add(shared + GENERATION, 1)
+    if load_in_order(shared + SLEEPERS) > 0:  # a helper has seen the new generation, or is counted here
         wake(shared + GENERATION, num_threads)
     run_ops(shared, 0, num_threads)
 
@@ -90,7 +92,7 @@ def help_forever(shared, thread, num_threads, generation):
     while True:
         if not wait_until(shared + GENERATION, generation + 1, SPINS_BEFORE_SLEEP):
             fetch_add(shared + SLEEPERS, 1)
-            while load_acquire(shared + GENERATION) == generation:
+            while load_in_order(shared + GENERATION) == generation:
                 sleep_while_equal(shared + GENERATION, generation & 0xFFFFFFFF)
             fetch_add(shared + SLEEPERS, -1)
         generation += 1
@@ -115,6 +117,7 @@ class Team:
         ]
         for helper in self._helpers:
             helper.start()
+        SYSTEM.prefer_fast_cores()  # the thread that makes a team usually runs its steps, too
         self._memory = memory
         self._end = weakref.finalize(self, _quit, self._shared, self.num_threads)  # a team that is dropped ends, too
 
@@ -140,6 +143,7 @@ class Team:
 
 def _live(memory, shared, thread, num_threads):
     """What a helper thread runs; it holds a reference to the memory that it watches."""
+    SYSTEM.prefer_fast_cores()
     help_forever(shared, thread, num_threads, 0)
 
 

@@ -2,8 +2,9 @@
 
     python -m tests.native.assembly CPU,CPU MODULE:KERNEL MODULE:KERNEL
 
-prints, for each kernel and each CPU of AArch64 Linux, its path, the CPU, the size of its object file in bytes, and
-{mnemonic: count}. Everything that emits code believes that the target is the first CPU.
+prints, for each kernel (each of all backends, if none is named) and each CPU of AArch64 Linux, its path, the CPU, the
+size of its object file in bytes, and {mnemonic: count}. Everything that emits code believes that the target is the
+first CPU.
 """
 
 import importlib
@@ -13,12 +14,13 @@ import sys
 from collections import Counter
 
 import llvmlite.binding as llvm
-from numba.core import codegen
+from numba.core import caching, codegen
 
 from lockstep.native import kernel
 
 TRIPLE = "aarch64-unknown-linux-gnu"
 LAYOUT = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i8:8:32-i16:16:32-i64:64-i128:128-n32:64-S128-Fn32"
+RUNTIME = "nrt"  # Numba's own, the only library that is compiled for this machine
 HEADER = re.compile(r"^target (triple|datalayout) = .*$", re.MULTILINE)
 
 
@@ -49,19 +51,31 @@ def sdot(cpu: str) -> None:
 
 
 def pretend(cpu: str) -> None:
-    """Has kernels emitted for a CPU; must be called before the modules that hold them are imported."""
+    """Has kernels emitted for a CPU; must be called before the modules that hold them are imported.
+
+    No module of theirs may reach Numba's engine, nor come from a cache: where it generates code for this machine, it
+    changes modules in place, atomics into x86's own, say, which kernels that are linked with them would contain.
+    """
     kernel.target = lambda: (TRIPLE, cpu, "")
     codegen.Codegen.magic_tuple = codegen.CPUCodegen.magic_tuple = lambda self: (TRIPLE, cpu, "")
 
-    for_this_machine = codegen.JITCodeLibrary._finalize_specific  # noqa: SLF001 Numba has no other name
+    finalize, add = codegen.JITCodeLibrary._finalize_specific, codegen.JITCPUCodegen._add_module  # noqa: SLF001
 
-    def finalize(library: codegen.JITCodeLibrary) -> None:
-        if library.name == "nrt":  # Numba's own runtime, which it compiles once
-            for_this_machine(library)
+    def finalize_specific(library: codegen.JITCodeLibrary) -> None:
+        if library.name == RUNTIME:
+            as_it_was = library._final_module.clone()  # noqa: SLF001
+            finalize(library)
+            library._final_module = as_it_was  # noqa: SLF001
         elif library.name == _name:
             raise Captured(str(library._final_module))  # noqa: SLF001
 
-    codegen.JITCodeLibrary._finalize_specific = finalize  # noqa: SLF001
+    def add_module(generator: codegen.JITCPUCodegen, module: llvm.ModuleRef) -> None:
+        if module.name == RUNTIME:
+            add(generator, module)
+
+    codegen.JITCodeLibrary._finalize_specific = finalize_specific  # noqa: SLF001 Numba has no other name
+    codegen.JITCPUCodegen._add_module = add_module  # noqa: SLF001
+    caching.Cache.load_overload = caching.Cache.save_overload = lambda *_: None
     codegen.JITCPUCodegen.set_env = lambda *_: None  # it would have helpers compiled for this machine
 
 
@@ -86,15 +100,32 @@ def assembled(text: str, cpu: str) -> tuple[int, Counter[str]]:
     return len(machine.emit_object(module)), Counter(words)
 
 
+def every_kernel() -> list[str]:
+    """The paths of the kernels of all backends."""
+    tables = importlib.import_module("lockstep.ops").BACKENDS.values()
+    return sorted({implementation.kernel.path for table in tables for implementation in table.values()})
+
+
+def product_of(path: str) -> str | None:
+    """The instruction that the inner loop of a format's linear layer is made of; None for other kernels."""
+    from lockstep.formats import FORMATS
+    from lockstep.formats.parts.rows import QUANTIZED
+
+    format = FORMATS.get(path.rpartition(":linear_")[2])
+    return format and ("sdot" if format.product.rows is QUANTIZED else "fmla")
+
+
 def main() -> None:
-    """Prints a line of JSON for each kernel and each CPU."""
+    """Prints a line of JSON for each kernel and each CPU. AssertionError if a linear layer lacks its instruction."""
     cpus = sys.argv[1].split(",")
     initialize()
     pretend(cpus[0])
-    for path in sys.argv[2:]:
+    for path in sys.argv[2:] or every_kernel():
         text = emitted(path)
         for cpu in cpus:
-            print(json.dumps([path, cpu, *assembled(text, cpu)]), flush=True)
+            num_bytes, mnemonics = assembled(text, cpu)
+            assert product_of(path) in (None, *mnemonics), (path, cpu)
+            print(json.dumps([path, cpu, num_bytes, mnemonics]), flush=True)
 
 
 if __name__ == "__main__":

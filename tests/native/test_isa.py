@@ -10,13 +10,16 @@ from llvmlite import ir
 
 from lockstep.native import isa, targets
 from lockstep.native.isa import aarch64, other, x86
-from lockstep.native.simd import I8, I32, I64
+from lockstep.native.simd import F32, I8, I32, I64
 from tests.native.assembly import TRIPLE, assembled, initialize
 
 X86, ARM, RISCV = ("x86_64-unknown-linux-gnu", "znver4", ""), (TRIPLE, "neoverse-n1", ""), ("riscv64-linux", "", "")
 ARM_CPUS = ("neoverse-n1", "neoverse-v2", "apple-m1", "apple-m4")
-# pinned sums with dots of bytes, and pairs of bfloat16
-KERNELS = {"lockstep.ops.linear.linear_cpu:linear_q6_k": "sdot", "lockstep.ops.linear.linear_cpu:linear_bf16": "fmla"}
+KERNELS = {
+    "lockstep.ops.linear.linear_cpu:linear_q6_k": "sdot",  # pinned sums with dots of bytes
+    "lockstep.ops.linear.linear_cpu:linear_bf16": "mrs",  # pairs of bfloat16, and the flag of their underflow
+    "lockstep.ops.elementwise.rms_norm:_run": "ldadd",  # memory of Numba's own runtime, counted by atomics
+}
 
 
 @pytest.mark.parametrize(
@@ -24,7 +27,11 @@ KERNELS = {"lockstep.ops.linear.linear_cpu:linear_q6_k": "sdot", "lockstep.ops.l
 )
 def test_a_target_has_its_instruction_set(magic, module):
     assert isa.of(magic) is module
-    assert all(hasattr(module, name) for name in "IEEE FLUSH FUTEX pause read_control write_control barrier".split())
+    assert all(
+        hasattr(module, name) for name in "IEEE FLUSH FLUSHING FUTEX pause read_control write_control barrier".split()
+    )
+    needed = {"underflowed", "clear_underflow"} if module.FLUSHING == "before rounding" else set()
+    assert needed <= set(dir(module))
 
 
 def of_function(*arguments):
@@ -48,12 +55,14 @@ def test_arm_waits_and_sets_its_control_word():
     assert found["yield"] == 1 and found["msr"] == 1
 
 
-@pytest.mark.parametrize("vector", [ir.VectorType(I32, 16), ir.VectorType(I32, 4), ir.VectorType(I8, 64)])
+@pytest.mark.parametrize(
+    "vector", [ir.VectorType(F32, 16), ir.VectorType(I32, 16), ir.VectorType(I32, 4), ir.VectorType(I8, 64)]
+)
 def test_a_barrier_on_arm_takes_a_register_at_a_time(vector):
     b, [place] = of_function(I8.as_pointer())
     place = b.bitcast(place, vector.as_pointer())
     b.store(aarch64.barrier(b, b.load(place), ",~{memory}"), place)
-    num_registers = vector.count * vector.element.width // 128
+    num_registers = vector.count * (1 if vector.element == I8 else 4) // 16
     assert str(b.module).count("asm sideeffect") == num_registers
     assert counts(b)["ret"] == 1
 

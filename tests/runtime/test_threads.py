@@ -13,6 +13,7 @@ from lockstep.native.simd import peek
 from lockstep.runtime.executor import aligned
 from lockstep.runtime.step import COUNTER, KERNEL, ROW_WORDS
 from lockstep.runtime.threads import Team
+from tests.runtime import order
 
 
 @native
@@ -59,3 +60,11 @@ def test_threads_that_sleep_between_steps_come_to_each_step_once(num_threads):
         if step % 10 == 0:
             time.sleep(0.05)
     team.close()
+
+
+def test_what_threads_write_is_seen_after_they_have_met():
+    assert order.stress(9, 3) == 0
+
+
+def test_the_stress_test_sees_a_missing_barrier():
+    assert order.stress(3, 3, (order.write_and_read,)) > 0

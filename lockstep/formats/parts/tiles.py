@@ -153,10 +153,10 @@ def float_steps(s, size, column):
     return s.blocks(1, step, size)
 
 
-def outer(s, acc, start, offset, columns):
-    """acc[r, c] = fma(x[r], columns[c], acc[r, c]) for the float32 at start + offset of every row."""
+def outer(s, acc, start, offset, columns, step=fma):
+    """acc[r, c] = step(b, x[r], columns[c], acc[r, c]) for the float32 at start + offset of every row."""
     values = [spread(s.b, moved(s.b, moved(s.b, x, start), offset), F32, s.lanes) for x in s.x]
-    return {(r, c): fma(s.b, values[r], columns[c], acc[r, c]) for r, c in s.cells}
+    return {(r, c): step(s.b, values[r], columns[c], acc[r, c]) for r, c in s.cells}
 
 
 def lanes_per_vector(is_integer, int_dot):

@@ -1,11 +1,14 @@
 """What depends on the instruction set, and on nothing else of the CPU: one module for each, with the same names.
 
     IEEE, FLUSH             floating-point control words: round to nearest without traps; with denormals as zero
+    FLUSHING                what FLUSH does, see `native.flushing`
     FUTEX                   Linux's number of the system call; None where there is none
     pause(b)                tells the core that this is a spin loop
     read_control(b)         the control word of this thread, int64
     write_control(b, word)  sets it
     barrier(b, v, clobber)  a vector behind an empty instruction that LLVM cannot see through
+    underflowed(b)          where FLUSHING is "before rounding": whether a result has underflowed
+    clear_underflow(b)      since this
 
 `b` is the LLVM builder. Which dots, tables and registers a CPU of an instruction set has is `native.targets`' matter.
 """

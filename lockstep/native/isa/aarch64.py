@@ -1,39 +1,20 @@
 """AArch64 (ARMv8 and newer). See `lockstep.native.isa`.
 
-Flushing: x86 decides by the rounded result whether it is a denormal, FPCR.FZ by the exact one. They differ where the
-exact result is in [2^-126 - 2^-151, 2^-126). FEAT_AFP, where the CPU has it, has modes (AH, FIZ) that are x86's.
+FEAT_AFP, which newer CPUs have, can flush after rounding, as x86 does. It is not used: the flag does not cost more than
+an instruction for each tile, and all CPUs of ARM compute by one rule.
 """
-
-import functools
-import pathlib
-import platform
-import subprocess
 
 from llvmlite import ir
 
 from lockstep.native.emit import cut, join
-from lockstep.native.simd import I32, I64, call
+from lockstep.native.simd import F32, I32, I64, call
 
-FZ, AH, FIZ = 1 << 24, 1 << 1, 1 << 0  # of FPCR: flush to zero; x86's rounding before flushing; inputs, too
+IEEE, FLUSH = 0, 1 << 24  # of FPCR: FZ, flush to zero
+FLUSHING = "before rounding"
+UNDERFLOW = 1 << 3  # of FPSR
 FUTEX = 98
 REGISTER_BITS = 128
 YIELD = 1  # of the hint instruction
-
-
-@functools.cache
-def has_x86_flushing() -> bool:
-    """Whether this machine's CPU has FEAT_AFP, as its system says; False on another instruction set."""
-    if platform.machine().lower() not in ("aarch64", "arm64"):
-        return False
-    if platform.system() == "Darwin":
-        command = ["sysctl", "-n", "hw.optional.arm.FEAT_AFP"]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() == "1"
-    info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return any(line.startswith("Features") and "afp" in line.split(":")[1].split() for line in lines)
-
-
-IEEE, FLUSH = 0, FZ | AH | FIZ if has_x86_flushing() else FZ
 
 
 def pause(b):
@@ -48,10 +29,19 @@ def write_control(b, word):
     call(b, "llvm.aarch64.set.fpcr", ir.VoidType(), [word])
 
 
+def underflowed(b):
+    flags = call(b, "llvm.aarch64.get.fpsr", I64, [])
+    return b.icmp_signed("!=", b.and_(flags, ir.Constant(I64, UNDERFLOW)), ir.Constant(I64, 0))
+
+
+def clear_underflow(b):
+    call(b, "llvm.aarch64.set.fpsr", ir.VoidType(), [ir.Constant(I64, 0)])
+
+
 def barrier(b, v, clobber):
     """A register at a time: an operand of an instruction is one."""
-    count = v.type.count
-    at_once = min(count, REGISTER_BITS // v.type.element.width)
+    count, width = v.type.count, 32 if v.type.element == F32 else v.type.element.width
+    at_once = min(count, REGISTER_BITS // width)
     parts = [cut(b, v, start, at_once) for start in range(0, count, at_once)]
     for i, part in enumerate(parts):
         signature = ir.FunctionType(part.type, [part.type])

@@ -1,10 +1,11 @@
-"""Instruction sets that nothing is known about: no flushing, so no bfloat16 products. See `lockstep.native.isa`."""
+"""Instruction sets that nothing is known about: pairs of bfloat16 are multiplied slowly. See `lockstep.native.isa`."""
 
 from llvmlite import ir
 
 from lockstep.native.simd import I64
 
 IEEE, FLUSH, FUTEX = 0, 0, None
+FLUSHING = "never"
 
 
 def pause(b):

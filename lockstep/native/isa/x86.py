@@ -6,6 +6,7 @@ from numba.core import cgutils
 from lockstep.native.simd import I8, I32, I64, call
 
 IEEE, FLUSH = 0x1F80, 0x9FC0  # MXCSR; FLUSH adds flush-to-zero and denormals-are-zero
+FLUSHING = "after rounding"
 FUTEX = 202
 
 

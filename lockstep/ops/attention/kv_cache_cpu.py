@@ -9,7 +9,7 @@ from lockstep.native.kernel import inlined, kernel, variant
 from lockstep.native.machine import stack_memory
 from lockstep.native.numbers import float32, int32
 from lockstep.native.simd import bf16_bits, fma, load, peek, poke, round_bf16, store, store_bf16
-from lockstep.native.tiles import store_pairs
+from lockstep.native.tiles_pairs import store_pairs
 from lockstep.ops.attention.formulas import MAX_HEAD_DIM
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS, AttentionInputs, AttentionQueries, k_index, v_index
 from lockstep.ops.elementwise.rms_norm_cpu import inverse_rms, norm_row, scaled_row

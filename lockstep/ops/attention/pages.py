@@ -15,7 +15,16 @@ from lockstep.native.machine import prefetch
 from lockstep.native.numbers import int32
 from lockstep.native.simd import load, peek, round_bf16, store, store_bf16
 from lockstep.native.targets import wide_registers
-from lockstep.native.tiles import tile_fma_f32, tile_load, tile_pairs, tile_store, tile_zeros
+from lockstep.native.tiles import tile_fma_f32, tile_load, tile_store, tile_zeros
+from lockstep.native.tiles_pairs import (
+    WATCHED,
+    clear_underflow,
+    exact_pairs,
+    tile_pairs,
+    tile_started,
+    underflowed,
+    watched,
+)
 from lockstep.ops.attention.formulas import BLOCK, exp2, first_key
 from lockstep.ops.attention.softmax import P_BYTES, ROW_BYTES, Layout, O, P, Q, products_are_scores, query_is_finished
 from lockstep.ops.elementwise.activations import NATIVE_BF16
@@ -38,13 +47,61 @@ class RowPair(NamedTuple):
     sums: int
 
 
+class Sums(NamedTuple):
+    """What the sums of a tile are made of: slots or dimensions low .. high - 1 of rows at x, x_row bytes apart, and of
+    columns, `width` bytes from one step to the next. start: where the sums before them lie, start_row bytes from one
+    row to the next; 0: they are zero."""
+
+    x: int
+    x_row: int
+    columns: int
+    width: int
+    low: int
+    high: int
+    start: int
+    start_row: int
+
+
 class Arithmetic(NamedTuple):
     """How pages of a type are multiplied. per_step: how many numbers of a sum a step takes; step: as `single_step`;
-    store: how sixteen numbers of a query or of weights are stored for it, as `store_singles`."""
+    store: how sixteen numbers of a query or of weights are stored for it, as `store_singles`. begin(tile): the tile
+    that the first step of a sum takes; settle(tile, Sums): the sums that the last step leads to."""
 
     per_step: int
     step: Callable
     store: Callable
+    begin: Callable
+    settle: Callable
+
+
+@inlined
+def as_begun(acc):
+    """`Arithmetic.begin` where steps are what the definition says."""
+    return acc
+
+
+@inlined
+def as_summed(acc, sums):
+    """`Arithmetic.settle` where steps are what the definition says."""
+    return acc
+
+
+@inlined
+def watched_begin(acc):
+    """`Arithmetic.begin` where a flag says whether they may not have been."""
+    return watched(acc)
+
+
+@inlined
+def watched_settle(acc, sums):
+    """`Arithmetic.settle` where a flag says whether they may not have been: then all steps are done once more."""
+    if underflowed(acc):
+        acc = tile_started(acc, sums.start, sums.start_row)
+        for i in range(sums.low // 2, (sums.high + 1) // 2):
+            columns, mask = sums.columns + sums.width * i, halves(2 * i, sums.low, sums.high)
+            acc = exact_pairs(acc, sums.x + PAIR_BYTES * i, sums.x_row, columns, 64, mask)
+        clear_underflow()
+    return acc
 
 
 @inlined
@@ -110,19 +167,21 @@ def scores(call, arithmetic, tile, block, head, next_head, memory):
     for row in range(first, high, HEIGHT):
         q = memory + Q + ROW_BYTES * (head.first_row + row)
         for j in range(0, min(BLOCK, tile.position + (row + HEIGHT - 1) // call.unit_heads + 1 - start), 16 * COLS):
-            acc = tile_zeros(HEIGHT, COLS)
+            acc = arithmetic.begin(tile_zeros(HEIGHT, COLS))
             for i in range(num_steps):
                 acc = step(acc, q + x_bytes * i, ROW_BYTES, k + K_ROW_BYTES * i + 4 * j, ALL)
+            acc = arithmetic.settle(acc, Sums(q, ROW_BYTES, k + 4 * j, K_ROW_BYTES, 0, call.head_dim, 0, 0))
             tile_store(acc, memory + P + P_BYTES * row + 4 * j, P_BYTES, COLS)
     for row in range(high, end, 2):
         second, q = 1 if row + 1 < end else 0, memory + Q + ROW_BYTES * (head.first_row + row)
         ahead = v if row == first else k
         for j in range(0, min(BLOCK, tile.position + (row + second) // call.unit_heads + 1 - start), 16 * FEW_COLS):
-            two = tile_zeros(2, FEW_COLS)
+            two = arithmetic.begin(tile_zeros(2, FEW_COLS))
             for i in range(num_steps):
                 two = step(two, q + x_bytes * i, ROW_BYTES * second, k + K_ROW_BYTES * i + 4 * j, ALL)
                 for line in range(FEW_COLS):
                     prefetch(ahead + 4 * j * num_steps + 64 * (FEW_COLS * i + line))
+            two = arithmetic.settle(two, Sums(q, ROW_BYTES * second, k + 4 * j, K_ROW_BYTES, 0, call.head_dim, 0, 0))
             tile_store(two, memory + P + P_BYTES * row + 4 * j, P_BYTES * second, FEW_COLS)
 
 
@@ -155,9 +214,11 @@ def add_values(call, arithmetic, tile, block, head, next_head, memory):
     for d in range(0, wide, 16 * COLS):
         for row in range(whole, high, HEIGHT):
             o = unit_sums + ROW_BYTES * row + 4 * d
-            acc = tile_load(HEIGHT, COLS, o, ROW_BYTES)
+            acc = arithmetic.begin(tile_load(HEIGHT, COLS, o, ROW_BYTES))
             for i in range(BLOCK // per_step):
                 acc = step(acc, memory + P + P_BYTES * row + x_bytes * i, P_BYTES, v + 4 * (call.head_dim * i + d), ALL)
+            w = memory + P + P_BYTES * row
+            acc = arithmetic.settle(acc, Sums(w, P_BYTES, v + 4 * d, 4 * call.head_dim, 0, BLOCK, o, ROW_BYTES))
             tile_store(acc, o, ROW_BYTES, COLS)
     row = first
     while row < end:
@@ -182,16 +243,20 @@ def add_seen_values(call, arithmetic, tile, start, pair, v, ahead, memory):
     low, high = max(0, first_key(position, call.window) - start), min(BLOCK, position + 1 - start)
     wide = start_dim + (call.head_dim - start_dim) // (16 * FEW_COLS) * (16 * FEW_COLS)
     for d in range(start_dim, wide, 16 * FEW_COLS):
-        two = tile_load(2, FEW_COLS, o + 4 * d, ROW_BYTES * second)
+        two = arithmetic.begin(tile_load(2, FEW_COLS, o + 4 * d, ROW_BYTES * second))
         for i in range(low // per_step, (high + per_step - 1) // per_step):
             two = step(two, w + x_bytes * i, P_BYTES * second, v + width * i + 4 * d, halves(per_step * i, low, high))
             for line in range(FEW_COLS):
                 prefetch(ahead + 4 * BLOCK // per_step * d + 64 * (FEW_COLS * i + line))
+        sums = Sums(w, P_BYTES * second, v + 4 * d, width, low, high, o + 4 * d, ROW_BYTES * second)
+        two = arithmetic.settle(two, sums)
         tile_store(two, o + 4 * d, ROW_BYTES * second, FEW_COLS)
     for d in range(wide, call.head_dim, 16):
-        one = tile_load(2, 1, o + 4 * d, ROW_BYTES * second)
+        one = arithmetic.begin(tile_load(2, 1, o + 4 * d, ROW_BYTES * second))
         for i in range(low // per_step, (high + per_step - 1) // per_step):
             one = step(one, w + x_bytes * i, P_BYTES * second, v + width * i + 4 * d, halves(per_step * i, low, high))
+        sums = Sums(w, P_BYTES * second, v + 4 * d, width, low, high, o + 4 * d, ROW_BYTES * second)
+        one = arithmetic.settle(one, sums)
         tile_store(one, o + 4 * d, ROW_BYTES * second, 1)
 
 
@@ -201,7 +266,11 @@ def halves(slot, low, high):
     return (0xFFFF if slot >= low else 0) | (-65536 if slot + 1 < high else 0)
 
 
+BEGIN, SETTLE = (watched_begin, watched_settle) if WATCHED else (as_begun, as_summed)
 SINGLE, PAIRS = (
     Layout(store_query, query_is_finished, page_of, scores, products_are_scores, weigh, add_values, arithmetic)
-    for arithmetic in (Arithmetic(1, single_step, store_singles), Arithmetic(2, pair_step, store_rounded))
+    for arithmetic in (
+        Arithmetic(1, single_step, store_singles, as_begun, as_summed),
+        Arithmetic(2, pair_step, store_rounded, BEGIN, SETTLE),
+    )
 )

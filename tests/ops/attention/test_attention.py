@@ -279,6 +279,23 @@ def test_denormal_products_are_the_same_bits_everywhere(scale, kv_dtype):
             same_bits(result, want)
 
 
+@pytest.mark.parametrize("lengths", [[1], [24]])
+def test_pairs_of_values_are_rounded_before_they_are_flushed(lengths):
+    """The first pair's sum is in [2**-126 - 2**-151, 2**-126) and so 2**-126; a CPU that flushes first gives 0."""
+    batch = Batch(lengths, [40], 2, 1, 16, "bf16")
+    number = lambda *values: round_bf16(np.array(values, np.float32))
+    batch.q_TD[...], batch.k_pages[...], batch.v_pages[...] = 4, 0, 0
+    page = batch.table[0, 0]
+    batch.k_pages[page, :, :, 0] = number(-2)  # a weight of exp(-32)
+    batch.v_pages[page, :, 0] = number(-(2.0**-126), 2.0**-126)
+    batch.v_pages[page, :, 1] = number(2.0**-120)[0]
+    expected = batch.run(REFERENCE)[0]
+    for backend in (CPU, PER_TOKEN):
+        same_bits(batch.run(backend, 2)[0], expected)
+    num_weights = np.arange(40 - lengths[0], 40)[:, None]  # of 1, of each token
+    assert (expected.astype(np.float64) * num_weights > 2.0**-119 + 2.0**-127).all()
+
+
 DEFINITIONS = {"f32": attention.attend, "bf16": attention.attend_pairs, "q8": attention_q8.attend_quantized}
 
 

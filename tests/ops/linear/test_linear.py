@@ -207,6 +207,18 @@ def test_bf16_flushes_denormals_everywhere():
     assert (expected == 0).any() and (expected != 0).any()
 
 
+@pytest.mark.parametrize("last", [4, 7])
+def test_bf16_rounds_before_it_flushes(last):
+    """Sums in [2**-126 - 2**-151, 2**-126) are 2**-126; a CPU that flushes before it rounds, as ARM's do, gives 0."""
+    x, w = np.zeros((7, 64), np.float32), np.zeros((40, 64), np.float32)
+    x[:, 5], w[:, 5] = 2.0**-63, 2.0**-63
+    x[:, last], w[:, last] = 2.0**-76, -(2.0**-76)
+    parts = [StoredTensor("w", "bf16", w.shape, w.astype(ml_dtypes.bfloat16))]
+    expected = run(linear.REFERENCE, "bf16", x, parts)
+    same_bits(run(linear_cpu.CPU, "bf16", x, parts), expected)
+    assert (expected == np.float32(2.0**-126)).all()
+
+
 def test_nan_weight_is_refused():
     bad = np.zeros((16, 32), np.float32)
     bad[3, 5] = np.nan

@@ -1,0 +1,25 @@
+"""Systems that nothing is known about: threads that sleep look again every 50 us. See `lockstep.native.system`."""
+
+import os
+
+from llvmlite import ir
+
+from lockstep.native.simd import I32, call
+
+CLOCK = 4  # of FreeBSD
+
+
+def sleep_while_equal(b, address, value):
+    call(b, "usleep", I32, [ir.Constant(I32, 50)])
+
+
+def wake(b, address, num_threads):
+    pass
+
+
+def num_cores() -> int:
+    return os.cpu_count() or 1
+
+
+def prefer_fast_cores() -> None:
+    pass

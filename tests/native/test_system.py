@@ -1,0 +1,127 @@
+"""What is asked of macOS, by a library that stands for its own; and systems on which nothing runs."""
+
+import ctypes
+import subprocess
+import sys
+import threading
+import time
+
+import llvmlite.binding as llvm
+import numpy as np
+import pytest
+from numba import types
+
+import lockstep
+from lockstep.native import host, system
+from lockstep.native.kernel import native
+from lockstep.native.simd import emitted
+from lockstep.native.system import darwin, linux, other
+
+asleep = emitted(types.void(types.int64, types.int64))(darwin.sleep_while_equal)
+awake = emitted(types.void(types.int64, types.int64))(darwin.wake)
+
+
+@native
+def sleep(address, value):
+    asleep(address, value)
+
+
+@native
+def wake(address):
+    awake(address, 1)
+
+
+class Waits:
+    """__ulock_wait and __ulock_wake as macOS has them, for 32 bits."""
+
+    def __init__(self):
+        self.changed, self.asleep, self.operations = threading.Condition(), 0, []
+        waits = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32)
+        wakes = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p, ctypes.c_uint64)
+        self.kept = waits(self.wait), wakes(self.wake)
+        for name, function in zip(("__ulock_wait", "__ulock_wake"), self.kept, strict=True):
+            llvm.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
+
+    def wait(self, operation, address, value, timeout):
+        self.operations.append(operation)
+        assert timeout == 0, "microseconds; 0: for ever"
+        with self.changed:
+            while ctypes.c_uint32.from_address(address).value == value:
+                self.asleep += 1
+                self.changed.wait()
+                self.asleep -= 1
+        return 0
+
+    def wake(self, operation, address, value):
+        self.operations.append(operation)
+        with self.changed:
+            self.changed.notify_all()
+        return 0
+
+
+def test_a_thread_sleeps_on_macos_until_it_is_woken():
+    waits, word = Waits(), np.zeros(1, np.int64)
+    sleep(word.ctypes.data, 7)  # another value: it does not sleep
+    thread = threading.Thread(target=sleep, args=(word.ctypes.data, 0))
+    thread.start()
+    while not waits.asleep:
+        time.sleep(0.001)
+    wake(word.ctypes.data)
+    assert thread.is_alive()
+    word[0] = 1
+    while thread.is_alive():
+        wake(word.ctypes.data)
+    # UL_COMPARE_AND_WAIT, ULF_WAKE_ALL, ULF_NO_ERRNO of XNU's ulock.h
+    assert set(waits.operations) == {1 | 0x01000000, 1 | 0x100 | 0x01000000}
+
+
+class Library:
+    """Functions of macOS's libSystem. cores: the performance cores; None: a Mac whose cores are all alike."""
+
+    def __init__(self, cores):
+        self.cores, self.asked = cores, []
+
+    def sysctlbyname(self, name, value, size, new, new_size):
+        number, num_bytes = (ctypes.cast(place, ctypes.POINTER(ctypes.c_int32)) for place in (value, size))
+        assert (name, num_bytes[0], new, new_size) == (b"hw.perflevel0.logicalcpu", 4, None, 0)
+        number[0] = self.cores or 0
+        return -1 if self.cores is None else 0
+
+    def pthread_set_qos_class_self_np(self, quality, priority):
+        self.asked.append((quality, priority))
+
+
+@pytest.mark.parametrize("cores, expected", [(4, 4), (None, 10)])
+def test_threads_on_macos_are_performance_cores(cores, expected, monkeypatch):
+    library = Library(cores)
+    monkeypatch.setattr(darwin.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(darwin.os, "cpu_count", lambda: 10)
+    monkeypatch.setattr(system, "SYSTEM", darwin)
+    assert host.num_cores() == expected
+    darwin.prefer_fast_cores()
+    assert library.asked == [(0x19, 0)]  # QOS_CLASS_USER_INITIATED
+
+
+@pytest.mark.parametrize("module", [darwin, linux, other])
+def test_a_system_has_all_names(module):
+    for name in "CLOCK sleep_while_equal wake num_cores prefer_fast_cores".split():
+        assert hasattr(module, name)
+
+
+@pytest.mark.parametrize(
+    "name, release, reason",
+    [
+        ("linux", "", None),
+        ("darwin", "12.0.1", None),
+        ("darwin", "11.7.10", "Lockstep needs macOS 12 or newer, as Numba and LLVM do; this is macOS 11.7.10"),
+        ("win32", "", "Lockstep runs on Linux and macOS; on Windows it runs in WSL 2, which is Linux: wsl --install"),
+    ],
+)
+def test_systems_on_which_nothing_runs_are_told(name, release, reason):
+    assert lockstep.unfit_system(name, release) == reason
+
+
+def test_windows_is_told_before_anything_is_imported():
+    code = "import sys; sys.platform = 'win32'; import lockstep"
+    found = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode == 1 and "ImportError: Lockstep runs on Linux and macOS;" in found.stderr

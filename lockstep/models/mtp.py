@@ -8,15 +8,19 @@ at the position of the token whose embedding they are computed from.
 Source: DeepSeek-V3 technical report 2024, section 2.2; the tensors' names are those of Qwen3.5's checkpoints.
 """
 
+from dataclasses import replace
+
 from lockstep.formats import FORMATS
 from lockstep.formats.choice import compute_format
+from lockstep.formats.parts.panels import padded_width
 from lockstep.models.decoder import own_head
 from lockstep.models.families.qwen.qwen3_5 import OFFSET, layer
 from lockstep.models.model_config import ModelConfig
 from lockstep.models.record import Norm, Recorder
 from lockstep.models.recording import text_prefix
+from lockstep.ops.linear.linear import Linear
 from lockstep.ops.linear.output_rows import output_rows_only
-from lockstep.runtime.program import Program, Tensor
+from lockstep.runtime.program import Program, Tensor, Weight
 from lockstep.weights.tensor import StoredTensor, TensorMap
 
 # Of a large vocabulary only so many tokens are drafted: the first ones, which in most tokenizers are the most frequent.
@@ -49,6 +53,20 @@ class HeadRecorder(Recorder):
         """The format that the model's layers would have, or q8_0 in place of a wider one, where the width allows it."""
         format = super().format_of(part, width)
         return format if FORMATS[format].is_quantized else compute_format(part.format, "q8_0", width)
+
+    def first_products(self, x: Tensor, part: StoredTensor, num_features: int, label: str) -> Tensor:
+        """x times the first `num_features` rows of a stored tensor. A layer with the whole tensor shares its memory, if
+        the layer multiplies in the same format."""
+        x, part = self.sorted_columns(x, part)
+        format = self.format_of(part, x.width)
+        if format == compute_format(part.format, self.weights, x.width):
+            weight = Weight(part.name, format, tuple(part.shape), (part,)).first_rows(num_features)
+        else:
+            first = replace(part, shape=(num_features, *part.shape[1:]), data=part.data[:num_features])
+            weight = Weight(f"{part.name}.first_{num_features}", format, first.shape, (first,))
+        out = self.program.tensor(label, x.rows, padded_width(num_features))
+        sizes = dict(in_features=x.width, out_features=num_features, width=out.width, column=0)
+        return self.program.emit(Linear(out=out, x=x, weight=weight, **sizes))
 
 
 def record_mtp(

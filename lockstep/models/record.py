@@ -7,7 +7,6 @@ are checked here, once. Nothing here depends on the family: differences between 
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,30 +24,21 @@ from lockstep.ops.elementwise.concat import Concat
 from lockstep.ops.elementwise.embed import Embed, MappedEmbed
 from lockstep.ops.elementwise.gated_mul import GatedMul
 from lockstep.ops.elementwise.rms_norm import RmsNorm
+from lockstep.ops.elementwise.select_columns import SelectColumns
 from lockstep.ops.elementwise.select_rows import SelectRows, selected_rows
 from lockstep.ops.linear.linear import Linear
 from lockstep.ops.linear.sparse_gate import SparseGate
 from lockstep.ops.sampling.soft_cap import SoftCap
 from lockstep.runtime.program import CacheArray, Program, Table, Tensor, Weight
+from lockstep.weights.rearranged import ScatteredColumns
 from lockstep.weights.tensor import StoredTensor, is_idle
 
 # Tensors of a checkpoint that the text model does not read: draft heads, towers of images and sound.
-NOT_TEXT = tuple(
-    f"{prefix}{part}."
-    for prefix in ("", "model.")
-    for part in (
-        "mtp",
-        "visual",
-        "vision_tower",
-        "vision_model",
-        "vision_embedder",
-        "connector",
-        "embed_vision",
-        "multi_modal_projector",
-        "audio_tower",
-        "embed_audio",
-    )
-)
+PARTS_NOT_TEXT = (
+    "mtp", "visual", "vision_tower", "vision_model", "vision_embedder", "connector", "embed_vision",
+    "multi_modal_projector", "audio_tower", "embed_audio",
+)  # fmt: skip
+NOT_TEXT = tuple(f"{prefix}{part}." for prefix in ("", "model.") for part in PARTS_NOT_TEXT)
 
 LAYER_NUMBER = re.compile(r"(?<=\blayers\.)\d+")
 NO_ROPE = Rope(2, 1.0)  # placeholder tables for heads that are not rotated, which never read them
@@ -175,18 +165,32 @@ class Recorder:
             )
         out = self.program.tensor(label, x.rows, padded_width(num_features))
         column = 0
-        for format, group in self._by_format(parts, x.width):
-            column += self._emit_linear(out, x, format, group, column)
+        for rows, format, group in self._by_format(x, parts):
+            column += self._emit_linear(out, rows, format, group, column)
         return self.add_bias(out, biases, [p.shape[0] for p in parts]) if biases else out
 
     def format_of(self, part: StoredTensor, width: int) -> str:
         """The format in which a stored tensor is multiplied with rows of `width` elements."""
         return compute_format(part.format, self.weights, width, part.name)
 
-    def _by_format(self, parts: list[StoredTensor], width: int) -> list[tuple[str, list[StoredTensor]]]:
-        """Runs of adjacent tensors that are multiplied in one format: (format, [tensors]), ... in order."""
-        runs = itertools.groupby(parts, lambda part: self.format_of(part, width))
-        return [(format, list(run)) for format, run in runs]
+    def _by_format(self, x: Tensor, parts: list[StoredTensor]) -> list[tuple[Tensor, str, list[StoredTensor]]]:
+        """Runs of adjacent tensors that the same rows are multiplied with in one format: (rows, format, [tensors]), ...
+        in order."""
+        pairs = [self.sorted_columns(x, part) for part in parts]
+        runs = itertools.groupby(pairs, lambda pair: (pair[0], self.format_of(pair[1], x.width)))
+        return [(rows, format, [part for _, part in run]) for (rows, format), run in runs]
+
+    def sorted_columns(self, x: Tensor, part: StoredTensor) -> tuple[Tensor, StoredTensor]:
+        """The rows and the tensor of a product: both with sorted columns, if the tensor's format needs them so.
+        Products with the same rows and order share the sorted rows."""
+        if not isinstance(part, ScatteredColumns) or self.format_of(part.sorted, x.width) != part.sorted.format:
+            return x, part
+        return self._once((x, part.order.data.tobytes()), lambda: self._select_columns(x, part.order)), part.sorted
+
+    def _select_columns(self, x: Tensor, order: StoredTensor) -> Tensor:
+        weight = Weight(order.name, order.format, order.shape, (order,))
+        out = self.program.tensor(f"{x.name}.sorted", x.rows, x.width)
+        return self.program.emit(SelectColumns(out=out, x=x, order=weight, width=x.width))
 
     def _emit_linear(self, out: Tensor, x: Tensor, format: str, parts: Sequence[StoredTensor], column: int) -> int:
         """One product of x with concatenated weights of one format; returns how many columns of out it writes."""
@@ -195,19 +199,6 @@ class Recorder:
         sizes = dict(in_features=x.width, out_features=features, width=out.width, column=column)
         self.program.emit(Linear(out=out, x=x, weight=weight, **sizes))
         return features
-
-    def first_products(self, x: Tensor, part: StoredTensor, num_features: int, label: str) -> Tensor:
-        """x times the first `num_features` rows of a stored tensor. A layer with the whole tensor shares its memory, if
-        the layer multiplies in the same format."""
-        format = self.format_of(part, x.width)
-        if format == compute_format(part.format, self.weights, x.width):
-            weight = Weight(part.name, format, tuple(part.shape), (part,)).first_rows(num_features)
-        else:
-            first = replace(part, shape=(num_features, *part.shape[1:]), data=part.data[:num_features])
-            weight = Weight(f"{part.name}.first_{num_features}", format, first.shape, (first,))
-        out = self.program.tensor(label, x.rows, padded_width(num_features))
-        sizes = dict(in_features=x.width, out_features=num_features, width=out.width, column=0)
-        return self.program.emit(Linear(out=out, x=x, weight=weight, **sizes))
 
     def concat(self, first: Tensor, second: Tensor, label: str) -> Tensor:
         """Rows of two tensors side by side."""
@@ -381,9 +372,9 @@ class Recorder:
             offsets.append(offsets[-1] + padded_width(part.shape[0]))
         out = self.program.tensor(f"{label}.proj", x.rows, offsets[-1])
         start = 0
-        for format, group in self._by_format(parts, x.width):
+        for rows, format, group in self._by_format(x, parts):
             for run in _aligned_runs(group):
-                self._emit_linear(out, x, format, run, offsets[start])
+                self._emit_linear(out, rows, format, run, offsets[start])
                 start += len(run)
         return out
 

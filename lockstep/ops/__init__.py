@@ -10,7 +10,7 @@ from importlib import import_module
 MODULES = dict(
     attention="attention attention_cpu attention_q8 kv_cache kv_cache_cpu kv_cache_q8 kv_cache_q8_cpu",
     elementwise="activations activations_cpu add add_bias add_cpu concat concat_cpu embed embed_cpu gated_mul "
-    "gated_mul_cpu rms_norm rms_norm_cpu select_rows select_rows_cpu",
+    "gated_mul_cpu rms_norm rms_norm_cpu select_columns select_rows select_rows_cpu",
     integer="code_fixed code_linear code_linear_cpu code_rows code_rows_cpu",
     linear="experts experts_cpu grouped_linear linear linear_cpu moe moe_cpu per_layer per_layer_cpu altup altup_cpu "
     "sparse_gate sparse_gate_cpu",

@@ -1,6 +1,7 @@
-"""Tensors that are others in another order: a stack as one matrix; a matrix of a stack, transposed; chosen rows."""
+"""Tensors that are others in another order: a stack as one matrix; a matrix of a stack, transposed; chosen rows;
+sorted columns, put back."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -35,6 +36,27 @@ def gathered(whole: StoredTensor, name: str, order: np.ndarray) -> MadeTensor:
     """The rows `order` [rows] of a tensor, in this order and under this name."""
     read = lambda rows: np.concatenate([whole.read(run) for run in _runs(order[rows])])
     return MadeTensor.of(name, whole.format, (len(order), *whole.shape[1:]), read)
+
+
+@dataclass(frozen=True)
+class ScatteredColumns(MadeTensor):
+    """A matrix in float32 that another tensor has with sorted columns, in a format that has no room for them unsorted.
+
+    sorted: that tensor, whose column i is column order[0, i] of this one; order: int32 [1, K]. Whoever multiplies with
+    rows whose columns are in this order may take `sorted`; for all others this is a matrix of float32.
+    """
+
+    sorted: StoredTensor
+    order: StoredTensor
+
+
+def scattered_columns(sorted: StoredTensor, order: np.ndarray) -> ScatteredColumns:
+    """The matrix whose columns `order` [K], in this order, are a tensor [N, K]."""
+    place = np.argsort(order)
+    made = MadeTensor.of(sorted.name, "f32", sorted.shape, lambda rows: np.take(sorted.to_f32(rows), place, axis=1))
+    columns = order.astype(np.int32).reshape(1, -1)
+    order_tensor = StoredTensor(f"{sorted.name}.order", "i32", columns.shape, columns)
+    return ScatteredColumns(**vars(made), sorted=sorted, order=order_tensor)
 
 
 def _runs(order: np.ndarray) -> list[slice]:

@@ -43,7 +43,7 @@ from lockstep.ops.rewrite import RECORDED_KINDS, fuse, fuse_expert_biases, lower
 from lockstep.runtime.threads import Team
 from lockstep.user_cache import cache_subfolder, keeping, user_cache
 
-NUMERICS = 4  # version of the arithmetic: any change of any bit raises it
+NUMERICS = 5  # version of the arithmetic: any change of any bit raises it
 # the numbers of tokens of two requests in each step: the end of a page, tiles that are not full, decode beside prefill
 STEPS = ((61, 3), (5, 1), (1, 1))
 UNUSUAL = {"factor": 1.0, "whole_norms": False}  # parameters with ways of their own, and what most models have

@@ -1,5 +1,5 @@
 """Probes of ops that no made-up model has: gated delta rules over drafts, block-diagonal layers, layers in integer
-arithmetic, scores, attention on grids, and concatenated tensors.
+arithmetic, scores, attention on grids, concatenated tensors, and columns in another order.
 
 The ops compute on rows of a made-up table. Caches have digests, too: the records that a step makes of its drafts are
 read by a later step.
@@ -23,6 +23,7 @@ from lockstep.engine.selfcheck.sampling import ProbeModel
 from lockstep.engine.selfcheck.weights import constant, rows_of, stored
 from lockstep.ops.elementwise.add import Add
 from lockstep.ops.elementwise.concat import Concat
+from lockstep.ops.elementwise.select_columns import SelectColumns
 from lockstep.ops.elementwise.select_rows import SelectRows, selected_rows
 from lockstep.ops.integer.code_fixed import CodeFixed
 from lockstep.ops.integer.code_linear import CodeLinear
@@ -41,6 +42,7 @@ from lockstep.runtime.backend import OpTable
 from lockstep.runtime.operands import Operands
 from lockstep.runtime.program import Program, Setting, Tensor, Weight
 from lockstep.runtime.threads import Team
+from lockstep.weights.tensor import StoredTensor
 
 ROWS, MOST_DRAFTS = 64, 3  # rows of a step; drafts of a request in a step
 # of one step, for each of two requests: (known tokens, drafts after them, right drafts of the step before)
@@ -119,6 +121,16 @@ def concat_program() -> Program:
         tensors[name] = rows_of(program, f"concat.{name}", values.astype(np.float32))
     widths = {f"{name}_width": tensor.width for name, tensor in tensors.items()}
     return _ended(program, program.emit(Concat(out=program.tensor("concat", "T", 64), **tensors, **widths)))
+
+
+def columns_program() -> Program:
+    """The columns of a tensor in another order."""
+    program, width, random = Program(), 96, np.random.RandomState(12)
+    values = random.randint(-4096, 4096, (2 * ROWS, width)) * np.float32(2.0**-11)
+    x, order = rows_of(program, "columns.rows", values.astype(np.float32)), random.permutation(width)
+    tensor = StoredTensor("columns.order", "i32", (1, width), order.astype(np.int32).reshape(1, -1))
+    out, weight = program.tensor("columns", "T", width), Weight(tensor.name, "i32", tensor.shape, (tensor,))
+    return _ended(program, program.emit(SelectColumns(out=out, x=x, order=weight, width=width)))
 
 
 def integer_program() -> Program:
@@ -204,10 +216,11 @@ def score_probe(format: str) -> OpProbe:
 
 
 CONCAT = OpProbe("concat", concat_program, ROW_STEPS, (Concat,))
+COLUMNS = OpProbe("columns", columns_program, ROW_STEPS, (SelectColumns,))
 INTEGERS = OpProbe("integers", integer_program, ROW_STEPS, (CodeRows, CodeLinear, CodeFixed))
 ROUNDED = OpProbe("rounded", lambda: _ended(*rounded_rows(2 * ROWS)), ROW_STEPS, ROUNDED_KINDS)
 DRAFTS = OpProbe("drafts", drafts_program, DRAFT_STEPS, (DeltaInputsVerify, GatedDeltaVerify))
-PLAIN = (DRAFTS, CONCAT, INTEGERS, ROUNDED)  # the probes without a weight format
+PLAIN = (DRAFTS, CONCAT, COLUMNS, INTEGERS, ROUNDED)  # the probes without a weight format
 HEAD_FORMATS = (*PREPARATION, CODES)
 
 

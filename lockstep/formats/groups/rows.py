@@ -6,12 +6,14 @@ from lockstep.formats.format import Format
 from lockstep.formats.groups import group4, group8
 from lockstep.formats.parts.groups import repeated
 
+SMALLEST_GROUP = group8.SIZE  # of weights; a group is a multiple of it
+
 
 def format_of(bits: int, group: int) -> Format:
     """The format of codes of `bits` bits with a scale for `group` weights. ValueError if there is none."""
-    if group < 1 or group % group8.SIZE or not 1 <= bits <= 8:
+    if group < 1 or group % SMALLEST_GROUP or not 1 <= bits <= 8:
         raise ValueError(f"codes of {bits} bits in groups of {group} are not supported, only up to 8 bits in groups of "
-                         f"a multiple of {group8.SIZE}")  # fmt: skip
+                         f"a multiple of {SMALLEST_GROUP}")  # fmt: skip
     return group4.GROUP4 if bits <= 4 and group % group4.SIZE == 0 else group8.GROUP8
 
 

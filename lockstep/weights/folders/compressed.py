@@ -131,7 +131,6 @@ def _packed(module: Module, schemes: list[Scheme]) -> MadeTensor:
     scales = module.get("weight_scale", FLOATS, N, None)
     G, symmetric = scales.shape[1], not module.has("weight_zero_point")
     _check(words.name, Scheme(bits, "int", symmetric, K // G, None), schemes, K)
-    order = module.get("weight_g_idx", ("i32", "i64"), K) if module.has("weight_g_idx") else None
     zeros = None if symmetric else module.get("weight_zero_point", ("i32",), num_words(N, bits), G)
 
     def zero(rows: slice) -> np.ndarray | int:
@@ -144,7 +143,7 @@ def _packed(module: Module, schemes: list[Scheme]) -> MadeTensor:
         G,
         lambda rows: unpacked(words.read(rows), bits, K),
         lambda rows: zero_based(scales.read(rows), zero(rows)),
-        order and group_of_columns(order, G),
+        group_of_columns(module, "weight_g_idx", K, G),
     )
 
 
@@ -192,7 +191,9 @@ def _integers(module: Module, schemes: list[Scheme]) -> MadeTensor:
         return zero_based(by_row(scales)[rows], zero)
 
     codes = lambda rows: numbers.read(rows).view(np.uint8) ^ np.uint8(128)
-    return grouped(module.full("weight"), (N, K), 8, G, codes, scales_of)
+    return grouped(
+        module.full("weight"), (N, K), 8, G, codes, scales_of, group_of_columns(module, "weight_g_idx", K, G)
+    )
 
 
 def _scale_shape(module: Module, N: int) -> tuple[int | None, ...]:

@@ -5,8 +5,7 @@
     GPTQ  qweight int32 [K * bits / 32, N], codes of a column lowest first, qzeros int32 [K / g, N * bits / 32], scales
           [K / g, N], g_idx int32 [K]: w = (q - z - 1) * s, without the 1 in files of checkpoint_format gptq_v2
 
-Weights whose groups are not runs of input features (act-order) become float32, exactly: a block of a format has a scale
-for neighbours.
+Weights whose groups are not runs of input features (act-order) have their columns sorted by group.
 Source: transformers' and mlx-lm's readers; llama.cpp's conversion/base.py.
 """
 
@@ -107,7 +106,6 @@ def _gptq(module: Module, bits: int, group: int, more: int, last: LastRead) -> M
     K, N = words.shape[0] * 32 // bits, words.shape[1]
     G = _num_groups(module, K, group)
     scales, zeros = module.get("scales", FLOATS, G, N), module.get("qzeros", WORDS, G, num_words(N, bits))
-    order = module.get("g_idx", ("i32", "i64"), K) if module.has("g_idx") else None
     zero = lambda rows: unpacked(zeros.read(), bits, N)[:, rows].T.astype(np.int32) + more
     return grouped(
         module.full("weight"),
@@ -116,5 +114,5 @@ def _gptq(module: Module, bits: int, group: int, more: int, last: LastRead) -> M
         G,
         lambda rows: unpacked(last.read(words)[:, rows].T, bits, K),
         lambda rows: zero_based(scales.read()[:, rows].T, zero(rows)),
-        order and group_of_columns(order, G),
+        group_of_columns(module, "g_idx", K, G),
     )

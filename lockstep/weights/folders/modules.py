@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lockstep.formats.groups.rows import format_of, stored_rows
+from lockstep.formats.groups.rows import SMALLEST_GROUP, format_of, stored_rows
+from lockstep.weights.rearranged import ScatteredColumns, scattered_columns
 from lockstep.weights.tensor import MadeTensor, StoredTensor, TensorInfo, TensorMap
 
 FLOATS = ("f32", "f16", "bf16")
@@ -58,12 +59,22 @@ def grouped(
     """The weight [N, K] of codes of `bits` bits and `groups` groups in a row. codes: of rows, uint8 [rows, K].
     group_of: the group of each column, int [K]; None: group n has the n-th run of columns.
 
-    Weights whose groups are other than runs are float32.
+    Where groups are other than runs, the weight is float32: one of ScatteredColumns, if groups are whole.
     """
     if groups < 1 or shape[1] % groups:
         raise ValueError(f"tensor {name!r}: rows of {shape[1]} weights are not {groups} whole groups")
-    if group_of is not None and not (group_of == np.arange(shape[1]) // (shape[1] // groups)).all():
-        return MadeTensor.of(name, "f32", shape, lambda rows: _scattered(codes(rows), *scales(rows), group_of))
+    run_of = np.arange(shape[1]) // (shape[1] // groups)
+    if group_of is None or (group_of == run_of).all():
+        return _in_runs(name, shape, bits, groups, codes, scales)
+    order = np.argsort(group_of, kind="stable")
+    if (group_of[order] == run_of).all() and shape[1] // groups % SMALLEST_GROUP == 0:
+        by_group = lambda rows: np.take(codes(rows), order, axis=1)
+        return scattered_columns(_in_runs(name, shape, bits, groups, by_group, scales), order)
+    return MadeTensor.of(name, "f32", shape, lambda rows: _scattered(codes(rows), *scales(rows), group_of))
+
+
+def _in_runs(name: str, shape: tuple[int, int], bits: int, groups: int, codes: Callable, scales: Scales) -> MadeTensor:
+    """The weight of groups that are runs of columns. ValueError for groups that no format has room for."""
     try:
         format = format_of(bits, shape[1] // groups)
     except ValueError as error:
@@ -72,16 +83,21 @@ def grouped(
 
 
 def _scattered(codes: np.ndarray, d: np.ndarray, m: np.ndarray, group_of: np.ndarray) -> np.ndarray:
-    """d * q + m, float32 [rows, K]. Error: none, as both terms have 20 bits at most."""
+    """d * q + m, float32 [rows, K], of groups that no format has room for. Error: none, as both terms have 20 bits at
+    most."""
     return d[:, group_of] * codes.astype(np.float32) + m[:, group_of]
 
 
-def group_of_columns(tensor: StoredTensor, groups: int) -> np.ndarray:
-    """The group of each column. ValueError for one that does not exist."""
-    group_of = tensor.read()
+def group_of_columns(module: Module, suffix: str, K: int, groups: int) -> np.ndarray | None:
+    """The group of each column, int [K]; None without a tensor that says it. ValueError for a group that does not
+    exist."""
+    if not module.has(suffix):
+        return None
+    group_of = module.get(suffix, ("i32", "i64"), K).read()
     if group_of.min() < 0 or group_of.max() >= groups:
         raise ValueError(
-            f"tensor {tensor.name!r}: expected groups 0 to {groups - 1}, found {group_of.min()} to {group_of.max()}"
+            f"tensor {module.full(suffix)!r}: expected groups 0 to {groups - 1}, found {group_of.min()} to "
+            f"{group_of.max()}"
         )
     return group_of
 
@@ -131,5 +147,11 @@ def replaced(tensors: TensorMap, made: Iterable[StoredTensor], dropped: Iterable
     """The tensors without those that are dropped, and with those that were made of them."""
     gone, by_name = set(dropped), {tensor.name: tensor for tensor in made}
     infos: Mapping[str, TensorInfo] = {name: info for name, info in tensors.info.items() if name not in gone}
-    infos |= {name: TensorInfo(name, t.format, t.shape, t.data.nbytes) for name, t in by_name.items()}
+    infos |= {name: _info(tensor) for name, tensor in by_name.items()}
     return TensorMap(infos, lambda name: by_name[name] if name in by_name else tensors[name])
+
+
+def _info(tensor: StoredTensor) -> TensorInfo:
+    """What a header would say of a tensor that was made."""
+    kept = tensor.sorted if isinstance(tensor, ScatteredColumns) else tensor
+    return TensorInfo(tensor.name, kept.format, kept.shape, kept.data.nbytes)

@@ -6,6 +6,9 @@ Each writer takes (rng, N, K) and returns ({suffix: array}, the weights float32 
 import ml_dtypes
 import numpy as np
 
+from tests.models import tiny
+from tests.weights.files import write_folder
+
 GROUP = 64
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
@@ -59,13 +62,13 @@ def gptq(bits, group=GROUP, more=1):
     return write
 
 
-def reordered(write, suffix, group=GROUP):
+def reordered(write, suffix, group=GROUP, shared=False):
     """A writer of 4 bits whose columns are in any order: the groups that `write` gives to runs of columns lie
-    scattered."""
+    scattered. shared: in the same order in all layers of one width."""
 
     def write_reordered(rng, N, K):
         parts, weights = write(rng, N, K)
-        order = rng.permutation(K)  # of the columns of `write`
+        order = (np.random.default_rng(K) if shared else rng).permutation(K)  # of the columns of `write`
         axis, words = (0, "qweight") if suffix == "g_idx" else (1, "weight_packed")
         codes = np.ascontiguousarray(np.moveaxis(parts[words], axis, 1)).view(np.uint32)
         each = codes[:, :, None] >> np.arange(0, 32, 4, dtype=np.uint32) & 15
@@ -96,6 +99,14 @@ def int_quantized(rng, N, K):
     numbers, scales = rng.integers(-128, 128, (N, K)).astype(np.int8), rng.uniform(0.5, 2, (N, 1)) * 2.0**-8
     scales = scales.astype(ml_dtypes.bfloat16)
     return {"weight": numbers, "weight_scale": scales}, weights(numbers, scales, np.zeros((N, 1)), K)
+
+
+def int_reordered(rng, N, K):
+    """Integers in groups whose columns are in any order."""
+    numbers, scales = rng.integers(-128, 128, (N, K)).astype(np.int8), rng.uniform(0.5, 2, (N, K // GROUP)) * 2.0**-8
+    scales, order = scales.astype(ml_dtypes.bfloat16), rng.permutation(K)
+    parts = {"weight": numbers[:, order], "weight_scale": scales, "weight_g_idx": order // GROUP}
+    return parts, weights(numbers, scales, np.zeros((N, K // GROUP)), GROUP)[:, order]
 
 
 def nvfp4(rng, N, K):
@@ -167,7 +178,8 @@ FOUR_BITS = compressed({"weights": FLOATS}, format="nvfp4-pack-quantized")
 FORMS = {
     "awq": (AWQ, awq, 4),
     "gptq": (GPTQ, gptq(4), 4),
-    "gptq in order of activations": (GPTQ | {"desc_act": True}, reordered(gptq(4), "g_idx"), "f32"),
+    "gptq in order of activations": (GPTQ | {"desc_act": True}, reordered(gptq(4), "g_idx"), 4),
+    "gptq in one order": (GPTQ | {"desc_act": True}, reordered(gptq(4), "g_idx", shared=True), 4),
     "gptq of groups of 32": (GPTQ | {"group_size": 32}, gptq(4, 32), 8),
     "gptq of 8 bits": (GPTQ | {"bits": 8}, gptq(8), 8),
     "gptq_v2 of 2 bits": (GPTQ | {"bits": 2, "checkpoint_format": "gptq_v2"}, gptq(2, more=0), 4),
@@ -176,11 +188,12 @@ FORMS = {
     "packed in order of activations": (
         compressed(scheme(4, GROUP)),
         reordered(pack_quantized(4, GROUP, True), "weight_g_idx"),
-        "f32",
+        4,
     ),
     "packed by channel": (compressed(scheme(8), scheme(4)), pack_quantized(4, None, True), 4),
     "packed by channel, zero points": (compressed(scheme(8, None, False)), pack_quantized(8, None, False), 8),
     "int": (compressed(scheme(8, **DYNAMIC), format="int-quantized"), int_quantized, 8),
+    "int in order of activations": (compressed(scheme(8, GROUP), format="int-quantized"), int_reordered, 8),
     "mlx": (MLX, mlx(4), 4),
     "mlx of 8 bits": (MLX | {"bits": 8}, mlx(8), 8),
     "mlx of 3 bits": (MLX | {"bits": 3}, mlx(3), 4),
@@ -189,3 +202,20 @@ FORMS = {
     "fp8": (FP8, fp8((32, 48)), "bf16"),
     "fp8, one scale": (FP8 | {"weight_block_size": None, "activation_scheme": "static"}, fp8(None), "bf16"),
 }
+
+
+def quantized_model(form, config, folder, seed=1):
+    """Two folders of one random model: quantized, and with the weights that this stands for."""
+    settings, write_parts, _ = FORMS[form]
+    rng, plain, parts = np.random.default_rng(seed), {}, {}
+    for name, values in tiny.tensors(config, 5).items():
+        layers = name.endswith("_proj.weight") or (form.startswith("mlx") and ("embed" in name or "head" in name))
+        if layers:
+            pieces, plain[name] = write_parts(rng, *values.shape)
+            parts |= {f"{name.removesuffix('weight')}{suffix}": piece for suffix, piece in pieces.items()}
+        else:
+            plain[name] = parts[name] = values
+    key = "quantization_config" if "quant_method" in settings else "quantization"
+    write_folder(folder / "quantized", parts, **{**config, key: settings})
+    write_folder(folder / "twin", plain, **config)
+    return folder / "quantized", folder / "twin"

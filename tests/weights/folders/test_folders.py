@@ -10,18 +10,18 @@ from lockstep.formats import BLOCK_FORMATS
 from lockstep.formats.groups.rows import format_of
 from lockstep.models.checkpoint import open_checkpoint
 from lockstep.weights.folders.folder import unquantized
+from lockstep.weights.rearranged import ScatteredColumns
 from lockstep.weights.safetensors import open_file
 from lockstep.weights.tensor import merge
-from tests.models import tiny
 from tests.models.cases import case
 from tests.models.running import load, logits_of
 from tests.weights.files import safetensors_bytes, write, write_folder
 from tests.weights.folders import forms
-from tests.weights.folders.forms import AWQ, FORMS, FP8, GPTQ, GROUP, MLX, compressed, scheme
+from tests.weights.folders.forms import AWQ, FORMS, FP8, GPTQ, GROUP, MLX, compressed, quantized_model, scheme
 
 N, K = 40, 192
 NAME = "model.layers.0.mlp.up_proj"
-CONFIG = case("qwen3", hidden_size=64, intermediate_size=128, tie_word_embeddings=False)
+CONFIG = case("qwen3", hidden_size=128, intermediate_size=192, tie_word_embeddings=False)
 
 
 def opened(tmp_path, config, parts, name=NAME):
@@ -55,27 +55,12 @@ def test_weights_are_those_of_the_layout(form, tmp_path):
     tensors = opened(tmp_path, config, parts)
     assert list(tensors) == [f"{NAME}.weight"]
     tensor = tensors[f"{NAME}.weight"]
-    assert tensor.format == tensors.info[tensor.name].format == kept_format(form) and tensor.shape == (N, K)
+    kept = tensor.sorted if isinstance(tensor, ScatteredColumns) else tensor
+    assert kept.format == tensors.info[tensor.name].format == kept_format(form)
+    assert kept.shape == tensor.shape == (N, K) and kept.data.nbytes == tensors.info[tensor.name].num_bytes
     assert same(tensor.to_f32(), weights)
     for rows in (slice(3, 21), slice(37, 50), slice(0, 1)):
         assert same(tensor.to_f32(rows), weights[rows])
-
-
-def quantized_model(form, folder, seed=1):
-    """Two folders of one random model: quantized, and with the weights that this stands for."""
-    config, write_parts, _ = FORMS[form]
-    rng, plain, parts = np.random.default_rng(seed), {}, {}
-    for name, values in tiny.tensors(CONFIG, 5).items():
-        layers = name.endswith("_proj.weight") or (form.startswith("mlx") and ("embed" in name or "head" in name))
-        if layers:
-            pieces, plain[name] = write_parts(rng, *values.shape)
-            parts |= {f"{name.removesuffix('weight')}{suffix}": piece for suffix, piece in pieces.items()}
-        else:
-            plain[name] = parts[name] = values
-    key = "quantization_config" if "quant_method" in config else "quantization"
-    write_folder(folder / "quantized", parts, **{**CONFIG, key: config})
-    write_folder(folder / "twin", plain, **CONFIG)
-    return folder / "quantized", folder / "twin"
 
 
 IDS = list(range(3, 40))
@@ -84,7 +69,7 @@ TWINS = ["awq", "gptq", "gptq in order of activations", "packed with zero points
 
 @pytest.mark.parametrize("form", TWINS)
 def test_a_model_equals_its_dequantized_twin(form, tmp_path):
-    quantized, twin = quantized_model(form, tmp_path)
+    quantized, twin = quantized_model(form, CONFIG, tmp_path)
     expected = logits_of(load(twin), IDS)
     assert logits_of(load(quantized), IDS).tobytes() == expected.tobytes()
     model = load(quantized, "auto")
@@ -288,7 +273,7 @@ def test_a_folder_is_named_in_its_errors(tmp_path):
 
 
 def test_a_scale_that_is_infinite_is_named_while_packing(tmp_path):
-    quantized, _ = quantized_model("awq", tmp_path)
+    quantized, _ = quantized_model("awq", CONFIG, tmp_path)
     path = quantized / "model.safetensors"
     tensors = {name: tensor.data.copy() for name, tensor in merge([open_file(path)]).items()}
     tensors[f"{NAME}.scales"][0, 3] = np.inf

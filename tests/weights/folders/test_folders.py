@@ -13,6 +13,7 @@ from lockstep.weights.folders.folder import unquantized
 from lockstep.weights.rearranged import ScatteredColumns
 from lockstep.weights.safetensors import open_file
 from lockstep.weights.tensor import merge
+from tests.models import tiny
 from tests.models.cases import case
 from tests.models.running import load, logits_of
 from tests.weights.files import safetensors_bytes, write, write_folder
@@ -149,7 +150,7 @@ def test_the_version_of_gptq_may_stand_under_either_key(keys, tmp_path):
 
 def test_biases_of_zeros_that_no_layer_has_are_left_alone(tmp_path):
     """GPTQ's tools write one for every layer; published files of Qwen2.5 have them."""
-    quantized, twin = quantized_model("gptq", tmp_path)
+    quantized, twin = quantized_model("gptq", CONFIG, tmp_path)
     path, expected = quantized / "model.safetensors", logits_of(load(twin), IDS)
     tensors = {name: tensor.read() for name, tensor in merge([open_file(path)]).items()}
     bias = np.zeros(tiny.tensors(CONFIG, 5)[f"{NAME}.weight"].shape[0], np.float16)

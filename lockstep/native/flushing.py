@@ -11,11 +11,14 @@ what the CPU's FLUSH mode does:
 Sums of ordinary models never underflow, so that the flag costs an instruction for each tile.
 """
 
+import contextlib
+
 from llvmlite import ir
 
-from lockstep.native.emit import fma, vector
+from lockstep.native.emit import by_halves, fma, vector
 from lockstep.native.isa import ISA
-from lockstep.native.simd import F32, call, constant
+from lockstep.native.simd import F32, I64, LANES, call, constant
+from lockstep.native.targets import wide_registers
 
 F64 = ir.DoubleType()
 SMALLEST_NORMAL, FLUSH_BELOW = 2.0**-126, 2.0**-126 - 2.0**-151
@@ -73,6 +76,25 @@ def as_defined(b, start, fast, exact):
     b.branch(done)
     b.position_at_end(done)
     return [either(b, (q, quick_from), (s, slow_from)) for q, s in zip(quick, slow, strict=True)]
+
+
+@contextlib.contextmanager
+def ieee_additions(b, flushes):
+    """Yields a function that adds two vectors without flushing, in code that runs in FLUSH mode if `flushes`."""
+    if not flushes or ISA.IEEE == ISA.FLUSH:
+        yield b.fadd
+        return
+    ISA.write_control(b, ir.Constant(I64, ISA.IEEE))
+    # behind barriers LLVM moves no addition to where the other mode holds
+    yield lambda x, y: _behind_barrier(b, b.fadd(x, _behind_barrier(b, y)))
+    ISA.write_control(b, ir.Constant(I64, ISA.FLUSH))
+
+
+def _behind_barrier(b, v):
+    """A vector of float32 behind a barrier, which takes what one register holds."""
+    if v.type.count > LANES // 2 and not wide_registers():
+        return by_halves(b, _behind_barrier, v)
+    return ISA.barrier(b, v, "")
 
 
 def underflowed_after(b, values):

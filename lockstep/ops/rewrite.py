@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Container
 from typing import Any
 
-from lockstep.formats import FORMATS
 from lockstep.formats.parts.rows import ROW_FORMATS
 from lockstep.ops.elementwise.activations import Preparable, Preparation, QuantizeQ8, RoundBf16
 from lockstep.ops.elementwise.add import Add
@@ -87,10 +86,8 @@ def fuse_residuals(program: Program) -> Program:
 
 
 def fuse_expert_biases(program: Program) -> Program:
-    """The biases of experts become an operand of the linear layer before them, unless its kernel flushes denormals,
-    which sums with biases do not."""
-    found = _neighbours(program, ExpertLinear, ExpertBias, "x").items()
-    pairs = {op: maker for op, maker in found if not FORMATS[maker.weight.format].flushes}
+    """The biases of experts become an operand of the linear layer before them."""
+    pairs = _neighbours(program, ExpertLinear, ExpertBias, "x")
     joined = {op: maker.changed(out=op.out, bias=op.bias) for op, maker in pairs.items()}
     return _replaced(program, joined, {*pairs.values()})
 

@@ -109,7 +109,7 @@ def _optional(op):
 
 @functools.cache
 def tiny_forms(name):
-    """The forms of a family's tiny model, with its experts' biases fused and not, as formats of weights want it."""
+    """The forms of a family's tiny model, with its experts' biases fused and not."""
     program = tiny_program(name, AnyTensor(max_context=CONTEXT))
     return forms(program) | forms(fuse_expert_biases(program))
 

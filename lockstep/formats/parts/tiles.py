@@ -9,6 +9,7 @@ from typing import NamedTuple
 from lockstep.formats.parts.rows import BIAS, BLOCK_BYTES, SCALE, SCALED_BIAS, SUMS
 from lockstep.native import targets
 from lockstep.native.emit import counted, fma, ir, moved, pointer, prefetch, read, spread, vector, write
+from lockstep.native.flushing import ieee_additions
 from lockstep.native.simd import F32, I1, I8, I32, I64, LANES, constant
 
 AHEAD_BYTES = 8192  # prefetch distance in a single stream of weights: what is read during one latency of memory
@@ -81,6 +82,7 @@ class Site:
         self.unpacked = w.unpacked
         self.start = {cell: constant(self.floats, 0.0) for cell in self.cells}
         self.prefetched, self.distance, self.locality = [], 0, targets.prefetch_locality(magic)
+        self.flushes = False
 
     def int(self, value):
         return ir.Constant(I64, value)
@@ -168,13 +170,13 @@ def finish(s, acc, out):
     """Adds what is to be added, if anything is, and stores the first out.num_panels panels."""
     b, outs = s.b, s.pointers(out.address, out.stride, range(s.rows))
     with b.if_else(b.icmp_signed("!=", out.added, s.int(0))) as (then, otherwise):
-        with then:
+        with then, ieee_additions(b, s.flushes) as add:
             added = s.pointers(out.added, out.added_stride, range(s.rows))
             _store(
                 s,
                 out.num_panels,
                 lambda r, c, at: write(
-                    b, moved(b, outs[r], at), b.fadd(read(b, moved(b, added[r], at), s.floats, 4), acc[r, c]), 4
+                    b, moved(b, outs[r], at), add(read(b, moved(b, added[r], at), s.floats, 4), acc[r, c]), 4
                 ),
             )
         with otherwise:

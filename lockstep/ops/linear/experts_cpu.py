@@ -26,7 +26,7 @@ from lockstep.ops.linear.experts import (
 )
 from lockstep.ops.linear.linear_cpu import ALL_PANELS, COLS, PLAIN_LAYOUTS, constants, multiply_rows, rows_at_once
 from lockstep.ops.linear.moe import place_at
-from lockstep.ops.linear.tile import panel_bytes, scale_bytes
+from lockstep.ops.linear.tile import needs_flushing, panel_bytes, scale_bytes
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import COUNTER, num_rows
 
@@ -148,4 +148,4 @@ for _rows_of in ROW_FORMATS.values():
 for _name, _format in FORMATS.items():
     globals()[f"linear_{_name}"] = variant(_linear, f"linear_{_name}", **constants(_format))
     _kernel, _biases = globals()[f"linear_{_name}"], {"bias": BIASES}
-    CPU[f"expert_linear_{_name}"] = Implementation(_kernel, PLAIN_LAYOUTS[_name], _format.flushes, _biases)
+    CPU[f"expert_linear_{_name}"] = Implementation(_kernel, PLAIN_LAYOUTS[_name], needs_flushing(_format), _biases)

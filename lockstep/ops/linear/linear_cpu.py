@@ -22,7 +22,7 @@ from lockstep.native.simd import peek
 from lockstep.native.targets import wide_registers
 from lockstep.ops.linear.grouped_linear import GroupedLinear
 from lockstep.ops.linear.linear import Linear
-from lockstep.ops.linear.tile import K_UNIT, is_dense, linear_tile, panel_bytes, scale_bytes
+from lockstep.ops.linear.tile import K_UNIT, is_dense, linear_tile, needs_flushing, panel_bytes, scale_bytes
 from lockstep.runtime.backend import Implementation, Layout
 from lockstep.runtime.step import COUNTER, num_rows
 
@@ -264,4 +264,4 @@ for _name, _format in FORMATS.items():
             _constants = constants(_format) | dict(OP=_op, ROWS_OF=_rows_of, ONE_ROW=_table is PER_TOKEN)
             globals()[_kind + _suffix] = variant(linear, _kind + _suffix, MULTIPLY=_multiply, **_constants)
             _kernel = globals()[_kind + _suffix]
-            _table[_kind] = Implementation(_kernel, LAYOUTS[_name], flushes=_format.flushes)
+            _table[_kind] = Implementation(_kernel, LAYOUTS[_name], flushes=needs_flushing(_format))

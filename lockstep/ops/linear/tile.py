@@ -1,7 +1,7 @@
 """A tile of a linear layer as LLVM: the loop over K, which the format emits, and the stores of the results."""
 
 from lockstep.formats import FORMATS
-from lockstep.formats.parts.rows import QUANTIZED
+from lockstep.formats.parts.rows import NATIVE_BF16, QUANTIZED
 from lockstep.formats.parts.tiles import Site, begin, fields, finish, lanes_per_vector, look_ahead
 from lockstep.native import targets
 from lockstep.native.emit import ir
@@ -10,6 +10,11 @@ from lockstep.native.simd import I1, I64, LANES, primitive
 
 K_UNIT = max(format.packed.size for format in FORMATS.values())
 WHOLE_PANELS = 2  # up to this number of rows, registers hold whole panels even where a panel is several vectors
+
+
+def needs_flushing(format):
+    """Whether kernels of a format run in FLUSH mode, because this target has no instruction for products of pairs."""
+    return format.flushes and not NATIVE_BF16
 
 
 @primitive()
@@ -99,6 +104,7 @@ def _tile(tile, b, magic, format, height, panels, operands):
     whole = height <= WHOLE_PANELS or lanes == LANES
     for group in [columns] if whole else [[column] for column in columns]:
         s = Site(b, magic, height, group, lanes, x, w)
+        s.flushes = needs_flushing(FORMATS[format])
         begin(s, out)
         look_ahead(s, ahead)
         finish(s, tile(s), out)

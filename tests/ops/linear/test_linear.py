@@ -207,6 +207,20 @@ def test_bf16_flushes_denormals_everywhere():
     assert (expected == 0).any() and (expected != 0).any()
 
 
+def test_sums_with_a_residual_keep_denormals():
+    """Products of pairs flush them; the definition adds the residual as IEEE 754 says."""
+    x, w = np.zeros((7, 64), np.float32), np.zeros((48, 64), np.float32)
+    x[:, 5], w[:, 5] = 2.0**-63, 2.0**-63
+    residual = np.full((7, 48), 1e-40, np.float32)
+    residual[:, ::2] = -1.5 * np.float32(2.0**-126)
+    parts = [StoredTensor("w", "bf16", w.shape, w.astype(ml_dtypes.bfloat16))]
+    expected = run(linear.REFERENCE, "bf16", x, parts, residual)
+    for table in (linear_cpu.CPU, linear_cpu.PER_TOKEN):
+        for rows in (1, 7):
+            same_bits(run(table, "bf16", x[:rows], parts, residual[:rows]), expected[:rows])
+    assert (expected[:, ::2] == -(2.0**-127)).all() and (expected[:, 1::2] > 2.0**-126).all()
+
+
 @pytest.mark.parametrize("last", [4, 7])
 def test_bf16_rounds_before_it_flushes(last):
     """Sums in [2**-126 - 2**-151, 2**-126) are 2**-126; a CPU that flushes before it rounds, as ARM's do, gives 0."""

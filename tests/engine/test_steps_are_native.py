@@ -2,7 +2,6 @@
 requests."""
 
 import sys
-import threading
 import tracemalloc
 
 import pytest
@@ -22,6 +21,7 @@ SAMPLING = [
     dict(logprobs=3),
     dict(prompt_logprobs=2),
 ]
+WORDS_OF_THE_CALL = 2048  # bytes
 
 
 @pytest.fixture(scope="module", params=[Case("qwen3_5", "q8_0", "bf16"), Case("qwen3", "q4_0", "q8")], ids=str)
@@ -79,12 +79,16 @@ def watched(engine, monkeypatch):
 def test_a_step_compiles_and_allocates_nothing_and_runs_no_python(engine, watched, monkeypatch):
     compiled = []
     monkeypatch.setattr(Kernel, "compile", lambda kernel, *_: compiled.append(kernel.name))
-    with event.install_recorder("numba:compile") as recorder:
-        steps = mixed(engine)
-    assert len(watched) == steps > 60
-    assert not compiled and not recorder.buffer
-    assert {allocations for allocations, *_ in watched} == {0}
-    assert {tuple(frames) for *_, frames in watched} == {("run", "alive", "run_step")}, "no Python below Team.run"
-    assert max(held for _, held, _ in watched) < 2048, (
-        f"more than the words of the call, in one of {threading.enumerate()}"
-    )
+    most = []
+    for _ in range(3):  # other threads of this process may allocate meanwhile, a step itself would do so each time
+        watched.clear()
+        with event.install_recorder("numba:compile") as recorder:
+            steps = mixed(engine)
+        assert len(watched) == steps > 60
+        assert not compiled and not recorder.buffer
+        assert {allocations for allocations, *_ in watched} == {0}
+        assert {tuple(frames) for *_, frames in watched} == {("run", "alive", "run_step")}, "no Python below Team.run"
+        most.append(max(held for _, held, _ in watched))
+        if most[-1] < WORDS_OF_THE_CALL:
+            return
+    pytest.fail(f"a step allocated {most} bytes in each of three runs, allowed {WORDS_OF_THE_CALL}")

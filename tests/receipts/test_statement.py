@@ -9,6 +9,7 @@ import pytest
 
 from lockstep.engine.request import BOUNDS, SamplingParams
 from lockstep.engine.sampling import Adjustment
+from lockstep.engine.selfcheck.check import NUMERICS
 from lockstep.engine.step_arrays import SAMPLING_RECORD, records_view, write_record
 from lockstep.receipts import parameters, strict_json
 from lockstep.receipts.errors import ReceiptError
@@ -32,7 +33,7 @@ GRAMMAR = dict(grammar='{"grammars":[]}', trigger=5, once=True, library="llguida
 
 def made(**changes):
     known = dict(
-        numerics=4,
+        numerics=NUMERICS,
         model=MODEL,
         prompt=PromptPart(3, ids_digest(IDS), ids=IDS),
         params=PARAMS,

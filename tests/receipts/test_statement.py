@@ -254,10 +254,10 @@ def test_bits_of_a_number():
     ("eos", (0,), "the tokens that end an answer"),
 ])  # fmt: skip
 def test_another_model_is_named(name, value, said):
-    found = difference(4, dataclasses.replace(MODEL, **{name: value}), MODEL)
+    found = difference(NUMERICS, dataclasses.replace(MODEL, **{name: value}), MODEL)
     assert found is not None and found[0] == f"model.{name}" and said in found[3]
 
 
 def test_the_same_model_may_have_another_name_and_context():
-    assert difference(4, dataclasses.replace(MODEL, name="x", weights="auto", context=5), MODEL) is None
-    assert difference(3, MODEL, MODEL)[3] == "the arithmetic is version 3, here it is version 4"
+    assert difference(NUMERICS, dataclasses.replace(MODEL, name="x", weights="auto", context=5), MODEL) is None
+    assert difference(3, MODEL, MODEL)[3] == f"the arithmetic is version 3, here it is version {NUMERICS}"

@@ -47,9 +47,22 @@ def open_awq(config: Mapping[str, Any], tensors: TensorMap) -> TensorMap:
 
 def open_gptq(config: Mapping[str, Any], tensors: TensorMap) -> TensorMap:
     """The tensors with weights in the place of GPTQ's. ValueError names the key or the tensor that is wrong."""
+    _check_all_alike(config)
     bits, group, last = whole(config, "bits", 2, 4, 8), whole(config, "group_size"), LastRead()
     more = 0 if _checkpoint_format(config) == "gptq_v2" else 1
     return _with(tensors, lambda module: _gptq(module, bits, group, more, last))
+
+
+def _check_all_alike(config: Mapping[str, Any]) -> None:
+    """ValueError if GPTQModel's `dynamic` gives some layers settings of their own. Patterns that begin with "-:" name
+    layers that are not quantized, which is seen by their tensors."""
+    dynamic = config.get("dynamic") or {}
+    own = [pattern for pattern in dynamic if not pattern.startswith("-:")] if isinstance(dynamic, dict) else [dynamic]
+    if own:
+        raise ValueError(
+            f"quantization_config key 'dynamic': {own[0]!r} is not supported, only patterns of layers that are not "
+            f"quantized, which begin with '-:'"
+        )
 
 
 def _checkpoint_format(config: Mapping[str, Any]) -> str:

@@ -148,6 +148,12 @@ def test_the_version_of_gptq_may_stand_under_either_key(keys, tmp_path):
     assert same(opened(tmp_path, config, parts)[f"{NAME}.weight"].to_f32(), weights)
 
 
+def test_patterns_of_layers_that_gptq_left_alone(tmp_path):
+    config, parts, weights = layer("gptq")
+    found = opened(tmp_path, config | {"dynamic": {"-:.*lm_head.*": {}}}, parts)
+    assert same(found[f"{NAME}.weight"].to_f32(), weights)
+
+
 def test_biases_of_zeros_that_no_layer_has_are_left_alone(tmp_path):
     """GPTQ's tools write one for every layer; published files of Qwen2.5 have them."""
     quantized, twin = quantized_model("gptq", CONFIG, tmp_path)
@@ -246,6 +252,10 @@ BAD = {
     "two packings of gptq": (
         (GPTQ | {"format": "gptq_v2", "checkpoint_format": "gptq"}, layer("gptq")[1]),
         "keys 'checkpoint_format' and 'format': 'gptq' is not 'gptq_v2'",
+    ),
+    "gptq with settings of single layers": (
+        (GPTQ | {"dynamic": {"-:lm_head": {}, "+:.*down.*": {"bits": 8}}}, layer("gptq")[1]),
+        r"key 'dynamic': '\+:\.\*down\.\*' is not supported",
     ),
     "marlin": ((GPTQ | {"is_marlin_format": True}, layer("gptq")[1]), "'is_marlin_format': True is not supported"),
     "another packing of awq": ((AWQ | {"format": "gemv"}, layer("awq")[1]), "key 'format': 'gemv' is not supported"),

@@ -38,7 +38,8 @@ def prompt(n, seed):
 
 def measure_lockstep(path, prefills, batches, tokens):
     """{metric: tok/s} of one round, in this process. A Q4_0 file's head stays in the format it is stored in."""
-    llm = LLM(str(path), max_requests=max(batches), max_context=2560, max_step_tokens=512, prefix_cache=False)
+    context = max([2560, *(n + 64 for n in prefills)])
+    llm = LLM(str(path), max_requests=max(batches), max_context=context, max_step_tokens=512, prefix_cache=False)
     engine, found = llm.engine, {}
     _drain(engine, [engine.add(prompt(256, 0), SamplingParams(max_tokens=4, ignore_eos=True))])
     for n in prefills:
@@ -132,6 +133,8 @@ def take_turns(a, format, prefills, batches):
     for _ in range(a.rounds):
         command = [sys.executable, __file__, *sys.argv[1:], "--only-lockstep", str(path)]
         own = subprocess.run(command, text=True, capture_output=True)
+        if own.returncode:
+            sys.exit(f"lockstep {format}: {(own.stderr.strip().splitlines() or ['no output'])[-1]}")
         for metric, value in json.loads(own.stdout.splitlines()[-1]).items():
             runs[f"lockstep {format}"][metric].append(value)
         for peer, rival in RIVALS[format]:

@@ -1,6 +1,7 @@
-"""Logits by llama.cpp for a GGUF file: `python llama_cpp_logits.py FILE.gguf OUT.npy ID ID ...`
+"""Logits by llama.cpp for a GGUF file: `python llama_cpp_logits.py FILE.gguf OUT.npy [--float32] ID ID ...`
 
-Run by an interpreter that has llama-cpp-python; it imports nothing of Lockstep. Writes float32 [tokens, V].
+Run by an interpreter that has llama-cpp-python; it imports nothing of Lockstep. --float32: with a cache of float32 and
+without flash attention. Writes float32 [tokens, V].
 """
 
 import sys
@@ -9,7 +10,7 @@ import llama_cpp as lib
 import numpy as np
 
 
-def logits(path, ids):
+def logits(path, ids, is_float32=False):
     """Logits of every position of a prompt, computed as one batch."""
     silent = lib.llama_log_callback(lambda *_: None)
     lib.llama_log_set(silent, None)
@@ -18,6 +19,8 @@ def logits(path, ids):
         sys.exit(f"llama.cpp cannot load {path}")
     options = lib.llama_context_default_params()
     options.n_ctx, options.n_batch, options.n_ubatch = 512, 512, 512
+    if is_float32:
+        options.type_k = options.type_v = options.flash_attn_type = 0
     context = lib.llama_init_from_model(model, options)
     batch = lib.llama_batch_init(len(ids), 0, 1)
     batch.n_tokens = len(ids)
@@ -32,4 +35,5 @@ def logits(path, ids):
 
 
 if __name__ == "__main__":
-    np.save(sys.argv[2], logits(sys.argv[1], [int(token) for token in sys.argv[3:]]))
+    path, out, *ids = sys.argv[1:]
+    np.save(out, logits(path, [int(token) for token in ids if token != "--float32"], "--float32" in ids))

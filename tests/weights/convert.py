@@ -115,10 +115,12 @@ NO_VOCABULARY = {"tokenizer.ggml.model": (STRING, "no_vocab")}  # llama.cpp read
 
 
 def metadata(architecture: str, **values: object) -> dict[str, tuple[int, object]]:
-    """GGUF metadata of an architecture. values: keys have "__" for "."."""
+    """GGUF metadata of an architecture. values: keys have "__" for "."; those of the tokenizer are not the
+    architecture's."""
     pairs = {"general.architecture": (STRING, architecture)}
     for key, value in values.items():
-        pairs[f"{architecture}.{key.replace('__', '.')}"] = typed(value)
+        name = key.replace("__", ".")
+        pairs[name if name.startswith("tokenizer.") else f"{architecture}.{name}"] = typed(value)
     return pairs
 
 

@@ -1,4 +1,5 @@
-"""GGUF files against logits that llama.cpp (b9190, in cyllama 0.2.18) computed in float32 (tests/golden)."""
+"""GGUF files against logits that llama.cpp computed in float32 (tests/golden): Qwen's by b9190 in cyllama 0.2.18, the
+others by llama-cpp-python 0.3.36."""
 
 import numpy as np
 import pytest

@@ -27,10 +27,10 @@ NUM_TOKENS = 70  # more than one page of keys
 AMPLIFIED = 4
 
 
-def made(folder, name, dtype="F32", seed=SEED):
-    """(folder, prompt) of a tiny model with weights drawn from a seed."""
+def made(folder, name):
+    """(folder, prompt) of a tiny model with weights drawn from the seed."""
     config = CASES[name]
-    return tiny.write(folder, config, tiny.tensors(config, seed), dtype), tiny.prompt(config, NUM_TOKENS, seed)
+    return tiny.write(folder, config, tiny.tensors(config, SEED)), tiny.prompt(config, NUM_TOKENS, SEED)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -61,23 +61,34 @@ def test_short_factors_of_longrope(tmp_path):
 
 @pytest.mark.parametrize("name", CASES)
 def test_bf16_checkpoint_as_stored(name, tmp_path):
-    """bf16 weights and cache are nearer to the exact result than transformers' bf16 (measured: 0.4 to 0.53 of its
-    error).
+    """bf16 weights and cache are nearer to the exact result than transformers' bf16 (measured: 0.24 to 0.6 of its
+    error, the median over the tokens of three models).
 
-    The median over the tokens of three models is compared: where a router's two best experts nearly tie, either engine
-    may pick the other one for a few tokens, and these few would decide a mean.
+    A mixture's routers choose all experts, weighted: where they leave out some and two of them nearly tie, either
+    engine may keep the other one, and the luck of these tokens and of those after them would decide (of 118 seeds the
+    case "gpt_oss_by_type" reached 1.4 times transformers' error; with all experts 0.6).
     """
+    config = _with_all_experts(CASES[name])
     errors = np.concatenate(
-        [_bf16_errors(name, tmp_path / str(seed), seed) for seed in (SEED, SEED + 1, SEED + 2)], axis=1
+        [_bf16_errors(config, tmp_path / str(seed), seed) for seed in (SEED, SEED + 1, SEED + 2)], axis=1
     )
     ours, theirs = np.median(errors, axis=1)
     assert ours <= 0.8 * theirs, f"seed {SEED}: median rms error {ours:.3g}, transformers' own {theirs:.3g}"
 
 
-def _bf16_errors(name, folder, seed):
+def _with_all_experts(config):
+    """The config with every expert chosen for every token; a model without experts stays as it is."""
+    inner = config.get("text_config", config)
+    counts = [inner[key] for key in ("num_experts", "num_local_experts") if inner.get(key)]
+    chosen = {key: counts[0] for key in ("num_experts_per_tok", "top_k_experts") if inner.get(key)}
+    return {**config, "text_config": {**inner, **chosen}} if "text_config" in config else {**config, **chosen}
+
+
+def _bf16_errors(config, folder, seed):
     """Rms error of each token's logits [2, tokens], of Lockstep and of transformers' bf16, against its float32."""
     folder.mkdir()
-    folder, ids = made(folder, name, "BF16", seed)
+    tiny.write(folder, config, tiny.tensors(config, seed), "BF16")
+    ids = tiny.prompt(config, NUM_TOKENS, seed)
     exact, theirs = hugging_face.logits(folder, ids), hugging_face.logits(folder, ids, hugging_face.torch.bfloat16)
     ours = logits_of(load(folder, "auto"), ids)
     return np.stack([np.sqrt(np.mean((found - exact) ** 2, axis=-1)) for found in (ours, theirs)])

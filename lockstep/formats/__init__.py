@@ -8,6 +8,7 @@ from lockstep.formats.f32 import F32
 from lockstep.formats.format import Format
 from lockstep.formats.fp4.nvfp4 import NVFP4
 from lockstep.formats.fp4.nvfp4_scaled import NVFP4_SCALED
+from lockstep.formats.groups.channel8 import CHANNEL8
 from lockstep.formats.groups.group4 import GROUP4
 from lockstep.formats.groups.group8 import GROUP8
 from lockstep.formats.iq4_nl import IQ4_NL
@@ -25,6 +26,6 @@ from lockstep.formats.q6_k import Q6_K
 from lockstep.formats.q8_0 import Q8_0
 
 GGUF = (F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4, NVFP4)
-ALL = (*GGUF, GROUP4, GROUP8, NVFP4_SCALED)
+ALL = (*GGUF, GROUP4, GROUP8, CHANNEL8, NVFP4_SCALED)
 FORMATS: Mapping[str, Format] = {format.name: format for format in ALL}
 BLOCK_FORMATS: Mapping[str, Format] = {name: format for name, format in FORMATS.items() if format.is_quantized}

@@ -39,13 +39,15 @@ class Packed(NamedTuple):
     """A panel of sixteen features, as kernels read them, for `size` weights of each.
 
     arrange: the fields of rows to {path of a field of panel or scales: (its arrangement, values [rows, ...])}. scales:
-    one element of a separate stream of scales, where they are not in the panel.
+    one element of a separate stream of scales, where they are not in the panel: for as many weights as a stored block
+    has or, if per_row, for a row.
     """
 
     panel: np.dtype
     size: int
     arrange: Callable[..., Placed]
     scales: np.dtype | None = None
+    per_row: bool = False
 
     @property
     def arrays(self) -> tuple[str, ...]:
@@ -165,8 +167,13 @@ class Format:
 
     def panel_bytes(self, width: int) -> int:
         """Bytes of a packed panel of `width` weights for each of its features, its scales included."""
-        scales = self.packed.scales.itemsize * (width // self.stored.size) if self.packed.scales else 0
-        return width // self.packed.size * self.packed.panel.itemsize + scales
+        return width // self.packed.size * self.packed.panel.itemsize + self.scale_bytes(width)
+
+    def scale_bytes(self, width: int) -> int:
+        """Bytes of the stream of scales of such a panel; 0 without a stream."""
+        if self.packed.scales is None:
+            return 0
+        return self.packed.scales.itemsize * (1 if self.packed.per_row else width // self.stored.size)
 
     def fits(self, width: int) -> bool:
         """Whether rows of `width` weights can be multiplied in this format."""

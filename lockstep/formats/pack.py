@@ -86,13 +86,13 @@ def pack(format: Format, weight: Weight, chosen: range | None = None) -> tuple[n
     """The panels of a weight, and the stream of scales if the format has one: uint8 [panels, bytes] each, on a cache
     line. chosen: neighbouring rows of the weight that make whole panels; None: all."""
     num, K = num_panels(weight.shape[0] if chosen is None else len(chosen)), weight.shape[1]
-    arrays, places = [], {}
-    for layout, size in ((format.packed.panel, format.packed.size), (format.packed.scales, format.stored.size)):
+    arrays, places, packed = [], {}, format.packed
+    for layout, size in ((packed.panel, packed.size), (packed.scales, K if packed.per_row else format.stored.size)):
         if layout is not None:
             arrays.append(aligned(num * (K // size) * layout.itemsize).view(layout).reshape(num, K // size))
             places |= {name: arrays[-1] for name in layout.names or ()}
     for row, part, rows in _pieces(weight, chosen):
-        for path, (arrange, values) in format.packed.arrange(*fields(format, part, rows)).items():
+        for path, (arrange, values) in packed.arrange(*fields(format, part, rows)).items():
             array = view(places[path.split(".")[0]], path)
             _place(array, _shaped(arrange, array.shape[1:]), values, row)
     return tuple(array.view(np.uint8) for array in arrays)

@@ -1,10 +1,10 @@
-"""GROUP4 and GROUP8 against a second implementation of their layouts, weight by weight."""
+"""GROUP4, GROUP8 and CHANNEL8 against a second implementation of their layouts, weight by weight."""
 
 import numpy as np
 import pytest
 
-from lockstep.formats import GROUP4, GROUP8, Q4_0
-from lockstep.formats.groups import group4, group8
+from lockstep.formats import CHANNEL8, GROUP4, GROUP8, Q4_0
+from lockstep.formats.groups import channel8, group4, group8
 from lockstep.formats.groups.rows import format_of, stored_rows
 
 RNG = np.random.default_rng(5)
@@ -25,7 +25,15 @@ def eight_bits(block):
     return [number(block, 0) * np.float32(code) + number(block, 4) for code in block[8:]]
 
 
-@pytest.mark.parametrize("format, decode", [(GROUP4, four_bits), (GROUP8, eight_bits)], ids=["4", "8"])
+def signed_bits(block):
+    """36 bytes: d, 32 signed codes."""
+    return [number(block, 0) * np.float32(code - 256 * (code > 127)) for code in block[4:]]
+
+
+DECODED = [(GROUP4, four_bits), (GROUP8, eight_bits), (CHANNEL8, signed_bits)]
+
+
+@pytest.mark.parametrize("format, decode", DECODED, ids=["4", "8", "channel"])
 def test_blocks_are_decoded_as_their_layout_says(format, decode):
     blocks = RNG.integers(0, 256, (60, format.block_bytes), np.uint8)
     format.put_scales(blocks, RNG.standard_normal(60))
@@ -62,3 +70,15 @@ def test_bytes_in_memory():
     """Bytes that decode reads: 5 and 10 bits a weight."""
     assert GROUP4.panel_bytes(1024) == 16 * 1024 * 5 / 8 == Q4_0.panel_bytes(1024) * 5 / 4.5
     assert GROUP8.panel_bytes(1024) == 16 * 1024 * 10 / 8
+    assert CHANNEL8.panel_bytes(1024) == 16 * (1024 + 4)
+
+
+def test_rows_with_one_scale():
+    codes, d = RNG.integers(-128, 128, (3, 96)).astype(np.int8), np.float32([[0.5], [-3e-5], [0.0]])
+    rows = channel8.stored_rows(codes, d)
+    assert CHANNEL8.dequantize(rows).tobytes() == (codes * d).tobytes()
+    unpacked, scales = CHANNEL8.split(rows)
+    assert unpacked.tobytes() == codes.tobytes() and (scales == d).all()
+    rows[1, 36:40] = 1
+    with pytest.raises(ValueError, match="a row has several scales, expected one"):
+        CHANNEL8.split(rows)

@@ -3,10 +3,12 @@
 import numpy as np
 
 from lockstep.formats.format import Format
-from lockstep.formats.groups import group4, group8
+from lockstep.formats.groups import channel8, group4, group8
 from lockstep.formats.parts.groups import repeated
 
 SMALLEST_GROUP = group8.SIZE  # of weights; a group is a multiple of it
+BY_CHANNEL = channel8.CHANNEL8  # of signed codes of 8 bits with one scale, and no zero point, for a row
+rows_by_channel = channel8.stored_rows
 
 
 def format_of(bits: int, group: int) -> Format:

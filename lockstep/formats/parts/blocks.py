@@ -39,7 +39,7 @@ def nibbles(packed: np.ndarray) -> np.ndarray:
 
 
 def scaled(codes: np.ndarray, scale: np.ndarray, zero: int = 0) -> np.ndarray:
-    """scale * (codes - zero) in float32, for codes [blocks, size] and float16 scales [blocks]."""
+    """scale * (codes - zero) in float32, for codes [blocks, size] and scales [blocks]."""
     return (codes.astype(np.float32) - np.float32(zero)) * scale.astype(np.float32)[:, None]
 
 

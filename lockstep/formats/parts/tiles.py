@@ -37,8 +37,8 @@ class Panels(NamedTuple):
 
 class Output(NamedTuple):
     """Where rows of out begin, bytes from one to the next, and the same of what is added to them (0: nothing): a
-    residual, or one row of biases for all, 0 bytes apart; how many panels are stored, and whether out already holds the
-    sums over the part of K before this one (0: no)."""
+    residual, or one row of biases for all, 0 bytes apart; how many panels are stored, whether out already holds the
+    sums over the part of K before this one (0: no), and whether this part of K is the last (0: no)."""
 
     address: int
     stride: int
@@ -46,6 +46,7 @@ class Output(NamedTuple):
     added_stride: int
     num_panels: int
     resume: int
+    is_last: int
 
 
 class Ahead(NamedTuple):
@@ -66,7 +67,7 @@ class Site:
     each row; w, scales: to the panel of each column. The pointers do not change in the loop over K, so that an
     instruction addresses by pointer, index and constant. start: the initial values of the accumulators. prefetched: for
     each panel that may be prefetched (whether it is, pointers to its codes and its scales), distance: how many bytes
-    ahead of the current block, locality: into which cache.
+    ahead of the current block, locality: into which cache. is_last: whether the part of K is the last.
     """
 
     def __init__(self, b, magic, height, columns, lanes, x, w):
@@ -82,7 +83,7 @@ class Site:
         self.unpacked = w.unpacked
         self.start = {cell: constant(self.floats, 0.0) for cell in self.cells}
         self.prefetched, self.distance, self.locality = [], 0, targets.prefetch_locality(magic)
-        self.flushes = False
+        self.flushes, self.is_last = False, constant(I1, 1)
 
     def int(self, value):
         return ir.Constant(I64, value)

@@ -128,7 +128,7 @@ def _linear(op, step, thread, num_threads):
                     SHAPES,
                     Rows(a.x + row_bytes * s, row_bytes),
                     Panels(codes, codes_stride, scales, scale_stride, K, 0),
-                    Output(out, 64 * num_panels, bias, 0, num_panels - p, 0),
+                    Output(out, 64 * num_panels, bias, 0, num_panels - p, 0, 1),
                     Ahead(codes_ahead, codes_stride, scales_ahead, scale_stride, ALL_PANELS),
                     min(at_once, stop - s),
                 )

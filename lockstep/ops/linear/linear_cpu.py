@@ -22,7 +22,15 @@ from lockstep.native.simd import peek
 from lockstep.native.targets import wide_registers
 from lockstep.ops.linear.grouped_linear import GroupedLinear
 from lockstep.ops.linear.linear import Linear
-from lockstep.ops.linear.tile import K_UNIT, is_dense, linear_tile, needs_flushing, panel_bytes, scale_bytes
+from lockstep.ops.linear.tile import (
+    K_UNIT,
+    is_dense,
+    linear_tile,
+    needs_flushing,
+    panel_bytes,
+    scale_bytes,
+    scale_offset,
+)
 from lockstep.runtime.backend import Implementation, Layout
 from lockstep.runtime.step import COUNTER, num_rows
 
@@ -121,7 +129,7 @@ def only(ahead, panel_mask):
 def below(out, rows):
     """The Output that begins `rows` rows further down."""
     address, added = out.address + rows * out.stride, out.added + rows * out.added_stride if out.added else 0
-    return Output(address, out.stride, added, out.added_stride, out.num_panels, out.resume)
+    return Output(address, out.stride, added, out.added_stride, out.num_panels, out.resume, out.is_last)
 
 
 @merged
@@ -199,7 +207,7 @@ def output_at(a, t, p, num_panels, k, is_last):
     """The Output of a layer at row t and panel p, for the part of K from k on; the last part adds the residual."""
     place = 4 * (a.width * t + a.column + 16 * p)
     residual, stride = a.residual + place if a.residual and is_last else 0, 4 * a.width
-    return Output(a.out + place, stride, residual, stride, num_panels - p, k)
+    return Output(a.out + place, stride, residual, stride, num_panels - p, k, 1 if is_last else 0)
 
 
 @merged
@@ -216,9 +224,9 @@ def multiply_claim(format, shapes, multiply, rows_of, a, sizes, claim):
             for k in range(0, K, sizes.part_of_k):
                 next_k, p_ahead = (k + sizes.part_of_k, p) if k + sizes.part_of_k < K else (0, next_p)
                 codes = a.weight.codes + codes_stride * p + codes_stride * k // K
-                scales = a.weight.d + scale_stride * p + scale_stride * k // K
+                scales = a.weight.d + scale_stride * p + scale_offset(format, k)
                 codes_ahead = a.weight.codes + codes_stride * p_ahead + codes_stride * next_k // K
-                scales_ahead = a.weight.d + scale_stride * p_ahead + scale_stride * next_k // K
+                scales_ahead = a.weight.d + scale_stride * p_ahead + scale_offset(format, next_k)
                 multiply(
                     format,
                     shapes,

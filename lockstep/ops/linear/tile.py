@@ -49,19 +49,35 @@ def linear_tile(context, weights, shape, num_rows, x, w, out, ahead):
 
 @primitive()
 def scale_bytes(context, format, num_weights):
-    """Bytes of the scales, or of a dense layout's headers, of num_weights weights of each feature, in a format that has
-    them in a stream of their own.
+    """Bytes of the scales, or of a dense layout's headers, of a panel of num_weights weights of each feature, in a
+    format that has them in a stream of their own.
 
     format: its name, a literal. num_weights: a multiple of 32, of a header's where the layout is dense.
     """
+    packed = FORMATS[format.literal_value].packed
 
     def codegen(ctx, b, sig, args):
-        made = FORMATS[format.literal_value]
-        if made.dense is not None:
-            return _blocks(b, args[1], made.dense.block_size, made.dense.header_bytes)
-        return _blocks(b, args[1], made.stored.size, made.packed.scales.itemsize if made.packed.scales else 0)
+        return ir.Constant(I64, packed.scales.itemsize) if packed.per_row else _scales_before(b, format, args[1])
 
     return types.int64(format, types.int64), codegen
+
+
+@primitive()
+def scale_offset(context, format, k):
+    """Where the scales of the weights from k on begin in those of a panel, in bytes; arguments as of `scale_bytes`."""
+    packed = FORMATS[format.literal_value].packed
+
+    def codegen(ctx, b, sig, args):
+        return ir.Constant(I64, 0) if packed.per_row else _scales_before(b, format, args[1])
+
+    return types.int64(format, types.int64), codegen
+
+
+def _scales_before(b, format, num_weights):
+    made = FORMATS[format.literal_value]
+    if made.dense is not None:
+        return _blocks(b, num_weights, made.dense.block_size, made.dense.header_bytes)
+    return _blocks(b, num_weights, made.stored.size, made.packed.scales.itemsize if made.packed.scales else 0)
 
 
 @primitive()
@@ -104,7 +120,7 @@ def _tile(tile, b, magic, format, height, panels, operands):
     whole = height <= WHOLE_PANELS or lanes == LANES
     for group in [columns] if whole else [[column] for column in columns]:
         s = Site(b, magic, height, group, lanes, x, w)
-        s.flushes = needs_flushing(FORMATS[format])
+        s.flushes, s.is_last = needs_flushing(FORMATS[format]), b.icmp_signed("!=", out.is_last, s.int(0))
         begin(s, out)
         look_ahead(s, ahead)
         finish(s, tile(s), out)

@@ -23,8 +23,10 @@ from lockstep.weights.folders.keys import only
 from lockstep.weights.folders.modules import (
     FLOATS,
     Module,
+    by_channel,
     group_of_columns,
     grouped,
+    is_by_channel,
     modules_with,
     num_words,
     replaced,
@@ -131,6 +133,9 @@ def _packed(module: Module, schemes: list[Scheme]) -> MadeTensor:
     scales = module.get("weight_scale", FLOATS, N, None)
     G, symmetric = scales.shape[1], not module.has("weight_zero_point")
     _check(words.name, Scheme(bits, "int", symmetric, K // G, None), schemes, K)
+    if symmetric and is_by_channel(bits, G, K):
+        signed = lambda rows: (unpacked(words.read(rows), bits, K) ^ np.uint8(128)).view(np.int8)
+        return by_channel(module.full("weight"), (N, K), signed, scales.read)
     zeros = None if symmetric else module.get("weight_zero_point", ("i32",), num_words(N, bits), G)
 
     def zero(rows: slice) -> np.ndarray | int:
@@ -183,8 +188,10 @@ def _integers(module: Module, schemes: list[Scheme]) -> MadeTensor:
     scales = module.get("weight_scale", FLOATS, *_scale_shape(module, N))
     G, symmetric = scales.shape[1] if len(scales.shape) == 2 else 1, not module.has("weight_zero_point")
     _check(numbers.name, Scheme(8, "int", symmetric, K // G, None), schemes, K)
-    zeros = None if symmetric else module.get("weight_zero_point", ("i8",), *scales.shape)
     by_row = lambda tensor: np.broadcast_to(tensor.read().reshape(-1, G), (N, G))
+    if symmetric and is_by_channel(8, G, K):
+        return by_channel(module.full("weight"), (N, K), numbers.read, lambda rows: by_row(scales)[rows])
+    zeros = None if symmetric else module.get("weight_zero_point", ("i8",), *scales.shape)
 
     def scales_of(rows: slice) -> tuple[np.ndarray, np.ndarray]:
         zero = 128 if zeros is None else by_row(zeros)[rows].astype(np.int32) + 128

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lockstep.formats.groups.rows import SMALLEST_GROUP, format_of, stored_rows
+from lockstep.formats.groups.rows import BY_CHANNEL, SMALLEST_GROUP, format_of, rows_by_channel, stored_rows
 from lockstep.weights.rearranged import ScatteredColumns, scattered_columns
 from lockstep.weights.tensor import MadeTensor, StoredTensor, TensorInfo, TensorMap
 
@@ -45,6 +45,18 @@ class Module(NamedTuple):
 def modules_with(tensors: TensorMap, suffix: str) -> list[Module]:
     """The layers that have a tensor of this name."""
     return [Module(tensors, name.removesuffix(f".{suffix}")) for name in tensors if name.endswith(f".{suffix}")]
+
+
+def is_by_channel(bits: int, groups: int, K: int) -> bool:
+    """Whether codes of `bits` bits without zero points, in `groups` groups of a row, are weights of `by_channel`."""
+    return bits == 8 and groups == 1 and BY_CHANNEL.fits(K)
+
+
+def by_channel(name: str, shape: tuple[int, int], codes: Callable, scales: Callable) -> MadeTensor:
+    """The weight [N, K] of signed codes of 8 bits and a scale for each row. codes, scales: of rows, int8 [rows, K] and
+    numbers [rows, 1]."""
+    made = lambda rows: rows_by_channel(codes(rows), scales(rows).astype(np.float32))
+    return MadeTensor.of(name, BY_CHANNEL.name, shape, made)
 
 
 def grouped(

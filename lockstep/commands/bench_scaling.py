@@ -34,7 +34,7 @@ def command(
     prompt: Annotated[int, typer.Option(min=2, help="Tokens of the prompt whose prefill is measured.")] = 512,
     context: Annotated[int, typer.Option(min=1, help="Tokens before those that are decoded.")] = 512,
     requests: Annotated[int, typer.Option(min=1, max=256, help="Requests that decode at a time, beside one.")] = 8,
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of each measurement; medians are shown.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which all measurements take turns.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure how steps are cut into tasks, how long these take and what they read, and predict from it how long the

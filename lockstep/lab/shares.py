@@ -28,7 +28,9 @@ from lockstep.runtime.threads import Team
 from lockstep.weights.store import WeightStore
 
 NUM_BARRIERS, RUNS = 100, 100  # of one measurement; the least of so many counts
-HAS_WORK = 1 / 8  # of the longest share, from which on a share that is dealt counts as one with work
+IDLE = 2  # times the shortest share of any op, up to which a share that is dealt has no work in it
+LOW = 0.25  # quantile of times that counts: other programs only make times longer
+SECONDS = 0.05  # that a step is measured for in a round, at least
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,14 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def _repeated(run: Callable[[], object]) -> list[float]:
+    """Seconds of each of several runs."""
+    found = [_seconds(run)]
+    while sum(found) < SECONDS:
+        found.append(_seconds(run))
+    return found
+
+
 class Rig:
     """A model on one thread and on a team, with memory for some workloads."""
 
@@ -133,22 +143,22 @@ class Rig:
         self._single.close()
 
     def measure(self, workload: Workload, threads: Sequence[int], rounds: int) -> Measured:
-        """Measures a workload in rounds, in which all measurements take turns; medians. threads: beside 1."""
+        """Measures a workload in rounds, in which all measurements take turns. threads: beside 1."""
         alone, together = self._alone.executor, self._together.executor
         spans = workload.spans(self._ids)
         step, step_together = self._alone.prepare(spans), self._together.prepare(spans)
         counts = sorted({1, *threads})
         times, seconds = {count: [] for count in counts}, ([], [])
         for i in range(rounds + 1):
-            measured = [_seconds(lambda: alone.run(step)), _seconds(lambda: together.run(step_together))]
+            measured = [_repeated(lambda: alone.run(step)), _repeated(lambda: together.run(step_together))]
             for count in counts:
                 found = alone.run_in_turns(step, count)
                 if i:  # the first round warms up
                     times[count].append(found)
-            for kept, value in zip(seconds, measured, strict=True):
-                kept += [value] if i else []
+            for kept, values in zip(seconds, measured, strict=True):
+                kept += values if i else []
         ops = _likes(self._alone.program.ops, alone.meets_after(), workload, times)
-        return Measured(workload, ops, *(float(np.median(kept)) for kept in seconds))
+        return Measured(workload, ops, *(float(np.quantile(kept, LOW)) for kept in seconds))
 
 
 def _likes(ops: Sequence[Operands], meets: Sequence[bool], workload: Workload, times) -> list[Like]:
@@ -157,13 +167,13 @@ def _likes(ops: Sequence[Operands], meets: Sequence[bool], workload: Workload, t
     groups: dict[tuple[str, int], list[int]] = {}
     for i, op in enumerate(ops):
         groups.setdefault((_label(op), op_bytes(op, workload)), []).append(i)
-    found = []
+    found, shortest = [], {count: min(one.min() for one, _ in rounds) / 1e9 for count, rounds in times.items()}
     for (label, num_bytes), indices in groups.items():
         like = Like(label, len(indices), sum(meets[i] for i in indices), num_bytes)
         for count, rounds in times.items():
-            shares = np.median([one[indices] for one, _ in rounds], axis=(0, 1)) / 1e9
+            shares = np.quantile([one[indices] for one, _ in rounds], LOW, axis=(0, 1)) / 1e9
             claims = int(rounds[-1][1][indices[0]])
-            like.tasks[count] = claims or int((shares >= HAS_WORK * shares.max()).sum())
+            like.tasks[count] = claims or int((shares > IDLE * shortest[count]).sum())
             like.longest[count] = float(shares.sum() / claims * math.ceil(claims / count) if claims else shares.max())
         like.alone = like.longest[1]
         found.append(like)

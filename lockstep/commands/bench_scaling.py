@@ -139,7 +139,8 @@ def show(found: dict[str, Any], console: Console) -> None:
 def ops_table(step: dict[str, Any], predicted: dict[str, Any]) -> Any:
     """Every op that takes time on some threads: into how many tasks it is cut, and what limits it."""
     title = f"{step['name']}, {predicted['threads']} threads"
-    table = made_table(title, "op", ">ops", ">MB", ">ms on 1", ">ms", ">share", ">tasks of one", "limit")
+    columns = "op", ">ops", ">MB", ">ms on 1", ">ms", ">share", ">tasks of one", "limit"
+    table = made_table(title, *columns)
     for op, there in zip(step["ops"], predicted["ops"], strict=True):
         if (share := there["seconds"] / predicted["seconds"]) < SHOWN:
             continue

@@ -27,8 +27,9 @@ from lockstep.runtime.step_block import StepBlock
 from lockstep.runtime.threads import Team
 from lockstep.weights.store import WeightStore
 
-NUM_BARRIERS, RUNS = 100, 100  # of one measurement; the least of so many counts
-PAUSE = 2e-3  # seconds between them: threads that other programs have driven to one core part again
+NUM_BARRIERS, RUNS = 100, 30  # of one measurement; the least of so many counts
+PAUSE = 2e-3  # seconds between them
+TEAMS = 5  # whose barriers are measured: other programs may drive the threads of one to the same core
 IDLE = 2  # times the shortest share of any op, up to which a share that is dealt has no work in it
 LOW = 0.25  # quantile of times that counts: other programs only make times longer
 SECONDS = 0.05  # that a step is measured for in a round, at least
@@ -91,9 +92,9 @@ class Machine:
 
 def machine(team: Team) -> Machine:
     """Measures this machine."""
-    single = Team(1)
-    without, with_barrier = (_op_seconds(each) for each in (single, team))
-    found = Machine(team.num_threads, measure(single), measure(team), max(0.0, with_barrier - without))
+    single, count = Team(1), team.num_threads
+    barriers = max(0.0, min(_op_seconds(Team(count)) for _ in range(TEAMS)) - _op_seconds(single))
+    found = Machine(count, measure(single), measure(team), barriers)
     single.close()
     return found
 

@@ -31,7 +31,7 @@ NUM_BARRIERS, RUNS = 100, 30  # of one measurement; the least of so many counts
 PAUSE = 2e-3  # seconds between them
 TEAMS = 5  # whose barriers are measured: other programs may drive the threads of one to the same core
 IDLE = 2  # times the shortest share of any op, up to which a share that is dealt has no work in it
-LOW = 0.25  # quantile of times that counts: other programs only make times longer
+LOW = 0.25  # quantile of shares' times that counts: other programs only make times longer
 SECONDS = 0.05  # that a step is measured for in a round, at least
 
 
@@ -72,7 +72,7 @@ class Like:
 
 @dataclass(frozen=True)
 class Measured:
-    """A workload's ops, and the seconds of the whole step on one thread and on all threads of the team."""
+    """A workload's ops, and the least seconds of the whole step on one thread and on all threads of the team."""
 
     workload: Workload
     ops: list[Like]
@@ -164,7 +164,7 @@ class Rig:
             for kept, values in zip(seconds, measured, strict=True):
                 kept += values if i else []
         ops = _likes(self._alone.program.ops, alone.meets_after(), workload, times)
-        return Measured(workload, ops, *(float(np.quantile(kept, LOW)) for kept in seconds))
+        return Measured(workload, ops, *(min(kept) for kept in seconds))
 
 
 def _likes(ops: Sequence[Operands], meets: Sequence[bool], workload: Workload, times) -> list[Like]:

@@ -111,7 +111,7 @@ def step_data(
     )
     for count in counts:
         times = predict.step_times(measured, count, here, most)
-        parts = {part: predict.total(times, part) for part in ("even", "tasks", "memory", "barrier")}
+        parts = {part: predict.total(times, part) for part in predict.PARTS}
         ops = [dict(tasks=t.like.tasks[count], seconds=t.like.count * t.seconds, limit=t.limit) for t in times]
         step["predicted"].append(dict(threads=count, seconds=predict.total(times), parts=parts, ops=ops))
     return step
@@ -151,10 +151,10 @@ def ops_table(step: dict[str, Any], predicted: dict[str, Any]) -> Any:
 
 def total_table(step: dict[str, Any]) -> Any:
     """The whole step, and where its time goes."""
-    names = ">threads", ">ms", ">tok/s", ">speedup", ">even shares", ">too few tasks", ">memory", ">barriers"
+    names = ">threads", ">ms", ">tok/s", ">speedup", ">even", ">few tasks", ">memory", ">passing", ">barriers"
     table = made_table(None, *names)
     for each in step["predicted"]:
-        shares = [f"{each['parts'][part] / each['seconds']:.0%}" for part in ("even", "tasks", "memory", "barrier")]
+        shares = [f"{each['parts'][part] / each['seconds']:.0%}" for part in predict.PARTS]
         speed, speedup = step["rows"] / each["seconds"], step["alone"] / each["seconds"]
         table.add_row(str(each["threads"]), f"{1e3 * each['seconds']:.3f}", f"{speed:.1f}", f"{speedup:.1f}x", *shares)
     return table

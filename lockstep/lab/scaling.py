@@ -1,8 +1,9 @@
 """A model of how steps scale: the seconds of each op on more threads than this machine has cores, and what limits it.
 
-An op takes as long as the longest share of a thread, and no less than memory takes to bring what it reads; then threads
-meet. Cores count as equal and independent: the model knows neither lower clocks of many busy cores nor two threads on
-one core, and nothing of a second socket but what one says of its memory.
+An op takes as long as the longest share of a thread, and no less than memory takes to bring what it reads; activations
+come from the cores that have written them; then threads meet. Cores count as equal and independent: the model knows
+neither lower clocks of many busy cores nor two threads on one core, and nothing of a second socket but what one says of
+its memory.
 """
 
 from dataclasses import dataclass
@@ -13,25 +14,27 @@ from lockstep.runtime.threads import GROUP
 UNEVEN = 1.25  # longest share against an even one, from which on an op is said to have too few tasks
 IN_CACHE = 1.5  # times the speed of memory, from which on an op reads from a cache
 
-LIMITS = ("arithmetic", "memory", "tasks", "barrier")
+LIMITS = ("arithmetic", "memory", "tasks", "passing", "barrier")
+PARTS = ("even", "tasks", "memory", "passing", "barrier")
 
 
 @dataclass(frozen=True)
 class OpTime:
-    """Seconds of one of like ops on some threads: an even share, what too few tasks and memory add to it, and the
-    barrier behind it. limit: one of LIMITS."""
+    """Seconds of one of like ops on some threads, in PARTS: an even share, what too few tasks, memory and activations
+    of other cores add to it, and the barrier behind it. limit: one of LIMITS."""
 
     like: Like
     even: float
     tasks: float
     memory: float
+    passing: float
     barrier: float
     limit: str
 
     @property
     def seconds(self) -> float:
         """All of it."""
-        return self.even + self.tasks + self.memory + self.barrier
+        return sum(getattr(self, part) for part in PARTS)
 
 
 def bandwidth(here: Machine, num_threads: int, most: float | None) -> float:
@@ -55,14 +58,15 @@ def op_time(like: Like, num_threads: int, here: Machine, most: float | None = No
     from_cache = like.num_bytes > IN_CACHE * here.alone.bytes_per_second * like.alone
     memory = 0.0 if from_cache else like.num_bytes / bandwidth(here, num_threads, most)
     meeting = barrier(here, num_threads) * like.meets / like.count
-    tasks = max(0.0, longest - even)
-    if meeting > max(longest, memory):
-        limit = "barrier"
+    tasks, busy = max(0.0, longest - even), max(1, min(num_threads, like.tasks[num_threads]))
+    passing = like.passed * here.passing * (1 - 1 / num_threads) / busy
+    if max(meeting, passing) > max(longest, memory):
+        limit = "barrier" if meeting > passing else "passing"
     elif memory >= longest:
         limit = "memory"
     else:
         limit = "tasks" if longest > UNEVEN * even else "arithmetic"
-    return OpTime(like, even, tasks, max(0.0, memory - max(longest, even)), meeting, limit)
+    return OpTime(like, even, tasks, max(0.0, memory - max(longest, even)), passing, meeting, limit)
 
 
 def step_times(measured: Measured, num_threads: int, here: Machine, most: float | None = None) -> list[OpTime]:

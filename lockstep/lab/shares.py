@@ -18,11 +18,13 @@ from lockstep.lab.ceiling import Ceiling, Work, measure
 from lockstep.lab.describe import is_linear, packed_bytes
 from lockstep.lab.parity import GREEDY
 from lockstep.native.kernel import kernel
+from lockstep.native.numbers import int64
+from lockstep.native.simd import peek, poke
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS
 from lockstep.runtime.backend import Implementation
-from lockstep.runtime.executor import Executor
+from lockstep.runtime.executor import Executor, aligned
 from lockstep.runtime.operands import Operands
-from lockstep.runtime.program import CacheArray, Program, Weight
+from lockstep.runtime.program import DTYPES, CacheArray, Program, Tensor, Weight
 from lockstep.runtime.step_block import StepBlock
 from lockstep.runtime.threads import Team
 from lockstep.weights.store import WeightStore
@@ -30,6 +32,7 @@ from lockstep.weights.store import WeightStore
 NUM_BARRIERS, RUNS = 100, 30  # of one measurement; the least of so many counts
 PAUSE = 2e-3  # seconds between them
 TEAMS = 5  # whose barriers are measured: other programs may drive the threads of one to the same core
+PASSED = 1 << 18  # bytes that a thread reads of another one's: they fit into its near caches
 IDLE = 2  # times the shortest share of any op, up to which a share that is dealt has no work in it
 LOW = 0.25  # quantile of shares' times that counts: other programs only make times longer
 SECONDS = 0.05  # that a step is measured for in a round, at least
@@ -44,6 +47,10 @@ class Workload:
     tokens: int
     context: int
 
+    def rows(self, letter: str) -> int:
+        """How many rows there are of a letter."""
+        return 0 if letter == "E" else self.requests * (self.tokens if letter == "T" else 1)
+
     def spans(self, ids: Sequence[int]) -> list[Span]:
         """The requests, with pages of their own."""
         end = self.context + self.tokens
@@ -56,7 +63,8 @@ class Workload:
 class Like:
     """Ops of a step that differ in their weights only. Seconds and bytes are those of one of them.
 
-    meets: after how many of them threads meet. num_bytes: of weights and caches that it reads. alone: seconds on one
+    meets: after how many of them threads meet. num_bytes: of weights and caches that it reads. passed: bytes of
+    activations that it reads and writes, most of which other threads had before. alone: seconds on one
     thread. tasks: {threads: into how many tasks it is cut}; where shares are dealt, how many threads have work.
     longest: {threads: seconds of the longest share}.
     """
@@ -65,6 +73,7 @@ class Like:
     count: int
     meets: int
     num_bytes: int
+    passed: int = 0
     alone: float = 0.0
     tasks: dict[int, int] = field(default_factory=dict)
     longest: dict[int, float] = field(default_factory=dict)
@@ -82,19 +91,22 @@ class Measured:
 
 @dataclass(frozen=True)
 class Machine:
-    """Threads of the team; the ceilings of one thread and of all; seconds that threads take to meet, all of them."""
+    """Threads of the team; the ceilings of one thread and of all; seconds that threads take to meet, all of them, and
+    that it takes longer to read a byte which another core has written."""
 
     num_threads: int
     alone: Ceiling
     together: Ceiling
     barrier: float
+    passing: float
 
 
 def machine(team: Team) -> Machine:
     """Measures this machine."""
     single, count = Team(1), team.num_threads
     barriers = max(0.0, min(_op_seconds(Team(count)) for _ in range(TEAMS)) - _op_seconds(single))
-    found = Machine(count, measure(single), measure(team), barriers)
+    passing = max(0.0, _passing(team) - _passing(single))
+    found = Machine(count, measure(single), measure(team), barriers, passing)
     single.close()
     return found
 
@@ -102,6 +114,50 @@ def machine(team: Team) -> Machine:
 @kernel
 def nothing(op, step, thread, num_threads):
     """Does nothing, so that an op is its barrier."""
+
+
+@kernel
+def write_next(op, step, thread, num_threads):
+    """Writes the part that the next thread will read."""
+    work = Work.read(op)
+    first = work.address + (thread + 1) % num_threads * work.amount
+    for place in range(first, first + work.amount, 64):
+        poke(place, place)
+
+
+@kernel
+def read_own(op, step, thread, num_threads):
+    """Reads the part that another thread has written."""
+    work, total = Work.read(op), 0
+    first = work.address + thread * work.amount
+    for place in range(first, first + work.amount, 64):
+        total += peek(place, int64)
+    poke(work.out + 64 * thread, total)
+
+
+def _passing(team: Team) -> float:
+    """The least seconds that a thread takes to read a byte which another one, if there is one, has written."""
+    program, memory = Program(), aligned(PASSED * team.num_threads)
+    out = program.tensor("out", "T", 16 * team.num_threads)
+    kinds = {"write": Implementation(write_next), "read": Implementation(read_own)}
+    for kind in kinds:
+        program.emit(Passing(out=out, address=memory.ctypes.data, amount=PASSED, step=kind))
+    executor, clock = Executor(program, kinds, team, WeightStore(), {"T": 1}, {}), np.zeros(2, np.int64)
+    step, found = StepBlock.made(num_tokens=1), []
+    for _ in range(RUNS):
+        executor.run(step, clock)
+        found.append(int(clock[1] - clock[0]))
+    return min(found) / 1e9 / PASSED
+
+
+class Passing(Work):
+    """Work whose kind is its step, "write" or "read"."""
+
+    step: str
+
+    @property
+    def kind(self):
+        return self.step
 
 
 def _op_seconds(team: Team) -> float:
@@ -170,12 +226,12 @@ class Rig:
 def _likes(ops: Sequence[Operands], meets: Sequence[bool], workload: Workload, times) -> list[Like]:
     """Ops by what they have in common, in the order of the program. times: {threads: what rounds of `run_in_turns`
     gave}."""
-    groups: dict[tuple[str, int], list[int]] = {}
+    groups: dict[tuple[str, int, int], list[int]] = {}
     for i, op in enumerate(ops):
-        groups.setdefault((_label(op), op_bytes(op, workload)), []).append(i)
+        groups.setdefault((_label(op), op_bytes(op, workload), passed_bytes(op, workload)), []).append(i)
     found, shortest = [], {count: min(one.min() for one, _ in rounds) / 1e9 for count, rounds in times.items()}
-    for (label, num_bytes), indices in groups.items():
-        like = Like(label, len(indices), sum(meets[i] for i in indices), num_bytes)
+    for (label, num_bytes, passed), indices in groups.items():
+        like = Like(label, len(indices), sum(meets[i] for i in indices), num_bytes, passed)
         for count, rounds in times.items():
             shares = np.quantile([one[indices] for one, _ in rounds], LOW, axis=(0, 1)) / 1e9
             claims = int(rounds[-1][1][indices[0]])
@@ -194,8 +250,7 @@ def _label(op: Operands) -> str:
 def op_bytes(op: Operands, workload: Workload) -> int:
     """Bytes of weights and caches that an op reads in a step. Of experts, as many are read as rows choose; pages are
     read by ops that look back on the context, others only write to them."""
-    rows = workload.requests * (workload.tokens if op.rows == "T" else 0 if op.rows == "E" else 1)
-    total = 0.0
+    rows, total = workload.rows(op.rows), 0.0
     for value in op.inputs:
         if isinstance(value, Weight) and is_linear(op) and value in op.packed:
             chosen = op.flops(0) // 2 * rows / math.prod(value.shape)
@@ -203,6 +258,16 @@ def op_bytes(op: Operands, workload: Workload) -> int:
         elif isinstance(value, CacheArray) and (value.kind != "pages" or op.flops(1) > op.flops(0)):
             total += value.bytes_each * workload.requests * _slots(value, workload)
     return int(total)
+
+
+def passed_bytes(op: Operands, workload: Workload) -> int:
+    """Bytes of activations that an op reads and writes."""
+    tensors = [value for value in (*op.inputs, *op.outputs) if isinstance(value, Tensor)]
+    return sum(
+        workload.rows(t.rows) * t.width * DTYPES[t.dtype].itemsize
+        for t in tensors
+        if t not in op.outputs or t in op.kept
+    )
 
 
 def _slots(cache: CacheArray, workload: Workload) -> float:

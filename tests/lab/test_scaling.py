@@ -6,14 +6,14 @@ import pytest
 
 from lockstep.cli import main
 from lockstep.lab.ceiling import Ceiling
-from lockstep.lab.scaling import arrivals, bandwidth, barrier, op_time, step_times, total
+from lockstep.lab.scaling import PARTS, arrivals, bandwidth, barrier, op_time, step_times, total
 from lockstep.lab.shares import Like, Machine, Measured, Workload
 
-HERE = Machine(2, Ceiling(10e9, 1, 1), Ceiling(16e9, 1, 1), 2e-6)
+HERE = Machine(2, Ceiling(10e9, 1, 1), Ceiling(16e9, 1, 1), 2e-6, 1e-10)
 
 
-def like(tasks, longest, alone=64e-6, num_bytes=0, meets=1, count=1):
-    return Like("op", count, meets, num_bytes, alone, {64: tasks}, {64: longest})
+def like(tasks, longest, alone=64e-6, num_bytes=0, *, meets=1, count=1, passed=0):
+    return Like("op", count, meets, num_bytes, passed, alone, {64: tasks}, {64: longest})
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,8 @@ def like(tasks, longest, alone=64e-6, num_bytes=0, meets=1, count=1):
         (like(64, 1e-6, num_bytes=640_000), "memory", 40e-6 + 16e-6),
         (like(64, 1e-6, num_bytes=64_000_000), "barrier", 1e-6 + 16e-6),  # faster than memory: from a cache
         (like(64, 1e-6, meets=0), "arithmetic", 1e-6),
+        (like(64, 1e-6, meets=0, passed=6_400_000), "passing", 1e-6 + 1e-5 * 63 / 64),
+        (like(2, 32e-6, meets=0, passed=640_000), "tasks", 32e-6 + 32e-6 * 63 / 64),
     ],
 )
 def test_what_limits_an_op(op, limit, seconds):
@@ -46,8 +48,8 @@ def test_memory_and_barriers_of_other_machines():
 def test_a_step_is_the_sum_of_its_ops():
     ops = [like(64, 1e-6, count=3, meets=3), like(1, 64e-6, count=2, meets=2)]
     times = step_times(Measured(Workload("w", 1, 1, 1), ops, 0, 0), 64, HERE)
-    parts = {part: total(times, part) for part in ("even", "tasks", "memory", "barrier")}
-    assert parts == pytest.approx(dict(even=5e-6, tasks=126e-6, memory=0, barrier=80e-6))
+    parts = {part: total(times, part) for part in PARTS}
+    assert parts == pytest.approx(dict(even=5e-6, tasks=126e-6, memory=0, passing=0, barrier=80e-6))
     assert total(times) == pytest.approx(sum(parts.values()))
 
 
@@ -62,10 +64,9 @@ def test_the_command(capsys):
         for each in step["predicted"]:
             assert sum(op["seconds"] for op in each["ops"]) == pytest.approx(each["seconds"])
     [prefill] = [step for step in found["steps"] if step["rows"] == 64]
-    tasks = {
-        op["op"].split()[0]: there["tasks"]
-        for op, there in zip(prefill["ops"], prefill["predicted"][1]["ops"], strict=True)
-    }
+    tasks = {}
+    for op, there in zip(prefill["ops"], prefill["predicted"][1]["ops"], strict=True):
+        tasks.setdefault(op["op"].split()[0], there["tasks"])  # the first: the last one has few rows
     assert tasks["rms_norm+round_bf16"] == 16 and tasks["attention_bf16"] >= 8
 
 

@@ -261,7 +261,9 @@ def op_bytes(op: Operands, workload: Workload) -> int:
 
 
 def passed_bytes(op: Operands, workload: Workload) -> int:
-    """Bytes of activations that an op reads and writes."""
+    """Bytes of activations that an op reads and writes; 0 of one that works only for rows which ask for it."""
+    if not op.kept:
+        return 0
     tensors = [value for value in (*op.inputs, *op.outputs) if isinstance(value, Tensor)]
     return sum(
         workload.rows(t.rows) * t.width * DTYPES[t.dtype].itemsize

@@ -23,7 +23,7 @@ ENOUGH = 1 << 22  # spins, with yields: seconds
 
 
 def linear(out, x, column=0, features=48, residual=None):
-    tensors = dict(out=TENSORS[out], x=TENSORS[x], residual=TENSORS.get(residual))
+    tensors = dict(out=TENSORS[out], x=TENSORS[x], residual=TENSORS[residual] if residual else None)
     sizes = dict(in_features=WIDTH, out_features=features, width=WIDTH, column=column)
     return Linear(**tensors, weight=Weight("w", "f32", (features, WIDTH), ()), **sizes)
 

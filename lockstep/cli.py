@@ -27,6 +27,7 @@ COMMANDS = {
     "parity": "Show that every path of a model gives the same bits.",
     "bench": "Measure prefill and decode, A/B, and this machine's ceiling.",
     "bench load": "Drive arrivals against the engine, without HTTP; latencies and throughput.",
+    "bench scaling": "Predict the speed on more cores, op by op, and what limits it.",
     "bench speculate": "Measure what drafts gain, by how many are right.",
     "ptq sites": "List what of a model a quantization plan can round.",
     "ptq eval": "Score a text: perplexity, and what a quantization plan changes.",

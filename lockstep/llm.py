@@ -54,7 +54,8 @@ class LLM(LoadedModel):
     far as the KV cache has room (in kv_tokens, or in half of the memory that is free beside the weights); the
     attribute `context` has the ContextSize that resulted. max_requests: sequences that decode together, at most.
     max_step_tokens: tokens that one forward pass computes, at most; longer prompts are prefilled in chunks. kv_tokens:
-    tokens of KV cache over all requests. threads: None: one for each core. num_engines, claims_kv: see EngineOptions.
+    tokens of KV cache over all requests. threads: at most one for each core; None: one for each. numa: "interleave"
+    spreads weights and caches over the memory of all NUMA nodes; "off". num_engines, claims_kv: see EngineOptions.
     packs_lazily: pack experts when a step first needs them; `finish_packing` packs those that are left.
 
     Prefix caching. prefix_cache: whether a request reuses the KV cache of earlier requests with the same first tokens.

@@ -23,8 +23,10 @@ from lockstep.engine.speculation.draft_model import check_vocabulary, named
 from lockstep.engine.speculation.drafts import MODEL, SOURCES
 from lockstep.models.checkpoint import end_of_sequence_ids, open_checkpoint
 from lockstep.models.pooling import default_pooling
+from lockstep.native.host import team_size
 from lockstep.progress import OnProgress, Progress, reporting
 from lockstep.ptq.solved import Solved
+from lockstep.runtime import placement
 from lockstep.text.tokenizer.tokenizer import (
     Tokenizer,
     answer_detokenizer,
@@ -169,9 +171,6 @@ def _shown(token: str | None) -> str:
     return "none" if token is None else f"{token!r:.80}"
 
 
-# ------------------------------------------------------------ with its engine
-
-
 class LoadedModel:
     """A model with its tokenizer and its engine, on this machine's CPU. See `LLM` for the arguments."""
 
@@ -204,16 +203,17 @@ class LoadedModel:
         claims_kv: bool = True,
         spare_requests: int = 0,
         packs_lazily: bool = False,
+        numa: str = placement.OFF,
     ) -> None:
         if not isinstance(speculate, str):
-            raise ValueError(
-                f"speculate: expected {', '.join(SOURCES)} or the name of a smaller model, got {speculate!r:.80}"
-            )
+            expected = f"{', '.join(SOURCES)} or the name of a smaller model"
+            raise ValueError(f"speculate: expected {expected}, got {speculate!r:.80}")
+        self._nodes = placement.begin(numa)
         options = EngineOptions(
             max_step_tokens=max_step_tokens,
             max_requests=max_requests,
             kv_tokens=kv_tokens,
-            threads=threads,
+            threads=team_size(threads),
             prefix_cache=prefix_cache,
             cache_dir=cache_dir,
             cache_dir_bytes=cache_dir_bytes,
@@ -264,6 +264,7 @@ class LoadedModel:
         except ValueError:
             engine.close()
             raise
+        placement.spread(engine.runner.executor.weight_arrays(), self._nodes)
         for store in (self._store, self._draft.store) if self._draft else (self._store,):
             store.warn_not_kept()
         return engine

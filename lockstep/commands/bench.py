@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lockstep.commands.options import KvDtype, ModelName, Threads, Weights, load, say_unused
+from lockstep.commands.options import KvDtype, ModelName, Numa, Threads, Weights, load, say_unused
 from lockstep.commands.terminal.output import made_table, pyplot
 from lockstep.lab import ceiling as machine
 from lockstep.lab import model_speed as measure
@@ -28,6 +28,7 @@ def command(
     weights: Weights = "auto",
     kv_dtype: KvDtype = None,
     threads: Threads = None,
+    numa: Numa = "off",
     prompts: Annotated[str, typer.Option(help="Prompt lengths, comma-separated.")] = "64,512,1000",
     contexts: Annotated[str, typer.Option(help="Context lengths for decode, comma-separated.")] = "128,1024",
     repeat: Annotated[int, typer.Option(min=1, help="Runs of each measurement; medians are shown.")] = 3,
@@ -44,7 +45,7 @@ def command(
         check_plot(plot)
     if quick:
         say_unused(invoked, ["contexts", "repeat"], "with --quick, which compares prompts once")
-    llm = load(model, weights=weights, kv_dtype=kv_dtype, threads=threads, needed_context=longest)
+    llm = load(model, weights=weights, kv_dtype=kv_dtype, threads=threads, numa=numa, needed_context=longest)
     if longest > llm.max_context:
         raise ValueError(f"--prompts and --contexts: the model's context is {llm.max_context} tokens, got {longest}")
     console = Console(stderr=True)

@@ -56,7 +56,9 @@ def command(
     llm = load(model, weights=weights, kv_dtype=kv_dtype, threads=threads, needed_context=plan.longest, **sizes)
     if plan.longest > llm.max_context:
         raise ValueError(f"--contexts, --prompt and --tokens: {plan.longest} tokens, the model has {llm.max_context}")
-    options = EngineOptions(**sizes, threads=threads, speculate="mtp" if replay else "lookup", draft=MAX_DRAFTS)
+    options = EngineOptions(
+        **sizes, threads=llm.engine.team.num_threads, speculate="mtp" if replay else "lookup", draft=MAX_DRAFTS
+    )
     console = Console(stderr=True)
     bench = measure.Bench(llm.model, llm.engine, options)
     # no live display during the run: another Python thread would delay steps

@@ -39,7 +39,16 @@ RopeFactors = Annotated[
         "for; auto, those that the model's context calls for.",
     ),
 ]
-Threads = Annotated[int | None, typer.Option(min=1, max=256, help="Threads.", show_default="all cores")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=256, help="Threads, at most one for each core.", show_default="all cores")
+]
+Numa = Annotated[
+    str,
+    typer.Option(
+        metavar="HOW",
+        help="Where memory has several nodes: off, or interleave, which deals the pages of weights and caches to all.",
+    ),
+]
 MaxContext = Annotated[
     int | None,
     typer.Option(min=1, help="Tokens that prompt and answer may have together.", show_default="what is needed"),
@@ -231,9 +240,10 @@ def load_as(
     from lockstep.native.host import num_cores
     from lockstep.progress import Progress
 
-    num_threads = (options.get("threads") or 0) * num_replicas
-    if num_threads > num_cores():
-        print(f"lockstep: {num_threads} threads on {num_cores()} cores only take turns", file=sys.stderr)
+    if (threads := options.get("threads") or 0) > num_cores():
+        print(f"lockstep: {threads} threads on {num_cores()} cores: {num_cores()} run", file=sys.stderr)
+    elif threads * num_replicas > num_cores():
+        print(f"lockstep: {threads * num_replicas} threads on {num_cores()} cores only take turns", file=sys.stderr)
     options |= dict(max_context=max_context or needed_context, max_requests=max_requests)
     llm = kind(model, ops=parse_swaps(ops), **options)
     with Progress() as progress:

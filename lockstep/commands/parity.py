@@ -7,7 +7,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from lockstep.commands.options import ModelName, OpSwaps, Threads, Weights, load, parse_swaps, say_unused
+from lockstep.commands.options import ModelName, OpSwaps, Weights, load, parse_swaps, say_unused
 from lockstep.commands.terminal.output import made_table
 from lockstep.lab import parity as paths
 from lockstep.ops import BACKENDS
@@ -58,7 +58,15 @@ def command(
         int | None, typer.Option(min=2, help="Tokens of the prompt, which is repeated or cut to this length.")
     ] = None,
     weights: Weights = "auto",
-    threads: Threads = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=256,
+            help="The most threads of a path but one, which has twice as many.",
+            show_default="all cores",
+        ),
+    ] = None,
     op: OpSwaps = None,
     first_difference: Annotated[
         str | None,
@@ -88,13 +96,13 @@ def command(
         raise ValueError("--tokens: expected only with --speculate")
     tokens = tokens or ANSWER_TOKENS
     needed = (length or 0) + (tokens + PAGE_TOKENS if speculate else 0)
-    llm = load(model, weights=weights, threads=threads, needed_context=max(4096, needed))
+    llm = load(model, weights=weights, needed_context=max(4096, needed))
     if not encodes(llm):
         say_unused(invoked, ["prompt"], "with a model whose tokenizer does not encode: token ids are random")
     ids = prompt_ids(llm, prompt, length)
     if not 2 <= len(ids) <= llm.max_context:
         raise ValueError(f"prompt: expected 2 to {llm.max_context} tokens, got {len(ids)}")
-    swaps, max_threads = parse_swaps(op), llm.engine.team.num_threads
+    swaps, max_threads = parse_swaps(op), threads or llm.engine.team.num_threads
     if speculate:
         report_drafts(llm.model, ids, tokens, swaps, max_threads, as_json)
     elif first_difference:

@@ -32,13 +32,15 @@ class Implementation:
     """One way to run an op.
 
     kernel: native code, given an op row, whose words the op's declaration names. layout: of the op's weights. flushes:
-    see `runtime.step.FLUSHES`. layouts: {name of an operand: layout} of the weights that have another one.
+    see `runtime.step.FLUSHES`. layouts: {name of an operand: layout} of the weights that have another one. waits:
+    whether the threads wait for all others inside the op, which its counter counts.
     """
 
     kernel: Kernel
     layout: Layout = Layout("f32 rows", raw_weight)
     flushes: bool = False
     layouts: Mapping[str, Layout] = field(default_factory=dict)
+    waits: bool = False
 
 
 OpTable = Mapping[str, Implementation]  # by kind of op

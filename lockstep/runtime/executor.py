@@ -7,10 +7,12 @@ the words of the step block.
 import numpy as np
 
 from lockstep.native.compile import compile_kernels
+from lockstep.runtime.independence import may_go_on
 from lockstep.runtime.operands import WeightArrays
 from lockstep.runtime.program import DTYPES, ROW_COUNTS, CacheArray, Setting, Table, Tensor, Weight
-from lockstep.runtime.step import COUNTER, FLAGS, FLUSHES, KERNEL, OPERANDS, OWN_STEP, ROW_WORDS, ROWS
+from lockstep.runtime.step import COUNTER, FLAGS, FLUSHES, GOES_ON, KERNEL, OPERANDS, OWN_STEP, ROW_WORDS, ROWS
 from lockstep.runtime.step_block import STEP_WORDS
+from lockstep.runtime.threads import run_in_turns
 
 ALIGNMENT = 64
 
@@ -123,6 +125,7 @@ class Executor:
         compile_kernels([i.kernel for i in implementations])
         for i, (op, implementation) in enumerate(zip(program.ops, implementations, strict=True)):
             self._encode(i, op, implementation)
+        self._table[: len(program.ops), FLAGS] |= np.multiply(GOES_ON, may_go_on(program.ops, self._place))
         self._row_limits = [(letter, ROW_COUNTS[letter], limit) for letter, limit in max_rows.items()]
         self._table_address, self._step, self._step_address = self._table.ctypes.data, None, 0
 
@@ -131,7 +134,8 @@ class Executor:
         self._arrays_of_op = self._read_arrays[index] = []
         self._unpacked.pop(index, None)
         encode(op, row, {word.name: self._field(op, word, implementation) for word in op.words()})
-        row[KERNEL], row[FLAGS] = implementation.kernel.address, FLUSHES * implementation.flushes
+        row[KERNEL] = implementation.kernel.address
+        row[FLAGS] = row[FLAGS] & ~FLUSHES | FLUSHES * implementation.flushes
         row[ROWS], row[COUNTER] = ROW_COUNTS[op.rows], self._counters[index:].ctypes.data
 
     def _field(self, op, word, implementation):
@@ -167,6 +171,15 @@ class Executor:
         self._arrays_of_op.append(arrays)
         return [a.ctypes.data if a.nbytes else 0 for a in arrays]
 
+    def _place(self, tensor):
+        """First and last byte of a tensor's memory."""
+        [start] = self._addresses(tensor)
+        return start, start + _tensor_bytes(tensor, self.max_rows)
+
+    def weight_arrays(self):
+        """The arrays of the weights that ops read, as kernels read them."""
+        return [array for held in self._read_arrays.values() for arrays in held for array in arrays]
+
     def view(self, tensor, num_rows):
         """A tensor's first rows, as a view of the executor's memory."""
         dtype, start = DTYPES[tensor.dtype], self._offsets[tensor]
@@ -182,6 +195,26 @@ class Executor:
         self.pack_all()
         self._counters[index] = 0
         self.team.run(self._table[index:].ctypes.data, 1, step.ctypes.data)
+
+    def run_in_turns(self, step, num_threads):
+        """Runs the program on a step block on the calling thread, which takes the part of each of num_threads threads.
+
+        Returns nanoseconds of each share, int64 [ops, num_threads], and how many tasks were claimed, int64 [ops]: see
+        `threads.run_in_turns`. What ops compute means nothing, since some run more than once.
+        """
+        self.pack_all()
+        self.begin(step)
+        for i, op in enumerate(self.program.ops):
+            if self.backend[op.kind].waits:  # of threads that are never all there
+                self._counters[i] = 1 << 40
+        times, claims = np.zeros((len(self.program.ops), num_threads), np.int64), np.zeros_like(self._counters)
+        addresses = self._table_address, len(times), step.ctypes.data, num_threads, times.ctypes.data
+        run_in_turns(*addresses, claims.ctypes.data)
+        return times, claims
+
+    def meets_after(self):
+        """For each op, whether all threads wait for one another after it."""
+        return (self._table[: len(self.program.ops), FLAGS] & GOES_ON == 0).tolist()
 
     def run(self, step, clock=None, first=0, last=None):
         """Runs the ops first .. last (all of them) on a step block (int64[STEP_WORDS]).

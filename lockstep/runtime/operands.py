@@ -275,6 +275,10 @@ class Operands(metaclass=Declaration):
         """The letter that counts the op's rows."""
         return self.outputs[0].rows if self.outputs else "T"
 
+    def columns(self, tensor: Tensor) -> range | None:
+        """The columns of a tensor that the op reads or writes, whole cache lines; None: of any column."""
+        return None
+
     def changed(self, **operands: Any) -> Any:
         """A copy of the op with some operands replaced."""
         return dataclasses.replace(self, **operands)  # pyright: ignore[reportArgumentType]

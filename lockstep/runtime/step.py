@@ -14,7 +14,9 @@ from lockstep.runtime.words import Readable
 # an op row: ROW_WORDS int64 words
 KERNEL, FLAGS, ROWS, COUNTER, OWN_STEP, OPERANDS = 0, 1, 2, 3, 4, 5
 ROW_WORDS = 48
-FLUSHES = 1  # flag: the kernel runs with denormals flushed (ops that multiply bfloat16 pairs, and no others)
+# flags. FLUSHES: the kernel runs with denormals flushed (ops that multiply bfloat16 pairs, and no others); GOES_ON:
+# threads that have done their share begin the next op without waiting for the others, see `runtime.independence`
+FLUSHES, GOES_ON = 1, 2
 
 
 @inlined

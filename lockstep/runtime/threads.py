@@ -10,7 +10,7 @@ import weakref
 
 import numpy as np
 
-from lockstep.native.kernel import native
+from lockstep.native.kernel import inlined, native
 from lockstep.native.machine import (
     FLUSH,
     IEEE,
@@ -29,26 +29,61 @@ from lockstep.native.machine import (
 from lockstep.native.numbers import int64
 from lockstep.native.simd import peek, poke
 from lockstep.native.system import SYSTEM
-from lockstep.runtime.step import FLAGS, FLUSHES, OWN_STEP, ROW_WORDS
+from lockstep.runtime.step import COUNTER, FLAGS, FLUSHES, GOES_ON, OWN_STEP, ROW_WORDS
 
 LINE = 128  # bytes; each shared word has a cache line of its own, where lines are of 64 bytes a pair of them
 GENERATION, ARRIVED, PASSED, SLEEPERS, QUIT = (i * LINE for i in range(5))
 TABLE, NUM_OPS, STEP, CLOCK = (5 * LINE + 8 * i for i in range(4))
-SHARED_BYTES = 6 * LINE
+GROUPS = 6 * LINE  # two words for each group of threads, as ARRIVED and PASSED are for all
 SPINS_BEFORE_SLEEP = 2000
+# Threads add to ARRIVED one after the other, since its cache line goes from core to core. Where there are more threads
+# than this, groups of so many meet apart, and the last of each meets those of the other groups: of 64 threads no line
+# goes to more than 8 cores.
+GROUP = 8
+LOW_HALF = (1 << 32) - 1  # of an op's counter: the upper half may count something else than claims
+
+
+def shared_bytes(num_threads):
+    """Bytes of the words that a team of num_threads shares."""
+    return GROUPS + 2 * LINE * (-(-num_threads // GROUP))
 
 
 @native
-def meet(shared, num_threads):
+def meet(shared, thread, num_threads):
     """Spin barrier."""
-    if num_threads == 1:
+    if num_threads <= GROUP:
+        if num_threads > 1 and is_last(shared + ARRIVED, shared + PASSED, num_threads):
+            fetch_add(shared + PASSED, 1)
         return
-    passed = load_acquire(shared + PASSED)
-    if fetch_add(shared + ARRIVED, 1) == num_threads - 1:
-        store_release(shared + ARRIVED, 0)
-        fetch_add(shared + PASSED, 1)
-        return
-    wait_until(shared + PASSED, passed + 1)
+    group = thread // GROUP
+    arrived = shared + GROUPS + 2 * LINE * group
+    if is_last(arrived, arrived + LINE, min(GROUP, num_threads - GROUP * group)):
+        if is_last(shared + ARRIVED, shared + PASSED, (num_threads + GROUP - 1) // GROUP):
+            fetch_add(shared + PASSED, 1)
+        fetch_add(arrived + LINE, 1)
+
+
+@inlined
+def is_last(arrived, passed, count):
+    """Whether the calling thread is the last of `count` that call this, and has to add 1 to the word at `passed`, for
+    which the others wait here."""
+    before = load_acquire(passed)
+    if fetch_add(arrived, 1) == count - 1:
+        store_release(arrived, 0)
+        return True
+    wait_until(passed, before + 1)
+    return False
+
+
+@inlined
+def run_op(row, flags, step, thread, num_threads):
+    """One thread's share of an op."""
+    if flags & FLUSHES:
+        set_float_control(FLUSH)
+    own = peek(row + 8 * OWN_STEP, int64)
+    call_kernel(peek(row, int64), row, own if own != 0 else step, thread, num_threads)
+    if flags & FLUSHES:
+        set_float_control(IEEE)
 
 
 @native
@@ -60,14 +95,10 @@ def run_ops(shared, thread, num_threads):
     set_float_control(IEEE)
     for i in range(num_ops):
         row = table + 8 * ROW_WORDS * i
-        flushes = peek(row + 8 * FLAGS, int64) & FLUSHES
-        if flushes:
-            set_float_control(FLUSH)
-        own = peek(row + 8 * OWN_STEP, int64)
-        call_kernel(peek(row, int64), row, own if own != 0 else step, thread, num_threads)
-        if flushes:
-            set_float_control(IEEE)
-        meet(shared, num_threads)
+        flags = peek(row + 8 * FLAGS, int64)
+        run_op(row, flags, step, thread, num_threads)
+        if flags & GOES_ON == 0 or clock != 0 or i == num_ops - 1:
+            meet(shared, thread, num_threads)
         if clock != 0 and thread == 0:
             poke(clock + 8 * i, nanoseconds())
     set_float_control(before)
@@ -101,6 +132,33 @@ def help_forever(shared, thread, num_threads, generation):
         run_ops(shared, thread, num_threads)
 
 
+@native
+def run_in_turns(table, num_ops, step, num_threads, times, claims):
+    """Runs a step on the calling thread alone, which takes the part of each of num_threads threads in turn.
+
+    times: int64[num_ops, num_threads], nanoseconds of each thread's share of an op. claims: int64[num_ops], how many
+    tasks of an op its threads claimed by the op's counter; 0 where their shares are dealt. The first thread claims all
+    of them, so of these ops only the sum of the times means something. A thread that comes once more finds nothing left
+    to claim: by how much it raises the counter, all others have raised it beside their claims.
+    """
+    before = float_control()
+    set_float_control(IEEE)
+    for i in range(num_ops):
+        row = table + 8 * ROW_WORDS * i
+        flags, counter = peek(row + 8 * FLAGS, int64), peek(row + 8 * COUNTER, int64)
+        first, start = peek(counter, int64), nanoseconds()
+        for thread in range(num_threads):
+            run_op(row, flags, step, thread, num_threads)
+            now = nanoseconds()
+            poke(times + 8 * (num_threads * i + thread), now - start)
+            start = now
+        raised = (peek(counter, int64) - first) & LOW_HALF
+        run_op(row, flags, step, num_threads - 1, num_threads)
+        once_more = ((peek(counter, int64) - first) & LOW_HALF) - raised
+        poke(claims + 8 * i, raised - num_threads * once_more)
+    set_float_control(before)
+
+
 class Team:
     """num_threads threads, the caller's included; a forked process gets its own. `close` ends the helpers."""
 
@@ -109,7 +167,7 @@ class Team:
         self._start()
 
     def _start(self):
-        self._process, memory = os.getpid(), np.zeros(SHARED_BYTES + LINE, np.uint8)
+        self._process, memory = os.getpid(), np.zeros(shared_bytes(self.num_threads) + LINE, np.uint8)
         self._shared = -(-memory.ctypes.data // LINE) * LINE
         self._helpers = [
             threading.Thread(target=_live, args=(memory, self._shared, i, self.num_threads), daemon=True)

@@ -125,3 +125,8 @@ def test_windows_is_told_before_anything_is_imported():
     code = "import sys; sys.platform = 'win32'; import lockstep"
     found = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=False)
     assert found.returncode == 1 and "ImportError: Lockstep runs on Linux and macOS;" in found.stderr
+
+
+def test_a_team_has_at_most_one_thread_for_each_core(monkeypatch):
+    monkeypatch.setattr(system.SYSTEM, "num_cores", lambda: 6)
+    assert [host.team_size(asked) for asked in (None, 1, 6, 16)] == [6, 1, 6, 6]

@@ -95,12 +95,12 @@ def made_team(threads):
     """A context with a team of threads, which ends with it."""
     import contextlib
 
-    from lockstep.native.host import num_cores
+    from lockstep.native.host import num_cores, team_size
     from lockstep.runtime.threads import Team
 
     if (threads or 0) > num_cores():
-        print(f"lockstep: {threads} threads on {num_cores()} cores only take turns", file=sys.stderr)
-    return contextlib.closing(Team(threads or num_cores()))
+        print(f"lockstep: {threads} threads on {num_cores()} cores: {num_cores()} run", file=sys.stderr)
+    return contextlib.closing(Team(team_size(threads)))
 
 
 def calibration_text(path, evaluation, tokenizer):

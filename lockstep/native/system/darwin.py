@@ -42,3 +42,15 @@ def _number(name: str) -> int:
 
 def prefer_fast_cores() -> None:
     ctypes.CDLL(None).pthread_set_qos_class_self_np(USER_INITIATED, 0)
+
+
+def memory_nodes() -> list[int]:
+    return []
+
+
+def interleave_thread(nodes: list[int]) -> None:
+    raise OSError("this system does not say how memory is placed")
+
+
+def interleave_pages(address: int, num_bytes: int, nodes: list[int]) -> None:
+    interleave_thread(nodes)

@@ -1,6 +1,10 @@
 """Linux. See `lockstep.native.system`."""
 
+import ctypes
+import mmap
 import os
+import platform
+from pathlib import Path
 
 from llvmlite import ir
 from numba.core import cgutils
@@ -37,3 +41,50 @@ def num_cores() -> int:
 
 def prefer_fast_cores() -> None:
     """Linux moves threads that compute to fast cores by itself."""
+
+
+# ------------------------------------------------------------ NUMA, see mbind(2) and set_mempolicy(2)
+
+NODES = Path("/sys/devices/system/node/has_memory")
+INTERLEAVE, MOVE = 3, 2  # the policy MPOL_INTERLEAVE, the flag MPOL_MF_MOVE
+NUMBERS = {"x86_64": {"mbind": 237, "set_mempolicy": 238}, "aarch64": {"mbind": 235, "set_mempolicy": 237}}
+WORD_BITS = 64  # of a mask of nodes
+
+
+def memory_nodes() -> list[int]:
+    try:
+        ranges = [part.split("-") for part in NODES.read_text().strip().split(",")]
+        return [node for first, *last in ranges for node in range(int(first), int((last or [first])[0]) + 1)]
+    except (OSError, ValueError):  # a kernel without NUMA
+        return []
+
+
+def interleave_thread(nodes: list[int]) -> None:
+    _call("set_mempolicy", INTERLEAVE, *_mask(nodes))
+
+
+def interleave_pages(address: int, num_bytes: int, nodes: list[int]) -> None:
+    """Whole pages only: those at both ends belong to others, too."""
+    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (address + num_bytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+    if size > 0:
+        _call("mbind", start, size, INTERLEAVE, *_mask(nodes), MOVE)
+
+
+def _mask(nodes: list[int]) -> tuple[ctypes.Array, int]:
+    """A mask of nodes, and one more than its bits, as the kernel counts them."""
+    mask = (ctypes.c_uint64 * (max(nodes) // WORD_BITS + 1))()
+    for node in nodes:
+        mask[node // WORD_BITS] |= 1 << node % WORD_BITS
+    return mask, WORD_BITS * len(mask) + 1
+
+
+def _call(name: str, *arguments: int | ctypes.Array) -> None:
+    """A system call. OSError if it fails, as where a container forbids it."""
+    number = NUMBERS.get(platform.machine(), {}).get(name)
+    if number is None:
+        raise OSError(f"{name} has no known number on {platform.machine()}")
+    system = ctypes.CDLL(None, use_errno=True)
+    # integers as long: ctypes would pass 32 bits of each
+    if system.syscall(number, *(ctypes.c_long(a) if isinstance(a, int) else a for a in arguments)):
+        raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")

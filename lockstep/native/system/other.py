@@ -23,3 +23,15 @@ def num_cores() -> int:
 
 def prefer_fast_cores() -> None:
     pass
+
+
+def memory_nodes() -> list[int]:
+    return []
+
+
+def interleave_thread(nodes: list[int]) -> None:
+    raise OSError("this system does not say how memory is placed")
+
+
+def interleave_pages(address: int, num_bytes: int, nodes: list[int]) -> None:
+    interleave_thread(nodes)

@@ -12,7 +12,7 @@ from lockstep.ops.attention.formulas import score_scales
 from lockstep.ops.attention.pages import PAIRS, SINGLE
 from lockstep.ops.attention.pages_q8 import QUANTIZED
 from lockstep.ops.attention.pages_q8 import SCRATCH_BYTES as SCRATCH_BYTES_Q8
-from lockstep.ops.attention.work import Call, attend_claimed
+from lockstep.ops.attention.work import Call, attend_claimed, heads_together
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import COUNTER, StepBlock, pages_of
 
@@ -62,9 +62,11 @@ def call_of(a, batch, unit_heads):
 
 def attend(op, step, thread, num_threads):
     """One thread of an attention op."""
-    a, memory = Attention.read(op), stack_memory(SCRATCH_BYTES_Q8)
+    a, batch, memory = Attention.read(op), StepBlock.read(step), stack_memory(SCRATCH_BYTES_Q8)
     unit_heads = min(num_threads, 1) if ONE_ROW else a.num_heads // a.num_kv_heads
-    call = call_of(a, StepBlock.read(step), unit_heads)
+    if not ONE_ROW:
+        unit_heads = heads_together(call_of(a, batch, unit_heads), num_threads)
+    call = call_of(a, batch, unit_heads)
     attend_claimed(call, LAYOUT, False, ONE_ROW, peek(op + 8 * COUNTER, int64), thread, num_threads, memory)
 
 

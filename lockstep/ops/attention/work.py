@@ -5,7 +5,8 @@ Threads find their work from the sequences' lengths while they run: nothing is p
 into tiles of up to 96 rows, which threads claim one by one, so that long and short sequences balance: a tile has some
 tokens of a sequence with one kv head or, if `all_heads`, all tokens of a short sequence with all heads. Where there are
 few tiles, each is cut again into spans of 1024 keys, whose results are merged in ascending order, whoever computed
-them: the thread that has computed a span waits for its turn.
+them: the thread that has computed a span waits for its turn. Where there are still fewer than threads, query heads that
+share a kv head are parted (`heads_together`), and tiles have fewer rows.
 """
 
 from typing import NamedTuple
@@ -32,6 +33,7 @@ from lockstep.ops.math import sigmoid
 from lockstep.runtime.step import entry
 
 TILES_PER_THREAD = 4  # where there are fewer, tiles are cut into spans
+FEWEST_ROWS = ROWS // 4  # of a tile that is made smaller so that there are more
 STATE_ROW_BYTES = ROW_BYTES + 64  # of a tile's state: the sums of values, then the largest score and the sum of weights
 STATE_BYTES = ROWS * STATE_ROW_BYTES
 MERGED = 1 << 32  # the counter's upper half counts the spans merged so far, the lower half the claims
@@ -114,6 +116,27 @@ def count_work(call, cut):
     return num_tiles, num_tile_spans, max_spans
 
 
+@inlined
+def heads_together(call, num_threads):
+    """How many of a unit's query heads remain together, so that all threads have a tile: each part reads the keys and
+    values anew, of which the shared cache then has a copy."""
+    _, num_tile_spans, _ = count_work(call, Cut(False, ROWS))
+    heads = call.unit_heads
+    while num_tile_spans * (call.unit_heads // heads) < num_threads and heads % 2 == 0:
+        heads //= 2
+    return heads
+
+
+@inlined
+def smaller(call, cut, num_tiles, num_threads):
+    """The Cut with half as many rows a tile, or a quarter, where tiles are too few to end together."""
+    rows = cut.max_rows
+    while num_tiles < TILES_PER_THREAD // 2 * num_threads and rows > FEWEST_ROWS:
+        rows //= 2
+        num_tiles, _, _ = count_work(call, Cut(cut.all_heads, rows))
+    return Cut(cut.all_heads, rows)
+
+
 @merged
 def attend_claimed(call, layout, all_heads, one_row, counter, thread, num_threads, memory):
     """The work of one thread: all threads walk the same list of items, and each works on the items that it has claimed.
@@ -130,6 +153,9 @@ def attend_claimed(call, layout, all_heads, one_row, counter, thread, num_thread
     num_tiles, num_tile_spans, max_spans = count_work(call, cut)
     if all_heads and num_threads > 1 and num_tile_spans < enough:
         cut = Cut(False, max_rows)
+        num_tiles, num_tile_spans, max_spans = count_work(call, cut)
+    if not one_row and num_threads > 1 and call.states == 0:  # states have room for the largest tiles only
+        cut = smaller(call, cut, num_tiles, num_threads)
         num_tiles, num_tile_spans, max_spans = count_work(call, cut)
     in_spans = not one_row and num_threads > 1 and num_tiles < enough
     index, claimed = int64(0), fetch_add(counter, 1) & (MERGED - 1)

@@ -24,13 +24,21 @@ from lockstep.ops.linear.experts import (
     ExpertScatter,
     gated_kind,
 )
-from lockstep.ops.linear.linear_cpu import ALL_PANELS, COLS, PLAIN_LAYOUTS, constants, multiply_rows, rows_at_once
+from lockstep.ops.linear.linear_cpu import (
+    ALL_PANELS,
+    COLS,
+    ENOUGH_CLAIMS,
+    PLAIN_LAYOUTS,
+    constants,
+    multiply_rows,
+    rows_at_once,
+)
 from lockstep.ops.linear.moe import place_at
 from lockstep.ops.linear.tile import needs_flushing, panel_bytes, scale_bytes
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import COUNTER, num_rows
 
-CLAIM = 8  # panels that a thread claims at a time
+FEWEST_PANELS, MOST_PANELS = 2, 8  # of a claim
 STORE = FORMAT = ROW_BYTES = SHAPES = GATE = None  # constants of the variants below
 
 
@@ -99,6 +107,14 @@ def expert_of(expert_start, num_starts, num_experts, num_claims, claim, e, num_b
     return e, num_before
 
 
+@inlined
+def claim_panels(num_panels, num_chosen, num_threads):
+    """How many panels a thread claims at a time, where rows choose at most num_chosen experts: fewer where there are
+    many threads. Even, as tiles are two panels wide."""
+    size = num_panels * num_chosen // (ENOUGH_CLAIMS * num_threads)
+    return max(FEWEST_PANELS, min(MOST_PANELS, size - size % 2))
+
+
 def _linear(op, step, thread, num_threads):
     """The thread's share of all experts' products. It takes its next claim before it works on the one at hand, so that
     the first panels of the next claim can be prefetched."""
@@ -106,14 +122,15 @@ def _linear(op, step, thread, num_threads):
     E, K, num_panels, row_bytes = a.num_experts, a.width, a.features // 16, ROW_BYTES(a.width)
     at_once, codes_stride = rows_at_once(row_bytes), panel_bytes(FORMAT, K, a.weight.d)
     scale_stride, num_starts = scale_bytes(FORMAT, K) if a.weight.d else 0, num_rows(op, step) * a.top_k + 1
-    num_claims, counter = (num_panels + CLAIM - 1) // CLAIM, peek(op + 8 * COUNTER, int64)
+    size = claim_panels(num_panels, min(E, num_starts - 1), num_threads)
+    num_claims, counter = (num_panels + size - 1) // size, peek(op + 8 * COUNTER, int64)
     claim = fetch_add(counter, 1)
     e, num_before = expert_of(a.expert_start, num_starts, E, num_claims, claim, 0, 0)
     while e < E:
         next_claim = fetch_add(counter, 1)
         next_e, next_before = expert_of(a.expert_start, num_starts, E, num_claims, next_claim, e, num_before)
-        first, next_first = CLAIM * (claim - num_before), CLAIM * (next_claim - next_before)
-        end, stop = min(first + CLAIM, num_panels), place_at(a.expert_start, e + 1, num_starts)
+        first, next_first = size * (claim - num_before), size * (next_claim - next_before)
+        end, stop = min(first + size, num_panels), place_at(a.expert_start, e + 1, num_starts)
         for s in range(place_at(a.expert_start, e, num_starts), stop, at_once):
             panel_after = e * num_panels + first if s + at_once < stop else next_e * num_panels + next_first
             for p in range(first, end, COLS):

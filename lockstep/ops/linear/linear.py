@@ -63,6 +63,11 @@ class Linear(Operands):
     def flops(self, context):
         return 2 * self.in_features * self.out_features
 
+    def columns(self, tensor):
+        if tensor not in (self.out, self.residual):
+            return None
+        return range(self.column, self.column + padded_width(self.out_features))
+
     def check(self):
         name = type(self).__name__
         if self.format not in ("", self.weight.format):

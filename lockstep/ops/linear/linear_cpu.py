@@ -47,6 +47,8 @@ UNPACKED_BYTES = 64 * 1024  # of the panels of a tile, in the part of K that is 
 CACHE_BYTES, DENSE_CACHE_BYTES = 192 * 1024, 640 * 1024
 CLAIMS_FEW_ROWS, CLAIMS_MANY_ROWS = 8, 16  # a thread: few for long streams, many so that threads end together
 MAX_CLAIM = 64  # panels
+# where panels are too few for so many claims a thread, rows are cut, too, into shares of at least so many rows
+ENOUGH_CLAIMS, LEAST_ROWS = 4, 8 * MAX_ROWS
 # Constants of each variant. OP: the op; ROWS_OF: finds the rows of a panel, as `whole_rows`; FORMAT: of the weights,
 # with ROW_BYTES; SHAPES: of tiles, see `shapes_of`; ONE_ROW: whether every row reads all weights by itself; MULTIPLY:
 # makes the tiles, as `multiply_rows`
@@ -162,6 +164,24 @@ def claim_size(num_panels, num_threads, num_rows):
 
 
 @inlined
+def of_one_panel(num_panels, num_threads):
+    """Whether claims of one panel end earlier than claims of two: where there are hardly more panels than threads."""
+    pairs = (num_panels + 1) // 2
+    return 2 * ((pairs + num_threads - 1) // num_threads) > (num_panels + num_threads - 1) // num_threads
+
+
+@inlined
+def rows_of_claim(num_rows, num_claims, num_threads):
+    """How many rows a claim has, where num_claims runs of panels share num_rows rows: all of them, unless this makes
+    too few claims. Rows are cut at the height of the tallest tiles."""
+    num_shares = (ENOUGH_CLAIMS * num_threads + num_claims - 1) // num_claims
+    num_shares = max(1, min(num_shares, num_rows // LEAST_ROWS))
+    height = 2 * MAX_ROWS
+    share = ((num_rows + num_shares - 1) // num_shares + height - 1) // height * height
+    return max(1, num_rows if num_shares == 1 else share)
+
+
+@inlined
 def part_of_k(K, panel, num_rows, few):
     """How much of K is worked on at a time, so that the panels of a tile stay near for all rows. panel: bytes of one
     over K."""
@@ -183,13 +203,12 @@ def rows_of_group(a, row_bytes, p):
 
 class Sizes(NamedTuple):
     """Sizes of a layer: bytes of in_features values of x and of a panel; how many rows, and how much of K, are worked
-    on at a time; how many panels there are."""
+    on at a time."""
 
     row_bytes: int
     panel_bytes: int
     rows_at_once: int
     part_of_k: int
-    num_panels: int
 
 
 class Claim(NamedTuple):
@@ -203,11 +222,12 @@ class Claim(NamedTuple):
 
 
 @inlined
-def output_at(a, t, p, num_panels, k, is_last):
-    """The Output of a layer at row t and panel p, for the part of K from k on; the last part adds the residual."""
+def output_at(a, t, p, end_panel, k, is_last):
+    """The Output of a layer at row t and panels p .. end_panel - 1, for the part of K from k on; the last part adds the
+    residual."""
     place = 4 * (a.width * t + a.column + 16 * p)
     residual, stride = a.residual + place if a.residual and is_last else 0, 4 * a.width
-    return Output(a.out + place, stride, residual, stride, num_panels - p, k, 1 if is_last else 0)
+    return Output(a.out + place, stride, residual, stride, end_panel - p, k, 1 if is_last else 0)
 
 
 @merged
@@ -232,7 +252,7 @@ def multiply_claim(format, shapes, multiply, rows_of, a, sizes, claim):
                     shapes,
                     Rows(x.address + x.stride * t + row_bytes * k // K, x.stride),
                     Panels(codes, codes_stride, scales, scale_stride, min(sizes.part_of_k, K - k), 0),
-                    output_at(a, t, p, sizes.num_panels, k, next_k == 0),
+                    output_at(a, t, p, claim.end_panel, k, next_k == 0),
                     Ahead(codes_ahead, codes_stride, scales_ahead, scale_stride, ALL_PANELS),
                     min(sizes.rows_at_once, claim.end_row - t),
                 )
@@ -241,22 +261,26 @@ def multiply_claim(format, shapes, multiply, rows_of, a, sizes, claim):
 def linear(op, step, thread, num_threads):
     """The thread's share of a linear layer.
 
-    A claim is a run of panels by all rows or, with ONE_ROW, by one row. A thread takes its next claim before it works
-    on the one at hand, so that the first panels of the next claim can be prefetched.
+    A claim is a run of panels by all rows, by some, where there are many threads, or, with ONE_ROW, by one. A thread
+    takes its next claim before it works on the one at hand, so that the first panels of the next claim can be
+    prefetched.
     """
     a, T = OP.read(op), num_rows(op, step)
-    K, claim_rows, num_panels = a.in_features, 1 if ONE_ROW else T, (a.out_features + 15) // 16
+    K, num_panels, together = a.in_features, (a.out_features + 15) // 16, 1 if ONE_ROW else T
     row_bytes, panel = ROW_BYTES(K), panel_bytes(FORMAT, K, a.weight.d)
-    size = claim_size(num_panels, num_threads, min(T, claim_rows))
-    few, cache_bytes = SHAPES[0], CACHE_BYTES
+    few, one_by_one, cache_bytes = SHAPES[0], SHAPES[0], CACHE_BYTES
     if is_dense(FORMAT, a.weight.d):
-        few, cache_bytes = DENSE_HEIGHTS[1], DENSE_CACHE_BYTES
+        few, one_by_one, cache_bytes = DENSE_HEIGHTS[1], FEW_ROWS_DENSE, DENSE_CACHE_BYTES
+    size = claim_size(num_panels, num_threads, together)
+    if size == 2 and together <= one_by_one and of_one_panel(num_panels, num_threads):
+        size = 1
+    num_claims, counter = (num_panels + size - 1) // size, peek(op + 8 * COUNTER, int64)
+    claim_rows = 1 if ONE_ROW else rows_of_claim(T, num_claims, num_threads)
     part = part_of_k(K, panel, min(T, claim_rows), few)
     at_once = evenly(min(T, claim_rows), rows_at_once(row_bytes, cache_bytes))
-    sizes = Sizes(row_bytes, panel, at_once, part, num_panels)
-    num_claims, counter = (num_panels + size - 1) // size, peek(op + 8 * COUNTER, int64)
+    sizes = Sizes(row_bytes, panel, at_once, part)
     number, next_number = fetch_add(counter, 1), fetch_add(counter, 1)
-    while number * claim_rows < num_claims * T:
+    while number // num_claims * claim_rows < T:
         first_row, first_panel = number // num_claims * claim_rows, number % num_claims * size
         end_row, end_panel = min(first_row + claim_rows, T), min(first_panel + size, num_panels)
         claim = Claim(first_row, end_row, first_panel, end_panel, next_number % num_claims * size)

@@ -22,8 +22,9 @@ def linear_tile(context, weights, shape, num_rows, x, w, out, ahead):
     """out = x W^T (+ residual or biases) for num_rows rows by a number of panels, over K or a part of K.
 
     weights: literals: the name of their format, and "plain" or "dense", their layout; nothing is emitted for a layout
-    that the format lacks. shape: literals: ((fewest rows, most rows), panels, panels that are worked on at a time). All
-    panels are read, but only out.num_panels of them are stored. x: `Rows`. w: `Panels`. out: `Output`. ahead: `Ahead`.
+    that the format lacks. shape: literals: ((fewest rows, most rows), panels, panels that are worked on at a time).
+    Only out.num_panels of them are stored; of those that are worked on one after the other, the others are not read.
+    x: `Rows`. w: `Panels`. out: `Output`. ahead: `Ahead`.
     """
     heights, num_cols, at_once = shape[0], shape[1].literal_value, shape[2].literal_value
     heights = range(heights[0].literal_value, heights[1].literal_value + 1)
@@ -39,6 +40,8 @@ def linear_tile(context, weights, shape, num_rows, x, w, out, ahead):
             choice.add_case(ir.Constant(I64, height), block := b.append_basic_block(f"rows_{height}"))
             b.position_at_start(block)
             for start in range(0, num_cols, at_once):
+                if start:
+                    _end_unless(b, b.icmp_signed(">", operands[2].num_panels, ir.Constant(I64, start)), end)
                 _tile(tile, b, magic, format, height, range(start, start + at_once), operands)
             b.branch(end)
         b.position_at_start(end)
@@ -111,6 +114,12 @@ def is_dense(context, format, scales):
 def _blocks(b, num_weights, size, num_bytes):
     """The bytes of num_weights weights, of which `size` take num_bytes."""
     return b.mul(b.udiv(num_weights, ir.Constant(I64, size)), ir.Constant(I64, num_bytes))
+
+
+def _end_unless(b, condition, end):
+    """Branches to a block unless the condition holds."""
+    b.cbranch(condition, goes_on := b.append_basic_block("goes_on"), end)
+    b.position_at_start(goes_on)
 
 
 def _tile(tile, b, magic, format, height, panels, operands):

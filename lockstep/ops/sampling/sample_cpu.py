@@ -376,4 +376,4 @@ def first_equal(values, start, first, end, x):
     return int64(0)
 
 
-CPU = {"sample": Implementation(sample)}
+CPU = {"sample": Implementation(sample, waits=True)}

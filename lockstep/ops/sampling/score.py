@@ -278,9 +278,12 @@ def _score(op, step, thread, num_threads):
 
 def implementations(kernels: Mapping[str, Kernel], layouts: Mapping[str, Layout]) -> dict[str, Implementation]:
     """The table of score ops, from kernels and layouts by format; the base's head has the same format or is f32."""
-    table = {f"score_{format}": Implementation(kernel, layouts[format]) for format, kernel in kernels.items()}
+    table = {
+        f"score_{format}": Implementation(kernel, layouts[format], waits=True) for format, kernel in kernels.items()
+    }
     for format in kernels.keys() - {"f32"}:
-        with_f32 = Implementation(kernels[format], layouts[format], layouts={"base_weight": layouts["f32"]})
+        base = {"base_weight": layouts["f32"]}
+        with_f32 = Implementation(kernels[format], layouts[format], layouts=base, waits=True)
         table[f"score_{format}_base_f32"] = with_f32
     return table
 

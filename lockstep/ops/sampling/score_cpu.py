@@ -128,7 +128,7 @@ class Logits(NamedTuple):
 def sizes_of(head, row, panel, part):
     """The `Sizes` of a claim; row, panel: bytes of in_features values of x and of a panel."""
     in_cache = part_of_k(head.in_features, panel, part.num_rows, FEW_ROWS)
-    return Sizes(row, panel, rows_at_once(row), in_cache, (head.out_features + 15) // 16)
+    return Sizes(row, panel, rows_at_once(row), in_cache)
 
 
 @merged

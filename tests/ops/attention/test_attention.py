@@ -363,3 +363,13 @@ def test_8_bit_attention_gives_the_same_bits_for_another_target(variant, cpu, tm
         capture_output=True,
     )
     assert printed.stdout.split() == q8_target.digests()
+
+
+@pytest.mark.parametrize("kv_dtype", ["bf16", "q8"])
+@pytest.mark.parametrize(("lengths", "contexts"), [([1, 1], [70, 1030]), ([150], [150])])
+def test_many_threads_have_heads_and_tiles_of_their_own(kv_dtype, lengths, contexts):
+    batch = Batch(lengths, contexts, 8, 2, 32, kv_dtype, window=60)
+    one = batch.run(CPU)
+    for mine, other in zip(batch.run(CPU, num_threads=24), one, strict=True):
+        same_bits(mine, other)
+    same_bits(batch.run(REFERENCE)[0], one[0])

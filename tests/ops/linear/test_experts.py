@@ -7,6 +7,7 @@ from lockstep.engine.selfcheck.weights import stored
 from lockstep.formats import FORMATS
 from lockstep.formats.parts import products
 from lockstep.formats.parts.rows import ROW_FORMATS
+from lockstep.native.kernel import interpreted
 from lockstep.ops.elementwise.gates import GATES
 from lockstep.ops.linear import experts, experts_cpu
 from lockstep.ops.linear.experts import ExpertBias, ExpertGated, ExpertLinear, ExpertRows, ExpertScatter
@@ -81,6 +82,17 @@ def test_experts(format, T):
     pairs = both(ExpertScatter, T, x=out, order=order, width=N, top_k=X).reshape(T, X, N)
     exact = dense(x, parts, order.reshape(-1), start[0])
     assert np.abs(pairs - exact).max() < TOLERANCE.get(format, 0.05)
+
+
+def test_experts_are_cut_finer_for_many_threads():
+    (order, start), x = routed(7, 5), np.random.RandomState(7).standard_normal((7, D)).astype(np.float32)
+    parts = experts_of(np.random.RandomState(1), "q8_0")
+    operands = dict(expert_start=start, weight=Weight("experts", "q8_0", (E * N, D), parts))
+    operands |= dict(x=both(ExpertRows, 7, x=x, order=order, **prepared("q8_0", D)), width=D, features=N)
+    step, _held = ragged_step([7])
+    run = lambda table, threads: run_op(table, ExpertLinear, step, threads, num_experts=E, top_k=X, **operands)["out"]
+    assert interpreted(experts_cpu.claim_panels)(N // 16, 3, 20) == 2
+    same_bits(run(experts_cpu.CPU, 20), run(experts.REFERENCE, 1))
 
 
 def dense(x, parts, order, start):

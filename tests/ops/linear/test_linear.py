@@ -108,6 +108,19 @@ def test_kernel_equals_definition(format, num_tokens):
     assert np.abs(expected - exact).max() < TOLERANCE.get(format, 0.03)
 
 
+@pytest.mark.parametrize("format", ["q8_0", "bf16"])
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 150])
+def test_layers_are_cut_finer_for_many_threads(format, num_tokens):
+    panels, threads = 39, 40
+    parts, x = [stored(format, 16 * panels - 3, 96)], RNG.standard_normal((num_tokens, 96)).astype(np.float32)
+    ends_earlier = interpreted(linear_cpu.of_one_panel)
+    assert ends_earlier(panels, threads) and not ends_earlier(panels, 4)
+    residual = RNG.standard_normal((num_tokens, 16 * panels)).astype(np.float32)
+    one = run(linear_cpu.CPU, format, x, parts, residual)
+    same_bits(run(linear_cpu.CPU, format, x, parts, residual, num_threads=threads), one)
+    same_bits(run(linear.REFERENCE, format, x, parts, residual), one)
+
+
 @pytest.mark.parametrize("format", INTEGER_FORMATS)
 def test_integer_formats_multiply_the_weights_of_the_file(format):
     """Only activations are quantized: a product equals that of the quantized activations and the decoded weights."""

@@ -1,6 +1,7 @@
 """What is asked of macOS, by a library that stands for its own; and systems on which nothing runs."""
 
 import ctypes
+import os
 import subprocess
 import sys
 import threading
@@ -130,3 +131,28 @@ def test_windows_is_told_before_anything_is_imported():
 def test_a_team_has_at_most_one_thread_for_each_core(monkeypatch):
     monkeypatch.setattr(system.SYSTEM, "num_cores", lambda: 6)
     assert [host.team_size(asked) for asked in (None, 1, 6, 16)] == [6, 1, 6, 6]
+
+
+V1 = "cpu/cpu.cfs_{}_us"
+
+
+@pytest.mark.parametrize(
+    "groups, files, expected",
+    [
+        ("0::/", {"cpu.max": "250000 100000"}, 2),
+        ("0::/", {"cpu.max": "max 100000"}, 8),
+        ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "50000 100000"}, 1),
+        ("3:cpuset:/x\n2:cpu,cpuacct:/docker/1", {V1.format("quota"): "300000", V1.format("period"): "100000"}, 3),
+        ("2:cpu:/", {V1.format("quota"): "-1", V1.format("period"): "100000"}, 8),
+        ("0::/", {"cpu.max": "1600000 100000"}, 8),
+        ("0::/", {}, 8),
+    ],
+)
+def test_cores_that_a_control_group_gets_no_time_of_do_not_count(groups, files, expected, tmp_path, monkeypatch):
+    for name, text in {"own": groups, **files}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    monkeypatch.setattr(linux, "CGROUPS", tmp_path)
+    monkeypatch.setattr(linux, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert linux.num_cores() == expected

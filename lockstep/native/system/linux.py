@@ -1,10 +1,12 @@
 """Linux. See `lockstep.native.system`."""
 
+import contextlib
 import ctypes
+import math
 import mmap
 import os
 import platform
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from llvmlite import ir
 from numba.core import cgutils
@@ -35,8 +37,38 @@ def _futex(b, address, operation, value):
     b.call(syscall, [ir.Constant(I64, ISA.FUTEX), address, operation, value, zero, zero, zero])
 
 
+CGROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
 def num_cores() -> int:
-    return len(os.sched_getaffinity(0))
+    """Those that the process may run on, but no more than it gets time of (docker's --cpus): a thread without time
+    would be waited for at each barrier."""
+    return max(1, int(min(len(os.sched_getaffinity(0)), *_quotas())))
+
+
+def _quotas() -> list[float]:
+    """Of how many cores the process's control groups get the time; infinity is among them."""
+    found = [math.inf]
+    for folder in _control_groups():
+        with contextlib.suppress(OSError, ValueError):  # ValueError: "max" is no number
+            quota, period = map(int, (folder / "cpu.max").read_text().split())
+            found.append(quota / period)
+        with contextlib.suppress(OSError, ValueError):  # version 1, where -1 is no limit
+            quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+            found += [quota / period] if quota > 0 else []
+    return found
+
+
+def _control_groups() -> list[Path]:
+    """Folders of the control groups that share out cores, of version 2 and 1: the process's own and those around it."""
+    folders = []
+    with contextlib.suppress(OSError):
+        for line in OWN_GROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers or "cpu" in controllers.split(","):
+                inner = PurePath(path.lstrip("/"))
+                folders += [CGROUPS / ("cpu" if controllers else "") / part for part in (inner, *inner.parents)]
+    return folders
 
 
 def prefer_fast_cores() -> None:

@@ -5,11 +5,12 @@ differ only in the order in which LLVM puts the instructions.
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from lockstep.native import targets
+from lockstep.native import isa
 from lockstep.native.kernel import target
 
 FEATURES = {"haswell": ("avx2", "fma"), "znver4": ("avx512f", "avx512_vnni", "avx512_bf16")}  # as Linux names them
@@ -25,8 +26,8 @@ def skip_without(*features: str) -> None:
 
 
 def skip_own(name: str) -> None:
-    """Skips a test of a target, named as in `lockstep.native.targets.name`, if it is this machine's own."""
-    if name == targets.name() and not os.environ.get("LOCKSTEP_ALL_TARGETS"):
+    """Skips a test of a target, named as `Target` is, if it is this machine's own."""
+    if name == isa.TARGET.name and not os.environ.get("LOCKSTEP_ALL_TARGETS"):
         pytest.skip(f"{name} is this machine's own target: make test-targets runs this test, too")
 
 
@@ -36,7 +37,7 @@ def compiling_for(cpu: str) -> dict[str, str]:
     Folders of compiled kernels are named by the target, so the process shares the cache.
     """
     skip_without(*FEATURES[cpu])
-    skip_own(targets.name((target()[0], cpu, "")))
+    skip_own(isa.of((target()[0], cpu, "")).name)
     return os.environ | {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": ""}
 
 
@@ -44,3 +45,9 @@ def pretending(cache: Path) -> dict[str, str]:
     """The environment of a process that makes kernels for a target it only pretends to have. The names of their folders
     do not show this, so the process gets a cache of its own."""
     return os.environ | {"LOCKSTEP_CACHE": str(cache)}
+
+
+def pretend(other: isa.Target) -> None:
+    """Makes every module use another target, on this machine: must be called before the modules are imported."""
+    isa.TARGET = replace(other, machine=isa.ISA)
+    isa.of = lambda magic: isa.TARGET

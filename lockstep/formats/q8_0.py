@@ -16,9 +16,9 @@ from lockstep.formats.parts.panels import PANEL as FEATURES
 from lockstep.formats.parts.panels import Placed, grouped, k_major
 from lockstep.formats.parts.products import CODES as PRODUCT
 from lockstep.formats.parts.scalars import half
+from lockstep.native.isa import TARGET
 from lockstep.native.kernel import definition, inlined
 from lockstep.native.simd import load_i8, peek_f16, store, to_f32
-from lockstep.native.targets import unsigned_weights
 
 BLOCK = np.dtype([("d", "<f2"), ("codes", "i1", 32)])
 BYTES, (D, CODES) = BLOCK.itemsize, offsets(BLOCK)
@@ -48,7 +48,7 @@ def encode(weights: np.ndarray) -> np.ndarray:
 
 
 def arrange(codes: np.ndarray, d: np.ndarray) -> Placed:
-    zero = np.uint8(128 if unsigned_weights() else 0)
+    zero = np.uint8(128 if TARGET.unsigned else 0)
     return {"codes": (grouped(4), codes.view(np.uint8) + zero), "d": (k_major, d)}
 
 

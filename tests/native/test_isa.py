@@ -8,8 +8,8 @@ import sys
 import pytest
 from llvmlite import ir
 
-from lockstep.native import isa, targets
-from lockstep.native.isa import aarch64, other, x86
+from lockstep.native import isa
+from lockstep.native.isa import aarch64, neon, other, x86
 from lockstep.native.simd import F32, I8, I32, I64
 from tests.native.assembly import TRIPLE, assembled, initialize
 
@@ -26,12 +26,31 @@ KERNELS = {
     "magic, module", [(X86, x86), (ARM, aarch64), (("arm64-apple-darwin", "", ""), aarch64), (RISCV, other)]
 )
 def test_a_target_has_its_instruction_set(magic, module):
-    assert isa.of(magic) is module
-    assert all(
-        hasattr(module, name) for name in "IEEE FLUSH FLUSHING FUTEX pause read_control write_control barrier".split()
-    )
-    needed = {"underflowed", "clear_underflow"} if module.FLUSHING == "before rounding" else set()
+    assert isa.of(magic).machine is module
+    needed = set("IEEE FLUSH FLUSHING FUTEX pause read_control write_control barrier".split())
+    needed |= {"line_bytes", "prefetch_locality"}
+    needed |= {"underflowed", "clear_underflow"} if module.FLUSHING == "before rounding" else set()
     assert needed <= set(dir(module))
+
+
+def test_loops_of_every_target_have_the_same_names():
+    needed = {"unsigned_dots", "byte_dots", "scaled_dots", "long_dots", "LESS_NEGATIVE"}
+    assert all(needed <= set(dir(each.tiles)) for each in isa.TARGETS)
+
+
+def test_a_cpu_has_the_first_target_that_it_fits():
+    assert len({each.fits for each in isa.TARGETS}) == len(isa.TARGETS)
+    cpus = {
+        "znver4": isa.AVX512_BF16,
+        "cascadelake": isa.AVX512_VNNI,
+        "meteorlake": isa.AVX_VNNI,
+        "skylake-avx512": isa.AVX512,
+        "haswell": isa.AVX2,
+    }
+    assert {cpu: isa.of(("x86_64-unknown-linux-gnu", cpu, "")) for cpu in cpus} == cpus
+    arm = {"neoverse-n1": isa.SDOT, "apple-m1": isa.SDOT, "cortex-a72": isa.NEON}
+    assert {cpu: isa.of((TRIPLE, cpu, "")) for cpu in arm} == arm
+    assert isa.of(RISCV) is isa.OTHER
 
 
 def of_function(*arguments):
@@ -70,15 +89,15 @@ def test_a_barrier_on_arm_takes_a_register_at_a_time(vector):
 def test_dots_of_four_bytes_are_found_on_arm():
     listed_by_linux = "+aes,+crc,+fp-armv8,+lse,+neon,-rand,+sha2,-sve"
     for cpu in ARM_CPUS:
-        assert targets.int_dot((TRIPLE, cpu, listed_by_linux)) == targets.int_dot((TRIPLE, cpu, "")) == "sdot"
-    assert targets.int_dot((TRIPLE, "unheard-of", "+neon,+dotprod")) == "sdot"
-    assert targets.int_dot((TRIPLE, "neoverse-n1", "+neon,-dotprod")) == "generic"
-    assert targets.int_dot((TRIPLE, "cortex-a72", listed_by_linux)) == "generic"
+        assert isa.of((TRIPLE, cpu, listed_by_linux)) is isa.of((TRIPLE, cpu, "")) is isa.SDOT
+    assert isa.of((TRIPLE, "unheard-of", "+neon,+dotprod")) is isa.SDOT
+    assert isa.of((TRIPLE, "neoverse-n1", "+neon,-dotprod")) is isa.NEON
+    assert isa.of((TRIPLE, "cortex-a72", listed_by_linux)) is isa.NEON
 
 
 def test_llvm_has_dots_for_every_cpu_that_is_named():
     """LLVM ends the process where a CPU has no such instruction."""
-    named = [cpu for cpu in targets.DOTPROD_CPUS if cpu not in ("neoverse", "apple-m", "cortex-x", "oryon")]
+    named = [cpu for cpu in neon.DOTPROD_CPUS if cpu not in ("neoverse", "apple-m", "cortex-x", "oryon")]
     code = (
         f"from tests.native.assembly import sdot; [sdot(cpu) for cpu in {[*named, *ARM_CPUS, 'cortex-x1', 'oryon-1']}]"
     )

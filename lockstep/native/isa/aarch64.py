@@ -1,4 +1,4 @@
-"""AArch64 (ARMv8 and newer). See `lockstep.native.isa`.
+"""AArch64 (ARMv8 and newer): what its targets share.
 
 FEAT_AFP, which newer CPUs have, can flush after rounding, as x86 does. It is not used: the flag does not cost more than
 an instruction for each tile, and all CPUs of ARM compute by one rule.
@@ -7,6 +7,7 @@ an instruction for each tile, and all CPUs of ARM compute by one rule.
 from llvmlite import ir
 
 from lockstep.native.emit import cut, join
+from lockstep.native.isa.target import Cpu
 from lockstep.native.simd import F32, I32, I64, call
 
 IEEE, FLUSH = 0, 1 << 24  # of FPCR: FZ, flush to zero
@@ -15,6 +16,15 @@ UNDERFLOW = 1 << 3  # of FPSR
 FUTEX = 98
 REGISTER_BITS = 128
 YIELD = 1  # of the hint instruction
+ARCHITECTURES = ("aarch64", "arm64")
+
+
+def line_bytes(cpu: Cpu) -> int:
+    return 128 if cpu.name.startswith("apple") else 64
+
+
+def prefetch_locality(cpu: Cpu) -> int:
+    return 2
 
 
 def pause(b):

@@ -10,28 +10,18 @@ for a target without a dot instruction.
 
 import hashlib
 import sys
+from dataclasses import replace
 
 import numpy as np
 
-from lockstep.native import targets
+from lockstep.native.isa import AVX512_BF16, OTHER, x86
+from tests.targets import pretend
 
 ROWS, N = 9, 75
 
 
-def pretend(int_dot, wide, bf16):
-    """Makes every module use this target; must be called before the modules are imported."""
-    targets.int_dot, targets.wide_registers, targets.bf16_dot = (
-        lambda m=None: int_dot,
-        lambda m=None: wide,
-        lambda m=None: bf16,
-    )
-
-
-def spell_out():
-    """Replaces AVX-512's instructions by general instructions with the same results."""
-    from lockstep.formats import bf16, q6_k
-    from lockstep.formats.parts import sixteens
-    from lockstep.native import lookup, tiles_dots
+def spelt_out():
+    """AVX-512 with general instructions, with the same results, in place of its own."""
     from lockstep.native.emit import by_halves, cut, fma, join, vector, words
     from lockstep.native.simd import F32, constant
 
@@ -41,8 +31,8 @@ def spell_out():
         for h in (0, 1):
             w16, a16 = (words(b, cut(b, v, 32 * h, 32)) for v in (w, a))
             eight = constant(w16.type, 8)
-            even = tiles_dots.maddwd(b, b.and_(w16, constant(w16.type, 255)), b.ashr(b.shl(a16, eight), eight))
-            halves.append(b.add(even, tiles_dots.maddwd(b, b.lshr(w16, eight), b.ashr(a16, eight))))
+            even = x86.maddwd(b, b.and_(w16, constant(w16.type, 255)), b.ashr(b.shl(a16, eight), eight))
+            halves.append(b.add(even, x86.maddwd(b, b.lshr(w16, eight), b.ashr(a16, eight))))
         return b.add(acc, join(b, *halves))
 
     def vdpbf16ps(b, acc, x, w):
@@ -51,13 +41,10 @@ def spell_out():
         lower = lambda v: as_floats(b.shl(v, constant(v.type, 16)))
         return fma(b, lower(x), lower(w), fma(b, upper(x), upper(w), acc))
 
-    def in_halves(b, tables, codes, by=lookup.shuffled):
-        return by_halves(b, by, tables, codes) if codes.type.count == 64 else by(b, tables, codes)
+    def in_halves(b, tables, codes):
+        return by_halves(b, x86.shuffle, tables, codes) if codes.type.count == 64 else x86.shuffle(b, tables, codes)
 
-    lookup.shuffled = in_halves
-    tiles_dots.WIDE["avx512_vnni"], bf16.dpbf16 = vpdpbusd, vdpbf16ps
-    sixteens.PAIRS["avx512_vnni"] = sixteens.PAIRS["generic"]
-    q6_k.pinned = lambda b, values: values  # there may be no register of this width
+    return replace(AVX512_BF16, dot=vpdpbusd, pair_dot=OTHER.pair_dot, bf16_dot=vdpbf16ps, shuffle=in_halves)
 
 
 def digest(name):
@@ -75,9 +62,9 @@ def digest(name):
 
 if __name__ == "__main__":
     if sys.argv[1] == "avx512":
-        pretend("avx512_vnni", True, True)
-        spell_out()
+        pretend(spelt_out())
+        x86.barrier = OTHER.machine.barrier  # there may be no register of this width
     elif sys.argv[1] == "generic":
-        pretend("generic", False, False)
+        pretend(OTHER)
     for chosen in sys.argv[2:]:
         print(chosen, digest(chosen))

@@ -4,13 +4,15 @@ LOCKSTEP_ALL_TARGETS=1 (`make test-targets`) includes CPUs with the same instruc
 differ only in the order in which LLVM puts the instructions.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from lockstep.native import isa
+from lockstep.native import targets
 from lockstep.native.kernel import target
 
 FEATURES = {"haswell": ("avx2", "fma"), "znver4": ("avx512f", "avx512_vnni", "avx512_bf16")}  # as Linux names them
@@ -27,7 +29,7 @@ def skip_without(*features: str) -> None:
 
 def skip_own(name: str) -> None:
     """Skips a test of a target, named as `Target` is, if it is this machine's own."""
-    if name == isa.TARGET.name and not os.environ.get("LOCKSTEP_ALL_TARGETS"):
+    if name == targets.TARGET.name and not os.environ.get("LOCKSTEP_ALL_TARGETS"):
         pytest.skip(f"{name} is this machine's own target: make test-targets runs this test, too")
 
 
@@ -37,7 +39,7 @@ def compiling_for(cpu: str) -> dict[str, str]:
     Folders of compiled kernels are named by the target, so the process shares the cache.
     """
     skip_without(*FEATURES[cpu])
-    skip_own(isa.of((target()[0], cpu, "")).name)
+    skip_own(targets.of((target()[0], cpu, "")).name)
     return os.environ | {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": ""}
 
 
@@ -47,7 +49,25 @@ def pretending(cache: Path) -> dict[str, str]:
     return os.environ | {"LOCKSTEP_CACHE": str(cache)}
 
 
-def pretend(other: isa.Target) -> None:
+def pretend(other: targets.Target) -> None:
     """Makes every module use another target, on this machine: must be called before the modules are imported."""
-    isa.TARGET = replace(other, machine=isa.ISA)
-    isa.of = lambda magic: isa.TARGET
+    targets.TARGET = replace(other, machine=targets.ISA)
+    targets.of = lambda magic: targets.TARGET
+
+
+@contextlib.contextmanager
+def packing_for(other: targets.Target) -> Iterator[None]:
+    """Meanwhile weights are packed for another target."""
+    from lockstep.formats import q8_0
+    from lockstep.formats.groups import group8
+    from lockstep.formats.parts import panels
+
+    modules = (panels, q8_0, group8)
+    before = [module.TARGET for module in modules]
+    for module in modules:
+        module.TARGET = other
+    try:
+        yield
+    finally:
+        for module, target in zip(modules, before, strict=True):
+            module.TARGET = target

@@ -114,7 +114,8 @@ def _scale(s, scales, half):
 def _two_codes(s, low, high, half, first):
     """Codes 0..63 of groups `first` (0 or 2) and first + 1 of a half block: nibbles of low, two bits of high."""
     b, quads = s.b, vector(I8, 4 * s.lanes)
-    nibble = nibbles(b, read(b, moved(b, low, 2 * GROUP_BYTES * half + GROUP_BYTES * first // 2), quads, 4 * s.lanes))
+    place = moved(b, low, 2 * GROUP_BYTES * half + GROUP_BYTES * first // 2)
+    nibble = nibbles(b, s.target, read(b, place, quads, 4 * s.lanes))
     bits = words(b, read(b, moved(b, high, GROUP_BYTES * half), quads, 4 * s.lanes))
     shift = lambda move, num_bits: b.bitcast(move(bits, constant(bits.type, num_bits)) if num_bits else bits, quads)
     upper = (shift(b.shl, 4), shift(b.shl, 2)) if first == 0 else (shift(b.shl, 0), shift(b.lshr, 2))

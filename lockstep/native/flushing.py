@@ -16,8 +16,8 @@ import contextlib
 from llvmlite import ir
 
 from lockstep.native.emit import by_halves, fma, vector
-from lockstep.native.isa import ISA, TARGET
 from lockstep.native.simd import F32, I64, LANES, call, constant
+from lockstep.native.targets import ISA, TARGET
 
 F64 = ir.DoubleType()
 SMALLEST_NORMAL, FLUSH_BELOW = 2.0**-126, 2.0**-126 - 2.0**-151

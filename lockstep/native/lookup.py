@@ -10,7 +10,7 @@ Numbers of more than a byte are looked up byte by byte: each byte of the result 
 from llvmlite import ir
 from numba import types
 
-from lockstep.native import isa
+from lockstep.native import targets
 from lockstep.native.emit import by_halves, vector
 from lockstep.native.simd import I1, I8, I32, I64, constant, i32x16, primitive, splat
 
@@ -22,7 +22,7 @@ def lookup(b, magic, table, codes):
 
     table: <16 x i8>; codes: bytes 0..15, their number 16 times a power of two. magic: the target, see `kernel.target`.
     """
-    num_codes, target = codes.type.count, isa.of(magic)
+    num_codes, target = codes.type.count, targets.of(magic)
     if target.shuffle is None:
         return _chosen(b, table, codes)
     if num_codes > target.shuffle_bytes:
@@ -37,7 +37,7 @@ def lookup_own(b, magic, tables, bits):
     tables: <lanes x i32>, the entry of code 0 in the lowest byte; bits: <4 * lanes x i8>, a code in the low two bits of
     each byte, above them anything.
     """
-    num_codes, target = bits.type.count, isa.of(magic)
+    num_codes, target = bits.type.count, targets.of(magic)
     if target.shuffle is None:
         return _chosen_own(b, tables, bits)
     if num_codes > target.shuffle_bytes:

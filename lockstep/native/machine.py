@@ -4,11 +4,11 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from lockstep.native import emit, isa
-from lockstep.native.isa import ISA
+from lockstep.native import emit, targets
 from lockstep.native.kernel import inlined
 from lockstep.native.simd import F32, I8, I32, I64, call, emitted, primitive
 from lockstep.native.system import SYSTEM
+from lockstep.native.targets import ISA
 
 SPINS_BEFORE_YIELD, FOREVER = 50, 1 << 62
 IEEE, FLUSH = ISA.IEEE, ISA.FLUSH
@@ -151,7 +151,7 @@ def prefetch(context, address):
     """Prefetches the cache line at an address, which may be any, into the cache that suits the target."""
 
     def codegen(ctx, b, sig, args):
-        cpu = isa.Cpu(*ctx.codegen().magic_tuple())
+        cpu = targets.Cpu(*ctx.codegen().magic_tuple())
         emit.prefetch(b, emit.pointer(b, args[0]), ISA.prefetch_locality(cpu))
         return ctx.get_dummy_value()
 

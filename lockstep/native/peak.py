@@ -3,8 +3,8 @@
 from numba import types
 
 from lockstep.native.emit import counted, fma, moved, pointer, read, vector, write
-from lockstep.native.isa import of
 from lockstep.native.simd import F32, I8, I32, constant, primitive
+from lockstep.native.targets import of
 
 CHAINS = 12  # enough to cover the latency of an FMA with two of them started each cycle
 

@@ -12,7 +12,7 @@ Whatever the instructions, the sums are the same integers, which must fit in 31 
 from llvmlite import ir
 from numba import types
 
-from lockstep.native import isa
+from lockstep.native import targets
 from lockstep.native.emit import by_halves, fma, vector, words
 from lockstep.native.simd import (
     F32,
@@ -73,7 +73,7 @@ def _step(tile, multiplies_bytes):
     def codegen(ctx, b, sig, args):
         value, x, x_row, w, w_column = args
         magic, shape, parts = ctx.codegen().magic_tuple(), sig.args[0], unpack(b, sig.args[0], value)
-        target = isa.of(magic)
+        target = targets.of(magic)
         if multiplies_bytes and target.unsigned:
             _add_bytes(b, target, shape, parts, x, x_row, w, w_column)
         else:

@@ -7,9 +7,8 @@ where the flag says that a sum has underflowed, `exact_pairs` computes all of th
 from llvmlite import ir
 from numba import types
 
-from lockstep.native import isa
+from lockstep.native import targets
 from lockstep.native.flushing import either, exact_step, underflowed_after
-from lockstep.native.isa import ISA, TARGET
 from lockstep.native.simd import (
     I32,
     constant,
@@ -20,6 +19,7 @@ from lockstep.native.simd import (
     splat,
     write_at,
 )
+from lockstep.native.targets import ISA, TARGET
 from lockstep.native.tiles import FMA_OPERANDS, V16F, V16I, at, outer, pack, read_tile, unpack
 
 WATCHED = ISA.FLUSHING == "before rounding" and TARGET.bf16_dot is None
@@ -47,7 +47,7 @@ def tile_pairs(context, tile, x, x_row, w, w_column, mask):
     for f, x is bfloat16 pairs; elsewhere two float32, and FLUSH mode makes f of an FMA. mask: 32 bits, and-ed with w.
     """
     without = _exact_pairs if ISA.FLUSHING == "never" else _fma_pairs
-    codegen = _steps(lambda magic: _dot_pairs(isa.of(magic).bf16_dot) or without)
+    codegen = _steps(lambda magic: _dot_pairs(targets.of(magic).bf16_dot) or without)
     return tile(tile, *FMA_OPERANDS, types.int64), codegen
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lockstep import formats
-from lockstep.native.isa import TARGET
+from lockstep.native.targets import TARGET
 from lockstep.new_files import MAKING
 from lockstep.progress import OnProgress
 from lockstep.runtime.backend import Layout

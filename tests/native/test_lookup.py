@@ -5,7 +5,7 @@ import pytest
 from llvmlite import binding, ir
 from numba import int64, njit
 
-from lockstep.native import isa, lookup
+from lockstep.native import lookup, targets
 from lockstep.native.emit import vector
 from lockstep.native.kernel import target
 from lockstep.native.simd import I8, load_u8, primitive, read_at, store, write_at
@@ -66,7 +66,7 @@ def test_sixteen_lanes():
 )
 def test_a_register_of_codes_takes_one_instruction(magic, instruction):
     num_codes = {"neoverse-n1": 16, "haswell": 32, "znver5": 64}[magic[1]]
-    assert isa.of(magic).shuffle_bytes == num_codes
+    assert targets.of(magic).shuffle_bytes == num_codes
     module, kind = ir.Module(), vector(I8, num_codes)
     module.triple = magic[0]
     function = ir.Function(module, ir.FunctionType(kind, [kind]), "look_up")

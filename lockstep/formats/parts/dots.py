@@ -59,8 +59,10 @@ def minimum_add(s, acc, minima, i):
 # ---------------------------------------------------------------- codes of 4 bits and more
 
 
-def nibbles(b, v):
+def nibbles(b, target, v):
     """Two groups of codes 0..15 from bytes: the low halves, then the high ones."""
+    if target.shifts_bytes:
+        return b.and_(v, constant(v.type, 15)), b.lshr(v, constant(v.type, 4))
     high = b.bitcast(b.lshr(words(b, v), constant(words(b, v).type, 4)), v.type)
     return b.and_(v, constant(v.type, 15)), b.and_(high, constant(v.type, 15))
 
@@ -101,7 +103,7 @@ def dots_u4(s, i, start, first):
 
     AVX2's 16-bit sums of pairs stay below 8 * 2 * 15 * 127 = 30480 over a whole block.
     """
-    columns = lambda g: [nibbles(s.b, s.codes(c, start, GROUP_BYTES * g // 2)) for c in range(s.cols)]
+    columns = lambda g: [nibbles(s.b, s.target, s.codes(c, start, GROUP_BYTES * g // 2)) for c in range(s.cols)]
     return unsigned_dots(s, i, columns, first, 8)
 
 

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lockstep.formats.parts.layout import offsets
-from lockstep.native.isa import TARGET
 from lockstep.native.kernel import definition, inlined
 from lockstep.native.machine import byte_array, float_array
 from lockstep.native.numbers import carray, float32, int32
 from lockstep.native.simd import bf16_f32, peek
+from lockstep.native.targets import TARGET
 from lockstep.runtime.program import DTYPES
 
 # 32 quantized activations: bias = -128 * (sum of the codes) corrects for weights that are stored as code + 128, and

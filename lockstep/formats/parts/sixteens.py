@@ -77,7 +77,7 @@ def scaled_codes(s, c, start, g, tables):
     bits = s.codes(c, start, half * HALF_BYTES)
     if g:
         bits = s.b.bitcast(s.b.lshr(words(s.b, bits), constant(words(s.b, bits).type, 2 * g)), bits.type)
-    return lookup_own(s.b, s.magic, tables[half], bits)
+    return lookup_own(s.b, s.magic, s.target.by_feature(s.b, tables[half], g), bits)
 
 
 def scales(s, c, start):

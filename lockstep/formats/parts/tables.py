@@ -37,7 +37,7 @@ def table_column(s, start, table):
 
     def column(c, g):
         if g % 2 == 0:
-            pairs[c] = nibbles(s.b, s.codes(c, start, GROUP_BYTES * g // 2))
+            pairs[c] = nibbles(s.b, s.target, s.codes(c, start, GROUP_BYTES * g // 2))
         return lookup(s.b, s.magic, constant_table, pairs[c][g % 2])
 
     return column

@@ -7,7 +7,7 @@ instruction makes dots. A format's function of a `Site` emits the loop over K an
 from typing import NamedTuple
 
 from lockstep.formats.parts.rows import BIAS, BLOCK_BYTES, SCALE, SCALED_BIAS, SUMS
-from lockstep.native import isa
+from lockstep.native import targets
 from lockstep.native.emit import counted, fma, ir, moved, pointer, prefetch, read, spread, vector, write
 from lockstep.native.flushing import ieee_additions
 from lockstep.native.simd import F32, I1, I8, I32, I64, LANES, constant
@@ -72,7 +72,7 @@ class Site:
 
     def __init__(self, b, magic, height, columns, lanes, x, w):
         self.b, self.magic, self.K = b, magic, w.K
-        self.target, self.cpu = isa.of(magic), isa.Cpu(*magic)
+        self.target, self.cpu = targets.of(magic), targets.Cpu(*magic)
         self.rows, self.cols, self.lanes, self.panels = height, len(columns), lanes, [p for p, _ in columns]
         self.first = [first for _, first in columns]
         self.cells = [(r, c) for r in range(self.rows) for c in range(self.cols)]
@@ -124,7 +124,7 @@ class Site:
         for is_prefetched, codes, scales in self.prefetched:
             with b.if_then(is_prefetched):
                 block = moved(b, codes, b.mul(i, self.int(panel_bytes)))
-                for line in range(0, panel_bytes, 64):
+                for line in range(0, panel_bytes, self.target.machine.line_bytes(self.cpu)):
                     prefetch(b, moved(b, block, line), self.locality)
                 if scale_bytes:
                     prefetch(b, moved(b, scales, b.mul(i, self.int(scale_bytes))), self.locality)
@@ -209,7 +209,8 @@ def begin(s, out):
 def look_ahead(s, ahead):
     """Sets what is prefetched: of a single panel the bytes that follow, of several the panels of `ahead`.
 
-    Targets with narrower registers need no prefetch: there few rows are bound by arithmetic already.
+    Integers in narrower registers need no prefetch: on AVX2 few rows are bound by arithmetic already, and on ARM nobody
+    has measured it yet.
     """
     if s.lanes < LANES:
         return

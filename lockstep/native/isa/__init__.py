@@ -17,28 +17,5 @@ A file of an instruction set (x86.py, aarch64.py, other.py) holds what its targe
                             (see studies/15-one-stream.md)
 
 `b` is the LLVM builder. Another target is a file that ends with a `Target` (target.py says what that is), and a place
-in TARGETS. An instruction that a CPU lacks aborts the process.
+in TARGETS of `native/targets.py`.
 """
-
-from lockstep.native.host import UnfitMachine
-from lockstep.native.isa.avx2 import AVX2, AVX512
-from lockstep.native.isa.neon import NEON, SDOT
-from lockstep.native.isa.other import OTHER
-from lockstep.native.isa.target import Cpu, Target
-from lockstep.native.isa.vnni import AVX512_BF16, AVX512_VNNI, AVX_VNNI
-from lockstep.native.kernel import target
-
-TARGETS = (AVX512_BF16, AVX512_VNNI, AVX_VNNI, AVX512, AVX2, SDOT, NEON, OTHER)  # a CPU has the first that it fits
-
-
-def of(magic: tuple[str, str, str]) -> Target:
-    """The target of (triple, CPU, features). UnfitMachine if there is none: on x86 without AVX2."""
-    cpu = Cpu(*magic)
-    for each in TARGETS:
-        if each.fits(cpu):
-            return each
-    raise UnfitMachine(f"Lockstep needs a CPU with AVX2 (any since 2015); {cpu.name or 'unnamed'!r} has none")
-
-
-TARGET = of(target())
-ISA = TARGET.machine

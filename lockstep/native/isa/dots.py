@@ -13,6 +13,11 @@ from lockstep.native.simd import constant
 LESS_NEGATIVE = False
 
 
+def quad(s, place, g):
+    """Four codes at a place, those of group g, in the lanes of every feature."""
+    return spread4(s.b, place, s.lanes)
+
+
 def pinned(s, values):
     """The same vectors behind a barrier: LLVM neither reorders their computation nor moves loads across the barrier.
 
@@ -37,7 +42,7 @@ def unsigned_dots(s, i, columns, first, num_groups):
         codes = columns(g)
         for half in (0, 1):
             for r in range(s.rows):
-                a = spread4(b, s.code(r, i, 4 * (g + half)), s.lanes)
+                a = s.target.quad(s, s.code(r, i, 4 * (g + half)), g + half)
                 for c in range(s.cols):
                     dots[r, c] = dot(b, dots[r, c], codes[c][half], a)
     return dots
@@ -53,7 +58,7 @@ def byte_dots(s, i, column, groups, first):
     for g in groups:
         columns = [column(c, g) for c in range(s.cols)]
         for r in range(s.rows):
-            a = spread4(b, s.code(r, i, 4 * g), s.lanes)
+            a = s.target.quad(s, s.code(r, i, 4 * g), g)
             for c in range(s.cols):
                 dots[r, c] = dot(b, dots[r, c], columns[c], a)
     return dots
@@ -73,24 +78,30 @@ def scaled_dots(s, i, codes, scale, pair):
             both = codes(half, first)
             for r in range(s.rows):
                 for g in (0, 1):
-                    dots[r] = dot(b, dots[r], both[g], spread4(b, s.code(r, i, 16 * half + 4 * (first + g)), s.lanes))
+                    a = s.target.quad(s, s.code(r, i, 16 * half + 4 * (first + g)), first + g)
+                    dots[r] = dot(b, dots[r], both[g], a)
         products = [b.mul(v, scale[half]) for v in dots]
         totals = pinned(s, [b.add(t, v) for t, v in zip(totals, products, strict=True)] if half else products)
+    return with_pair(s, totals, pair)
+
+
+def with_pair(s, totals, pair):
+    """The totals of rows plus pair[0] . pair[1], as `scaled_dots` has them."""
     shared = pair[0]()
     sums = [pair[1](r) for r in range(s.rows)]
-    return [s.target.pair_dot(b, total, shared, own) for total, own in zip(totals, sums, strict=True)]
+    return [s.target.pair_dot(s.b, total, shared, own) for total, own in zip(totals, sums, strict=True)]
 
 
 def long_dots(s, acc, rows, column, x):
     """acc[*row, c] + x(row, g) . column(c, g) over the eight groups of a block, for sums over all of K.
 
-    rows: tuples that name them. column: as in `byte_dots`. x: four codes of a row, the same for each feature.
+    rows: tuples that name them. column: as in `byte_dots`. x(row, g): where a row's codes of group g lie.
     """
     b, acc = s.b, dict(acc)
     for g in range(8):
         columns = [column(c, g) for c in range(s.cols)]
         for row in rows:
-            codes = x(row, g)
+            codes = s.target.quad(s, x(row, g), g)
             for c in range(s.cols):
                 acc[*row, c] = s.target.dot(b, acc[*row, c], columns[c], codes)
     return acc

@@ -95,6 +95,7 @@ def long_dots(s, acc, rows, column, x):
             w = column(c, g)
             sign, size = b.sext(b.icmp_signed("<", w, constant(w.type, 0)), w.type), absolute(b, w)
             for row in rows:
-                acc[*row, c] = b.add(acc[*row, c], pair_sums(b, maddubs(b, size, b.xor(x(row, g), sign))))
+                codes = b.xor(spread4(b, x(row, g), s.lanes), sign)
+                acc[*row, c] = b.add(acc[*row, c], pair_sums(b, maddubs(b, size, codes)))
         acc = dict(zip(acc, pinned(s, acc.values()), strict=True))
     return acc

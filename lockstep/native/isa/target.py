@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from lockstep.native.isa import dots
+
 
 class Cpu(NamedTuple):
     """What kernels are compiled for (not the host), as LLVM names it. features: as "+avx2,-sse4a"; "" if none is known:
@@ -52,7 +54,11 @@ class Target:
     up to shuffle_bytes; None: such a lookup is made of choices. bf16_dot: `formats.bf16.flushed_fma` for pairs of
     bfloat16 held as int32, odd halves first, whatever the control word says; None: made of float32.
 
-    tiles: a module with the loops of a tile of codes, as `isa.dots` has them.
+    shifts_bytes: whether a shift of bytes is one instruction.
+
+    tiles: a module with the loops of a tile of codes, as `isa.dots` has them. quad: how the loops of that module get
+    four codes of a row. in_order: codes [panels, 16, K] in the order in which panels have them. by_feature(b, lanes,
+    g): numbers of the features of a column in the order of the words of group g there.
     """
 
     name: str
@@ -68,8 +74,17 @@ class Target:
     shuffle: Callable[..., Any] | None = None
     shuffle_bytes: int = 16
     bf16_dot: Callable[..., Any] | None = None
+    shifts_bytes: bool = False
+    quad: Callable[..., Any] = dots.quad
+    in_order: Callable[..., Any] = lambda codes: codes
+    by_feature: Callable[..., Any] = lambda b, lanes, g: lanes
 
     @property
     def is_wide(self) -> bool:
         """Whether a register holds sixteen lanes (and there are 32 of them)."""
         return self.lanes == 16
+
+    @property
+    def panels(self) -> int:
+        """Panels of sixteen features in a tile of many rows."""
+        return 2 if self.is_wide else 1

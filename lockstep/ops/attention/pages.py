@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lockstep.native.isa import TARGET
 from lockstep.native.kernel import inlined
 from lockstep.native.machine import prefetch
 from lockstep.native.numbers import int32
 from lockstep.native.simd import load, peek, round_bf16, store, store_bf16
+from lockstep.native.targets import TARGET
 from lockstep.native.tiles import tile_fma_f32, tile_load, tile_store, tile_zeros
 from lockstep.native.tiles_pairs import (
     WATCHED,

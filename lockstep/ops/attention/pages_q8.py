@@ -9,7 +9,6 @@ A row of a page is four dimensions of 64 keys, or all dimensions of four values.
 weight 0: whatever codes they hold add nothing to an integer sum, and their scales are not used.
 """
 
-from lockstep.native.isa import TARGET
 from lockstep.native.kernel import inlined
 from lockstep.native.machine import prefetch
 from lockstep.native.numbers import float32, int32
@@ -30,6 +29,7 @@ from lockstep.native.simd import (
     to_i32,
     where_below,
 )
+from lockstep.native.targets import TARGET
 from lockstep.native.tiles import tile_store
 from lockstep.native.tiles_bytes import (
     OFFSET,

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lockstep.native.isa import TARGET
 from lockstep.native.kernel import inlined
 from lockstep.native.numbers import int32, int64
 from lockstep.native.simd import load, peek, poke, store
+from lockstep.native.targets import TARGET
 from lockstep.native.tiles import tile_fma_f32, tile_load, tile_zeros
 from lockstep.native.tiles_rows import ROW_NUMBERS, RowNumbers, prefetch_row, tile_store_rows
 from lockstep.ops.attention.formulas import BLOCK, MAX_HEAD_DIM, exp2, first_key

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lockstep.formats.parts.tiles import Site, fields, finish, look_ahead
-from lockstep.native import isa
-from lockstep.native.emit import ir, moved, pointer, read, spread, spread4, vector
+from lockstep.native import targets
+from lockstep.native.emit import ir, moved, pointer, read, spread, vector
 from lockstep.native.numbers import types
 from lockstep.native.simd import F32, I32, I64, LANES, constant, primitive, splat
 
@@ -44,9 +44,8 @@ class CodeSite(Site):
         return [(r, c) for r in range(self.rows) for c in range(self.cols)]
 
     def x_codes(self, r, plane, k):
-        """Four codes of row r from k on, the same for each feature."""
-        place = moved(self.b, moved(self.b, self.x[r], k), 0)
-        return spread4(self.b, moved(self.b, place, self.b.mul(self.K, self.int(plane))), self.lanes)
+        """Where the codes of a plane of row r from k on lie."""
+        return moved(self.b, moved(self.b, self.x[r], k), self.b.mul(self.K, self.int(plane)))
 
     def word(self, c, index, element):
         """One of the four words of each feature of column c."""
@@ -191,7 +190,7 @@ def code_tile(context, shape, num_rows, x, w, out, ahead, grid):
 def _emit_tile(b, magic, tile, height, operands, grid):
     """A tile of `height` rows: all columns at once in registers of sixteen lanes, as many as fit in those of eight."""
     x, w, out, ahead = operands
-    lanes = isa.of(magic).dot_lanes
+    lanes = targets.of(magic).dot_lanes
     columns = [(panel, first) for panel in tile.panels for first in range(0, LANES, lanes)]
     at_once = len(columns) if lanes == LANES else max(1, NARROW_SUMS // (height * tile.planes))
     for start in range(0, len(columns), at_once):

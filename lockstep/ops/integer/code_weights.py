@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lockstep.formats.pack import scatter
-from lockstep.formats.parts.panels import PANEL, grouped, k_major, num_panels, padded_width
-from lockstep.native.isa import TARGET
+from lockstep.formats.parts.panels import PANEL, in_fours, k_major, num_panels, padded_width
+from lockstep.native.targets import TARGET
 from lockstep.ops.integer.code_rows import plane_bytes
 from lockstep.runtime.backend import Layout
 from lockstep.runtime.program import Weight
@@ -116,7 +116,7 @@ def fill_panels(weight: Weight, codes: np.ndarray, words: np.ndarray) -> None:
         fields = part.scale[rows].view(np.int32), zero + offset, total - K * zero, start
         return np.pad(part_codes.view(np.uint8) + np.uint8(offset), ((0, 0), (0, padded - K))), np.stack(fields, 1)
 
-    scatter(weight, [(codes, grouped(4)), (words, k_major)], convert)
+    scatter(weight, [(codes, in_fours), (words, k_major)], convert)
 
 
 def _offset() -> int:

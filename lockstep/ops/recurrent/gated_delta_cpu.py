@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lockstep.native.isa import TARGET
 from lockstep.native.kernel import inlined, kernel
 from lockstep.native.machine import fetch_add, prefetch
 from lockstep.native.numbers import float32, int64
 from lockstep.native.simd import fma, lanes, load, peek, poke, sqrt, store, sum_lanes
+from lockstep.native.targets import TARGET
 from lockstep.ops.math import ONE, ZERO, sigmoid
 from lockstep.ops.recurrent.gated_delta import BLOCK, L2_EPS, DeltaGates, GatedDelta, L2Norm, decay_gate
 from lockstep.runtime.backend import Implementation

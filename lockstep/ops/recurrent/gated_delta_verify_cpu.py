@@ -7,11 +7,11 @@ decayed copy for the drafts on the stack (8 KiB a block at K = 128).
 
 from typing import NamedTuple
 
-from lockstep.native.isa import TARGET
 from lockstep.native.kernel import inlined, kernel, variant
 from lockstep.native.machine import prefetch, stack_memory
 from lockstep.native.numbers import float32
 from lockstep.native.simd import fma, load, peek, poke, store
+from lockstep.native.targets import TARGET
 from lockstep.ops.recurrent.gated_delta import BLOCK
 from lockstep.ops.recurrent.gated_delta_cpu import (
     addresses,

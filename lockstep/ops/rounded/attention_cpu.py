@@ -7,11 +7,11 @@ thread's stack, K and V in its second-level cache.
 
 from collections import namedtuple
 
-from lockstep.native.isa import TARGET
 from lockstep.native.kernel import inlined, variant
 from lockstep.native.machine import stack_memory
 from lockstep.native.numbers import int64
 from lockstep.native.simd import load, store
+from lockstep.native.targets import TARGET
 from lockstep.native.tiles import tile_fma_f32, tile_load, tile_store, tile_zeros
 from lockstep.ops.attention.formulas import cleared
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS

@@ -8,7 +8,7 @@ VARIANT native: the target of NUMBA_CPU_NAME; "avx_vnni", "avx2", "generic": dot
 import hashlib
 import sys
 
-from lockstep.native.isa import AVX2, AVX_VNNI, OTHER
+from lockstep.native.targets import AVX2, AVX_VNNI, OTHER
 from tests.targets import pretend
 
 

@@ -14,7 +14,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from lockstep.native.isa import AVX512_BF16, OTHER, x86
+from lockstep.native.isa import x86
+from lockstep.native.targets import AVX512_BF16, OTHER
 from tests.targets import pretend
 
 ROWS, N = 9, 75

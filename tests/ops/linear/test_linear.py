@@ -11,7 +11,7 @@ from lockstep.formats import BLOCK_FORMATS, FORMATS, bf16
 from lockstep.formats.parts import products
 from lockstep.formats.parts.panels import padded_width
 from lockstep.formats.parts.rows import ROW_FORMATS, quantized_row
-from lockstep.native import isa
+from lockstep.native import targets
 from lockstep.native.host import UnfitMachine
 from lockstep.native.kernel import interpreted
 from lockstep.ops.elementwise import activations, activations_cpu, gated_mul, rms_norm_cpu
@@ -272,11 +272,11 @@ def test_other_targets_give_the_same_bits(variant, cpu, formats, tmp_path):
 
 
 def test_targets_by_name():
-    ask = lambda cpu, features="", triple="x86_64-unknown-linux-gnu": isa.of((triple, cpu, features)).name
+    ask = lambda cpu, features="", triple="x86_64-unknown-linux-gnu": targets.of((triple, cpu, features)).name
     cpus = {"znver5": "avx512_vnni-bf16", "icelake-server": "avx512_vnni", "alderlake": "avx_vnni", "znver3": "avx2"}
     assert {cpu: ask(cpu) for cpu in cpus} == cpus
     assert ask("anything", "+avx2,+fma") == "avx2" and ask("anything", "+avx2,+avx512vnni") == "avx512_vnni"
-    wide = lambda cpu: isa.of(("x86_64-unknown-linux-gnu", cpu, "")).is_wide
+    wide = lambda cpu: targets.of(("x86_64-unknown-linux-gnu", cpu, "")).is_wide
     assert [wide(cpu) for cpu in ("znver4", "skylake-avx512", "skylake", "alderlake")] == [True, True, False, False]
     assert (
         ask("neoverse-n1", triple="aarch64-linux-gnu") == "sdot"

@@ -72,28 +72,48 @@ def _dots(s, rows, columns, groups, first, place):
 
     columns(g): for each column both vectors of groups g and g + 1. place(row, g): where a row's codes of these lie.
     """
-    b, pairs, sums = s.b, list(zip(rows[::2], rows[1::2], strict=False)), {}
-    single = rows[len(rows) // 2 * 2 :]
-    zero = constant(vector(I32, 4), 0)
-    start = {pair: _beside(b, *(cut(b, first[r], 0, 4) for (r,) in pair), 0) if first else zero for pair in pairs}
-    even = ir.Constant(s.ints, [-1, 0] * (s.lanes // 2))  # neighbours are added at the end
-    start |= {row: b.and_(first[row[0]], even) if first else constant(s.ints, 0) for row in single}
+    pairs, single = list(zip(rows[::2], rows[1::2], strict=False)), rows[len(rows) // 2 * 2 :]
+    start, sums = _starts(s, pairs, single, first), {}
     for g in groups:
         for c, both in enumerate(columns(g)):
-            parts = [cut(b, v, n, CODES.count) for v in both for n in (0, CODES.count)]
             for pair in pairs:
-                codes = _two(b, [place(row, g) for row in pair], g, len(rows) <= FEW_ROWS)
-                for n, part in enumerate(parts):
-                    sums[pair, c, n] = _smmla(b, sums.get((pair, c, n), start[pair]), codes, part)
+                codes = _two(s.b, [place(row, g) for row in pair], g, len(rows) <= FEW_ROWS)
+                _add_pair(s, sums, (pair, c), start[pair], codes, both)
             for row in single:
-                codes = b.bitcast(splat(b, read(b, place(row, g), I64), vector(I64, s.lanes // 2)), both[0].type)
-                for n, v in enumerate(both):
-                    sums[row, c, n] = sdot(b, sums.get((row, c, n), start[row]), v, codes)
-    dots = {}
+                _add_row(s, sums, (row, c), start[row], place(row, g), both)
+    return _by_row(s, pairs, single, sums)
+
+
+def _starts(s, pairs, single, first):
+    """What the sums of each pair, and of the single row, begin with."""
+    if not first:
+        zero = constant(vector(I32, 4), 0)
+        return dict.fromkeys(pairs, zero) | dict.fromkeys(single, constant(s.ints, 0))
+    b, even = s.b, ir.Constant(s.ints, [-1, 0] * (s.lanes // 2))  # neighbours are added at the end
+    both = lambda pair: [cut(b, first[r], 0, 4) for (r,) in pair]
+    return {pair: _beside(b, *both(pair), half=0) for pair in pairs} | {(r,): b.and_(first[r], even) for (r,) in single}
+
+
+def _add_pair(s, sums, cell, start, codes, both):
+    parts = [cut(s.b, v, n, CODES.count) for v in both for n in (0, CODES.count)]
+    for n, part in enumerate(parts):
+        sums[*cell, n] = _smmla(s.b, sums.get((*cell, n), start), codes, part)
+
+
+def _add_row(s, sums, cell, start, place, both):
+    codes = s.b.bitcast(splat(s.b, read(s.b, place, I64), vector(I64, s.lanes // 2)), both[0].type)
+    for n, v in enumerate(both):
+        sums[*cell, n] = sdot(s.b, sums.get((*cell, n), start), v, codes)
+
+
+def _by_row(s, pairs, single, sums):
+    """The sums of `_dots`, in the order of features."""
+    b, dots = s.b, {}
     for c in sorted({c for _, c, _ in sums}):
         for pair in pairs:
             for half, row in enumerate(pair):
-                dots[*row, c] = join(b, *(_beside(b, sums[pair, c, n], sums[pair, c, n + 1], half) for n in (0, 2)))
+                parts = [_beside(b, sums[pair, c, n], sums[pair, c, n + 1], half) for n in (0, 2)]
+                dots[*row, c] = join(b, *parts)
         for row in single:
             dots[*row, c] = join(b, *(_neighbours(b, sums[row, c, n]) for n in (0, 1)))
     return dots

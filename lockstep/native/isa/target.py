@@ -86,5 +86,5 @@ class Target:
 
     @property
     def panels(self) -> int:
-        """Panels of sixteen features in a tile of many rows."""
-        return 2 if self.is_wide else 1
+        """Panels of sixteen features in a tile of many rows: two where registers hold 512 numbers."""
+        return max(1, self.lanes * self.registers // 256)

@@ -8,8 +8,7 @@ VARIANT native: the target of NUMBA_CPU_NAME; "avx_vnni", "avx2", "generic": dot
 import hashlib
 import sys
 
-from lockstep.native.targets import AVX2, AVX_VNNI, OTHER
-from tests.targets import pretend
+from tests.ops.variants import become
 
 
 def digests():
@@ -25,5 +24,5 @@ def digests():
 
 if __name__ == "__main__":
     if sys.argv[1] != "native":
-        pretend({target.name: target for target in (AVX2, AVX_VNNI, OTHER)}[sys.argv[1]])
+        become(sys.argv[1])
     print(*digests())

@@ -10,18 +10,16 @@ from dataclasses import replace
 import llvmlite.binding as llvm
 import numpy as np
 import pytest
-from llvmlite import ir
 
 from lockstep.formats import FORMATS
 from lockstep.formats.pack import pack
 from lockstep.native import targets
-from lockstep.native.emit import cut, vector
 from lockstep.native.isa import rows_in_pairs
 from lockstep.native.kernel import target
-from lockstep.native.simd import I32, call
 from lockstep.ops.linear import linear
 from lockstep.runtime.program import Weight
 from tests.native.tile_counts import module
+from tests.ops import variants
 from tests.ops.harness import same_bits
 from tests.ops.linear.test_linear import narrow, prepared, run, stored
 from tests.targets import packing_for
@@ -30,29 +28,12 @@ from tests.targets import packing_for
 FORMATS_TRIED = ["q8_0", "q5_k", "q3_k", "q6_k"]
 
 
-def smmla(b, acc, rows, w):
-    """SMMLA as Arm's manual says: acc[2 r + n] += the dot of eight bytes, r of rows with n of w."""
-    for r in (0, 1):
-        for n in (0, 1):
-            of_row, of_feature = (b.sext(cut(b, v, 8 * m, 8), vector(I32, 8)) for v, m in ((rows, r), (w, n)))
-            total = call(b, "llvm.vector.reduce.add.v8i32", I32, [b.mul(of_row, of_feature)])
-            place = ir.Constant(I32, 2 * r + n)
-            acc = b.insert_element(acc, b.add(b.extract_element(acc, place), total), place)
-    return acc
-
-
-def neighbours(b, v):
-    pick = lambda n: b.shuffle_vector(v, v, ir.Constant(vector(I32, 4), [2 * lane + n for lane in range(4)]))
-    return b.add(pick(0), pick(1))
-
-
 @pytest.fixture
 def pretended(monkeypatch):
     """This machine as a target with SMMLA."""
-    other = targets.OTHER
-    made = replace(targets.I8MM, machine=targets.ISA, dot=other.dot, shuffle=None, pair_dot=other.pair_dot)
-    for name, value in {"_smmla": smmla, "sdot": other.dot, "_neighbours": neighbours}.items():
-        monkeypatch.setattr(rows_in_pairs, name, value)
+    made = replace(variants.TARGETS["i8mm"], machine=targets.ISA)
+    for name, function in variants.SPELT_OUT.items():
+        monkeypatch.setattr(rows_in_pairs, name, function)
     monkeypatch.setattr(targets, "of", lambda magic: made)
     with packing_for(made):
         yield

@@ -58,16 +58,10 @@ def pretend(other: targets.Target) -> None:
 @contextlib.contextmanager
 def packing_for(other: targets.Target) -> Iterator[None]:
     """Meanwhile weights are packed for another target."""
-    from lockstep.formats import q8_0
-    from lockstep.formats.groups import group8
     from lockstep.formats.parts import panels
 
-    modules = (panels, q8_0, group8)
-    before = [module.TARGET for module in modules]
-    for module in modules:
-        module.TARGET = other
+    before, panels.TARGET = panels.TARGET, other
     try:
         yield
     finally:
-        for module, target in zip(modules, before, strict=True):
-            module.TARGET = target
+        panels.TARGET = before

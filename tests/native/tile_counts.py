@@ -57,7 +57,7 @@ def module(format, magic: tuple[str, str, str], height: int, panels: int) -> str
     operands = (
         Rows(*values[:2]),
         Panels(*values[2:7], zero),
-        Output(*values[7:9], zero, zero, count, zero),
+        Output(*values[7:9], zero, zero, count, zero, ir.Constant(I64, 1)),
         Ahead(*values[2:6], ir.Constant(I64, (1 << panels) - 1)),
     )
     emit_tile(format.tile, b, magic, format.name, height, range(panels), operands)

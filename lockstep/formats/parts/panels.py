@@ -41,6 +41,11 @@ def in_fours(values: np.ndarray) -> np.ndarray:
     return grouped(4)(TARGET.in_order(values))
 
 
+def target_bytes(codes: np.ndarray) -> np.ndarray:
+    """Codes int8 as bytes: plus 128 where the target's dot takes unsigned weights."""
+    return codes.view(np.uint8) ^ np.uint8(128 if TARGET.unsigned else 0)
+
+
 def nibble_pairs(values: np.ndarray) -> np.ndarray:
     """Codes [panels, 16, K] to bytes [panels, K / 8, 16, 4]; this and the following in the target's order."""
     grouped = TARGET.in_order(values).reshape(values.shape[0], PANEL, -1, 2, 4).transpose(0, 2, 1, 3, 4)

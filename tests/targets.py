@@ -4,7 +4,10 @@ LOCKSTEP_ALL_TARGETS=1 (`make test-targets`) includes CPUs with the same instruc
 differ only in the order in which LLVM puts the instructions.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,8 +28,8 @@ def skip_without(*features: str) -> None:
 
 
 def skip_own(name: str) -> None:
-    """Skips a test of a target, named as in `lockstep.native.targets.name`, if it is this machine's own."""
-    if name == targets.name() and not os.environ.get("LOCKSTEP_ALL_TARGETS"):
+    """Skips a test of a target, named as `Target` is, if it is this machine's own."""
+    if name == targets.TARGET.name and not os.environ.get("LOCKSTEP_ALL_TARGETS"):
         pytest.skip(f"{name} is this machine's own target: make test-targets runs this test, too")
 
 
@@ -36,7 +39,7 @@ def compiling_for(cpu: str) -> dict[str, str]:
     Folders of compiled kernels are named by the target, so the process shares the cache.
     """
     skip_without(*FEATURES[cpu])
-    skip_own(targets.name((target()[0], cpu, "")))
+    skip_own(targets.of((target()[0], cpu, "")).name)
     return os.environ | {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": ""}
 
 
@@ -44,3 +47,21 @@ def pretending(cache: Path) -> dict[str, str]:
     """The environment of a process that makes kernels for a target it only pretends to have. The names of their folders
     do not show this, so the process gets a cache of its own."""
     return os.environ | {"LOCKSTEP_CACHE": str(cache)}
+
+
+def pretend(other: targets.Target) -> None:
+    """Makes every module use another target, on this machine: must be called before the modules are imported."""
+    targets.TARGET = replace(other, machine=targets.ISA)
+    targets.of = lambda magic: targets.TARGET
+
+
+@contextlib.contextmanager
+def packing_for(other: targets.Target) -> Iterator[None]:
+    """Meanwhile weights are packed for another target."""
+    from lockstep.formats.parts import panels
+
+    before, panels.TARGET = panels.TARGET, other
+    try:
+        yield
+    finally:
+        panels.TARGET = before

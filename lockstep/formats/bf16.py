@@ -11,8 +11,8 @@ from lockstep.formats.parts.products import Product, floats_at
 from lockstep.formats.parts.rows import ROUNDED
 from lockstep.formats.parts.scalars import upper_half
 from lockstep.formats.parts.tiles import outer
-from lockstep.native.emit import dpbf16, moved, read, spread, write
 from lockstep.native.emit import fma as vector_fma
+from lockstep.native.emit import moved, read, spread, write
 from lockstep.native.flushing import as_defined, exact_step
 from lockstep.native.kernel import definition, inlined
 from lockstep.native.simd import I32, constant, fma, load_bf16, store
@@ -100,7 +100,7 @@ def dense_tile(s):
 
 def _by_pairs(s, sums):
     """The accumulators that sums(pairs) emits, by the products of pairs that the target has."""
-    if s.bf16:
+    if s.target.bf16_dot:
         return sums(_pairs_native)
 
     def by(pairs):
@@ -117,7 +117,7 @@ def _by_pairs(s, sums):
 def _pairs_native(s, i, columns, acc):
     """VDPBF16PS: x holds bf16 pairs. It takes denormals as zero and flushes results, whatever MXCSR says."""
     values = [spread(s.b, moved(s.b, x, s.b.mul(i, s.int(4))), I32, s.lanes) for x in s.x]
-    return {(r, c): dpbf16(s.b, acc[r, c], values[r], columns[c]) for r, c in s.cells}
+    return {(r, c): s.target.bf16_dot(s.b, acc[r, c], values[r], columns[c]) for r, c in s.cells}
 
 
 def _pairs_wide(s, i, columns, acc):

@@ -140,7 +140,8 @@ def scatter(
 
 
 def _place(array: np.ndarray, arrange: Arrange, values: np.ndarray, row: int) -> None:
-    """Writes rows (starting anywhere) into panels; other rows of the first and the last panel keep their values."""
+    """Writes rows (starting anywhere) into panels; other rows of the first and the last panel keep their values, also
+    where a byte holds codes of several."""
     first, last = row // PANEL, -(-(row + len(values)) // PANEL)
     if row % PANEL == 0 and len(values) % PANEL == 0:
         array[first:last] = arrange(values.reshape(last - first, PANEL, *values.shape[1:]))
@@ -150,4 +151,10 @@ def _place(array: np.ndarray, arrange: Arrange, values: np.ndarray, row: int) ->
     staged[row - first * PANEL :][: len(values)] = values
     mask[row - first * PANEL :][: len(values)] = True
     shape = (last - first, PANEL, *values.shape[1:])
-    np.copyto(array[first:last], arrange(staged.reshape(shape)), where=arrange(mask.reshape(shape)).astype(bool))
+    arranged, panels = arrange(staged.reshape(shape)), array[first:last]
+    if array.dtype != np.uint8:
+        np.copyto(panels, arranged, where=arrange(mask.reshape(shape)))
+        return
+    lowest = arrange(np.ones(shape, np.uint8))  # the lowest bit of every code
+    bits = arrange(mask.reshape(shape).view(np.uint8)) * (255 // lowest)
+    panels[:] = panels & ~bits | arranged

@@ -26,14 +26,13 @@ from lockstep.formats.parts.scalars import byte
 from lockstep.formats.parts.sixteens import (
     TWO_BITS,
     load_two_bits,
-    pair_dot,
     scaled_codes,
     scales,
     two_bit_code,
     two_bits,
 )
 from lockstep.native.emit import fma as emit_fma
-from lockstep.native.emit import spread, words
+from lockstep.native.emit import spread
 from lockstep.native.kernel import definition, inlined
 from lockstep.native.simd import F32, I32, constant, fma, peek_f16, store, to_f32
 
@@ -133,7 +132,7 @@ def _add(s, i, acc, dots, minima, d, minus_dmin):
     for r in range(s.rows):
         a_scale, sums = spread(b, s.a_scale(r, i), F32, s.lanes), spread(b, s.sums(r, i), I32, s.lanes)
         for c in range(s.cols):
-            subtracted = pair_dot(s, constant(s.ints, 0), words(b, minima[c]), words(b, sums))
+            subtracted = s.target.pair_dot(b, constant(s.ints, 0), minima[c], sums)
             value = b.fmul(b.sitofp(subtracted, s.floats), minus_dmin[c])
             value = emit_fma(b, b.sitofp(dots[r, c], s.floats), d[c], value)
             after[r, c] = emit_fma(b, value, a_scale, acc[r, c])

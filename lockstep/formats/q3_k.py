@@ -96,7 +96,7 @@ def tile(s):
 
 def _tables(s, c, start):
     """Products of column c for q = -4..-1, and for q = 0..3: of each half of 32 k, four bytes for each feature."""
-    b, signs = s.b, 0 if "vnni" in s.int_dot else -0x7F7F7F80  # 0x80808080: less 128 in every byte
+    b, signs = s.b, 0 if s.target.unsigned else -0x7F7F7F80  # 0x80808080: less 128 in every byte
     number = lambda value: constant(s.ints, value)
     halves = [scales(s, c, b.add(start, s.int(FEATURES * half))) for half in (0, 1)]
     negative = [b.add(b.mul(S, number(0x01020304)), number(0x60402000)) for S in halves]

@@ -11,6 +11,8 @@ nibbles of the same 32 k, so that one row reads one stream.
 Source: block_q6_K in ggml-common.h and dequantize_row_q6_K in ggml-quants.c.
 """
 
+from functools import partial
+
 import numpy as np
 
 from lockstep.formats.format import Format, Lookup, Packed, Stored
@@ -22,10 +24,9 @@ from lockstep.formats.parts.layout import offset, offsets, part_bytes
 from lockstep.formats.parts.panels import PANEL as FEATURES
 from lockstep.formats.parts.panels import Placed, bit_pairs, k_major, nibble_pairs
 from lockstep.formats.parts.scalars import nibble
-from lockstep.formats.parts.sixteens import PRODUCT, pair_dot, two_bit_code, two_bits
+from lockstep.formats.parts.sixteens import PRODUCT, two_bit_code, two_bits
 from lockstep.native.emit import fma as emit_fma
-from lockstep.native.emit import moved, read, spread, spread4, vector, words
-from lockstep.native.isa import pinned
+from lockstep.native.emit import moved, read, spread, vector, words
 from lockstep.native.kernel import definition, inlined
 from lockstep.native.numbers import int8
 from lockstep.native.simd import (
@@ -41,7 +42,6 @@ from lockstep.native.simd import (
     store,
     to_f32,
 )
-from lockstep.native.tiles_dots import WIDE, maddubs, maddwd
 
 BLOCK = np.dtype([("low", "u1", (2, 64)), ("high", "u1", (2, 32)), ("sc", "i1", 16), ("d", "<f2")])
 BYTES, (LOW, HIGH, SC, D) = BLOCK.itemsize, offsets(BLOCK)
@@ -80,7 +80,7 @@ def arrange(codes: np.ndarray, sc: np.ndarray, d: np.ndarray) -> Placed:
 
 def tile(s):
     """acc = fma(float(sc0 * dot0 + sc1 * dot1), d * a_scale, acc): a scale for the first 16 and one for the last."""
-    dots, b = _q6_avx2 if s.int_dot == "avx2" else _q6_wide, s.b
+    b = s.b
 
     def block(i, acc):
         start, j = block_of(s, i, PANEL.itemsize)
@@ -93,7 +93,10 @@ def tile(s):
                     ("sc", 2 * part_bytes(PANEL, "sc"), 1),
                 )
             )
-            sums = dots(s, i, low, high, [_scale(s, scales, half) for half in (0, 1)])
+            scale = [_scale(s, scales, half) for half in (0, 1)]
+            codes = partial(_two_codes, s, low, high)
+            pair = partial(_zero_point, s, scale), partial(_sums, s, i)
+            sums = s.target.tiles.scaled_dots(s, i, codes, scale, pair)
             d = read(b, moved(b, moved(b, w, start), 4 * s.first[c]), s.floats, 4 * s.lanes)
             for r in range(s.rows):
                 factor = b.fmul(d, spread(b, s.a_scale(r, i), F32, s.lanes))
@@ -111,7 +114,8 @@ def _scale(s, scales, half):
 def _two_codes(s, low, high, half, first):
     """Codes 0..63 of groups `first` (0 or 2) and first + 1 of a half block: nibbles of low, two bits of high."""
     b, quads = s.b, vector(I8, 4 * s.lanes)
-    nibble = nibbles(b, read(b, moved(b, low, 2 * GROUP_BYTES * half + GROUP_BYTES * first // 2), quads, 4 * s.lanes))
+    place = moved(b, low, 2 * GROUP_BYTES * half + GROUP_BYTES * first // 2)
+    nibble = nibbles(b, s.target, read(b, place, quads, 4 * s.lanes))
     bits = words(b, read(b, moved(b, high, GROUP_BYTES * half), quads, 4 * s.lanes))
     shift = lambda move, num_bits: b.bitcast(move(bits, constant(bits.type, num_bits)) if num_bits else bits, quads)
     upper = (shift(b.shl, 4), shift(b.shl, 2)) if first == 0 else (shift(b.shl, 0), shift(b.lshr, 2))
@@ -125,37 +129,9 @@ def _zero_point(s, scale):
     return b.mul(words(b, both), constant(words(b, both).type, -32))
 
 
-def _q6_wide(s, i, low, high, scale):
-    b, dot, totals = s.b, WIDE[s.int_dot], [None] * s.rows
-    for half in (0, 1):
-        dots = [constant(s.ints, 0)] * s.rows
-        for first in (0, 2):
-            codes = _two_codes(s, low, high, half, first)
-            for r in range(s.rows):
-                for g in (0, 1):
-                    dots[r] = dot(b, dots[r], codes[g], spread4(b, s.code(r, i, 16 * half + 4 * (first + g)), s.lanes))
-        products = [b.mul(v, scale[half]) for v in dots]
-        totals = pinned(b, [b.add(t, v) for t, v in zip(totals, products, strict=True)] if half else products)
-    zero_point = _zero_point(s, scale)
-    sums = [words(b, spread(b, s.sums(r, i), I32, s.lanes)) for r in range(s.rows)]
-    return [pair_dot(s, total, zero_point, both) for total, both in zip(totals, sums, strict=True)]
-
-
-def _q6_avx2(s, i, low, high, scale):
-    """Pairs of two groups stay below 4 * 63 * 127 = 32004; PMADDWD multiplies by the scale as it widens."""
-    b = s.b
-    zero_point = _zero_point(s, scale)
-    totals = [maddwd(b, zero_point, words(b, spread(b, s.sums(r, i), I32, s.lanes))) for r in range(s.rows)]
-    for half in (0, 1):
-        twice = b.or_(b.and_(scale[half], constant(s.ints, 0xFFFF)), b.shl(scale[half], constant(s.ints, 16)))
-        for first in (0, 2):
-            codes = _two_codes(s, low, high, half, first)
-            for r in range(s.rows):
-                places = [s.code(r, i, 16 * half + 4 * (first + g)) for g in (0, 1)]
-                sums = [maddubs(b, code, spread4(b, place, s.lanes)) for code, place in zip(codes, places, strict=True)]
-                totals[r] = b.add(totals[r], maddwd(b, b.add(*sums), words(b, twice)))
-            totals = pinned(b, totals)
-    return totals
+def _sums(s, i, r):
+    """The sums of the first and of the last 16 codes of row r, int16."""
+    return words(s.b, spread(s.b, s.sums(r, i), I32, s.lanes))
 
 
 @definition

@@ -13,12 +13,11 @@ from lockstep.formats.parts import blocks as blk
 from lockstep.formats.parts.dots import GROUP_BYTES, byte_dots, scale_add, w_scales
 from lockstep.formats.parts.layout import offsets
 from lockstep.formats.parts.panels import PANEL as FEATURES
-from lockstep.formats.parts.panels import Placed, grouped, k_major
+from lockstep.formats.parts.panels import Placed, in_fours, k_major, target_bytes
 from lockstep.formats.parts.products import CODES as PRODUCT
 from lockstep.formats.parts.scalars import half
 from lockstep.native.kernel import definition, inlined
 from lockstep.native.simd import load_i8, peek_f16, store, to_f32
-from lockstep.native.targets import unsigned_weights
 
 BLOCK = np.dtype([("d", "<f2"), ("codes", "i1", 32)])
 BYTES, (D, CODES) = BLOCK.itemsize, offsets(BLOCK)
@@ -48,8 +47,7 @@ def encode(weights: np.ndarray) -> np.ndarray:
 
 
 def arrange(codes: np.ndarray, d: np.ndarray) -> Placed:
-    zero = np.uint8(128 if unsigned_weights() else 0)
-    return {"codes": (grouped(4), codes.view(np.uint8) + zero), "d": (k_major, d)}
+    return {"codes": (in_fours, target_bytes(codes)), "d": (k_major, d)}
 
 
 def tile(s):

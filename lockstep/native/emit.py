@@ -54,7 +54,7 @@ def write(b, place, value, align=1):
 
 
 def prefetch(b, place, locality):
-    """Prefetches the cache line at a pointer, which may point anywhere. locality: see `targets.prefetch_locality`."""
+    """Prefetches the cache line at a pointer, which may point anywhere. locality: see `native.isa`."""
     hints = [ir.Constant(I32, hint) for hint in (0, locality, 1)]  # a read, its locality, of data
     call(b, "llvm.prefetch.p0", ir.VoidType(), [place, *hints])
 
@@ -126,9 +126,3 @@ def counted(b, num_rounds, carried, body):
         phi.add_incoming(value, end)
     b.position_at_end(done)
     return values
-
-
-def dpbf16(b, acc, x, w):
-    """VDPBF16PS, for pairs held as int32: odd halves first, denormals zero and flushed, whatever MXCSR says."""
-    pairs = vector(BF16, 32)
-    return call(b, "llvm.x86.avx512bf16.dpbf16ps.512", acc.type, [acc, b.bitcast(x, pairs), b.bitcast(w, pairs)])

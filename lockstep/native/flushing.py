@@ -16,9 +16,8 @@ import contextlib
 from llvmlite import ir
 
 from lockstep.native.emit import by_halves, fma, vector
-from lockstep.native.isa import ISA
 from lockstep.native.simd import F32, I64, LANES, call, constant
-from lockstep.native.targets import wide_registers
+from lockstep.native.targets import ISA, TARGET
 
 F64 = ir.DoubleType()
 SMALLEST_NORMAL, FLUSH_BELOW = 2.0**-126, 2.0**-126 - 2.0**-151
@@ -92,7 +91,7 @@ def ieee_additions(b, flushes):
 
 def _behind_barrier(b, v):
     """A vector of float32 behind a barrier, which takes what one register holds."""
-    if v.type.count > LANES // 2 and not wide_registers():
+    if v.type.count > LANES // 2 and not TARGET.is_wide:
         return by_halves(b, _behind_barrier, v)
     return ISA.barrier(b, v, "")
 

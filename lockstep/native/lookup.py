@@ -12,10 +12,9 @@ from numba import types
 
 from lockstep.native import targets
 from lockstep.native.emit import by_halves, vector
-from lockstep.native.simd import I1, I8, I32, I64, call, constant, i32x16, primitive, splat
+from lockstep.native.simd import I1, I8, I32, I64, constant, i32x16, primitive, splat
 
 ENTRIES = 16
-X86 = {16: "llvm.x86.ssse3.pshuf.b.128", 32: "llvm.x86.avx2.pshuf.b", 64: "llvm.x86.avx512.pshuf.b.512"}
 
 
 def lookup(b, magic, table, codes):
@@ -23,19 +22,13 @@ def lookup(b, magic, table, codes):
 
     table: <16 x i8>; codes: bytes 0..15, their number 16 times a power of two. magic: the target, see `kernel.target`.
     """
-    num_codes, int_dot = codes.type.count, targets.int_dot(magic)
-    if magic[0].startswith(("aarch64", "arm64")):
-        max_codes = ENTRIES
-    elif int_dot == "generic":
+    num_codes, target = codes.type.count, targets.of(magic)
+    if target.shuffle is None:
         return _chosen(b, table, codes)
-    else:
-        max_codes = 64 if int_dot == "avx512_vnni" else 32
-    if num_codes > max_codes:
+    if num_codes > target.shuffle_bytes:
         return by_halves(b, lambda b, half: lookup(b, magic, table, half), codes)
-    if max_codes == ENTRIES:
-        return _tbl(b, table, codes)
     repeated = ir.Constant(vector(I32, num_codes), list(range(ENTRIES)) * (num_codes // ENTRIES))
-    return shuffled(b, b.shuffle_vector(table, ir.Constant(table.type, ir.Undefined), repeated), codes)
+    return target.shuffle(b, b.shuffle_vector(table, ir.Constant(table.type, ir.Undefined), repeated), codes)
 
 
 def lookup_own(b, magic, tables, bits):
@@ -44,25 +37,14 @@ def lookup_own(b, magic, tables, bits):
     tables: <lanes x i32>, the entry of code 0 in the lowest byte; bits: <4 * lanes x i8>, a code in the low two bits of
     each byte, above them anything.
     """
-    num_codes, int_dot = bits.type.count, targets.int_dot(magic)
-    is_arm = magic[0].startswith(("aarch64", "arm64"))
-    if int_dot == "generic" and not is_arm:
+    num_codes, target = bits.type.count, targets.of(magic)
+    if target.shuffle is None:
         return _chosen_own(b, tables, bits)
-    max_codes = ENTRIES if is_arm else 64 if int_dot == "avx512_vnni" else 32
-    if num_codes > max_codes:
+    if num_codes > target.shuffle_bytes:
         return by_halves(b, lambda b, *half: lookup_own(b, magic, *half), tables, bits)
     place = ir.Constant(bits.type, [i % ENTRIES // 4 * 4 for i in range(num_codes)])
     codes = b.or_(b.and_(bits, constant(bits.type, 3)), place)
-    return (_tbl if is_arm else shuffled)(b, b.bitcast(tables, bits.type), codes)
-
-
-def shuffled(b, tables, codes):
-    """PSHUFB: the entries of each sixteen bytes of tables that the codes 0..15 in the same bytes name."""
-    return call(b, X86[codes.type.count], codes.type, [tables, codes])
-
-
-def _tbl(b, table, codes):
-    return call(b, "llvm.aarch64.neon.tbl1.v16i8", codes.type, [table, codes])
+    return target.shuffle(b, b.bitcast(tables, bits.type), codes)
 
 
 def _chosen(b, table, codes):

@@ -5,10 +5,10 @@ from numba import types
 from numba.core import cgutils
 
 from lockstep.native import emit, targets
-from lockstep.native.isa import ISA
 from lockstep.native.kernel import inlined
 from lockstep.native.simd import F32, I8, I32, I64, call, emitted, primitive
 from lockstep.native.system import SYSTEM
+from lockstep.native.targets import ISA
 
 SPINS_BEFORE_YIELD, FOREVER = 50, 1 << 62
 IEEE, FLUSH = ISA.IEEE, ISA.FLUSH
@@ -151,8 +151,8 @@ def prefetch(context, address):
     """Prefetches the cache line at an address, which may be any, into the cache that suits the target."""
 
     def codegen(ctx, b, sig, args):
-        locality = targets.prefetch_locality(ctx.codegen().magic_tuple())
-        emit.prefetch(b, emit.pointer(b, args[0]), locality)
+        cpu = targets.Cpu(*ctx.codegen().magic_tuple())
+        emit.prefetch(b, emit.pointer(b, args[0]), ISA.prefetch_locality(cpu))
         return ctx.get_dummy_value()
 
     return types.void(types.int64), codegen

@@ -4,15 +4,14 @@ from numba import types
 
 from lockstep.native.emit import counted, fma, moved, pointer, read, vector, write
 from lockstep.native.simd import F32, I8, I32, constant, primitive
-from lockstep.native.targets import int_dot, wide_registers
-from lockstep.native.tiles_dots import WIDE, maddubs, pair_sums
+from lockstep.native.targets import of
 
 CHAINS = 12  # enough to cover the latency of an FMA with two of them started each cycle
 
 
-def lanes_per_register(magic=None):
-    """float32 lanes of a register."""
-    return 16 if wide_registers(magic) else 8
+def lanes_per_register(magic):
+    """float32 lanes of a register, or of two, so that CHAINS of them cover the latency of more units."""
+    return max(8, of(magic).lanes)
 
 
 def _spin(b, num_rounds, out, start, step):
@@ -41,15 +40,11 @@ def peak_int8(context, num_rounds, out):
 
     def codegen(ctx, b, sig, args):
         magic = ctx.codegen().magic_tuple()
-        instruction, lanes = int_dot(magic), lanes_per_register(magic)
+        dot, lanes = of(magic).dot, lanes_per_register(magic)
         as_bytes = lambda v: b.bitcast(v, vector(I8, 4 * lanes))
         fixed = as_bytes(read(b, pointer(b, args[1]), vector(I32, lanes)))
-        if instruction == "avx2":
-            dot = lambda v: b.add(v, pair_sums(b, maddubs(b, fixed, as_bytes(v))))
-        else:
-            dot = lambda v: WIDE[instruction](b, v, fixed, fixed)
         (num_rounds, out), start = args, [constant(vector(I32, lanes), k) for k in range(CHAINS)]
-        _spin(b, num_rounds, out, start, lambda values: [dot(v) for v in values])
+        _spin(b, num_rounds, out, start, lambda values: [dot(b, v, fixed, fixed) for v in values])
         return ctx.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen

@@ -3,7 +3,7 @@
 A step takes one row of the cache: four signed bytes for each of the sixteen lanes of a column. They are multiplied with
 four numbers of each row of x, which are
 
-    bytes    where the target multiplies bytes (`targets.unsigned_weights`); elsewhere the same numbers as words
+    bytes    where the target multiplies bytes (`Target.unsigned`); elsewhere the same numbers as words
     words    int16 in the order 0, 2, 1, 3, so that a lane's even bytes and its odd ones make a pair each
 
 Whatever the instructions, the sums are the same integers, which must fit in 31 bits.
@@ -20,7 +20,6 @@ from lockstep.native.simd import (
     I16,
     I32,
     LANES,
-    call,
     constant,
     emitted,
     i32x16,
@@ -30,28 +29,15 @@ from lockstep.native.simd import (
     write_at,
 )
 from lockstep.native.tiles import FMA_OPERANDS, V16F, V16I, Tile, at, cells, pack, unpack
-from lockstep.native.tiles_dots import maddwd, vnni
 
 SIGN_BITS = 0x80  # turns int8 into its code + 128, which is what VPDPBUSD multiplies
 OFFSET = -128  # times the sum of a row of x: corrects a sum for the 128
 EVEN_FIRST = [4 * i + j for i in range(4) for j in (0, 2, 1, 3)]
 
 
-def _byte_dots(b, int_dot, acc, unsigned, signed):
-    return vnni(b, acc, unsigned, signed) if int_dot == "avx512_vnni" else by_halves(b, vnni, acc, unsigned, signed)
-
-
-def _word_dots(b, int_dot, acc, x, w):
-    """acc + x0 w0 + x1 w1 for pairs of int16."""
-    if int_dot == "avx512_vnni":
-        return call(b, "llvm.x86.avx512.vpdpwssd.512", acc.type, [acc, x, w])
-    if int_dot == "avx_vnni":
-        return by_halves(b, lambda b, *v: call(b, "llvm.x86.avx512.vpdpwssd.256", v[0].type, [*v]), acc, x, w)
-    if int_dot == "avx2":
-        return by_halves(b, lambda b, a, x, w: b.add(a, maddwd(b, x, w)), acc, x, w)
-    x, w, half = b.bitcast(x, V16I), b.bitcast(w, V16I), constant(V16I, 16)
-    low = [b.ashr(b.shl(v, half), half) for v in (x, w)]
-    return b.add(acc, b.add(b.mul(*low), b.mul(b.ashr(x, half), b.ashr(w, half))))
+def _dots(b, target, dot, acc, x, w):
+    """A dot of the target, `dot`, of a column: at once where vectors of integer sums hold one, or else by halves."""
+    return dot(b, acc, x, w) if target.dot_lanes == LANES else by_halves(b, dot, acc, x, w)
 
 
 def _columns_of_words(b, address, stride, cols):
@@ -64,21 +50,21 @@ def _columns_of_words(b, address, stride, cols):
     return columns
 
 
-def _add_words(b, int_dot, shape, parts, x, x_row, columns):
+def _add_words(b, target, shape, parts, x, x_row, columns):
     for half in (0, 1):
         for r in range(shape.rows):
             pair = words(b, splat(b, read_at(b, at(b, x, x_row, r, 4 * half), I32, 4), V16I))
             for c in range(shape.cols):
-                parts[r, c] = _word_dots(b, int_dot, parts[r, c], pair, columns[c][half])
+                parts[r, c] = _dots(b, target, target.pair_dot, parts[r, c], pair, columns[c][half])
 
 
-def _add_bytes(b, int_dot, shape, parts, x, x_row, w, w_column):
+def _add_bytes(b, target, shape, parts, x, x_row, w, w_column):
     four = vector(I8, 4 * LANES)
     columns = [b.xor(read_at(b, at(b, w, w_column, c), four, 64), constant(four, SIGN_BITS)) for c in range(shape.cols)]
     for r in range(shape.rows):
         quad = b.bitcast(splat(b, read_at(b, at(b, x, x_row, r), I32, 4), V16I), four)
         for c in range(shape.cols):
-            parts[r, c] = _byte_dots(b, int_dot, parts[r, c], columns[c], quad)
+            parts[r, c] = _dots(b, target, target.dot, parts[r, c], columns[c], quad)
 
 
 def _step(tile, multiplies_bytes):
@@ -87,11 +73,11 @@ def _step(tile, multiplies_bytes):
     def codegen(ctx, b, sig, args):
         value, x, x_row, w, w_column = args
         magic, shape, parts = ctx.codegen().magic_tuple(), sig.args[0], unpack(b, sig.args[0], value)
-        int_dot = targets.int_dot(magic)
-        if multiplies_bytes and targets.unsigned_weights(magic):
-            _add_bytes(b, int_dot, shape, parts, x, x_row, w, w_column)
+        target = targets.of(magic)
+        if multiplies_bytes and target.unsigned:
+            _add_bytes(b, target, shape, parts, x, x_row, w, w_column)
         else:
-            _add_words(b, int_dot, shape, parts, x, x_row, _columns_of_words(b, w, w_column, shape.cols))
+            _add_words(b, target, shape, parts, x, x_row, _columns_of_words(b, w, w_column, shape.cols))
         return pack(b, shape, parts)
 
     return tile(tile, *FMA_OPERANDS), codegen

@@ -8,9 +8,7 @@ from llvmlite import ir
 from numba import types
 
 from lockstep.native import targets
-from lockstep.native.emit import dpbf16
 from lockstep.native.flushing import either, exact_step, underflowed_after
-from lockstep.native.isa import ISA
 from lockstep.native.simd import (
     I32,
     constant,
@@ -21,9 +19,10 @@ from lockstep.native.simd import (
     splat,
     write_at,
 )
+from lockstep.native.targets import ISA, TARGET
 from lockstep.native.tiles import FMA_OPERANDS, V16F, V16I, at, outer, pack, read_tile, unpack
 
-WATCHED = ISA.FLUSHING == "before rounding" and not targets.bf16_dot()
+WATCHED = ISA.FLUSHING == "before rounding" and TARGET.bf16_dot is None
 
 
 def _steps(step_of):
@@ -48,7 +47,7 @@ def tile_pairs(context, tile, x, x_row, w, w_column, mask):
     for f, x is bfloat16 pairs; elsewhere two float32, and FLUSH mode makes f of an FMA. mask: 32 bits, and-ed with w.
     """
     without = _exact_pairs if ISA.FLUSHING == "never" else _fma_pairs
-    codegen = _steps(lambda magic: _dot_pairs if targets.bf16_dot(magic) else without)
+    codegen = _steps(lambda magic: _dot_pairs(targets.of(magic).bf16_dot) or without)
     return tile(tile, *FMA_OPERANDS, types.int64), codegen
 
 
@@ -58,11 +57,16 @@ def exact_pairs(context, tile, x, x_row, w, w_column, mask):
     return tile(tile, *FMA_OPERANDS, types.int64), _steps(lambda magic: _exact_pairs)
 
 
-def _dot_pairs(b, shape, parts, x, x_row, columns):
-    for r in range(shape.rows):
-        pair = splat(b, read_at(b, at(b, x, x_row, r), I32, 4), V16I)
-        for c in range(shape.cols):
-            parts[r, c] = dpbf16(b, parts[r, c], pair, columns[c])
+def _dot_pairs(dot):
+    """Emits a step with an instruction for it; None if there is none."""
+
+    def emit(b, shape, parts, x, x_row, columns):
+        for r in range(shape.rows):
+            pair = splat(b, read_at(b, at(b, x, x_row, r), I32, 4), V16I)
+            for c in range(shape.cols):
+                parts[r, c] = dot(b, parts[r, c], pair, columns[c])
+
+    return dot and emit
 
 
 def _halves(b, columns):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lockstep import formats
-from lockstep.native.targets import name as target_name
+from lockstep.native.targets import TARGET
 from lockstep.new_files import MAKING
 from lockstep.progress import OnProgress
 from lockstep.runtime.backend import Layout
@@ -108,7 +108,7 @@ class PackedStore(WeightStore):
         self._expected: set[tuple[str, str]] = set()  # (weight, layout)
         self._root, self._lock, self._maps = _packed_folder(), threading.Lock(), LeasedMaps()
         self._counting = threading.Lock()
-        self._suffix, self.num_bytes_not_kept, self._obstacle = f"{packing_version()}-{target_name()}", 0, ""
+        self._suffix, self.num_bytes_not_kept, self._obstacle = f"{packing_version()}-{TARGET.name}", 0, ""
         self._used: int | None = None  # bytes of all packed models; None until they are counted
         self.folder = self._root / f"{packed_cache.PROVISIONAL}{checkpoint.provisional_name}-{self._suffix}"
         packed_cache.tidy(self._root)
@@ -282,9 +282,7 @@ class PackedStore(WeightStore):
             packed_cache.write_about(self.folder, self._about())
 
     def _about(self) -> dict:
-        return dict(
-            model=os.path.abspath(self.checkpoint.path), header=self.checkpoint.header_hash, target=target_name()
-        )
+        return dict(model=os.path.abspath(self.checkpoint.path), header=self.checkpoint.header_hash, target=TARGET.name)
 
     def _has_room(self, size: int) -> bool:
         """Whether `size` more bytes may be kept; makes room by removing the least recently used models."""

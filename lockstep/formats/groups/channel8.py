@@ -15,7 +15,7 @@ from lockstep.formats.parts import blocks as blk
 from lockstep.formats.parts.dots import GROUP_BYTES, byte_dots
 from lockstep.formats.parts.layout import offsets
 from lockstep.formats.parts.panels import PANEL as FEATURES
-from lockstep.formats.parts.panels import Placed, grouped, k_major
+from lockstep.formats.parts.panels import Placed, in_fours, k_major, target_bytes
 from lockstep.formats.parts.products import ZERO, Product, codes_at, floats_at
 from lockstep.formats.parts.rows import QUANTIZED
 from lockstep.formats.parts.scalars import single
@@ -24,7 +24,6 @@ from lockstep.native.emit import moved, read, spread
 from lockstep.native.kernel import definition, inlined
 from lockstep.native.numbers import float32
 from lockstep.native.simd import F32, constant, fma, load_i8, peek, store, to_f32
-from lockstep.native.targets import unsigned_weights
 
 SIZE = 32
 BLOCK = np.dtype([("d", "<f4"), ("codes", "i1", SIZE)])
@@ -54,8 +53,7 @@ def stored_rows(codes: np.ndarray, d: np.ndarray) -> np.ndarray:
 
 
 def arrange(codes: np.ndarray, d: np.ndarray) -> Placed:
-    zero = np.uint8(128 if unsigned_weights() else 0)
-    return {"codes": (grouped(4), codes.view(np.uint8) ^ zero), "d": (k_major, d[:, :1])}
+    return {"codes": (in_fours, target_bytes(codes)), "d": (k_major, d[:, :1])}
 
 
 @definition

@@ -16,13 +16,12 @@ from lockstep.formats.parts import groups
 from lockstep.formats.parts.dots import GROUP_BYTES, byte_dots, minimum_add, scale_add, unsigned_dots, zero_points
 from lockstep.formats.parts.layout import offset
 from lockstep.formats.parts.panels import PANEL as FEATURES
-from lockstep.formats.parts.panels import Placed, grouped
+from lockstep.formats.parts.panels import Placed, in_fours, target_bytes
 from lockstep.formats.parts.products import ONE_128TH, ZERO, Product, codes_at, floats_at
 from lockstep.formats.parts.rows import QUANTIZED
 from lockstep.formats.parts.scalars import byte
 from lockstep.native.kernel import definition, inlined
 from lockstep.native.simd import fma, load_u8
-from lockstep.native.targets import unsigned_weights
 
 SIZE = 32
 BLOCK = np.dtype([*groups.HEAD, ("codes", "u1", SIZE)])
@@ -36,8 +35,7 @@ def unpack(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def arrange(codes: np.ndarray, d: np.ndarray, m: np.ndarray) -> Placed:
-    zero = np.uint8(128 if unsigned_weights() else 0)
-    return {"codes": (grouped(4), codes.view(np.uint8) ^ zero), **groups.placed(d, m)}
+    return {"codes": (in_fours, target_bytes(codes)), **groups.placed(d, m)}
 
 
 def stored_rows(codes: np.ndarray, d: np.ndarray, m: np.ndarray) -> np.ndarray:
@@ -73,7 +71,7 @@ def row_dot(x, w, n, K):
 def dots_u8(s, i, start):
     """Dots of block i with the codes 0..255 that begin `start` bytes into the panels."""
     column = lambda c, g: s.codes(c, start, GROUP_BYTES * g)
-    if "vnni" in s.int_dot:
+    if s.target.unsigned:
         return unsigned_dots(s, i, lambda g: [[column(c, g), column(c, g + 1)] for c in range(s.cols)], None, 2)
     dots, biases = byte_dots(s, i, column), zero_points(s, i, 0)
     return {(r, c): s.b.sub(v, biases[r]) for (r, c), v in dots.items()}

@@ -17,6 +17,7 @@ import numpy as np
 from lockstep.formats.parts.dots import nibbles
 from lockstep.formats.parts.layout import offset, part_bytes
 from lockstep.formats.parts.panels import PANEL
+from lockstep.native import targets
 from lockstep.native.emit import ir, moved, read, vector, write
 from lockstep.native.kernel import native
 from lockstep.native.lookup import lookup
@@ -125,7 +126,8 @@ def decoded(b, magic, panel, g):
     block = b.lshr(g, ir.Constant(I64, GROUPS.bit_length() - 1))
     header = moved(b, panel.headers, b.mul(block, ir.Constant(I64, HEADER.itemsize)))
     table, made = read(b, header, vector(I8, 16), 16), []
-    codes = nibbles(b, read(b, moved(b, group, 2 * VECTOR_BYTES), vector(I8, VECTOR_BYTES), VECTOR_BYTES))
+    both = read(b, moved(b, group, 2 * VECTOR_BYTES), vector(I8, VECTOR_BYTES), VECTOR_BYTES)
+    codes = nibbles(b, targets.of(magic), both)
     for half in (0, 1):
         lower = read(b, moved(b, group, VECTOR_BYTES * half), vector(I8, VECTOR_BYTES), VECTOR_BYTES)
         upper = lookup(b, magic, table, codes[half])

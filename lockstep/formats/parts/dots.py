@@ -1,7 +1,7 @@
 """Linear tiles of codes: exact integer dots over blocks of 32, then the block's scales.
 
-The target decides which instruction makes the dots (`targets.int_dot`). The integers are exact, so all instructions
-give the same bits; the float32 steps that follow are those of the definitions in `products.py`.
+The target decides which instructions make the dots (`native.isa`). The integers are exact, so all instructions give
+the same bits; the float32 steps that follow are those of the definitions in `products.py`.
 """
 
 import numpy as np
@@ -10,10 +10,8 @@ from lockstep.formats.format import SCALES
 from lockstep.formats.parts.layout import offset
 from lockstep.formats.parts.panels import PANEL
 from lockstep.formats.parts.rows import BLOCK
-from lockstep.native.emit import fma, halves_f32, moved, spread, spread4, words
-from lockstep.native.isa import pinned
-from lockstep.native.simd import F32, I32, call, constant
-from lockstep.native.tiles_dots import WIDE, absolute, maddubs, pair_sums
+from lockstep.native.emit import fma, halves_f32, moved, spread, words
+from lockstep.native.simd import F32, I32, constant
 
 # for 32 k: byte [n, feature, j] holds the codes of k = 8 n + j (low nibble) and of k = 8 n + 4 + j (high nibble)
 LOW_BITS = np.dtype(("u1", (4, PANEL, 4)))
@@ -61,8 +59,10 @@ def minimum_add(s, acc, minima, i):
 # ---------------------------------------------------------------- codes of 4 bits and more
 
 
-def nibbles(b, v):
+def nibbles(b, target, v):
     """Two groups of codes 0..15 from bytes: the low halves, then the high ones."""
+    if target.shifts_bytes:
+        return b.and_(v, constant(v.type, 15)), b.lshr(v, constant(v.type, 4))
     high = b.bitcast(b.lshr(words(b, v), constant(words(b, v).type, 4)), v.type)
     return b.and_(v, constant(v.type, 15)), b.and_(high, constant(v.type, 15))
 
@@ -103,47 +103,13 @@ def dots_u4(s, i, start, first):
 
     AVX2's 16-bit sums of pairs stay below 8 * 2 * 15 * 127 = 30480 over a whole block.
     """
-    columns = lambda g: [nibbles(s.b, s.codes(c, start, GROUP_BYTES * g // 2)) for c in range(s.cols)]
+    columns = lambda g: [nibbles(s.b, s.target, s.codes(c, start, GROUP_BYTES * g // 2)) for c in range(s.cols)]
     return unsigned_dots(s, i, columns, first, 8)
 
 
 def unsigned_dots(s, i, columns, first, num_groups):
-    """Dots of block i with unsigned codes, on top of first[row] (or of zero).
-
-    columns(g): for each column the codes of groups g and g + 1. num_groups: how many groups AVX2
-    may sum in 16 bits, where a group adds at most 2 * (largest code) * 127.
-    """
-    if s.int_dot == "avx2":
-        return _unsigned_avx2(s, i, columns, first, num_groups)
-    return _unsigned_wide(s, i, columns, first)
-
-
-def _unsigned_wide(s, i, columns, first):
-    b, dot = s.b, WIDE[s.int_dot]
-    dots = {(r, c): first[r] if first else constant(s.ints, 0) for r, c in s.cells}
-    for g in range(0, 8, 2):
-        codes = columns(g)
-        for half in (0, 1):
-            for r in range(s.rows):
-                a = spread4(b, s.code(r, i, 4 * (g + half)), s.lanes)
-                for c in range(s.cols):
-                    dots[r, c] = dot(b, dots[r, c], codes[c][half], a)
-    return dots
-
-
-def _unsigned_avx2(s, i, columns, first, num_groups):
-    b, sums, dots = s.b, {}, {}
-    for g in range(0, 8, 2):
-        codes = columns(g)
-        for half in (0, 1):
-            for r, c in s.cells:
-                pairs = maddubs(b, codes[c][half], spread4(b, s.code(r, i, 4 * (g + half)), s.lanes))
-                sums[r, c] = b.add(sums[r, c], pairs) if (g + half) % num_groups else pairs
-            sums = dict(zip(sums, pinned(b, sums.values()), strict=True))
-        if (g + 2) % num_groups == 0:
-            wide = {cell: pair_sums(b, v) for cell, v in sums.items()}
-            dots = {cell: b.add(dots[cell], v) for cell, v in wide.items()} if dots else wide
-    return {(r, c): b.add(v, first[r]) if first else v for (r, c), v in dots.items()}
+    """Dots of block i with unsigned codes, on top of first[row] (or of zero): see `isa.dots`."""
+    return s.target.tiles.unsigned_dots(s, i, columns, first, num_groups)
 
 
 # ---------------------------------------------------------------- codes of 8 bits
@@ -154,18 +120,15 @@ def byte_dots(s, i, column):
 
     column(c, g): the codes of group g in column c: signed, plus 128 where the target's dot takes unsigned weights.
     """
-    if s.int_dot == "avx2":
-        return _byte_dots_avx2(s, i, column, range(8))
-    return _byte_dots_wide(s, i, column, range(8), zero_points(s, i, 0) if "vnni" in s.int_dot else None)
+    first = zero_points(s, i, 0) if s.target.unsigned else None
+    return s.target.tiles.byte_dots(s, i, column, range(8), first)
 
 
 def half_dots(s, i, column):
     """`byte_dots` of the first and of the last 16 of block i."""
     parts = [range(4 * half, 4 * half + 4) for half in (0, 1)]
-    if s.int_dot == "avx2":
-        return [_byte_dots_avx2(s, i, column, part) for part in parts]
-    first = _half_zero_points(s, i) if "vnni" in s.int_dot else (None, None)
-    return [_byte_dots_wide(s, i, column, *pair) for pair in zip(parts, first, strict=True)]
+    first = _half_zero_points(s, i) if s.target.unsigned else (None, None)
+    return [s.target.tiles.byte_dots(s, i, column, *pair) for pair in zip(parts, first, strict=True)]
 
 
 def _half_zero_points(s, i):
@@ -174,51 +137,3 @@ def _half_zero_points(s, i):
     both = [spread(b, s.sums(r, i), I32, s.lanes) for r in range(s.rows)]
     upper = [b.shl(v, number(16)) for v in both], [b.and_(v, number(-(1 << 16))) for v in both]
     return [[b.neg(b.ashr(v, number(9))) for v in half] for half in upper]
-
-
-def _byte_dots_wide(s, i, column, groups, first):
-    b, dot = s.b, WIDE[s.int_dot]
-    dots = {(r, c): first[r] if first else constant(s.ints, 0) for r, c in s.cells}
-    for g in groups:
-        columns = [column(c, g) for c in range(s.cols)]
-        for r in range(s.rows):
-            a = spread4(b, s.code(r, i, 4 * g), s.lanes)
-            for c in range(s.cols):
-                dots[r, c] = dot(b, dots[r, c], columns[c], a)
-    return dots
-
-
-def _byte_dots_avx2(s, i, column, groups):
-    """|w| times a with the sign of w: at most 2 * 128 * 127 a pair."""
-    if s.rows > 1:
-        return _byte_dots_avx2_rows(s, i, column, groups)
-    b, dots = s.b, [constant(s.ints, 0)] * s.cols
-    for g in groups:
-        a = spread4(b, s.code(0, i, 4 * g), s.lanes)
-        for c in range(s.cols):
-            w = column(c, g)
-            signed = call(b, "llvm.x86.avx2.psign.b", w.type, [a, w])
-            dots[c] = b.add(dots[c], pair_sums(b, maddubs(b, absolute(b, w), signed)))
-        dots = pinned(b, dots)
-    return {(0, c): v for c, v in enumerate(dots)}
-
-
-def _byte_dots_avx2_rows(s, i, column, groups):
-    """`_byte_dots_avx2` with fewer multiplications a row: a xor the sign of w counts a as -a - 1 where w is negative.
-
-    At most 2 * 128 * 128 a pair, and only as -32768. The excess is the sum of the negative w, the same for all rows.
-    """
-    b, dots, excess = s.b, {}, {}
-    for g in groups:
-        for c in range(s.cols):
-            w = column(c, g)
-            sign, size = b.sext(b.icmp_signed("<", w, constant(w.type, 0)), w.type), absolute(b, w)
-            extra = maddubs(b, size, sign)
-            excess[c] = b.add(excess[c], extra) if c in excess else extra
-            for r in range(s.rows):
-                pairs = pair_sums(b, maddubs(b, size, b.xor(spread4(b, s.code(r, i, 4 * g), s.lanes), sign)))
-                dots[r, c] = b.add(dots[r, c], pairs) if (r, c) in dots else pairs
-        values = dict(zip([*dots, *excess], pinned(b, [*dots.values(), *excess.values()]), strict=True))
-        dots, excess = {k: values[k] for k in dots}, {k: values[k] for k in excess}
-    excess = {c: pair_sums(b, v) for c, v in excess.items()}
-    return {(r, c): b.sub(v, excess[c]) for (r, c), v in dots.items()}

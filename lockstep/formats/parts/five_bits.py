@@ -35,7 +35,8 @@ def dots_u5(s, i, start, first):
     b, fifths = s.b, [s.codes(c, start, 0) for c in range(s.cols)]
 
     def columns(g):
-        low = [nibbles(b, s.codes(c, start, offset(FIVE_BITS, "low") + GROUP_BYTES * g // 2)) for c in range(s.cols)]
+        at = offset(FIVE_BITS, "low") + GROUP_BYTES * g // 2
+        low = [nibbles(b, s.target, s.codes(c, start, at)) for c in range(s.cols)]
         return [
             [b.or_(v, fifth_bit(b, bits, g + half)) for half, v in enumerate(pair)]
             for pair, bits in zip(low, fifths, strict=True)

@@ -14,7 +14,7 @@ from lockstep.native.kernel import definition, inlined
 from lockstep.native.machine import byte_array, float_array
 from lockstep.native.numbers import carray, float32, int32
 from lockstep.native.simd import bf16_f32, peek
-from lockstep.native.targets import bf16_dot
+from lockstep.native.targets import TARGET
 from lockstep.runtime.program import DTYPES
 
 # 32 quantized activations: bias = -128 * (sum of the codes) corrects for weights that are stored as code + 128, and
@@ -25,7 +25,7 @@ QUANTIZED_BLOCK = np.dtype(
 )
 BLOCK, BLOCK_BYTES = 32, QUANTIZED_BLOCK.itemsize
 CODES, SCALE, BIAS, SCALED_BIAS, SUMS = offsets(QUANTIZED_BLOCK)
-NATIVE_BF16 = bf16_dot()
+NATIVE_BF16 = TARGET.bf16_dot is not None
 BF16_BYTES = 2 if NATIVE_BF16 else 4  # without VDPBF16PS the same values as float32
 
 

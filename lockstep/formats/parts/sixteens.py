@@ -13,8 +13,7 @@ from lockstep.formats.parts.scalars import byte
 from lockstep.native.emit import moved, read, vector, words
 from lockstep.native.kernel import definition, inlined
 from lockstep.native.lookup import lookup_own
-from lockstep.native.simd import I8, bit_and, call, constant, fma, load_u8, shift_right
-from lockstep.native.tiles_dots import maddwd
+from lockstep.native.simd import I8, bit_and, constant, fma, load_u8, shift_right
 
 TWO_BITS = np.dtype(("u1", (2, PANEL, 4)))  # for 32 k: bits 2 g of byte [half, feature, j]: k = 16 half + 4 g + j
 HALF_BYTES = TWO_BITS.itemsize // 2
@@ -78,45 +77,10 @@ def scaled_codes(s, c, start, g, tables):
     bits = s.codes(c, start, half * HALF_BYTES)
     if g:
         bits = s.b.bitcast(s.b.lshr(words(s.b, bits), constant(words(s.b, bits).type, 2 * g)), bits.type)
-    return lookup_own(s.b, s.magic, tables[half], bits)
+    return lookup_own(s.b, s.magic, s.target.by_feature(s.b, tables[half], g), bits)
 
 
 def scales(s, c, start):
     """An unsigned byte of each feature of column c, at start, as int32."""
     place = moved(s.b, moved(s.b, s.w[c], start), s.first[c])
     return s.b.zext(read(s.b, place, vector(I8, s.lanes), s.lanes), s.ints)
-
-
-# ---------------------------------------------------------------- products of pairs of int16
-
-
-def pair_dot(s, acc, x, y):
-    """acc + x[2i] * y[2i] + x[2i + 1] * y[2i + 1], int32 lanes; x, y: int16 lanes."""
-    return PAIRS[s.int_dot](s.b, acc, x, y)
-
-
-def _pairs_vnni(b, acc, x, y):
-    name = f"llvm.x86.avx512.vpdpwssd.{32 * acc.type.count}"
-    return call(b, name, acc.type, [acc, b.bitcast(x, acc.type), b.bitcast(y, acc.type)])
-
-
-def _pairs_anywhere(b, acc, x, y):
-    """acc + x[2i] * y[2i] + x[2i + 1] * y[2i + 1] for int16 x and y."""
-    wide = acc.type
-    for shift in (16, 0):
-        parts = [b.ashr(b.shl(b.bitcast(v, wide), constant(wide, shift)), constant(wide, 16)) for v in (x, y)]
-        acc = b.add(acc, b.mul(*parts))
-    return acc
-
-
-def _pairs_avx2(b, acc, x, y):
-    return b.add(acc, maddwd(b, words(b, x), words(b, y)))
-
-
-PAIRS = {
-    "avx2": _pairs_avx2,
-    "avx512_vnni": _pairs_vnni,
-    "avx_vnni": _pairs_vnni,
-    "sdot": _pairs_anywhere,
-    "generic": _pairs_anywhere,
-}

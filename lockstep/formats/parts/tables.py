@@ -33,11 +33,11 @@ def table_dots(s, i, start, table):
 
 def table_column(s, start, table):
     """The function that `byte_dots` asks for the entries of a column's group."""
-    constant_table, pairs = table_of(table.astype(np.int16) + (128 if "vnni" in s.int_dot else 0)), {}
+    constant_table, pairs = table_of(table.astype(np.int16) + (128 if s.target.unsigned else 0)), {}
 
     def column(c, g):
         if g % 2 == 0:
-            pairs[c] = nibbles(s.b, s.codes(c, start, GROUP_BYTES * g // 2))
+            pairs[c] = nibbles(s.b, s.target, s.codes(c, start, GROUP_BYTES * g // 2))
         return lookup(s.b, s.magic, constant_table, pairs[c][g % 2])
 
     return column

@@ -61,7 +61,7 @@ class Ahead(NamedTuple):
 
 
 class Site:
-    """Where a tile is emitted: its shape, the target's instruction for dots, and pointers to its operands.
+    """Where a tile is emitted: its shape, the target's instructions, and pointers to its operands.
 
     columns: for each vector of `lanes` features the number of its panel and its first feature there. x: a pointer to
     each row; w, scales: to the panel of each column. The pointers do not change in the loop over K, so that an
@@ -72,7 +72,7 @@ class Site:
 
     def __init__(self, b, magic, height, columns, lanes, x, w):
         self.b, self.magic, self.K = b, magic, w.K
-        self.int_dot, self.bf16 = targets.int_dot(magic), targets.bf16_dot(magic)
+        self.target, self.cpu = targets.of(magic), targets.Cpu(*magic)
         self.rows, self.cols, self.lanes, self.panels = height, len(columns), lanes, [p for p, _ in columns]
         self.first = [first for _, first in columns]
         self.cells = [(r, c) for r in range(self.rows) for c in range(self.cols)]
@@ -82,7 +82,7 @@ class Site:
         self.scales = self.pointers(w.scales, w.scales_stride, self.panels)
         self.unpacked = w.unpacked
         self.start = {cell: constant(self.floats, 0.0) for cell in self.cells}
-        self.prefetched, self.distance, self.locality = [], 0, targets.prefetch_locality(magic)
+        self.prefetched, self.distance, self.locality = [], 0, self.target.machine.prefetch_locality(self.cpu)
         self.flushes, self.is_last = False, constant(I1, 1)
 
     def int(self, value):
@@ -124,7 +124,7 @@ class Site:
         for is_prefetched, codes, scales in self.prefetched:
             with b.if_then(is_prefetched):
                 block = moved(b, codes, b.mul(i, self.int(panel_bytes)))
-                for line in range(0, panel_bytes, 64):
+                for line in range(0, panel_bytes, self.target.machine.line_bytes(self.cpu)):
                     prefetch(b, moved(b, block, line), self.locality)
                 if scale_bytes:
                     prefetch(b, moved(b, scales, b.mul(i, self.int(scale_bytes))), self.locality)
@@ -160,11 +160,6 @@ def outer(s, acc, start, offset, columns, step=fma):
     """acc[r, c] = step(b, x[r], columns[c], acc[r, c]) for the float32 at start + offset of every row."""
     values = [spread(s.b, moved(s.b, moved(s.b, x, start), offset), F32, s.lanes) for x in s.x]
     return {(r, c): step(s.b, values[r], columns[c], acc[r, c]) for r, c in s.cells}
-
-
-def lanes_per_vector(is_integer, int_dot):
-    """Features of a vector: eight for integer dots that are not of AVX-512, which fill narrower registers, else 16."""
-    return LANES // 2 if is_integer and int_dot != "avx512_vnni" else LANES
 
 
 def finish(s, acc, out):
@@ -214,7 +209,8 @@ def begin(s, out):
 def look_ahead(s, ahead):
     """Sets what is prefetched: of a single panel the bytes that follow, of several the panels of `ahead`.
 
-    Targets with narrower registers need no prefetch: there few rows are bound by arithmetic already.
+    Integers in narrower registers need no prefetch: on AVX2 few rows are bound by arithmetic already, and on ARM nobody
+    has measured it yet.
     """
     if s.lanes < LANES:
         return

@@ -1,4 +1,6 @@
-"""What depends on the instruction set, and on nothing else of the CPU: one module for each, with the same names.
+"""What depends on the instruction set: a file for each family of targets, and in it a `Target` for each.
+
+A file of an instruction set (x86.py, aarch64.py, other.py) holds what its targets share, under the same names:
 
     IEEE, FLUSH             floating-point control words: round to nearest without traps; with denormals as zero
     FLUSHING                what FLUSH does, see `native.flushing`
@@ -9,34 +11,11 @@
     barrier(b, v, clobber)  a vector behind an empty instruction that LLVM cannot see through
     underflowed(b)          where FLUSHING is "before rounding": whether a result has underflowed
     clear_underflow(b)      since this
+    line_bytes(cpu)         of a cache line
+    prefetch_locality(cpu)  LLVM's number of the cache that weights and keys are prefetched into: 3, the first level,
+                            where it has room for more than the data at hand, else 2, the second
+                            (see studies/15-one-stream.md)
 
-`b` is the LLVM builder. Which dots, tables and registers a CPU of an instruction set has is `native.targets`' matter.
+`b` is the LLVM builder. Another target is a file that ends with a `Target` (target.py says what that is), and a place
+in TARGETS of `native/targets.py`.
 """
-
-from types import ModuleType
-
-from lockstep.native.isa import aarch64, other, x86
-from lockstep.native.kernel import target
-
-
-def of(magic: tuple[str, str, str]) -> ModuleType:
-    """The module of a target, (triple, cpu, features)."""
-    triple = magic[0]
-    if triple.startswith(("x86_64", "i686", "i386")):
-        return x86
-    return aarch64 if triple.startswith(("aarch64", "arm64")) else other
-
-
-ISA = of(target())
-
-
-def pinned(b, values):
-    """The same vectors behind a barrier: LLVM neither reorders their computation nor moves loads across the barrier.
-
-    Without it LLVM turns chains of integer additions into trees and hoists their loads, which spills registers.
-    """
-    clobber, result = ",~{memory}", []
-    for v in values:
-        result.append(ISA.barrier(b, v, clobber))
-        clobber = ""
-    return result

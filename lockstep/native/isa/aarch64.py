@@ -1,4 +1,4 @@
-"""AArch64 (ARMv8 and newer). See `lockstep.native.isa`.
+"""AArch64 (ARMv8 and newer): what its targets share.
 
 FEAT_AFP, which newer CPUs have, can flush after rounding, as x86 does. It is not used: the flag does not cost more than
 an instruction for each tile, and all CPUs of ARM compute by one rule.
@@ -6,7 +6,8 @@ an instruction for each tile, and all CPUs of ARM compute by one rule.
 
 from llvmlite import ir
 
-from lockstep.native.emit import cut, join
+from lockstep.native.emit import by_halves, cut, join
+from lockstep.native.isa.target import Cpu
 from lockstep.native.simd import F32, I32, I64, call
 
 IEEE, FLUSH = 0, 1 << 24  # of FPCR: FZ, flush to zero
@@ -15,6 +16,16 @@ UNDERFLOW = 1 << 3  # of FPSR
 FUTEX = 98
 REGISTER_BITS = 128
 YIELD = 1  # of the hint instruction
+ARCHITECTURES = ("aarch64", "arm64")
+LARGE_FIRST_CACHE_CPUS = ("apple", "neoverse", "grace", "ampere1", "oryon")  # 64 KB and more
+
+
+def line_bytes(cpu: Cpu) -> int:
+    return 128 if cpu.name.startswith("apple") else 64
+
+
+def prefetch_locality(cpu: Cpu) -> int:
+    return 3 if cpu.name.startswith(LARGE_FIRST_CACHE_CPUS) else 2
 
 
 def pause(b):
@@ -49,3 +60,8 @@ def barrier(b, v, clobber):
     while len(parts) > 1:
         parts = [join(b, *parts[i : i + 2]) for i in range(0, len(parts), 2)]
     return parts[0]
+
+
+def sdot(b, acc, w, a):
+    """Dots of four bytes, signed by signed, four lanes at a time."""
+    return by_halves(b, lambda b, *v: call(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", v[0].type, [*v]), acc, w, a)

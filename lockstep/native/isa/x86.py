@@ -1,13 +1,31 @@
-"""x86 with AVX2 or AVX-512. See `lockstep.native.isa`."""
+"""x86 with AVX2 or AVX-512: what its targets share."""
 
 from llvmlite import ir
 from numba.core import cgutils
 
-from lockstep.native.simd import I8, I32, I64, call
+from lockstep.native.emit import vector
+from lockstep.native.isa.target import Cpu
+from lockstep.native.simd import I8, I16, I32, I64, call, constant
 
 IEEE, FLUSH = 0x1F80, 0x9FC0  # MXCSR; FLUSH adds flush-to-zero and denormals-are-zero
 FLUSHING = "after rounding"
 FUTEX = 202
+ARCHITECTURES = ("x86_64", "i686", "i386")
+SHUFFLES = {16: "llvm.x86.ssse3.pshuf.b.128", 32: "llvm.x86.avx2.pshuf.b", 64: "llvm.x86.avx512.pshuf.b.512"}
+# LLVM's names of CPUs, or their beginnings, for a target that is named without its features
+SAPPHIRE_RAPIDS_ON = ("sapphirerapids", "emeraldrapids", "graniterapids")
+ALDER_LAKE_ON = ("alderlake", "raptorlake", "meteorlake", "arrowlake", "lunarlake", "pantherlake")
+ICE_LAKES = ("icelake", "tigerlake", "rocketlake")
+# CPUs with a first-level data cache of 48 KB; the others have 32 KB
+LARGE_FIRST_CACHE_CPUS = ("znver5", *ICE_LAKES, *SAPPHIRE_RAPIDS_ON, *ALDER_LAKE_ON)
+
+
+def line_bytes(cpu: Cpu) -> int:
+    return 64
+
+
+def prefetch_locality(cpu: Cpu) -> int:
+    return 3 if cpu.name.startswith(LARGE_FIRST_CACHE_CPUS) else 2
 
 
 def pause(b):
@@ -28,3 +46,23 @@ def write_control(b, word):
 
 def barrier(b, v, clobber):
     return b.asm(ir.FunctionType(v.type, [v.type]), "", f"=v,0{clobber}", [v], side_effect=True)
+
+
+def maddubs(b, unsigned, signed):
+    """Sums of pairs of products, int16; they saturate."""
+    return call(b, "llvm.x86.avx2.pmadd.ub.sw", vector(I16, 16), [unsigned, signed])
+
+
+def maddwd(b, x, y):
+    """Sums of pairs of products of int16, int32."""
+    return call(b, "llvm.x86.avx2.pmadd.wd", vector(I32, 8), [x, y])
+
+
+def pair_sums(b, v):
+    """int16 pairs as int32."""
+    return maddwd(b, v, constant(v.type, 1))
+
+
+def shuffle(b, tables, codes):
+    """PSHUFB."""
+    return call(b, SHUFFLES[codes.type.count], codes.type, [tables, codes])

@@ -11,9 +11,9 @@ from pathlib import Path, PurePath
 from llvmlite import ir
 from numba.core import cgutils
 
-from lockstep.native.isa import ISA
 from lockstep.native.simd import I64
 from lockstep.native.system.other import sleep_while_equal as look_again
+from lockstep.native.targets import ISA
 
 CLOCK = 1
 WAIT, WAKE = 128, 129  # operations of a futex, of threads of one process

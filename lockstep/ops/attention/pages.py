@@ -14,7 +14,7 @@ from lockstep.native.kernel import inlined
 from lockstep.native.machine import prefetch
 from lockstep.native.numbers import int32
 from lockstep.native.simd import load, peek, round_bf16, store, store_bf16
-from lockstep.native.targets import wide_registers
+from lockstep.native.targets import TARGET
 from lockstep.native.tiles import tile_fma_f32, tile_load, tile_store, tile_zeros
 from lockstep.native.tiles_pairs import (
     WATCHED,
@@ -29,8 +29,8 @@ from lockstep.ops.attention.formulas import BLOCK, exp2, first_key
 from lockstep.ops.attention.softmax import P_BYTES, ROW_BYTES, Layout, O, P, Q, products_are_scores, query_is_finished
 from lockstep.ops.elementwise.activations import NATIVE_BF16
 
-HEIGHT, COLS = (6, 2) if wide_registers() else (5, 1)  # HEIGHT x COLS x 16 lanes of accumulators fill the registers
-FEW_COLS = 4 if wide_registers() else 2  # of two rows: reads lines in the order of memory, with registers to spare
+HEIGHT, COLS = (6, 2) if TARGET.is_wide else (5, 1)  # HEIGHT x COLS x 16 lanes of accumulators fill the registers
+FEW_COLS = 4 if TARGET.is_wide else 2  # of two rows: reads lines in the order of memory, with registers to spare
 FEW_ROWS = 8  # up to this number of rows, the read of K and V is the bound
 K_ROW_BYTES = 4 * BLOCK  # of a row of a K page in either format; a row of a V page has 4 * head_dim
 PAIR_BYTES = 4 if NATIVE_BF16 else 8  # of a query's or weight's pair: float32 where no instruction multiplies pairs

@@ -29,7 +29,7 @@ from lockstep.native.simd import (
     to_i32,
     where_below,
 )
-from lockstep.native.targets import unsigned_weights
+from lockstep.native.targets import TARGET
 from lockstep.native.tiles import tile_store
 from lockstep.native.tiles_bytes import (
     OFFSET,
@@ -48,7 +48,7 @@ from lockstep.ops.attention.softmax import OWN, P_BYTES, ROW_BYTES, Layout, O, P
 from lockstep.ops.elementwise.activations import HIGHEST, ONE_127TH, SMALLEST, magnitude
 from lockstep.ops.elementwise.activations_cpu import finite
 
-BYTES = unsigned_weights()  # whether the target multiplies bytes
+BYTES = TARGET.unsigned  # whether the target multiplies bytes
 Q_BYTES = 4 if BYTES else 8  # of four codes of a query: bytes or 16-bit words
 Q_SCALE, Q_START = 2 * MAX_HEAD_DIM, 2 * MAX_HEAD_DIM + 4  # offsets in a row of q
 W_SCALE = 2 * BLOCK  # offset in a row of p, after the codes

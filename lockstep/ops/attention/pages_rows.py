@@ -15,7 +15,7 @@ import numpy as np
 from lockstep.native.kernel import inlined
 from lockstep.native.numbers import int32, int64
 from lockstep.native.simd import load, peek, poke, store
-from lockstep.native.targets import wide_registers
+from lockstep.native.targets import TARGET
 from lockstep.native.tiles import tile_fma_f32, tile_load, tile_zeros
 from lockstep.native.tiles_rows import ROW_NUMBERS, RowNumbers, prefetch_row, tile_store_rows
 from lockstep.ops.attention.formulas import BLOCK, MAX_HEAD_DIM, exp2, first_key
@@ -31,7 +31,7 @@ from lockstep.ops.attention.softmax import (
     query_is_finished,
 )
 
-COLS, MORE_COLS = (2, 4) if wide_registers() else (1, 1)  # 6 x COLS or 4 x MORE_COLS accumulators fill the registers
+COLS, MORE_COLS = (2, 4) if TARGET.is_wide else (1, 1)  # 6 x COLS or 4 x MORE_COLS accumulators fill the registers
 FEW_ROWS = 4  # up to this number of rows of one token read V in place: packing V would take longer
 TABLE_BYTES = 8 * BLOCK
 PANELS = OWN

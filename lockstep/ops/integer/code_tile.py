@@ -8,15 +8,14 @@ The target says which instruction multiplies; all give the same integers.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from lockstep.formats.parts.tiles import Site, fields, finish, lanes_per_vector, look_ahead
+from lockstep.formats.parts.tiles import Site, fields, finish, look_ahead
 from lockstep.native import targets
-from lockstep.native.emit import ir, moved, pointer, read, spread, spread4, vector
-from lockstep.native.isa import pinned
+from lockstep.native.emit import ir, moved, pointer, read, spread, vector
 from lockstep.native.numbers import types
 from lockstep.native.simd import F32, I32, I64, LANES, constant, primitive, splat
-from lockstep.native.tiles_dots import WIDE, absolute, maddubs, pair_sums
 
 BLOCK, PANEL_BYTES = 32, 512  # values of K in a turn of the loop, and their bytes in a panel
+GROUP_BYTES = 64  # of four values of K
 NARROW_SUMS = 6  # accumulators that fit into registers of eight lanes
 F64 = ir.DoubleType()
 
@@ -36,7 +35,8 @@ class CodeSite(Site):
         super().__init__(b, magic, height, columns, lanes, x, w)
         self.planes = range(planes)
         self.cells = [(r, p, c) for r in range(self.rows) for p in self.planes for c in range(self.cols)]
-        firsts = [self.word(c, 3, I32) if self.int_dot == "avx2" else constant(self.ints, 0) for c in range(self.cols)]
+        first = lambda c: self.word(c, 3, I32) if self.target.tiles.LESS_NEGATIVE else constant(self.ints, 0)
+        firsts = [first(c) for c in range(self.cols)]
         self.start = {cell: firsts[cell[2]] for cell in self.cells}
 
     def places(self):
@@ -44,9 +44,8 @@ class CodeSite(Site):
         return [(r, c) for r in range(self.rows) for c in range(self.cols)]
 
     def x_codes(self, r, plane, k):
-        """Four codes of row r from k on, the same for each feature."""
-        place = moved(self.b, moved(self.b, self.x[r], k), 0)
-        return spread4(self.b, moved(self.b, place, self.b.mul(self.K, self.int(plane))), self.lanes)
+        """Where the codes of a plane of row r from k on lie."""
+        return moved(self.b, moved(self.b, self.x[r], k), self.b.mul(self.K, self.int(plane)))
 
     def word(self, c, index, element):
         """One of the four words of each feature of column c."""
@@ -61,38 +60,17 @@ class CodeSite(Site):
 
 
 def sums(s):
-    """Exact sums of products of all planes with all columns. With VNNI, weights' codes and zeros have 128 added."""
-    step = _avx2_step if s.int_dot == "avx2" else _wide_step
-    return s.blocks(BLOCK, lambda i, acc: step(s, i, acc), PANEL_BYTES)
+    """Exact sums of products of all planes with all columns. Where the target's weights are unsigned, their codes and
+    zeros have 128 added."""
+    b, rows = s.b, [(r, p) for r in range(s.rows) for p in s.planes]
 
+    def step(i, acc):
+        start, k = b.mul(i, s.int(PANEL_BYTES)), b.mul(i, s.int(BLOCK))
+        column = lambda c, g: s.codes(c, start, GROUP_BYTES * g)
+        x = lambda row, g: s.x_codes(*row, b.add(k, s.int(4 * g)))
+        return s.target.tiles.long_dots(s, acc, rows, column, x)
 
-def _wide_step(s, i, acc):
-    b, dot, acc = s.b, WIDE[s.int_dot], dict(acc)
-    start, k = b.mul(i, s.int(PANEL_BYTES)), b.mul(i, s.int(BLOCK))
-    for g in range(BLOCK // 4):
-        columns = [s.codes(c, start, 64 * g) for c in range(s.cols)]
-        for r in range(s.rows):
-            for p in s.planes:
-                x = s.x_codes(r, p, b.add(k, s.int(4 * g)))
-                for c in range(s.cols):
-                    acc[r, p, c] = dot(b, acc[r, p, c], columns[c], x)
-    return acc
-
-
-def _avx2_step(s, i, acc):
-    """|w| * (x xor the sign of w), where -x - 1 stands for -x if w is negative. A pair has from -32768 to 32512."""
-    b, acc = s.b, dict(acc)
-    start, k = b.mul(i, s.int(PANEL_BYTES)), b.mul(i, s.int(BLOCK))
-    for g in range(BLOCK // 4):
-        for c in range(s.cols):
-            w = s.codes(c, start, 64 * g)
-            sign, size = b.sext(b.icmp_signed("<", w, constant(w.type, 0)), w.type), absolute(b, w)
-            for r in range(s.rows):
-                for p in s.planes:
-                    x = b.xor(s.x_codes(r, p, b.add(k, s.int(4 * g))), sign)
-                    acc[r, p, c] = b.add(acc[r, p, c], pair_sums(b, maddubs(b, size, x)))
-        acc = dict(zip(acc, pinned(b, acc.values()), strict=True))
-    return acc
+    return s.blocks(BLOCK, step, PANEL_BYTES)
 
 
 def scaled(s, acc, grid):
@@ -212,7 +190,7 @@ def code_tile(context, shape, num_rows, x, w, out, ahead, grid):
 def _emit_tile(b, magic, tile, height, operands, grid):
     """A tile of `height` rows: all columns at once in registers of sixteen lanes, as many as fit in those of eight."""
     x, w, out, ahead = operands
-    lanes = lanes_per_vector(True, targets.int_dot(magic))
+    lanes = targets.of(magic).dot_lanes
     columns = [(panel, first) for panel in tile.panels for first in range(0, LANES, lanes)]
     at_once = len(columns) if lanes == LANES else max(1, NARROW_SUMS // (height * tile.planes))
     for start in range(0, len(columns), at_once):

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lockstep.formats.pack import scatter
-from lockstep.formats.parts.panels import PANEL, grouped, k_major, num_panels, padded_width
-from lockstep.native import targets
+from lockstep.formats.parts.panels import PANEL, in_fours, k_major, num_panels, padded_width
+from lockstep.native.targets import TARGET
 from lockstep.ops.integer.code_rows import plane_bytes
 from lockstep.runtime.backend import Layout
 from lockstep.runtime.program import Weight
@@ -107,21 +107,21 @@ def pack_panels(weight: Weight) -> tuple[np.ndarray, ...]:
 def fill_panels(weight: Weight, codes: np.ndarray, words: np.ndarray) -> None:
     """Writes a weight to panels that were made for another weight of the same shape."""
     K, padded, offset = weight.shape[1], codes.shape[1] * 4, _offset()
-    is_avx2 = targets.int_dot() == "avx2"
+    is_less = TARGET.tiles.LESS_NEGATIVE
 
     def convert(part: CodeTensor, rows: slice) -> tuple[np.ndarray, np.ndarray]:
         part_codes, zero = part.codes[rows], part.zero[rows]
         total = part_codes.sum(1, dtype=np.int32)
-        start = -np.minimum(part_codes, 0).sum(1, dtype=np.int32) if is_avx2 else np.zeros_like(total)
+        start = -np.minimum(part_codes, 0).sum(1, dtype=np.int32) if is_less else np.zeros_like(total)
         fields = part.scale[rows].view(np.int32), zero + offset, total - K * zero, start
         return np.pad(part_codes.view(np.uint8) + np.uint8(offset), ((0, 0), (0, padded - K))), np.stack(fields, 1)
 
-    scatter(weight, [(codes, grouped(4)), (words, k_major)], convert)
+    scatter(weight, [(codes, in_fours), (words, k_major)], convert)
 
 
 def _offset() -> int:
     """What is added to codes and zero points in panels."""
-    return 128 if targets.unsigned_weights() else 0
+    return 128 if TARGET.unsigned else 0
 
 
 def stacked_rows(weight: Weight) -> tuple[np.ndarray, ...]:

@@ -19,7 +19,7 @@ from lockstep.native.kernel import inlined, merged, variant
 from lockstep.native.machine import fetch_add, stack_memory
 from lockstep.native.numbers import int64
 from lockstep.native.simd import peek
-from lockstep.native.targets import wide_registers
+from lockstep.native.targets import TARGET
 from lockstep.ops.linear.grouped_linear import GroupedLinear
 from lockstep.ops.linear.linear import Linear
 from lockstep.ops.linear.tile import (
@@ -34,7 +34,7 @@ from lockstep.ops.linear.tile import (
 from lockstep.runtime.backend import Implementation, Layout
 from lockstep.runtime.step import COUNTER, num_rows
 
-COLS = 2 if wide_registers() else 1  # panels of a tile: 6 x 2 x 16 lanes fill 32 registers, 6 x 1 x 16 fill 16
+COLS = TARGET.panels  # of a tile: 6 x 2 x 16 lanes fill 32 registers, 6 x 1 x 16 fill 16
 MIN_ROWS, MAX_ROWS = 3, 6
 ALL_PANELS = (1 << COLS) - 1  # of a tile, one bit for each
 NEAR_BYTES = 48 * 1024  # weights of a tile that are read again and again; a first-level cache may hold a part of them
@@ -69,14 +69,14 @@ def constants(format):
     return dict(FORMAT=format.name, ROW_BYTES=format.product.rows.num_bytes, SHAPES=shapes_of(format))
 
 
-def shapes_of(format):
+def shapes_of(format, panels=COLS):
     """(the most rows that are one tile of a panel; the fewest and the most rows of the tiles that many rows are cut
-    into, and their panels)."""
-    if COLS == 1:
-        return format.narrow_rows, min(MIN_ROWS, format.narrow_rows // 2), format.narrow_rows, COLS
+    into, and their panels). panels: of a tile, as the target has it."""
+    if panels == 1:
+        return format.narrow_rows, min(MIN_ROWS, format.narrow_rows // 2), format.narrow_rows, panels
     if format.tall_tiles:
-        return MAX_ROWS, MAX_ROWS, COLS * MAX_ROWS, 1
-    return format.few_rows, MIN_ROWS, MAX_ROWS, COLS
+        return MAX_ROWS, MAX_ROWS, panels * MAX_ROWS, 1
+    return format.few_rows, MIN_ROWS, MAX_ROWS, panels
 
 
 @merged

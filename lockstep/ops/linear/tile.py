@@ -2,7 +2,7 @@
 
 from lockstep.formats import FORMATS
 from lockstep.formats.parts.rows import NATIVE_BF16, QUANTIZED
-from lockstep.formats.parts.tiles import Site, begin, fields, finish, lanes_per_vector, look_ahead
+from lockstep.formats.parts.tiles import Site, begin, fields, finish, look_ahead
 from lockstep.native import targets
 from lockstep.native.emit import ir
 from lockstep.native.numbers import types
@@ -124,7 +124,7 @@ def _end_unless(b, condition, end):
 
 def _tile(tile, b, magic, format, height, panels, operands):
     x, w, out, ahead = operands
-    lanes = lanes_per_vector(FORMATS[format].product.rows is QUANTIZED, targets.int_dot(magic))
+    lanes = targets.of(magic).dot_lanes if FORMATS[format].product.rows is QUANTIZED else LANES
     columns = [(p, first) for p in panels for first in range(0, LANES, lanes)]
     whole = height <= WHOLE_PANELS or lanes == LANES
     for group in [columns] if whole else [[column] for column in columns]:

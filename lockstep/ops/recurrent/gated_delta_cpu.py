@@ -20,7 +20,7 @@ from lockstep.native.kernel import inlined, kernel
 from lockstep.native.machine import fetch_add, prefetch
 from lockstep.native.numbers import float32, int64
 from lockstep.native.simd import fma, lanes, load, peek, poke, sqrt, store, sum_lanes
-from lockstep.native.targets import wide_registers
+from lockstep.native.targets import TARGET
 from lockstep.ops.math import ONE, ZERO, sigmoid
 from lockstep.ops.recurrent.gated_delta import BLOCK, L2_EPS, DeltaGates, GatedDelta, L2Norm, decay_gate
 from lockstep.runtime.backend import Implementation
@@ -327,6 +327,6 @@ def gated_delta_per_token(op, step, thread, num_threads):
 CPU = {
     "l2_norm": Implementation(l2_norm),
     "delta_gates": Implementation(delta_gates),
-    "gated_delta": Implementation(gated_delta_four if wide_registers() else gated_delta_two),
+    "gated_delta": Implementation(gated_delta_four if TARGET.is_wide else gated_delta_two),
 }
 PER_TOKEN = {"gated_delta": Implementation(gated_delta_per_token)}

@@ -11,7 +11,7 @@ from lockstep.native.kernel import inlined, kernel, variant
 from lockstep.native.machine import prefetch, stack_memory
 from lockstep.native.numbers import float32
 from lockstep.native.simd import fma, load, peek, poke, store
-from lockstep.native.targets import wide_registers
+from lockstep.native.targets import TARGET
 from lockstep.ops.recurrent.gated_delta import BLOCK
 from lockstep.ops.recurrent.gated_delta_cpu import (
     addresses,
@@ -351,5 +351,5 @@ def gated_delta_verify_per_token(op, step, thread, num_threads):
 
 gated_delta_verify_two = variant(verify, "gated_delta_verify_two", SIZE=2)
 gated_delta_verify_four = variant(verify, "gated_delta_verify_four", SIZE=4)
-CPU = {"gated_delta_verify": Implementation(gated_delta_verify_four if wide_registers() else gated_delta_verify_two)}
+CPU = {"gated_delta_verify": Implementation(gated_delta_verify_four if TARGET.is_wide else gated_delta_verify_two)}
 PER_TOKEN = {"gated_delta_verify": Implementation(gated_delta_verify_per_token)}

@@ -11,7 +11,7 @@ from lockstep.native.kernel import inlined, variant
 from lockstep.native.machine import stack_memory
 from lockstep.native.numbers import int64
 from lockstep.native.simd import load, store
-from lockstep.native.targets import wide_registers
+from lockstep.native.targets import TARGET
 from lockstep.native.tiles import tile_fma_f32, tile_load, tile_store, tile_zeros
 from lockstep.ops.attention.formulas import cleared
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS
@@ -24,7 +24,7 @@ from lockstep.ops.share import strided
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import StepBlock, entry, pages_of
 
-HEIGHT, COLS = (6, 2) if wide_registers() else (5, 1)  # HEIGHT x COLS x 16 lanes of accumulators fill the registers
+HEIGHT, COLS = (6, 2) if TARGET.is_wide else (5, 1)  # HEIGHT x COLS x 16 lanes of accumulators fill the registers
 LANES = 16
 MAX_HEAD_DIM = 256
 Q_BYTES = 4 * MAX_HEAD_DIM

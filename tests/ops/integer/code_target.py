@@ -2,15 +2,14 @@
 
     python -m tests.ops.integer.code_target VARIANT NAME...
 
-VARIANT "native": the target that NUMBA_CPU_NAME names; "avx512", "avx_vnni", "generic": as in
-`tests.ops.linear.linear_target`.
+VARIANT "native": the target that NUMBA_CPU_NAME names; the others are those of `tests.ops.variants`.
 NAME: "u8", "i16" or "fixed".
 """
 
 import hashlib
 import sys
 
-from tests.ops.linear.linear_target import pretend, spell_out
+from tests.ops.variants import become
 
 
 def digest(name):
@@ -28,7 +27,5 @@ def digest(name):
 
 if __name__ == "__main__":
     if sys.argv[1] != "native":
-        pretend("avx512_vnni" if sys.argv[1] == "avx512" else sys.argv[1], sys.argv[1] == "avx512", False)
-    if sys.argv[1] == "avx512":
-        spell_out()
+        become(sys.argv[1])
     print(*map(digest, sys.argv[2:]))

@@ -3,9 +3,7 @@
     python -m tests.ops.linear.linear_target VARIANT FORMAT...
 
 FORMAT: the name of a format, with _per_token for its kernel of one row, which compiles in a fraction of the time.
-VARIANT native: the target of NUMBA_CPU_NAME. The other variants run on any machine: "avx512" (AVX512-VNNI and BF16, 2
-panels of 16 lanes) is the code for that target with its own instructions replaced by general ones, "generic" the code
-for a target without a dot instruction.
+VARIANT native: the target of NUMBA_CPU_NAME; the others run on any machine (tests/ops/variants.py).
 """
 
 import hashlib
@@ -13,51 +11,9 @@ import sys
 
 import numpy as np
 
-from lockstep.native import targets
+from tests.ops.variants import become
 
 ROWS, N = 9, 75
-
-
-def pretend(int_dot, wide, bf16):
-    """Makes every module use this target; must be called before the modules are imported."""
-    targets.int_dot, targets.wide_registers, targets.bf16_dot = (
-        lambda m=None: int_dot,
-        lambda m=None: wide,
-        lambda m=None: bf16,
-    )
-
-
-def spell_out():
-    """Replaces AVX-512's instructions by general instructions with the same results."""
-    from lockstep.formats import bf16, q6_k
-    from lockstep.formats.parts import sixteens
-    from lockstep.native import lookup, tiles_dots
-    from lockstep.native.emit import by_halves, cut, fma, join, vector, words
-    from lockstep.native.simd import F32, constant
-
-    def vpdpbusd(b, acc, w, a):
-        # even and odd bytes as int16, which cannot overflow
-        halves = []
-        for h in (0, 1):
-            w16, a16 = (words(b, cut(b, v, 32 * h, 32)) for v in (w, a))
-            eight = constant(w16.type, 8)
-            even = tiles_dots.maddwd(b, b.and_(w16, constant(w16.type, 255)), b.ashr(b.shl(a16, eight), eight))
-            halves.append(b.add(even, tiles_dots.maddwd(b, b.lshr(w16, eight), b.ashr(a16, eight))))
-        return b.add(acc, join(b, *halves))
-
-    def vdpbf16ps(b, acc, x, w):
-        as_floats = lambda v: b.bitcast(v, vector(F32, 16))
-        upper = lambda v: as_floats(b.and_(v, constant(v.type, -65536)))
-        lower = lambda v: as_floats(b.shl(v, constant(v.type, 16)))
-        return fma(b, lower(x), lower(w), fma(b, upper(x), upper(w), acc))
-
-    def in_halves(b, tables, codes, by=lookup.shuffled):
-        return by_halves(b, by, tables, codes) if codes.type.count == 64 else by(b, tables, codes)
-
-    lookup.shuffled = in_halves
-    tiles_dots.WIDE["avx512_vnni"], bf16.dpbf16 = vpdpbusd, vdpbf16ps
-    sixteens.PAIRS["avx512_vnni"] = sixteens.PAIRS["generic"]
-    q6_k.pinned = lambda b, values: values  # there may be no register of this width
 
 
 def digest(name):
@@ -74,10 +30,7 @@ def digest(name):
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "avx512":
-        pretend("avx512_vnni", True, True)
-        spell_out()
-    elif sys.argv[1] == "generic":
-        pretend("generic", False, False)
+    if sys.argv[1] != "native":
+        become(sys.argv[1])
     for chosen in sys.argv[2:]:
         print(chosen, digest(chosen))

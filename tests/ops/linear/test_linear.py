@@ -285,9 +285,12 @@ def test_other_targets_give_the_same_bits(variant, cpu, formats, tmp_path):
 
 
 def test_targets_by_name():
-    ask = lambda cpu, features="", triple="x86_64-unknown-linux-gnu": targets.int_dot((triple, cpu, features))
-    assert [ask(c) for c in ("znver5", "alderlake", "haswell", "znver3")] == ["avx512_vnni", "avx_vnni", "avx2", "avx2"]
+    ask = lambda cpu, features="", triple="x86_64-unknown-linux-gnu": targets.of((triple, cpu, features)).name
+    cpus = {"znver5": "avx512_vnni-bf16", "icelake-server": "avx512_vnni", "alderlake": "avx_vnni", "znver3": "avx2"}
+    assert {cpu: ask(cpu) for cpu in cpus} == cpus
     assert ask("anything", "+avx2,+fma") == "avx2" and ask("anything", "+avx2,+avx512vnni") == "avx512_vnni"
+    wide = lambda cpu: targets.of(("x86_64-unknown-linux-gnu", cpu, "")).is_wide
+    assert [wide(cpu) for cpu in ("znver4", "skylake-avx512", "skylake", "alderlake")] == [True, True, False, False]
     assert (
         ask("neoverse-n1", triple="aarch64-linux-gnu") == "sdot"
         and ask("generic", triple="aarch64-linux-gnu") == "generic"

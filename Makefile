@@ -122,8 +122,8 @@ oracles: $(ORACLES)/.installed
 dev: $(DEV)/.installed
 
 lint: $(DEV)/.installed $(VENV)/.test
-	@$(DEV)/bin/ruff check lockstep tests bench training
-	@$(DEV)/bin/ruff format --check --quiet lockstep tests bench training
+	@$(DEV)/bin/ruff check lockstep tests bench training setup.py
+	@$(DEV)/bin/ruff format --check --quiet lockstep tests bench training setup.py
 	@$(DEV)/bin/basedpyright --pythonpath $(BIN)/python
 
 lock: $(DEV)/.installed

@@ -1,0 +1,41 @@
+"""Kernels that together run every line that emits code for ARM: their machine code for four CPUs.
+
+    python -m tests.native.covering
+
+prints {"missing": [[file, function, line]], "products": {kernel: {CPU: {instruction: count}}}}. Every format's linear
+layer and embedding are among them; kernels of many rows and of attention where they differ, small kernels for the rest.
+"""
+
+import importlib
+import json
+
+from tests.native import assembly
+from tests.native.emitting import Ran, missing
+
+CPUS = ("neoverse-n1", "neoverse-v2", "apple-m1", "apple-m4")
+LARGE = """lockstep.ops.linear.linear_cpu:linear_q6_k lockstep.ops.linear.linear_cpu:linear_bf16
+lockstep.ops.attention.attention_cpu:attention_bf16 lockstep.ops.attention.attention_cpu:attention_q8
+lockstep.ops.attention.kv_cache_cpu:attention_inputs lockstep.ops.attention.kv_cache_q8_cpu:attention_inputs_q8
+lockstep.ops.elementwise.rms_norm:_run lockstep.lab.ceiling:multiply_f32 lockstep.lab.ceiling:multiply_int8
+lockstep.lab.ceiling:stream"""
+
+
+def covering() -> list[str]:
+    """Their paths."""
+    small, formats = (importlib.import_module(name) for name in ("tests.native.small_kernels", "lockstep.formats"))
+    linear = [f"lockstep.ops.linear.linear_cpu:linear_{format}_per_token" for format in formats.FORMATS]
+    embed = [f"lockstep.ops.elementwise.embed_cpu:embed_{format}" for format in formats.FORMATS]
+    return [*LARGE.split(), *linear, *embed, *assembly.THREADS, *small.PATHS]
+
+
+def main() -> None:
+    assembly.initialize()
+    assembly.pretend(CPUS[0])
+    with Ran() as ran:
+        texts = {path: assembly.emitted(path) for path in covering()}
+    products = {path: {cpu: assembly.counted(text, cpu) for cpu in CPUS} for path, text in texts.items()}
+    print(json.dumps(dict(missing=missing(ran.lines), products=products)))
+
+
+if __name__ == "__main__":
+    main()

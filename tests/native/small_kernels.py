@@ -23,7 +23,7 @@ def _rows(op, step, thread, num_threads):
 
 def _codes(op, step, thread, num_threads):
     x, w, out = Rows(op, step), Panels(op, step, op, step, thread, 0), Output(op, step, thread, step, 1, 0, 1)
-    code_tile((PLANES, (1, 1), 1, SCALING), num_threads, x, w, out, Ahead(op, step, op, step, 0), thread)
+    code_tile((PLANES, (1, 2), 1, SCALING), num_threads, x, w, out, Ahead(op, step, op, step, 0), thread)
 
 
 @kernel

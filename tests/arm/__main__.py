@@ -9,6 +9,8 @@ of ARM threads as x86 does.
 """
 
 import argparse
+import contextlib
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -88,7 +90,10 @@ def main() -> None:
     arm, all_right = Machine(given.folder.resolve()), True
     for part in given.parts or parts:
         start = time.monotonic()
-        wrong = parts[part](arm)
+        try:
+            wrong = parts[part](arm)
+        except subprocess.CalledProcessError as failed:
+            wrong = [str(failed)]
         print(f"{part}: {'WRONG' if wrong else 'right'}, {time.monotonic() - start:.0f} s", flush=True)
         print("".join(f"    {line}\n" for line in wrong), end="", flush=True)
         all_right = all_right and not wrong
@@ -96,4 +101,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with contextlib.suppress(KeyboardInterrupt):
+        main()
+    sys.exit(130)  # as a shell says of SIGINT

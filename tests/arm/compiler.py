@@ -1,9 +1,10 @@
 """Kernels for the emulated ARM machine, compiled by this one: python -m tests.arm.compiler BACKEND:OP...
 
-Prints each op whose kernel is not in the cache yet, with a digest of its machine code. LLVM compiles for a target, whatever it runs on, so that the
-code is that of the emulated machine, byte for byte, in a tenth of the time; FOLDER/compiler (see `environment`) runs
-the same Python, Numba and LLVM as FOLDER/python. The names of the target's CPU and features are those in Numba's
-variables. Run on the emulated machine, this compiles there; so one can be compared with the other.
+Prints each op whose kernel is not in the cache yet, with a digest of its machine code. LLVM compiles for a target,
+whatever it runs on, so that the code is that of the emulated machine, byte for byte, in a tenth of the time;
+FOLDER/compiler (see `environment`) runs the same Python, Numba and LLVM as FOLDER/python. The names of the CPU and its
+features are those in Numba's variables. Run on the emulated machine, this compiles there, so that one can be compared
+with the other.
 """
 
 import hashlib

@@ -93,18 +93,18 @@ def install_packages(folder: Path, architecture: str, lock: Path) -> Path:
 
 
 def make_starters(folder: Path) -> None:
-    """Makes FOLDER/python and FOLDER/compiler, with their packages."""
+    """Makes FOLDER/compiler and FOLDER/python, with their packages; the latter last, since make looks for it."""
     some = folder / "compiler.lock"
     each = re.split(r"\n(?=\S)", LOCK.read_text())  # a package, with its hashes on lines that are indented
     some.write_text("\n".join(package for package in each if package.split("==")[0] in COMPILING))
-    made = {"python": (STARTER, "arm64", LOCK), "compiler": (COMPILER, "amd64", some)}
+    made = {"compiler": (COMPILER, "amd64", some), "python": (STARTER, "arm64", LOCK)}
     names = dict(amd64=folder / "amd64", arm64=folder / "arm64", repository=ROOT, cpu=CPU, version=PYTHON)
     for name, (text, architecture, lock) in made.items():
         site = install_packages(folder, architecture, lock)
-        (folder / name).write_text(text.format(**names, site=site))
-        (folder / name).chmod(0o755)
         # how Python is started again
         (site / "sitecustomize.py").write_text(f"import sys\n\nsys.executable = {str(folder / name)!r}\n")
+        (folder / name).write_text(text.format(**names, site=site))
+        (folder / name).chmod(0o755)
 
 
 def make(folder: Path) -> None:
@@ -116,11 +116,11 @@ def make(folder: Path) -> None:
         print(f"downloading and unpacking {', '.join(packages)} for {architecture}", flush=True)
         download(folder, address, architecture)
     print("downloading and unpacking Python's packages for both", flush=True)
-    make_starters(folder)
     shutil.rmtree(folder / "apt")
     for other in (folder / "amd64/usr/bin").glob("qemu-*"):
         if other.name != "qemu-aarch64":
             other.unlink()
+    make_starters(folder)
 
 
 def _run(*command: str, env: dict[str, str] | None = None) -> str:

@@ -22,7 +22,7 @@ from tests.golden.record_kernels import all_probes
 
 CPU = BACKENDS["cpu"]
 SEED = 21
-Digests = list[tuple[object, str, str]]  # op, tensor name, digest
+Digests = Sequence[tuple[object, str, str]]  # op, tensor name, digest
 
 
 class Tried(NamedTuple):

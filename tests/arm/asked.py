@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lockstep.native.kernel import Kernel
+from lockstep.native.kernel import Kernel, OnCompile
 from lockstep.ops import BACKENDS
 
 
@@ -27,9 +27,9 @@ def main() -> None:
     asked: set[str] = set()
     compile_kernel = Kernel.compile
 
-    def noted(kernel: Kernel, *args: Any) -> Any:
-        asked.add(kernel.path)
-        return compile_kernel(kernel, *args)
+    def noted(self: Kernel, on_compile: OnCompile | None = None) -> Any:
+        asked.add(self.path)
+        return compile_kernel(self, on_compile)
 
     Kernel.compile = noted
     sys.argv = [module, *arguments]

@@ -7,11 +7,13 @@ with a summary.
 
 import argparse
 import contextlib
+import json
 import random
 import sys
 import time
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
+from functools import partial
 from typing import NamedTuple
 
 from lockstep.engine.selfcheck import check, golden
@@ -29,34 +31,45 @@ class Tried(NamedTuple):
     """A probe."""
 
     digests: Callable[[], Digests]
-    kinds: frozenset[str]  # of its ops
+    model: Callable[[], selfcheck_sampling.ProbeModel]
 
-
-def _tried(digests: Callable[[], Digests], model: selfcheck_sampling.ProbeModel) -> Tried:
-    return Tried(digests, frozenset(op.kind for op in model.program.ops))
+    def kinds(self) -> set[str]:
+        """The kinds of its ops."""
+        return {op.kind for op in self.model().program.ops}
 
 
 def every_probe() -> dict[str, Tried]:
     """All probes by name."""
-    found = {str(p): _tried(lambda p=p: check.digests(p, CPU), check.probe_model(p, CPU, True)) for p in all_probes()}
-    for p in selfcheck_ops.all_probes():
-        model = selfcheck_ops.probe_model(p, CPU, True)
-        found[str(p)] = _tried(lambda p=p: selfcheck_ops.digests(p, CPU), model)
-    sampling = _tried(lambda: selfcheck_sampling.digests(CPU), selfcheck_sampling.probe_model(CPU))
-    return found | {selfcheck_sampling.NAME: sampling}
+    of_models = {
+        str(p): Tried(partial(check.digests, p, CPU), partial(check.probe_model, p, CPU, True)) for p in all_probes()
+    }
+    of_ops = {
+        str(p): Tried(partial(selfcheck_ops.digests, p, CPU), partial(selfcheck_ops.probe_model, p, CPU, True))
+        for p in selfcheck_ops.all_probes()
+    }
+    sampling = Tried(partial(selfcheck_sampling.digests, CPU), partial(selfcheck_sampling.probe_model, CPU))
+    return of_models | of_ops | {selfcheck_sampling.NAME: sampling}
 
 
-def in_order(probes: dict[str, Tried], seed: int) -> list[str]:
-    """The names of probes, those with the most new kernels first, and then in an order that a seed decides."""
-    kernels = {name: {CPU[kind].kernel.path for kind in tried.kinds} for name, tried in probes.items()}
+def in_order(kinds: dict[str, set[str]], seed: int) -> list[str]:
+    """The names of probes, those with the most new kernels first, and then in an order that a seed decides. kinds: of
+    their ops, by name."""
+    kernels = {name: {CPU[kind].kernel.path for kind in of_probe} for name, of_probe in kinds.items()}
     first: list[str] = []
     left = set().union(*kernels.values())
     while left:
         first.append(max(kernels, key=lambda name: len(left & kernels[name])))
         left -= kernels[first[-1]]
-    others = [name for name in probes if name not in first]
+    others = [name for name in kinds if name not in first]
     random.Random(seed).shuffle(others)
     return first + others
+
+
+def plan(probes: dict[str, Tried], num_probes: int | None, seed: int) -> tuple[list[str], list[str]]:
+    """The names of the first probes in order, and their ops, BACKEND:OP."""
+    kinds = {name: tried.kinds() for name, tried in probes.items()}
+    names = in_order(kinds, seed)[:num_probes]
+    return names, sorted(f"cpu:{kind}" for kind in set().union(*(kinds[name] for name in names)))
 
 
 def compare(probes: dict[str, Tried], names: Sequence[str]) -> bool:
@@ -72,28 +85,35 @@ def compare(probes: dict[str, Tried], names: Sequence[str]) -> bool:
             differing = f"DIFFERING: {', '.join(wrong)}" if wrong else "equal"
             told = f"{done} of {total}, {time.monotonic() - start:.0f} s"
             print(f"{told}  {name}: {len(found)} digests, {differing}", flush=True)
-    print(f"{equal:,} of {compared:,} digests and {right} of {done} probes are equal, of {len(probes)}", flush=True)
+    print(f"{equal:,} of {compared:,} digests and {right} of {done} probes are equal, of {total} chosen", flush=True)
     return right == done == total
 
 
+def chosen(probes: dict[str, Tried], patterns: Sequence[str]) -> list[str]:
+    """The names that patterns mean, in their order. SystemExit for one that means none."""
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        names = [name for name in probes if fnmatch(name, pattern)]
+        if not names:
+            raise SystemExit(f"no such probe: {pattern!r}; there are {', '.join(probes)}")
+        found |= dict.fromkeys(names)
+    return list(found)
+
+
 def main() -> None:
-    """Compares chosen probes, or all."""
+    """Compares chosen probes in the order in which they are given, or all."""
     parser = argparse.ArgumentParser(prog="python -m tests.arm.golden")
     parser.add_argument("names", nargs="*", metavar="NAME", help='of probes, with * for any letters: "gemma4 *"')
-    parser.add_argument("--probes", type=int, metavar="N", help="only the first N")
-    parser.add_argument("--seed", type=int, default=SEED, help=f"for the order of the others ({SEED})")
-    parser.add_argument("--ops", action="store_true", help="only print their ops, BACKEND:OP")
-    arguments = parser.parse_args()
-    every = every_probe()
-    if unknown := [name for name in arguments.names if not any(fnmatch(probe, name) for probe in every)]:
-        parser.error(f"no such probe: {unknown[0]!r}; there are {', '.join(every)}")
-    patterns = arguments.names or ["*"]
-    probes = {name: tried for name, tried in every.items() if any(fnmatch(name, pattern) for pattern in patterns)}
-    names = in_order(probes, arguments.seed)[: arguments.probes]
-    if arguments.ops:
-        print(*sorted(f"cpu:{kind}" for kind in set().union(*(probes[name].kinds for name in names))))
+    parser.add_argument("--probes", type=int, metavar="N", help="without names: only the first N")
+    parser.add_argument("--seed", type=int, default=SEED, help=f"without names: for the order of the others ({SEED})")
+    parser.add_argument("--plan", action="store_true", help="only print the names and ops, as JSON")
+    given, probes = parser.parse_args(), every_probe()
+    names, ops = chosen(probes, given.names), []
+    if not names:
+        names, ops = plan(probes, given.probes, given.seed)
+    if given.plan:
+        print(json.dumps([names, ops]))
         return
-    print(f"{len(names)} probes, seed {arguments.seed}", flush=True)
     sys.exit(0 if compare(probes, names) else 1)
 
 

@@ -95,7 +95,7 @@ def chosen(probes: dict[str, Tried], patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         names = [name for name in probes if fnmatch(name, pattern)]
         if not names:
-            raise SystemExit(f"no such probe: {pattern!r}; there are {', '.join(probes)}")
+            raise SystemExit(f"no such probe: {pattern!r}; names are those of {golden.PATH.name}")
         found |= dict.fromkeys(names)
     return list(found)
 

@@ -31,7 +31,7 @@ help:
 	@echo "make test          run the tests (without torch)"
 	@echo "make test-targets  compare with kernels for other CPUs, those with this CPU's own instructions included"
 	@echo "make test-formats  layers in groups and scores in every weight format, not in some"
-	@echo "make test-arm      the same bits on ARM, emulated by QEMU (on Debian); PARTS=\"linear parity\" chooses"
+	@echo "make test-arm      the same bits on ARM, emulated by QEMU (on Debian); PARTS=\"linear parity\" and PROBES=20 choose"
 	@echo "make soak          random schedules with fresh seeds, for SOAK minutes (10), and 2 minutes of make fuzz"
 	@echo "make fuzz          random requests, bytes, templates, grammars and files, for FUZZ minutes (60)"
 	@echo "make attacks       the attacks of a review, one by one, and SIGTERM in the middle of them"
@@ -78,10 +78,12 @@ test-targets: $(VENV)/.test
 test-formats: $(VENV)/.test
 	@LOCKSTEP_ALL_FORMATS=1 $(BIN)/python -m pytest -q tests/ops/sampling/test_score.py tests/ops/linear/test_grouped_linear.py
 
-# with the kernels of a run before it takes minutes, without them an hour
+# this machine compiles, the emulated one runs
 PARTS ?=
+PROBES ?=
+SEED ?=
 test-arm: $(ARM)/python $(VENV)/.test
-	@$(BIN)/python -m tests.arm $(ARM) $(PARTS)
+	@$(BIN)/python -m tests.arm $(ARM) $(PARTS) $(PROBES:%=--probes=%) $(SEED:%=--seed=%)
 # only the emulated machine, from Debian's and Python's registries, without root
 arm: $(ARM)/python
 

@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import json
 import logging
-import math
 import multiprocessing
 import os
 import selectors
@@ -20,7 +19,8 @@ import threading
 import time
 
 from lockstep import LLM, SamplingParams
-from lockstep.engine.token_stream import batches
+from lockstep.engine.async_engine import keep_loaded
+from lockstep.engine.token_stream import batches, until_the_end
 from lockstep.serve.app import make_app
 from lockstep.serve.log import start_logging
 from lockstep.serve.server import Server, bind
@@ -50,6 +50,7 @@ def serve(pipe, model, threads, weights):
     start_logging(logging.INFO, open(os.devnull, "w"))  # lines are made and written, as lockstep serve does
     server = Server(make_app(service), service)
     threading.Thread(target=server.run, args=([listening],), daemon=True).start()
+    keep_loaded()
     pipe.send((listening.getsockname()[1], llm.model.config.vocab_size))
     while (asked := pipe.recv()) is not None:
         pipe.send(asyncio.run(direct(service.engine, *asked)))
@@ -60,7 +61,7 @@ async def direct(engine, each, num_tokens):
     began = time.perf_counter()
     params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
     streams = engine.submit_all([(ids, params) for ids in each])
-    async for _ in batches(streams, pause=lambda: math.inf):
+    async for _ in batches(streams, until_the_end):
         pass
     assert all(len(stream.request.output_ids) == num_tokens for stream in streams)
     return time.perf_counter() - began

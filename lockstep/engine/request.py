@@ -197,6 +197,8 @@ def sample_seed(seed: int, index: int) -> int:
 
 def samples(params: SamplingParams) -> list[SamplingParams]:
     """The n SamplingParams of a prompt's samples, each with a seed of its own."""
+    if params.n == 1:
+        return [params]  # making and checking them again would take a tenth of the time of a small request
     return [replace(params, seed=sample_seed(params.seed, i)) for i in range(params.n)]
 
 

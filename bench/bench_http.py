@@ -3,7 +3,8 @@
     python bench/bench_http.py [MODEL] [--streams 8 32] [--tokens 128] [--rounds 5]
 
 The server is a process of its own; this process sends the requests over plain sockets and reads the answers as cheaply
-as Python can, but on the same cores: time that it takes is lost to the engine.
+as Python can, but on the same cores: time that it takes is lost to the engine, and is in the ratio. It is also printed
+by itself, in CPU time of this process as a share of what all cores have in that time.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import time
 from lockstep import LLM, SamplingParams
 from lockstep.engine.async_engine import keep_loaded
 from lockstep.engine.token_stream import batches, until_the_end
+from lockstep.native.host import num_cores
 from lockstep.serve.app import make_app
 from lockstep.serve.log import start_logging
 from lockstep.serve.server import Server, bind
@@ -90,24 +92,28 @@ def over_http(port, each, num_tokens):
 
 
 def compare(pipe, port, vocab_size, num_streams, args):
-    """Prints tokens per second of both, medians of all rounds, and their ratio."""
-    times = {"engine": [], "http": []}
+    """Prints tokens per second of both, medians of all rounds, their ratio, and what the client took."""
+    times, clients = {"engine": [], "http": []}, []
     for number in range(args.rounds + 1):
         num_tokens = args.tokens if number else 8  # the first round warms both up
         for name in ("engine", "http") if number % 2 else ("http", "engine"):
             each = prompts(num_streams, 2 * number + (name == "http"), vocab_size)
             if name == "http":
+                before = time.process_time()
                 seconds = over_http(port, each, num_tokens)
+                client = (time.process_time() - before) / seconds / num_cores()
             else:
                 pipe.send((each, num_tokens))
                 seconds = pipe.recv()
             if number:
                 times[name].append(seconds)
+        clients += [client] if number else []
     rate = {name: num_streams * args.tokens / statistics.median(each) for name, each in times.items()}
-    ratio = statistics.median([a / b for a, b in zip(times["engine"], times["http"], strict=True)])
+    ratios = [a / b for a, b in zip(times["engine"], times["http"], strict=True)]
     print(
         f"{num_streams:3d} streams: engine {rate['engine']:8.1f} tok/s   HTTP {rate['http']:8.1f} tok/s   "
-        f"HTTP / engine {ratio:.3f}",
+        f"HTTP / engine {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})   "
+        f"client {statistics.median(clients):.1%} of the cores' time",
         flush=True,
     )
 

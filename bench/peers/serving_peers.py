@@ -1,6 +1,6 @@
 """Many requests at once through one engine, by its own interpreter; one JSON line. Started by rivals_serving.py.
 
-    python bench/serving_peers.py lockstep|vllm|openvino|llama.cpp MODEL --requests 8
+    python bench/peers/serving_peers.py lockstep|vllm|openvino|llama.cpp MODEL --requests 8
 
 All requests arrive together; an engine batches them as it likes. Every engine gets the same prompts, generates the
 same number of tokens greedily and may take 512 tokens a step. llama.cpp's library has batches but no scheduler, so
@@ -109,7 +109,6 @@ class OpenVino:
 
 class LlamaCpp:
     def __init__(self, path, num_requests, room):
-        sys.path.insert(0, str(Path(__file__).parent / "peers"))
         import peers_common
 
         self.context = peers_common.LlamaCpp(

@@ -10,6 +10,7 @@ time of the thread. Medians of the rounds, in which the kinds take turns.
 
 import argparse
 import asyncio
+import itertools
 import time
 
 import numpy as np
@@ -82,7 +83,7 @@ def parts_of(steps):
     """Seconds of each of PARTS, by the clock and in CPU time [PARTS, 2], of all steps but the first and the last."""
     found = [
         (a.scheduled - a.started, a.entered - a.scheduled, a.left - a.entered, a.ended - a.left, b.started - a.ended)
-        for a, b in zip(steps[1:-1], steps[2:], strict=True)
+        for a, b in itertools.pairwise(steps[1:])
     ]
     return np.mean(found, axis=0)
 

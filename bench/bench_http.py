@@ -98,16 +98,15 @@ def compare(pipe, port, vocab_size, num_streams, args):
         num_tokens = args.tokens if number else 8  # the first round warms both up
         for name in ("engine", "http") if number % 2 else ("http", "engine"):
             each = prompts(num_streams, 2 * number + (name == "http"), vocab_size)
+            before = time.process_time()
             if name == "http":
-                before = time.process_time()
                 seconds = over_http(port, each, num_tokens)
-                client = (time.process_time() - before) / seconds / num_cores()
+                clients.append((time.process_time() - before) / seconds / num_cores())
             else:
                 pipe.send((each, num_tokens))
                 seconds = pipe.recv()
             if number:
                 times[name].append(seconds)
-        clients += [client] if number else []
     rate = {name: num_streams * args.tokens / statistics.median(each) for name, each in times.items()}
     ratios = [a / b for a, b in zip(times["engine"], times["http"], strict=True)]
     print(

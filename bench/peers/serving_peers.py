@@ -9,9 +9,7 @@ it gets this project's rule: one token for each running answer, then chunks of p
 
 import argparse
 import json
-import sys
 import time
-from pathlib import Path
 
 STEP_TOKENS = 512
 now = time.perf_counter

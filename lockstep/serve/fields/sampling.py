@@ -102,8 +102,8 @@ def sampling_params(
     """SamplingParams of a request's SamplingFields. ApiError 400 for a value that is not allowed.
 
     defaults: the model's, for fields that the request leaves out; they override the API's DEFAULTS. other_params: other
-    arguments of SamplingParams, such as logprobs. Without a seed, or with RANDOM, a request gets a random seed, or 0 where
-    nothing is drawn.
+    arguments of SamplingParams, such as logprobs. Without a seed, or with RANDOM, a request gets a random seed, or 0
+    where nothing is drawn.
     """
     chosen = {
         name: default if getattr(fields, name) is None else getattr(fields, name)

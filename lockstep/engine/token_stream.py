@@ -188,15 +188,16 @@ class TokenStream:
         return woken
 
 
-Pause = Callable[[Woken], bool]  # has a future set some time later; False where there is nothing to wait for
+Batch = list[tuple[int, list[Token], str | None]]  # (number of a stream, its new Tokens, its finish_reason), ...
+Pause = Callable[[Woken, Batch], bool]  # has a future set some time later; False where there is nothing to wait for
 
 
-def no_pause(woken: Woken) -> bool:
+def no_pause(woken: Woken, batch: Batch) -> bool:
     """Tokens are read as they come."""
     return False
 
 
-def until_the_end(woken: Woken) -> bool:
+def until_the_end(woken: Woken, batch: Batch) -> bool:
     """Tokens are read when a stream ends."""
     return True
 
@@ -204,16 +205,16 @@ def until_the_end(woken: Woken) -> bool:
 class Frames:
     """A Pause that ends at the same moments for all who wait, so that an event loop wakes up once for many streams.
 
-    seconds: called for the length of a frame, which begins with the first that waits; 0: nobody waits. All that wait
-    are of one event loop.
+    seconds: the length of a frame, which begins with the first that waits, given how many tokens came to one of its
+    streams; 0: nobody waits. All that wait are of one event loop.
     """
 
-    def __init__(self, seconds: Callable[[], float]) -> None:
+    def __init__(self, seconds: Callable[[int], float]) -> None:
         self._seconds, self._waiting = seconds, list[Woken]()
 
-    def __call__(self, woken: Woken) -> bool:
+    def __call__(self, woken: Woken, batch: Batch) -> bool:
         if not self._waiting:
-            seconds = self._seconds()
+            seconds = self._seconds(max([len(tokens) for _, tokens, _ in batch]))
             if seconds <= 0:
                 return False
             woken.get_loop().call_later(seconds, self._end)
@@ -225,19 +226,17 @@ class Frames:
         _set(waiting)
 
 
-async def batches(
-    streams: Iterable[TokenStream], pause: Pause = no_pause
-) -> AsyncIterator[list[tuple[int, list[Token], str | None]]]:
+async def batches(streams: Iterable[TokenStream], pause: Pause = no_pause) -> AsyncIterator[Batch]:
     """Reads many streams at once until all have ended: yields lists of (number of the stream, its new Tokens, its
     finish_reason), finish_reason being None but with the last Tokens. There are none where the tokens with which a
     request began end its answer.
 
-    pause: called each time tokens came; until the future is set, only the end of a stream wakes the reader, so that the
+    pause: called each time tokens came, with them; until the future is set, only the end of a stream wakes the reader, so that the
     tokens of this time come in one list.
     """
     left, loop = dict(enumerate(streams)), asyncio.get_running_loop()
     while left:
-        found = []
+        found: Batch = []
         for number, stream in [*left.items()]:
             tokens, reason, is_at_end = stream.take()
             if tokens or reason is not None:
@@ -245,7 +244,7 @@ async def batches(
             if is_at_end:
                 del left[number]
         woken = loop.create_future()
-        pauses = pause(woken) if found else True
+        pauses = pause(woken, found) if found else True
         if found:
             yield found
         if pauses and left and not any([stream.wait(woken, for_end=bool(found)) for stream in left.values()]):

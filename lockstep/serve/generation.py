@@ -35,13 +35,17 @@ PRIORITY_KEY = "lockstep.priority"  # a key of the scope of a batch's line: its 
 SHORT_BYTES = 2048  # bodies up to here are prepared on the event loop
 FRAME_SECONDS = 1 / 60  # between events of a stream: readers cannot see more
 LONG_TOKENS = 2048  # of prompt and answer: a receipt of more takes over 3 ms to make
+FAST_TOKENS = 12  # of an event: those that come so fast are read later
+LONGEST_FRAME_SECONDS = 0.1  # for events of FAST_TOKENS
 EVENT_SECONDS = 1.5e-3  # between events of all streams together: each takes 0.05 ms
 
 
-def frame_seconds(num_open: int) -> float:
-    """Seconds between two events of a stream: longer with many streams, as an event takes the time of several tokens.
-    num_open: the number of requests that are being answered."""
-    return max(FRAME_SECONDS, EVENT_SECONDS * num_open)
+def frame_seconds(num_open: int, num_tokens: int) -> float:
+    """Seconds between two events of a stream: longer with many streams, as an event takes the time of several tokens,
+    and longer still where nobody reads along. num_open: the number of requests that are being answered; num_tokens: how
+    many tokens the last event of a stream had."""
+    longer = min(2 * EVENT_SECONDS * num_open, LONGEST_FRAME_SECONDS) if num_tokens >= FAST_TOKENS else 0.0
+    return max(FRAME_SECONDS, EVENT_SECONDS * num_open, longer)
 
 
 class Generation:

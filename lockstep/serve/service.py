@@ -71,7 +71,7 @@ class Service:
         self.chat: ChatModel | None = None
         self._fingerprint: str | None = None
         self.generations: set[Generation] = set()
-        self.frames = Frames(lambda: frame_seconds(self.num_open))  # after which streams get their next events
+        self.frames = Frames(lambda num_tokens: frame_seconds(self.num_open, num_tokens))  # between events of streams
         self.num_sequences, self.num_queued_tokens, self.num_bytes = 0, 0, 0
         self.num_logprobs = 0  # the most log-probabilities that the running answers may have, together
         self.metrics, self.num_faults, self._has_logged_stop = Metrics(self), 0, False

@@ -306,12 +306,12 @@ def test_a_pause_brings_tokens_together_and_ends_with_the_stream(running):
         go = hold_after(running, engine_waits_at)
         [stream] = running.submit_all([(PROMPTS[0], replace(LONG, max_tokens=300))])
 
-        def seconds():
+        def seconds(num_tokens):
             wait_until(lambda: len(stream.request.output_ids) >= engine_waits_at)
             return pause
 
         found = []
-        async for [(_, tokens, _)] in batches([stream], Frames(seconds if pause else lambda: 0.0)):
+        async for [(_, tokens, _)] in batches([stream], Frames(seconds if pause else lambda num_tokens: 0.0)):
             found.append(len(tokens))
             if sum(found) == engine_waits_at:
                 go.set()
@@ -325,21 +325,27 @@ def test_a_pause_brings_tokens_together_and_ends_with_the_stream(running):
 
 
 def test_all_that_wait_for_a_frame_are_woken_together():
+    told, lengths = [], iter([0.05, 0.0, 0.01])
+
+    def seconds(num_tokens):
+        told.append(num_tokens)
+        return next(lengths)
+
     async def wait():
-        loop, lengths = asyncio.get_running_loop(), iter([0.05, 0.0, 0.01])
-        frames, [first, second, third, fourth] = Frames(lambda: next(lengths)), [loop.create_future() for _ in range(4)]
+        loop, frames = asyncio.get_running_loop(), Frames(seconds)
+        first, second, third, fourth = (loop.create_future() for _ in range(4))
         began = loop.time()
-        assert frames(first)
+        assert frames(first, [(0, [None], None), (1, [None] * 3, None)])
         await asyncio.sleep(0.02)
-        assert frames(second)  # joins the frame that has begun
+        assert frames(second, [(0, [None] * 9, None)])  # joins the frame that has begun
         await first
         assert second.done() and loop.time() - began >= 0.05
-        assert not frames(third)  # a frame without a length
-        assert frames(fourth)
+        assert not frames(third, [(0, [], "stop")])  # a frame without a length
+        assert frames(fourth, [(0, [None] * 2, None)])
         await fourth
-        return third.done()
+        assert not third.done() and told == [3, 0, 2]
 
-    assert asyncio.run(wait()) is False
+    asyncio.run(wait())
 
 
 def test_a_reader_that_leaves_does_not_wait_for_the_step(running):

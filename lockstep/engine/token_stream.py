@@ -231,8 +231,8 @@ async def batches(streams: Iterable[TokenStream], pause: Pause = no_pause) -> As
     finish_reason), finish_reason being None but with the last Tokens. There are none where the tokens with which a
     request began end its answer.
 
-    pause: called each time tokens came, with them; until the future is set, only the end of a stream wakes the reader, so that the
-    tokens of this time come in one list.
+    pause: called each time tokens came, with them; until the future is set, only the end of a stream wakes the reader,
+    so that the tokens of this time come in one list.
     """
     left, loop = dict(enumerate(streams)), asyncio.get_running_loop()
     while left:

@@ -324,30 +324,6 @@ def test_a_pause_brings_tokens_together_and_ends_with_the_stream(running):
     assert len(asyncio.run(read(3600.0))) == 2
 
 
-def test_all_that_wait_for_a_frame_are_woken_together():
-    told, lengths = [], iter([0.05, 0.0, 0.01])
-
-    def seconds(num_tokens):
-        told.append(num_tokens)
-        return next(lengths)
-
-    async def wait():
-        loop, frames = asyncio.get_running_loop(), Frames(seconds)
-        first, second, third, fourth = (loop.create_future() for _ in range(4))
-        began = loop.time()
-        assert frames(first, [(0, [None], None), (1, [None] * 3, None)])
-        await asyncio.sleep(0.02)
-        assert frames(second, [(0, [None] * 9, None)])  # joins the frame that has begun
-        await first
-        assert second.done() and loop.time() - began >= 0.05
-        assert not frames(third, [(0, [], "stop")])  # a frame without a length
-        assert frames(fourth, [(0, [None] * 2, None)])
-        await fourth
-        assert not third.done() and told == [3, 0, 2]
-
-    asyncio.run(wait())
-
-
 def test_a_reader_that_leaves_does_not_wait_for_the_step(running):
     hold, step = threading.Event(), running.engine.step
     running.engine.step = lambda: hold.wait(60) and step()

@@ -3,14 +3,14 @@
     python bench/bench_http.py [MODEL] [--streams 8 32] [--tokens 128] [--rounds 5]
 
 The server is a process of its own; this process sends the requests over plain sockets and reads the answers as cheaply
-as Python can, but on the same cores: time that it takes is lost to the engine.
+as Python can, but on the same cores: time that it takes is lost to the engine, and is in the ratio. It is also printed
+by itself, in CPU time of this process as a share of what all cores have in that time.
 """
 
 import argparse
 import asyncio
 import json
 import logging
-import math
 import multiprocessing
 import os
 import selectors
@@ -20,7 +20,9 @@ import threading
 import time
 
 from lockstep import LLM, SamplingParams
-from lockstep.engine.token_stream import batches
+from lockstep.engine.async_engine import keep_loaded
+from lockstep.engine.token_stream import batches, until_the_end
+from lockstep.native.host import num_cores
 from lockstep.serve.app import make_app
 from lockstep.serve.log import start_logging
 from lockstep.serve.server import Server, bind
@@ -50,6 +52,7 @@ def serve(pipe, model, threads, weights):
     start_logging(logging.INFO, open(os.devnull, "w"))  # lines are made and written, as lockstep serve does
     server = Server(make_app(service), service)
     threading.Thread(target=server.run, args=([listening],), daemon=True).start()
+    keep_loaded()
     pipe.send((listening.getsockname()[1], llm.model.config.vocab_size))
     while (asked := pipe.recv()) is not None:
         pipe.send(asyncio.run(direct(service.engine, *asked)))
@@ -60,7 +63,7 @@ async def direct(engine, each, num_tokens):
     began = time.perf_counter()
     params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
     streams = engine.submit_all([(ids, params) for ids in each])
-    async for _ in batches(streams, pause=lambda: math.inf):
+    async for _ in batches(streams, until_the_end):
         pass
     assert all(len(stream.request.output_ids) == num_tokens for stream in streams)
     return time.perf_counter() - began
@@ -89,24 +92,27 @@ def over_http(port, each, num_tokens):
 
 
 def compare(pipe, port, vocab_size, num_streams, args):
-    """Prints tokens per second of both, medians of all rounds, and their ratio."""
-    times = {"engine": [], "http": []}
+    """Prints tokens per second of both, medians of all rounds, their ratio, and what the client took."""
+    times, clients = {"engine": [], "http": []}, []
     for number in range(args.rounds + 1):
         num_tokens = args.tokens if number else 8  # the first round warms both up
         for name in ("engine", "http") if number % 2 else ("http", "engine"):
             each = prompts(num_streams, 2 * number + (name == "http"), vocab_size)
+            before = time.process_time()
             if name == "http":
                 seconds = over_http(port, each, num_tokens)
+                clients.append((time.process_time() - before) / seconds / num_cores())
             else:
                 pipe.send((each, num_tokens))
                 seconds = pipe.recv()
             if number:
                 times[name].append(seconds)
     rate = {name: num_streams * args.tokens / statistics.median(each) for name, each in times.items()}
-    ratio = statistics.median([a / b for a, b in zip(times["engine"], times["http"], strict=True)])
+    ratios = [a / b for a, b in zip(times["engine"], times["http"], strict=True)]
     print(
         f"{num_streams:3d} streams: engine {rate['engine']:8.1f} tok/s   HTTP {rate['http']:8.1f} tok/s   "
-        f"HTTP / engine {ratio:.3f}",
+        f"HTTP / engine {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})   "
+        f"client {statistics.median(clients):.1%} of the cores' time",
         flush=True,
     )
 

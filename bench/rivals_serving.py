@@ -40,7 +40,7 @@ def measure(name, a, requests):
     python = sys.executable if venv is None else a.peers / venv / "bin" / "python"
     command = [
         python,
-        Path(__file__).with_name("serving_peers.py"),
+        Path(__file__).with_name("peers") / "serving_peers.py",
         name,
         a.peers / "models" / model.format(a.model),
         "--requests",

@@ -14,8 +14,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, SupportsIndex
 
-import numpy as np
-
 from lockstep.engine.answer_text import Detokenizer
 from lockstep.engine.answer_tokens import append_token
 from lockstep.engine.cache.prefix_options import prefix_cache_maker
@@ -164,7 +162,8 @@ class Engine(RequestMaker):
         plan, changed = self._prepare()
         if not plan:
             return changed
-        tokens, logprobs, _ = self.runner.step([planned.span for planned in plan])
+        sampled = self.runner.step([planned.span for planned in plan])
+        tokens, logprobs = sampled[0].tolist(), sampled[1].tolist()
         row = hidden_row = 0
         for planned in plan:
             request = planned.request
@@ -229,11 +228,11 @@ class Engine(RequestMaker):
             embedded = tuple(sampled)
         for held in request.pages:
             assert start + len(token_ids) <= held.end * PAGE_TOKENS, (start, len(token_ids), request.pages)
-        counts = dict(num_drafts=len(drafts), num_pending=request.num_pending)
-        span = Span(token_ids, start, request.pages, request.running_slot, sampled, embedded, **counts)
+        slot, num_pending = request.running_slot, request.num_pending
+        span = Span(token_ids, start, request.pages, slot, sampled, embedded, len(drafts), num_pending)
         return Planned(request, num_tokens, drafts, span, is_observed)
 
-    def _take_sampled(self, planned: Planned, row: int, tokens: np.ndarray, logprobs: np.ndarray) -> int:
+    def _take_sampled(self, planned: Planned, row: int, tokens: list[int], logprobs: list[float]) -> int:
         """Takes in the sampled rows of a span, from row `row` of the step on; returns the row after them."""
         request = planned.request
         row = take_given_rows(request, planned.span, row, self.runner, logprobs)
@@ -241,7 +240,7 @@ class Engine(RequestMaker):
             if request.ends_as is not None and request.is_reported:
                 self._end_as_given(request, request.ends_as)
             return row
-        self._take_token(request, int(tokens[row]), float(logprobs[row]), row)
+        self._take_token(request, tokens[row], logprobs[row], row)
         if self.drafter and planned.drafts:
             self._take_drafts(request, self.drafter, planned.drafts, row, tokens, logprobs)
         return row + 1 + len(planned.drafts)
@@ -259,8 +258,8 @@ class Engine(RequestMaker):
         drafter: Drafter,
         drafts: Drafts,
         row: int,
-        tokens: np.ndarray,
-        logprobs: np.ndarray,
+        tokens: list[int],
+        logprobs: list[float],
     ) -> None:
         """Takes in the rows after `row`: one for each draft that is the token that the model chose, up to the first
         that is not, since each row's logits follow from the draft before it."""
@@ -271,7 +270,7 @@ class Engine(RequestMaker):
             request.num_accepted += 1
             request.num_pending += 1
             self.scheduler.computed(request, 1)
-            self._take_token(request, int(tokens[i]), float(logprobs[i]), i)
+            self._take_token(request, tokens[i], logprobs[i], i)
         request.num_drafted += len(drafts)
         self.num_drafted += len(drafts)
         self.num_accepted += request.num_accepted - before

@@ -197,6 +197,8 @@ def sample_seed(seed: int, index: int) -> int:
 
 def samples(params: SamplingParams) -> list[SamplingParams]:
     """The n SamplingParams of a prompt's samples, each with a seed of its own."""
+    if params.n == 1:
+        return [params]  # making and checking them again would take a tenth of the time of a small request
     return [replace(params, seed=sample_seed(params.seed, i)) for i in range(params.n)]
 
 
@@ -258,10 +260,13 @@ class Request:
     prefix: PrefixState = field(default_factory=PrefixState)
     has_given_rows: bool = False  # whether steps may have rows that report log-probabilities of its known tokens
     is_adjusted: bool = False  # whether its logits may change before a token is chosen
+    drawn: dict[str, Any] = field(default_factory=dict)  # fields of its SAMPLING_RECORDs that stay the same
 
     def __post_init__(self) -> None:
-        self.has_given_rows = self.params.prompt_logprobs is not None
-        self.is_adjusted = adjusts(self.params)
+        p = self.params
+        self.has_given_rows = p.prompt_logprobs is not None
+        self.is_adjusted = adjusts(p)
+        self.drawn = dict(temperature=p.temperature, top_p=p.top_p, min_p=p.min_p, top_k=p.top_k, seed=p.seed)
 
     @property
     def running_slot(self) -> int:

@@ -166,11 +166,12 @@ def sampled_rows(
 ) -> dict[int, dict[str, Any]]:
     """{row: fields of a SAMPLING_RECORD} for tokens start .. end of a request and drafts after them, rows counted from
     start. There are fewer rows where the request's mask ends before the last draft. Refused for a bad mask."""
-    p = request.params
     rows = given_rows(request, start, end) if request.has_given_rows else {}
     if end == request.num_tokens and request.pool is None:
-        for i, fields in enumerate(choices(request, eos_ids, vocab_size, drafts)):
-            rows[end - 1 - start + i] = fields | dict(num_logprobs=p.logprobs or 0)
+        num_logprobs = request.params.logprobs or 0
+        for row, fields in enumerate(choices(request, eos_ids, vocab_size, drafts), end - 1 - start):
+            fields["num_logprobs"] = num_logprobs
+            rows[row] = fields
     return rows
 
 
@@ -203,11 +204,10 @@ def choices(
 ) -> list[dict[str, Any]]:
     """Fields of the SAMPLING_RECORDs that choose the token after a request's known tokens and the token after each
     draft; the first `first` of them are left out. Fewer where the request's mask ends. Refused for a bad mask."""
-    p, adjusted = request.params, [{}] * (len(drafts) + 1 - first)
+    position, drawn, adjusted = request.num_tokens, request.drawn, [{}] * (len(drafts) + 1 - first)
     if request.is_adjusted:
         adjusted = adjustment_of(request, eos_ids, vocab_size).rows(request.output_ids, drafts, first)
-    shared = dict(temperature=p.temperature, top_p=p.top_p, min_p=p.min_p, top_k=p.top_k, seed=p.seed)
-    return [dict(position=request.num_tokens + i, **shared, **fields) for i, fields in enumerate(adjusted, first)]
+    return [{"position": position + i, **drawn, **fields} for i, fields in enumerate(adjusted, first)]
 
 
 def guessed(request: "Request", eos_ids: frozenset[int], vocab_size: int, drafts: Sequence[int] = ()) -> dict[str, Any]:
@@ -220,7 +220,7 @@ def guessed(request: "Request", eos_ids: frozenset[int], vocab_size: int, drafts
     return fields[0] if fields else dict(position=request.num_tokens + len(drafts))
 
 
-def take_given_rows(request: "Request", span: "Span", row: int, runner: "Runner", logprobs: np.ndarray) -> int:
+def take_given_rows(request: "Request", span: "Span", row: int, runner: "Runner", logprobs: list[float]) -> int:
     """Adds the log-probabilities of known tokens, of the prompt and then of the answer, that a span's rows from `row`
     on give; returns the row after them."""
     if not request.has_given_rows:
@@ -228,11 +228,11 @@ def take_given_rows(request: "Request", span: "Span", row: int, runner: "Runner"
     p, end = request.params, row + sum("given" in fields for fields in span.sampled.values())
     if p.prompt_logprobs is not None:
         of_prompt = range(row, min(end, row + len(request.prompt_ids) - 1 - len(request.prompt_logprobs)))
-        request.prompt_logprobs += logprobs[row : of_prompt.stop].tolist()
+        request.prompt_logprobs += logprobs[row : of_prompt.stop]
         if p.prompt_logprobs:
             request.prompt_top_logprobs += [runner.alternatives(r, p.prompt_logprobs) for r in of_prompt]
         row = of_prompt.stop
-    request.logprobs += logprobs[row:end].tolist()
+    request.logprobs += logprobs[row:end]
     if p.logprobs:
         request.top_logprobs += [runner.alternatives(r, p.logprobs) for r in range(row, end)]
     return end

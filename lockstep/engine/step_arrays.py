@@ -80,10 +80,13 @@ class StepArrays:
 
     def set_tokens(self, s: int, at: int, token_ids: Sequence[int], start: int) -> None:
         """Writes the tokens of the step's request number s, whose positions begin at `start`, to rows from `at` on."""
-        end = start + len(token_ids)
-        write(self.ints["token_ids"], at, token_ids)
-        write(self.ints["position"], at, range(start, end))
-        self.ints["context_len"][s] = end
+        ints, end = self.ints, start + len(token_ids)
+        if end == start + 1:  # as while requests decode: two items are written faster than two arrays
+            ints["token_ids"][at], ints["position"][at] = token_ids[0], start
+        else:
+            write(ints["token_ids"], at, token_ids)
+            write(ints["position"], at, range(start, end))
+        ints["context_len"][s] = end
 
     def lay_out(self, counts: Sequence[int]) -> None:
         """Writes which rows belong to which request. counts: the number of rows of each request, in order."""

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 from lockstep.engine.request import Request
@@ -48,7 +48,9 @@ class TokenStream:
     def __init__(self, engine: Sender, request: Request) -> None:
         self.request, self._engine = request, engine
         self._tokens: deque[Token] = deque()
-        self._ready, self._for_end, self._ended, self._left = threading.Condition(), False, False, False
+        self._lock = threading.Lock()
+        self._ready, self._blocks = threading.Condition(self._lock), False  # blocks: whether a thread reads it
+        self._for_end, self._ended, self._left = False, False, False
         self._waiting: Woken | None = None
         self._error: BaseException | None = None
         self._num_sent, self._text_sent = request.num_given, request.num_given_characters
@@ -68,12 +70,6 @@ class TokenStream:
         """What ended the stream before its request came to an end; None otherwise."""
         return self._error
 
-    @property
-    def is_read(self) -> bool:
-        """Whether the stream has ended and all its tokens are read."""
-        with self._ready:
-            return self._ended and not self._tokens
-
     def cancel(self) -> None:
         """Ends the request before the engine's next step. Any thread may call this, at any time."""
         self._engine.send("cancel", self)
@@ -81,7 +77,7 @@ class TokenStream:
     def leave(self) -> None:
         """Cancels the request and ends the stream for its reader at once, even if the engine's step never returns."""
         self.cancel()
-        with self._ready:
+        with self._lock:
             self._left = self._ended = True
             woken = self._woken()
         wake([woken])
@@ -100,7 +96,8 @@ class TokenStream:
             self._cancel_unless_ended()
 
     def __next__(self) -> Token:
-        with self._ready:
+        with self._lock:
+            self._blocks = True
             self._ready.wait_for(lambda: self._tokens or self._ended)
             return self._next(StopIteration)
 
@@ -122,32 +119,32 @@ class TokenStream:
     async def __anext__(self) -> Token:
         while True:
             woken = asyncio.get_running_loop().create_future()
-            with self._ready:
+            with self._lock:
                 if self._tokens or self._ended:
                     return self._next(StopAsyncIteration)
                 self._waiting, self._for_end = woken, False
             await woken
 
-    def take(self, woken: Woken) -> list[Token] | None:
-        """All tokens that have come; None after the last one. If the list is empty, the future `woken` is set when
-        tokens come, or the stream has ended without a token (then `is_read`)."""
-        with self._ready:
-            if not self._tokens and self._ended:
-                self._check()
-                has_untold_end, self._has_untold_end = self._has_untold_end, False
-                return [] if has_untold_end else None
-            if not self._tokens:
-                self._waiting, self._for_end = woken, False
+    def take(self) -> tuple[list[Token], str | None, bool]:
+        """(all tokens that have come, the finish_reason, whether the stream is at its end). The finish_reason comes
+        with the last tokens, or by itself where no token could bear it; else it is None."""
+        with self._lock:
             taken = list(self._tokens)
             self._tokens.clear()
-            return taken
+            if not self._ended:
+                return taken, None, False
+            if not taken:
+                self._check()
+            is_at_end = self._error is None
+            has_reason = is_at_end and (taken or self._has_untold_end)
+            return taken, self.request.finish_reason if has_reason else None, is_at_end
 
-    def wait_for_end(self, woken: Woken) -> bool:
-        """Has the future `woken` set when the stream ends. Returns True, and does not set it, if the stream has
-        ended."""
-        with self._ready:
-            self._waiting, self._for_end = woken, True
-            return self._ended
+    def wait(self, woken: Woken, *, for_end: bool = False) -> bool:
+        """Has the future `woken` set when tokens come, or the stream ends; for_end: only when it ends. Returns True,
+        and does not set it, if that has happened."""
+        with self._lock:
+            self._waiting, self._for_end = woken, for_end
+            return self._ended or (bool(self._tokens) and not for_end)
 
     def _next(self, end: type[Exception]) -> Token:
         if self._tokens:
@@ -166,7 +163,7 @@ class TokenStream:
         None."""
         request, count = self.request, len(self.request.output_ids)
         text = request.answer.text if request.answer is not None else ""
-        with self._ready:
+        with self._lock:
             for i in range(self._num_sent, count):
                 top = request.top_logprobs[i] if request.top_logprobs else None
                 new_text = text[self._text_sent :] if i == count - 1 else ""
@@ -178,54 +175,80 @@ class TokenStream:
 
     def fail(self, error: BaseException) -> Woken | None:
         """Ends the stream with an error; returns the future that its reader awaits, or None."""
-        with self._ready:
+        with self._lock:
             self._ended, self._error = True, error
             return self._woken()
 
     def _woken(self) -> Woken | None:
-        self._ready.notify_all()
+        if self._blocks:
+            self._ready.notify_all()
         if self._for_end and not self._ended:
             return None
         woken, self._waiting = self._waiting, None
         return woken
 
 
-async def batches(
-    streams: Iterable[TokenStream], pause: Callable[[], float] = lambda: 0.0
-) -> AsyncIterator[list[tuple[int, list[Token], str | None]]]:
+Batch = list[tuple[int, list[Token], str | None]]  # (number of a stream, its new Tokens, its finish_reason), ...
+Pause = Callable[[Woken, Batch], bool]  # has a future set some time later; False where there is nothing to wait for
+
+
+def no_pause(woken: Woken, batch: Batch) -> bool:
+    """Tokens are read as they come."""
+    return False
+
+
+def until_the_end(woken: Woken, batch: Batch) -> bool:
+    """Tokens are read when a stream ends."""
+    return True
+
+
+class Frames:
+    """A Pause that ends at the same moments for all who wait, so that an event loop wakes up once for many streams.
+
+    seconds: the length of a frame, which begins with the first that waits, given how many tokens came to one of its
+    streams; 0: nobody waits. All that wait are of one event loop.
+    """
+
+    def __init__(self, seconds: Callable[[int], float]) -> None:
+        self._seconds, self._waiting = seconds, list[Woken]()
+
+    def __call__(self, woken: Woken, batch: Batch) -> bool:
+        if not self._waiting:
+            seconds = self._seconds(max([len(tokens) for _, tokens, _ in batch]))
+            if seconds <= 0:
+                return False
+            woken.get_loop().call_later(seconds, self._end)
+        self._waiting.append(woken)
+        return True
+
+    def _end(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        _set(waiting)
+
+
+async def batches(streams: Iterable[TokenStream], pause: Pause = no_pause) -> AsyncIterator[Batch]:
     """Reads many streams at once until all have ended: yields lists of (number of the stream, its new Tokens, its
     finish_reason), finish_reason being None but with the last Tokens. There are none where the tokens with which a
     request began end its answer.
 
-    pause: called each time tokens came; for as many seconds as it returns, only the end of a stream wakes the reader,
+    pause: called each time tokens came, with them; until the future is set, only the end of a stream wakes the reader,
     so that the tokens of this time come in one list.
     """
     left, loop = dict(enumerate(streams)), asyncio.get_running_loop()
     while left:
+        found: Batch = []
+        for number, stream in [*left.items()]:
+            tokens, reason, is_at_end = stream.take()
+            if tokens or reason is not None:
+                found.append((number, tokens, reason))
+            if is_at_end:
+                del left[number]
         woken = loop.create_future()
-        taken = [(number, stream, stream.take(woken)) for number, stream in left.items()]
-        left = {number: stream for number, stream, tokens in taken if tokens is not None}
-        batch = [
-            (number, tokens, stream.request.finish_reason if stream.is_read else None)
-            for number, stream, tokens in taken
-            if tokens or (tokens is not None and stream.is_read)
-        ]
-        if batch:
-            until = loop.time() + pause()
-            yield batch
-            await _pause(list(left.values()), until, loop)
-        elif left:
+        pauses = pause(woken, found) if found else True
+        if found:
+            yield found
+        if pauses and left and not any([stream.wait(woken, for_end=bool(found)) for stream in left.values()]):
             await woken
-
-
-async def _pause(streams: Sequence[TokenStream], until: float, loop: asyncio.AbstractEventLoop) -> None:
-    """Waits until a time of the loop's clock, or for the end of a stream."""
-    woken = loop.create_future()
-    if until > loop.time() and not any([stream.wait_for_end(woken) for stream in streams]):
-        timer = None if until == float("inf") else loop.call_at(until, _set, [woken])
-        await woken
-        if timer is not None:
-            timer.cancel()
 
 
 def wake(futures: Iterable[Woken | None]) -> None:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
-from lockstep.engine.async_engine import EngineThread
+from lockstep.engine.async_engine import EngineThread, keep_loaded
 from lockstep.engine.engine import Engine
 from lockstep.engine.request import Request
 from lockstep.engine.selfcheck.check import NUMERICS
@@ -73,6 +73,7 @@ class Replica:
     def run(self) -> None:
         """Answers messages until the connection ends or a Close comes."""
         self.send(Ready(self._model.model_part, NUMERICS, os.getpid()))
+        keep_loaded()
         while True:
             match self._connection.recv():
                 case Submit(asked):

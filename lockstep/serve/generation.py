@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lockstep.engine.request import Request
-from lockstep.engine.token_stream import Token, TokenStream, batches
+from lockstep.engine.token_stream import Pause, Token, TokenStream, batches, until_the_end
 from lockstep.receipts.receipt import ReceiptOptions
 from lockstep.serve.answer_size import Prompts, fit_answers, num_logprobs
 from lockstep.serve.continuation import ANEW, Continuation, refusing
@@ -35,7 +35,17 @@ PRIORITY_KEY = "lockstep.priority"  # a key of the scope of a batch's line: its 
 SHORT_BYTES = 2048  # bodies up to here are prepared on the event loop
 FRAME_SECONDS = 1 / 60  # between events of a stream: readers cannot see more
 LONG_TOKENS = 2048  # of prompt and answer: a receipt of more takes over 3 ms to make
-EVENT_SECONDS = 1e-3  # between events of all streams together
+FAST_TOKENS = 12  # of an event: those that come so fast are read later
+LONGEST_FRAME_SECONDS = 0.1  # for events of FAST_TOKENS
+EVENT_SECONDS = 1.5e-3  # between events of all streams together: each takes 0.05 ms
+
+
+def frame_seconds(num_open: int, num_tokens: int) -> float:
+    """Seconds between two events of a stream: longer with many streams, as an event takes the time of several tokens,
+    and longer still where nobody reads along. num_open: the number of requests that are being answered; num_tokens: how
+    many tokens the last event of a stream had."""
+    longer = min(2 * EVENT_SECONDS * num_open, LONGEST_FRAME_SECONDS) if num_tokens >= FAST_TOKENS else 0.0
+    return max(FRAME_SECONDS, EVENT_SECONDS * num_open, longer)
 
 
 class Generation:
@@ -178,7 +188,7 @@ class Generation:
         self.service.admit(self, 1, len(request.prompt_ids))
         self._prompts, self._submitted = [(request.prompt_ids, request.params)], time.monotonic()
         await self.offload(self._submit_made, request)
-        async for _ in batches(self.streams, lambda: math.inf):
+        async for _ in batches(self.streams, until_the_end):
             self.raise_if_ended()
         self.raise_if_ended()
         self._ended = time.monotonic()
@@ -207,14 +217,14 @@ class Generation:
                 "context_length_exceeded",
             )
 
-    async def tokens(self, pause: Callable[[], float] | None = None) -> AsyncIterator[list[SequenceTokens]]:
+    async def tokens(self, pause: Pause | None = None) -> AsyncIterator[list[SequenceTokens]]:
         """Yields lists of (number of a sequence, its new Tokens, its finish_reason) as steps of the engine give tokens.
 
-        Tokens of `pause()` seconds are collected into one list; by default the pause is too short to be seen.
+        Tokens of a `pause` come in one list, by default those of a frame, which is too short to be seen.
         finish_reason is None before a sequence's last tokens. A sequence that failed raises ApiError at the end: 400,
         or 500 where the model's logits were not finite.
         """
-        async for found in batches(self.streams, pause or self._frame):
+        async for found in batches(self.streams, pause or self.service.frames):
             self.raise_if_ended()
             self._count_tokens(found)
             if self._receipts is not None:
@@ -241,21 +251,16 @@ class Generation:
         if self._num_ended == len(self.requests) and not has_failed and self.service.receipts.keeps_all:
             await self.offload(receipts.keep, self.requests, self._prompts)
 
-    def _frame(self) -> float:
-        """Seconds between two events of a stream: longer with many streams, as an event takes the time of several
-        tokens."""
-        return max(FRAME_SECONDS, EVENT_SECONDS * self.service.num_open)
-
     async def finished(self) -> list[Request]:
         """Waits for the end of all sequences; returns their Requests."""
-        async for _ in self.tokens(pause=lambda: math.inf):
+        async for _ in self.tokens(until_the_end):
             pass
         return self.requests
 
     def _count_tokens(self, found: list[SequenceTokens]) -> None:
         """Adds a step's tokens to the metrics; from the first tokens on the prompts no longer count as queued."""
         now, metrics = time.monotonic(), self.service.metrics
-        num_tokens = sum(len(tokens) for _, tokens, _ in found)
+        num_tokens = sum([len(tokens) for _, tokens, _ in found])
         if not num_tokens:  # the tokens with which an answer begins end it
             return
         metrics.generated_tokens += num_tokens

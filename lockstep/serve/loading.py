@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
+from lockstep.engine.async_engine import keep_loaded
 from lockstep.serve.service import Service
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Loading:
             if self._service.chat is not None:
                 self._service.chat.grammars.warm()
             self._ready()
+            keep_loaded()
         except BaseException as error:  # a library in Rust that panics raises no Exception
             self.error = error
 

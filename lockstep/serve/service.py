@@ -16,11 +16,11 @@ from lockstep.engine.async_engine import StreamEngine
 from lockstep.engine.cache.prefix import model_identity
 from lockstep.engine.selfcheck.check import NUMERICS
 from lockstep.engine.speculation.drafts import DraftCounts
-from lockstep.engine.token_stream import EngineStopped
+from lockstep.engine.token_stream import EngineStopped, Frames
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS
 from lockstep.replicas.verifying import ReplicasLost
 from lockstep.serve.errors import ApiError, not_allowed
-from lockstep.serve.generation import Generation
+from lockstep.serve.generation import Generation, frame_seconds
 from lockstep.serve.limits import Limits
 from lockstep.serve.metrics import Metrics
 from lockstep.serve.receipts.desk import ReceiptDesk
@@ -71,6 +71,7 @@ class Service:
         self.chat: ChatModel | None = None
         self._fingerprint: str | None = None
         self.generations: set[Generation] = set()
+        self.frames = Frames(lambda num_tokens: frame_seconds(self.num_open, num_tokens))  # between events of streams
         self.num_sequences, self.num_queued_tokens, self.num_bytes = 0, 0, 0
         self.num_logprobs = 0  # the most log-probabilities that the running answers may have, together
         self.metrics, self.num_faults, self._has_logged_stop = Metrics(self), 0, False

@@ -192,13 +192,13 @@ class Naive:
         prompts = [(r, missing) for r, missing in prompts if missing > 1]
         if prompts and left:
             first, missing = prompts[0]
-            half, order = (
-                min(missing, (left + 1) // 2),
+            kept, order = (
+                min(missing, (left + 3) // 4),
                 sorted(prompts, key=lambda p: (p[0]["priority"], p[1], p[0]["name"])),
             )
             turn = [r for r, _ in order].index(first)
             for i, (r, missing) in enumerate(order):
-                most = min(missing, left - half if i < turn else left)
+                most = min(missing, left - kept if i < turn else left)
                 count = self.grow(r, most) if most else 0
                 left -= count
                 plan += [(r, count)] * (count > 0)

@@ -15,7 +15,7 @@ from lockstep.engine.async_engine import AsyncEngine
 from lockstep.engine.embedding import Pool
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.request import SamplingParams, samples
-from lockstep.engine.token_stream import EngineStopped, batches
+from lockstep.engine.token_stream import EngineStopped, Frames, batches, no_pause, until_the_end
 from tests.promise.alone import answer
 from tests.promise.models import Case, load
 
@@ -286,7 +286,7 @@ def test_batches_read_many_streams_at_once_and_each_ends_with_its_reason(running
         assert all(each == [None] * (len(each) - 1) + ["length"] for each in reasons)
         return ids, rounds
 
-    at_the_end, few = asyncio.run(read(lambda: math.inf))
+    at_the_end, few = asyncio.run(read(until_the_end))
     step, brought, read_so_far = running.engine.step, [], []
 
     def step_once_all_is_read():
@@ -296,7 +296,7 @@ def test_batches_read_many_streams_at_once_and_each_ends_with_its_reason(running
         return made
 
     running.engine.step = step_once_all_is_read
-    every, rounds = asyncio.run(read(lambda: 0.0, read_so_far))
+    every, rounds = asyncio.run(read(no_pause, read_so_far))
     assert every == at_the_end == alone
     assert few <= 2 * len(PROMPTS) < rounds  # the first tokens and the ends
 
@@ -306,12 +306,12 @@ def test_a_pause_brings_tokens_together_and_ends_with_the_stream(running):
         go = hold_after(running, engine_waits_at)
         [stream] = running.submit_all([(PROMPTS[0], replace(LONG, max_tokens=300))])
 
-        def pause_of():
+        def seconds(num_tokens):
             wait_until(lambda: len(stream.request.output_ids) >= engine_waits_at)
             return pause
 
         found = []
-        async for [(_, tokens, _)] in batches([stream], pause_of if pause else lambda: 0.0):
+        async for [(_, tokens, _)] in batches([stream], Frames(seconds if pause else lambda num_tokens: 0.0)):
             found.append(len(tokens))
             if sum(found) == engine_waits_at:
                 go.set()

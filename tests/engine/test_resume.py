@@ -13,7 +13,7 @@ from lockstep.engine.async_engine import AsyncEngine
 from lockstep.engine.engine import Engine, EngineOptions
 from lockstep.engine.model import load_model
 from lockstep.engine.request import SamplingParams
-from lockstep.engine.token_stream import batches
+from lockstep.engine.token_stream import batches, until_the_end
 from lockstep.models.checkpoint import open_checkpoint
 from lockstep.weights.store import WeightStore
 from tests.models import tiny
@@ -125,7 +125,7 @@ async def read(streams):
     """[(number of the stream, ids of its tokens, their text, its finish_reason), ...]"""
     return [
         (number, [token.id for token in tokens], "".join(token.text for token in tokens), reason)
-        async for found in batches(streams, lambda: float("inf"))
+        async for found in batches(streams, until_the_end)
         for number, tokens, reason in found
     ]
 

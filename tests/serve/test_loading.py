@@ -1,5 +1,6 @@
 """What the server answers and does while a model is loaded."""
 
+import gc
 import io
 import signal
 import subprocess
@@ -9,8 +10,11 @@ import httpx
 import pytest
 
 from lockstep import __version__
+from lockstep.engine.async_engine import keep_loaded
 from lockstep.engine.selfcheck.check import NUMERICS
-from lockstep.serve.loading import restore_terminal
+from lockstep.serve import loading
+from lockstep.serve.loading import Loading, restore_terminal
+from lockstep.serve.service import Service
 from tests.serve.server import ROOT, unloaded
 
 # a server whose model takes for ever; it tells on standard output how far it is
@@ -74,3 +78,20 @@ def test_bars_that_are_cut_off_leave_the_cursor_on_a_line_of_its_own(monkeypatch
     monkeypatch.setenv("TERM", "xterm")
     restore_terminal()
     assert terminal.getvalue() == "\x1b[?25h\n"
+
+
+def test_what_is_loaded_is_left_out_of_garbage_collection_once_the_server_is_ready(monkeypatch):
+    done = []
+    monkeypatch.setattr(loading, "keep_loaded", lambda: done.append("kept"))
+    monkeypatch.setattr(Service, "open", lambda service, llm: done.append(llm))
+    begun = Loading(lambda: "llm", Service("m"), lambda: done.append("ready"))
+    begun.start()
+    vars(begun)["_thread"].join(60)
+    assert begun.error is None and done == ["llm", "ready", "kept"]
+
+
+def test_a_collection_no_longer_looks_at_what_was_there(monkeypatch):
+    frozen = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(gc.get_count()))
+    keep_loaded()
+    assert [counts[1:] for counts in frozen] == [(0, 0)]  # after a collection of everything

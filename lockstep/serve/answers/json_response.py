@@ -33,7 +33,7 @@ _encoder = json.JSONEncoder(separators=(",", ":"), allow_nan=False, default=_who
 
 def to_text(value: Any) -> str:
     """A value as compact JSON text, in ASCII. ValueError for NaN and infinity."""
-    return _encoder.encode(value)
+    return "null" if value is None else _encoder.encode(value)  # the encoder takes 3 us for it, and chunks have two
 
 
 def fields_text(fields: dict[str, Any]) -> str:

@@ -60,10 +60,10 @@ def text_tokenizer(service: Service, field: str = "prompt") -> Tokenizer:
 
 def check_ids(service: Service, ids: Sequence[float], where: str) -> list[int]:
     """The token ids as integers. ApiError 400 for an id that the model does not have; where: its field."""
-    checked = []
+    checked, vocab_size = [], service.vocab_size
     for token_id in map(integral, ids):
-        if type(token_id) is not int or not 0 <= token_id < service.vocab_size:
-            raise wrong_field(where, f"expected token ids from 0 to {service.vocab_size - 1}, got {shown(token_id)}")
+        if type(token_id) is not int or not 0 <= token_id < vocab_size:
+            raise wrong_field(where, f"expected token ids from 0 to {vocab_size - 1}, got {shown(token_id)}")
         checked.append(token_id)
     return checked
 

@@ -102,7 +102,8 @@ def sampling_params(
     """SamplingParams of a request's SamplingFields. ApiError 400 for a value that is not allowed.
 
     defaults: the model's, for fields that the request leaves out; they override the API's DEFAULTS. other_params: other
-    arguments of SamplingParams, such as logprobs. Without a seed, or with RANDOM, a request gets a random seed.
+    arguments of SamplingParams, such as logprobs. Without a seed, or with RANDOM, a request gets a random seed, or 0
+    where nothing is drawn.
     """
     chosen = {
         name: default if getattr(fields, name) is None else getattr(fields, name)
@@ -112,7 +113,9 @@ def sampling_params(
     chosen["top_k"] = max(chosen["top_k"], 0)  # -1 means all, for vLLM
     chosen["temperature"] = chosen["temperature"] and max(chosen["temperature"], MIN_TEMPERATURE)
     chosen["repetition_penalty"] = _repetition_penalty(fields, chosen["repetition_penalty"])
-    seed = secrets.randbits(SEED_BITS) if fields.seed in (None, RANDOM) else fields.seed
+    seed = fields.seed
+    if seed in (None, RANDOM):
+        seed = secrets.randbits(SEED_BITS) if chosen["temperature"] else 0
     chosen["n"] = fields.num_samples
     _check_samples(fields, limits)
     _check_window(fields, chosen)

@@ -34,7 +34,8 @@ class Seeds(NamedTuple):
         the request."""
         if self.is_given:
             return prompts
-        return [(ids, replace(params, seed=self._found(ids, params, prompts[0][1].seed))) for ids, params in prompts]
+        found = [(ids, params, self._found(ids, params, prompts[0][1].seed)) for ids, params in prompts]
+        return [(ids, params if seed == params.seed else replace(params, seed=seed)) for ids, params, seed in found]
 
     def _found(self, prompt_ids: list[int], params: SamplingParams, drawn: int) -> int:
         if self.nonce is not None:

@@ -1,12 +1,12 @@
 """/v1/responses, OpenAI's newer API for conversations; nothing is stored."""
 
-import math
 import secrets
 import time
 
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
+from lockstep.engine.token_stream import until_the_end
 from lockstep.serve.answers.content_blocks import Blocks, collect
 from lockstep.serve.answers.json_response import in_parts, json_response
 from lockstep.serve.answers.logprobs import token_logprob
@@ -32,7 +32,7 @@ def routes(service: Service):
         answer = Answer(generation, fields, new_parser, logprobs is not None)
         if fields.stream:
             return EventStream(generation, answer.events(), end=b"")
-        tokens = [token async for ((_, found, _),) in generation.tokens(pause=lambda: math.inf) for token in found]
+        tokens = [token async for ((_, found, _),) in generation.tokens(until_the_end) for token in found]
         return await json_answer(generation, lambda: answer.whole(tokens))
 
     async def count(request):

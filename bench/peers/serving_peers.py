@@ -1,6 +1,6 @@
 """Many requests at once through one engine, by its own interpreter; one JSON line. Started by rivals_serving.py.
 
-    python bench/serving_peers.py lockstep|vllm|openvino|llama.cpp MODEL --requests 8
+    python bench/peers/serving_peers.py lockstep|vllm|openvino|llama.cpp MODEL --requests 8
 
 All requests arrive together; an engine batches them as it likes. Every engine gets the same prompts, generates the
 same number of tokens greedily and may take 512 tokens a step. llama.cpp's library has batches but no scheduler, so
@@ -9,9 +9,7 @@ it gets this project's rule: one token for each running answer, then chunks of p
 
 import argparse
 import json
-import sys
 import time
-from pathlib import Path
 
 STEP_TOKENS = 512
 now = time.perf_counter
@@ -109,7 +107,6 @@ class OpenVino:
 
 class LlamaCpp:
     def __init__(self, path, num_requests, room):
-        sys.path.insert(0, str(Path(__file__).parent / "peers"))
         import peers_common
 
         self.context = peers_common.LlamaCpp(

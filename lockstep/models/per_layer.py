@@ -1,5 +1,7 @@
 """Recording the inputs of their own that layers get from a second embedding and from a projection of the first one."""
 
+import math
+
 from lockstep.models.model_config import ModelConfig
 from lockstep.models.record import Recorder
 from lockstep.ops.linear.per_layer import PerLayerGate, PerLayerInputs
@@ -16,9 +18,9 @@ def per_layer_inputs(ops: Recorder, x: Tensor, config: ModelConfig) -> Tensor:
     """
     width, prefix = config.layers[0].input_width, ops.prefix
     total = width * config.num_layers
-    half, name = 0.5**0.5, f"{prefix}embed_tokens_per_layer"
+    half, name = math.sqrt(0.5), f"{prefix}embed_tokens_per_layer"
     num_rows = config.input_rows or config.vocab_size
-    embedded = ops.embed_from_file(f"{name}.weight", num_rows, total, half * width**0.5, name)
+    embedded = ops.embed_from_file(f"{name}.weight", num_rows, total, half * math.sqrt(width), name)
     projected = ops.linear(x, [(f"{prefix}per_layer_model_projection", total)])
     return ops.program.emit(
         PerLayerInputs(

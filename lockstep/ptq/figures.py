@@ -52,7 +52,8 @@ def _of_head(stat: Stat, head: int, row: np.ndarray) -> Figures:
     rounded = points.copy()
     grids.quantize_row(rounded, row)
     x, weights = points.astype(np.float64), weights.astype(np.float64)
-    noise, signal = _sum(weights * (x - rounded) ** 2), _sum(weights * x * x)
+    error = x - rounded
+    noise, signal = _sum(weights * (error * error)), _sum(weights * x * x)
     counts, ends = stat.bins(head)[2], points.reshape(-1, POINTS)[:, [0, -1]].T
     first, last = (_index(np.ascontiguousarray(end), row) for end in ends)
     lowest, highest = _index(np.array([-np.inf, np.inf], np.float32), row)

@@ -1,6 +1,10 @@
 """What is asked of macOS, by a library that stands for its own; and systems on which nothing runs."""
 
+import ast
 import ctypes
+import os
+import pathlib
+import runpy
 import subprocess
 import sys
 import threading
@@ -9,14 +13,17 @@ import time
 import llvmlite.binding as llvm
 import numpy as np
 import pytest
+from llvmlite import ir
 from numba import types
 
 import lockstep
 from lockstep.native import host, system
 from lockstep.native.kernel import native
-from lockstep.native.simd import emitted
+from lockstep.native.simd import I64, emitted
 from lockstep.native.system import darwin, linux, other
+from tests.native.assembly import assembled, initialize
 
+PACKAGE = pathlib.Path(lockstep.__file__).parent
 asleep = emitted(types.void(types.int64, types.int64))(darwin.sleep_while_equal)
 awake = emitted(types.void(types.int64, types.int64))(darwin.wake)
 
@@ -125,3 +132,29 @@ def test_windows_is_told_before_anything_is_imported():
     code = "import sys; sys.platform = 'win32'; import lockstep"
     found = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=False)
     assert found.returncode == 1 and "ImportError: Lockstep runs on Linux and macOS;" in found.stderr
+
+
+def test_pip_is_told_before_it_looks_for_numba(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.delitem(sys.modules, "lockstep")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(ImportError, match="on Windows it runs in WSL 2"):
+        runpy.run_path(str(PACKAGE.parent / "setup.py"))
+
+
+def test_sleep_on_macos_is_assembled_for_arm():
+    function = ir.Function(ir.Module(), ir.FunctionType(ir.VoidType(), [I64, I64]), "f")
+    b = ir.IRBuilder(function.append_basic_block())
+    darwin.sleep_while_equal(b, *function.args)
+    darwin.wake(b, *function.args)
+    b.ret_void()
+    initialize()
+    found = assembled(str(b.module), "apple-m1")[1]
+    assert found["bl"] + found["b"] == 2  # the last call is a jump
+
+
+def test_the_system_is_asked_only_what_macos_knows():
+    """SC_PAGE_SIZE is Linux's other name for SC_PAGESIZE, and a ValueError on macOS."""
+    calls = (node for path in PACKAGE.rglob("*.py") for node in ast.walk(ast.parse(path.read_text())))
+    asked = {ast.unparse(n.args[0]) for n in calls if isinstance(n, ast.Call) and ast.unparse(n.func) == "os.sysconf"}
+    assert asked == {"'SC_PHYS_PAGES'", "'SC_PAGESIZE'"} and "SC_PAGESIZE" in os.sysconf_names

@@ -1,5 +1,6 @@
 """What Llama-like families share: reading their config.json, and recording their layers."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -57,7 +58,7 @@ def heads_of(config: Config, rope_defaults: Config | None = None, **others: Any)
     head_dim = head_dim_of(config, num_heads)
     head_rope = rope(config, head_dim, **(rope_defaults or {}))
     num_kv_heads = optional(config, "num_key_value_heads", num_heads)
-    return Heads(num_heads, num_kv_heads, head_dim, float(head_dim) ** -0.5, head_rope, **others)
+    return Heads(num_heads, num_kv_heads, head_dim, math.sqrt(1 / head_dim), head_rope, **others)
 
 
 def head_dim_of(config: Config, num_heads: int) -> int:

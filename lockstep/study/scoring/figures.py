@@ -6,13 +6,13 @@ import base64
 import hashlib
 import math
 from collections.abc import Sequence
-from decimal import Decimal
 from typing import Any
 
 import numpy as np
 
 from lockstep.ops.sampling.score import DELTA_P, KL, NLL, SAME_TOP, TOP, TOP_LOGPROB
 from lockstep.study.scoring.text import NO_TARGET, Window
+from lockstep.weights import decimals
 
 INTERVAL = 1.96  # standard errors on either side of a mean: 95 % of a normal distribution
 OWN = [NLL, TOP, TOP_LOGPROB]  # columns of scores that need no base model; NLL is the first of them, too
@@ -60,17 +60,13 @@ def nll_of(window: dict[str, Any]) -> float:
 # ------------------------------------------------------------ of a text
 
 
-def exp(x: float) -> float:
-    """e ** x, the same on every machine."""
-    return float(Decimal(x).exp())
-
-
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     """The mean, and its standard error; None for a single value."""
     n, mean = len(values), math.fsum(values) / len(values)
     if n == 1:
         return mean, None
-    return mean, math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (n - 1) / n)
+    differences = [x - mean for x in values]
+    return mean, math.sqrt(math.fsum(x * x for x in differences) / (n - 1) / n)
 
 
 def text_figures(windows: Sequence[dict[str, Any]], by_token: bool = False) -> dict[str, Any]:
@@ -87,7 +83,7 @@ def text_figures(windows: Sequence[dict[str, Any]], by_token: bool = False) -> d
     if by_token:
         spread = math.fsum(w["nll_squares"] for w in windows) / tokens - nll * nll
         error = math.sqrt(max(spread, 0.0) / (tokens - 1)) if tokens > 1 else None
-    ppl = exp(nll)
+    ppl = decimals.exp(nll)
     return dict(tokens=tokens, nll=nll, nll_error=error, ppl=ppl, ppl_error=None if error is None else ppl * error)
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from lockstep.weights import decimals
+
 LLAMA3_CONTEXT = 8192
 LOW, HIGH = 1.0, 4.0
 CONTEXTS = [1 << bits for bits in range(8, 22)]
@@ -23,7 +25,7 @@ def llama3_scaling(theta: float, rope_dim: int, factors: np.ndarray, original: i
     original: the original context to try first. Raises ValueError for factors that are not llama3's.
     """
     if factors.shape == (rope_dim // 2,) and np.isfinite(factors).all() and factors.max() >= 1:
-        frequencies = np.array([theta ** (-2 * i / rope_dim) for i in range(rope_dim // 2)])
+        frequencies = np.array([decimals.power(theta, -2 * i / rope_dim) for i in range(rope_dim // 2)])
         stored = factors.astype(np.float64)
         candidates = list(_candidates(frequencies, stored, original))
         errors = [float(np.abs(_factors(frequencies, scaling) / stored - 1).max()) for scaling in candidates]

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from lockstep.formats.mxfp4 import MXFP4, from_pairs
+from lockstep.weights import decimals
 from lockstep.weights.tensor import BLOCK_FORMATS, MadeTensor, StoredTensor, TensorInfo, stored_shape
 
 
@@ -133,8 +134,11 @@ class DecayLog(Undo):
 
     def apply(self, tensor: StoredTensor) -> StoredTensor:
         decays = -tensor.to_f32()
-        if not (decays > 0).all():
-            raise ValueError(f"tensor {tensor.name!r}: expected -exp(A_log), all negative, found {-decays.min()}")
+        wrong = decays[~((decays > 0) & (decays < np.inf))]
+        if wrong.size:
+            raise ValueError(
+                f"tensor {tensor.name!r}: expected -exp(A_log), all negative and finite, found {-wrong[0]}"
+            )
         logs = np.array([_snapped_log(decay) for decay in decays.tolist()], np.float32)
         return _f32(tensor, logs[self.heads.order(len(logs))])
 
@@ -289,10 +293,10 @@ def _check_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _snapped_log(decay: float) -> float:
-    log = math.log(decay)
+    log = decimals.log(decay)
     snapped = float(ml_dtypes.bfloat16(log))
     tolerance = 4 * float(np.spacing(np.float32(decay)))
-    return snapped if abs(math.exp(snapped) - decay) <= tolerance else log
+    return snapped if abs(decimals.exp(snapped) - decay) <= tolerance else log
 
 
 def _of_whole_rows(info: TensorInfo) -> TensorInfo:

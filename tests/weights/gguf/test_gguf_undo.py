@@ -1,5 +1,8 @@
 """Conversion is undone in every format that a tensor may be stored in."""
 
+import decimal
+
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -40,6 +43,32 @@ def test_one_is_taken_from_a_norm_within_half_a_spacing():
     again = [MinusOne().apply(StoredTensor("n", "f32", s.shape, s)).data + np.float32(1) for s in (sums, others)]
     assert again[0].tobytes() == sums.tobytes()
     assert 0 < np.abs(again[1].astype(np.float64) - others).max() <= 2.0**-25
+
+
+def logs_of(decays):
+    heads = ValueHeads(1, len(decays))
+    return DecayLog(heads).apply(StoredTensor("a", "f32", decays.shape, -decays)).data
+
+
+def test_decays_become_the_bfloat16_that_they_were_made_of():
+    sizes = np.arange(0x3A80, 0x4100, dtype=np.uint16).view(ml_dtypes.bfloat16).astype(np.float32)  # 2^-10 to 8
+    logs = np.concatenate([sizes, -sizes])
+    with decimal.localcontext(prec=2):  # as a caller may have set it
+        assert logs_of(np.exp(logs.astype(np.float64)).astype(np.float32)).tobytes() == logs.tobytes()
+
+
+def test_other_decays_become_the_nearest_logarithms():
+    decays = np.random.default_rng(4).uniform(1e-3, 16, 1000).astype(np.float32)
+    nearest = np.log(decays.astype(np.longdouble)).astype(np.float32)
+    found = logs_of(decays)
+    is_bfloat16 = found.view(np.uint32) % 65536 == 0
+    assert found[~is_bfloat16].tobytes() == nearest[~is_bfloat16].tobytes() and is_bfloat16.sum() < 10
+
+
+@pytest.mark.parametrize("decay", [0.0, -1.0, np.inf, np.nan])
+def test_what_is_no_decay_is_named(decay):
+    with pytest.raises(ValueError, match=r"tensor 'a': expected -exp\(A_log\), all negative and finite, found"):
+        logs_of(np.array([1.0, decay], np.float32))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ The embedding is multiplied by the square root of the hidden size as float32, wh
 llama.cpp; transformers rounds the root to that type (25.25 in place of 25.298 for the smallest model in bf16).
 """
 
+import math
 from collections.abc import Container, Mapping
 
 from lockstep.models.config import Config, check_keys, layer_types, need, need_float, optional
@@ -76,7 +77,7 @@ def heads_by_type(config: Config) -> dict[str, Heads]:
 
 def scale_of(config: Config) -> float:
     """The factor of scores."""
-    return need_float(config, "query_pre_attn_scalar", 1e-3, 1e6) ** -0.5
+    return math.sqrt(1 / need_float(config, "query_pre_attn_scalar", 1e-3, 1e6))
 
 
 # ------------------------------------------------------------ the model
@@ -106,7 +107,7 @@ def record(ops: Recorder, config: ModelConfig) -> Tensor:
 
 def embed_scale(config: ModelConfig) -> float:
     """The factor of the embedding."""
-    return float(config.hidden_size) ** 0.5
+    return math.sqrt(config.hidden_size)
 
 
 # ------------------------------------------------------------ GGUF

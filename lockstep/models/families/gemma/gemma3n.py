@@ -7,6 +7,7 @@ The embedding's factor is that of `gemma3.py`. A vocabulary may be larger than t
 which stand for images and sound, have its row 0, as in transformers.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -190,7 +191,7 @@ def layer(
 
 def halved(ops: Recorder, x: Tensor, y: Tensor, label: str) -> Tensor:
     """(x + y) / sqrt(2)."""
-    half = StoredTensor("half_root", "f32", (1,), np.array([0.5**0.5], np.float32))
+    half = StoredTensor("half_root", "f32", (1,), np.array([math.sqrt(0.5)], np.float32))
     factor = Weight("half_root", "f32", (1,), (half,))
     out = ops.program.tensor(label, x.rows, x.width)
     return ops.program.emit(AddScaled(out=out, x=x, y=y, factor=factor, width=x.width))

@@ -5,6 +5,7 @@ read the keys and values of earlier ones; a layer may have an input of its own f
 The embedding's factor is that of `gemma3.py`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -196,7 +197,7 @@ def layer(
 
 def routed(ops: Recorder, x: Tensor, h: Tensor, config: ModelConfig, shape: Experts, label: str) -> Tensor:
     """The experts' output for rows h. Their router sees x, divided by its root mean square, times a scale / sqrt(D)."""
-    scale = ops.scaled_constant(f"{label}.router.scale", x.width**-0.5, x.width)
+    scale = ops.scaled_constant(f"{label}.router.scale", math.sqrt(1 / x.width), x.width)
     seen = ops.rms_norm_by(x, scale, f"{label}.router.norm", config.rms_eps)
     logits = ops.linear(seen, [(f"{label}.router.proj", shape.num_experts)])
     factors = ops.constant(f"{label}.router.per_expert_scale", shape.num_experts)

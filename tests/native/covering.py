@@ -22,7 +22,7 @@ lockstep.ops.attention.kv_cache_cpu:attention_inputs lockstep.ops.attention.kv_c
 lockstep.ops.elementwise.rms_norm:_run lockstep.lab.ceiling:multiply_f32 lockstep.lab.ceiling:multiply_int8
 lockstep.lab.ceiling:stream"""
 
-MANY_ROWS = [f"lockstep.ops.linear.linear_cpu:linear_{format}" for format in ("q8_0", "q2_k", "q6_k")]
+MANY_ROWS = [f"lockstep.ops.linear.linear_cpu:linear_{format}" for format in ("q8_0", "q4_0", "q2_k", "q6_k")]
 MANY_ROWS.append("tests.native.small_kernels:codes_fixed")
 
 

@@ -17,23 +17,22 @@ from tests.native.emitting import statements_of
 OTHERS = """
     formats/bf16.py: _by_pairs _pairs_native
     formats/groups/group8.py: dots_u8
-    formats/parts/dots.py: _unsigned_avx2 _half_zero_points _byte_dots_avx2 _byte_dots_avx2_rows
-    formats/parts/sixteens.py: _pairs_vnni _pairs_avx2
+    formats/parts/dots.py: _half_zero_points nibbles
     formats/parts/tiles.py: look_ahead
-    formats/q6_k.py: _q6_avx2
-    native/emit.py: dpbf16
+    native/emit.py: spread4
     native/flushing.py: as_defined
-    native/isa/other.py: read_control barrier
-    native/isa/x86.py: pause read_control write_control barrier
-    native/lookup.py: lookup lookup_own shuffled _chosen _chosen_own
-    native/peak.py: peak_int8.codegen
+    native/isa/avx2.py: dot pair_dot
+    native/isa/dots.py: quad
+    native/isa/other.py: _every_fourth barrier dot read_control
+    native/isa/saturating.py: _byte_dots_of_rows absolute byte_dots long_dots scaled_dots unsigned_dots
+    native/isa/vnni.py: bf16_dot dot pair_dot
+    native/isa/x86.py: barrier maddubs maddwd pair_sums pause read_control shuffle write_control
+    native/lookup.py: _chosen _chosen_own lookup lookup_own
     native/system/darwin.py: sleep_while_equal wake
     native/system/linux.py: sleep_while_equal
     native/system/other.py: sleep_while_equal
-    native/tiles_bytes.py: _byte_dots _word_dots _add_bytes _step.codegen
-    native/tiles_dots.py: vnni widened every_fourth maddubs maddwd pair_sums absolute
-    native/tiles_pairs.py: _dot_pairs
-    ops/integer/code_tile.py: _avx2_step
+    native/tiles_bytes.py: _add_bytes _step.codegen
+    native/tiles_pairs.py: _dot_pairs.emit
 """
 
 

@@ -73,6 +73,7 @@ test: $(VENV)/.test
 test-targets: $(VENV)/.test
 	@LOCKSTEP_ALL_TARGETS=1 $(BIN)/python -m pytest -q tests/promise/test_isa.py tests/ops/linear/test_linear.py \
 		tests/ops/attention/test_attention.py tests/ops/attention/test_ragged_paged_attention.py -k target
+	@NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES= $(BIN)/python -m tests.arm.golden
 
 # layers in groups and scores in every format, whose kernels take a minute to compile
 test-formats: $(VENV)/.test

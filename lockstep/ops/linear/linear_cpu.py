@@ -98,7 +98,7 @@ def multiply_rows(format, shapes, x, w, out, ahead, num_rows):
             return
         rows = num_rows
         if num_rows > tallest:
-            rows = tile_rows(num_rows, most)
+            rows = tile_rows(num_rows, min(most, tallest))  # no taller tile unpacks
             w = Panels(w.codes, w.codes_stride, w.scales, w.scales_stride, w.K, stack_memory(UNPACKED_BYTES))
         linear_tile((format, "dense"), (DENSE_HEIGHTS, COLS, COLS), rows, x, w, out, only(ahead, prefetched))
         num_rows, x, out = num_rows - rows, Rows(x.address + rows * x.stride, x.stride), below(out, rows)

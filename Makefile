@@ -65,7 +65,7 @@ demo: $(VENV)/.installed
 	@echo "$(LOCKSTEP) list shows the models that are on this disk already."
 
 # A process for each core. In the order of their names, files that take long come early: no process ends long after others.
-BUDGET ?= 1260
+BUDGET ?= 1320
 test: $(VENV)/.test
 	@LOCKSTEP_TEST_BUDGET=$(BUDGET) $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 

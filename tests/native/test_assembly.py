@@ -33,6 +33,7 @@ OTHERS = """
     native/system/other.py: sleep_while_equal
     native/tiles_bytes.py: _add_bytes _step.codegen
     native/tiles_pairs.py: _dot_pairs.emit
+    ops/linear/tile.py: _end_unless linear_tile.codegen
 """
 
 

@@ -230,6 +230,13 @@ def output_at(a, t, p, end_panel, k, is_last):
     return Output(a.out + place, stride, residual, stride, end_panel - p, k, 1 if is_last else 0)
 
 
+@inlined
+def scales_at(format, a, panel, k):
+    """Where the scales of a panel begin for the weights from k on; 0 without a stream of them: see `is_dense`. panel:
+    bytes of those before."""
+    return a.weight.d + panel + scale_offset(format, k) if a.weight.d else 0
+
+
 @merged
 def multiply_claim(format, shapes, multiply, rows_of, a, sizes, claim):
     """Computes a claim of the layer `a`, some rows and a part of K at a time. multiply: makes the tiles, as
@@ -244,9 +251,9 @@ def multiply_claim(format, shapes, multiply, rows_of, a, sizes, claim):
             for k in range(0, K, sizes.part_of_k):
                 next_k, p_ahead = (k + sizes.part_of_k, p) if k + sizes.part_of_k < K else (0, next_p)
                 codes = a.weight.codes + codes_stride * p + codes_stride * k // K
-                scales = a.weight.d + scale_stride * p + scale_offset(format, k)
+                scales = scales_at(format, a, scale_stride * p, k)
                 codes_ahead = a.weight.codes + codes_stride * p_ahead + codes_stride * next_k // K
-                scales_ahead = a.weight.d + scale_stride * p_ahead + scale_offset(format, next_k)
+                scales_ahead = scales_at(format, a, scale_stride * p_ahead, next_k)
                 multiply(
                     format,
                     shapes,

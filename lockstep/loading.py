@@ -213,7 +213,7 @@ class LoadedModel:
             max_step_tokens=max_step_tokens,
             max_requests=max_requests,
             kv_tokens=kv_tokens,
-            threads=team_size(threads),
+            threads=threads,
             prefix_cache=prefix_cache,
             cache_dir=cache_dir,
             cache_dir_bytes=cache_dir_bytes,
@@ -223,6 +223,7 @@ class LoadedModel:
             claims_kv=claims_kv,
             spare_requests=spare_requests,
         )
+        options = replace(options, threads=team_size(threads))  # which are checked by now
         weights = "f32" if plan is not None and weights == "auto" else weights
         self._generation_config, self._shows_progress = generation_config, progress is True
         with reporting(progress) as report:

@@ -1,6 +1,7 @@
 """`lockstep bench scaling`: the speed of steps on more cores than this machine has, op by op, and what limits it."""
 
 import json
+import math
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
@@ -40,6 +41,8 @@ def command(
     """Measure how steps are cut into tasks, how long these take and what they read, and predict from it how long the
     steps would take on more threads, each on a core of its own; what is predicted for this machine is measured, too."""
     counts = _counts(threads)
+    if memory_gbs is not None and not math.isfinite(memory_gbs):
+        raise ValueError(f"--memory-gbs: expected a number, got {memory_gbs}")
     workloads = [
         measure.Workload("decode of 1", 1, 1, context),
         measure.Workload(f"decode of {requests}", requests, 1, context),

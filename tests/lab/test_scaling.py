@@ -74,3 +74,8 @@ def test_the_command(capsys):
 def test_numbers_of_threads_are_checked(threads, capsys):
     assert main(["bench", "scaling", "--threads", threads]) == 2
     assert "expected whole numbers from 1 to 256" in capsys.readouterr().err
+
+
+def test_the_speed_of_a_memory_is_finite(capsys):
+    assert main(["bench", "scaling", "--memory-gbs", "inf"]) == 2
+    assert "--memory-gbs: expected a number, got inf" in capsys.readouterr().err

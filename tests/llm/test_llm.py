@@ -354,3 +354,9 @@ def test_the_tokenizer_is_read_before_weights_are_packed(is_damaged, tmp_path, m
     with pytest.raises((pytest.fail.Exception, ValueError), match="tokenizer.json" if is_damaged else "packs"):
         LLM(str(folder), on_tokenizer=found.append)
     assert len(found) == 0 if is_damaged else found[0].encode("x")
+
+
+@pytest.mark.parametrize("threads", ["4", 0, 2.5, 10**30])
+def test_a_number_of_threads_that_is_none(threads):
+    with pytest.raises(ValueError, match="threads"):
+        LLM(threads=threads)

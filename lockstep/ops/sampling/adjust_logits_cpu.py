@@ -88,4 +88,4 @@ def adjust_tokens(logits, vocab_size, record, out):
             poke(out + i, FORBIDDEN)
 
 
-CPU = {"adjust_logits": Implementation(adjust_logits)}
+CPU = {"adjust_logits": Implementation(adjust_logits, waits=True)}

@@ -133,6 +133,7 @@ def _packed(module: Module, schemes: list[Scheme]) -> MadeTensor:
     scales = module.get("weight_scale", FLOATS, N, None)
     G, symmetric = scales.shape[1], not module.has("weight_zero_point")
     _check(words.name, Scheme(bits, "int", symmetric, K // G, None), schemes, K)
+    group_of = group_of_columns(module, "weight_g_idx", K, G)
     if symmetric and is_by_channel(bits, G, K):
         signed = lambda rows: (unpacked(words.read(rows), bits, K) ^ np.uint8(128)).view(np.int8)
         return by_channel(module.full("weight"), (N, K), signed, scales.read)
@@ -148,7 +149,7 @@ def _packed(module: Module, schemes: list[Scheme]) -> MadeTensor:
         G,
         lambda rows: unpacked(words.read(rows), bits, K),
         lambda rows: zero_based(scales.read(rows), zero(rows)),
-        group_of_columns(module, "weight_g_idx", K, G),
+        group_of,
     )
 
 
@@ -189,6 +190,7 @@ def _integers(module: Module, schemes: list[Scheme]) -> MadeTensor:
     G, symmetric = scales.shape[1] if len(scales.shape) == 2 else 1, not module.has("weight_zero_point")
     _check(numbers.name, Scheme(8, "int", symmetric, K // G, None), schemes, K)
     by_row = lambda tensor: np.broadcast_to(tensor.read().reshape(-1, G), (N, G))
+    group_of = group_of_columns(module, "weight_g_idx", K, G)
     if symmetric and is_by_channel(8, G, K):
         return by_channel(module.full("weight"), (N, K), numbers.read, lambda rows: by_row(scales)[rows])
     zeros = None if symmetric else module.get("weight_zero_point", ("i8",), *scales.shape)
@@ -198,9 +200,7 @@ def _integers(module: Module, schemes: list[Scheme]) -> MadeTensor:
         return zero_based(by_row(scales)[rows], zero)
 
     codes = lambda rows: numbers.read(rows).view(np.uint8) ^ np.uint8(128)
-    return grouped(
-        module.full("weight"), (N, K), 8, G, codes, scales_of, group_of_columns(module, "weight_g_idx", K, G)
-    )
+    return grouped(module.full("weight"), (N, K), 8, G, codes, scales_of, group_of)
 
 
 def _scale_shape(module: Module, N: int) -> tuple[int | None, ...]:

@@ -171,6 +171,10 @@ def test_biases_of_zeros_that_no_layer_has_are_left_alone(tmp_path):
 ORDER = {"g_idx": (np.arange(K) % 4).astype(np.int32)}
 FIXED = {"input_activations": {"num_bits": 8, "type": "int", "dynamic": False, "strategy": "tensor"}}
 BAD = {
+    "a group beside one scale for a row": (
+        changed("int", weight_g_idx=np.full(K, 7, np.int32)),
+        "weight_g_idx': expected groups 0 to 0, found 7 to 7",
+    ),
     "a group that does not exist": (changed("gptq", **ORDER), r"up_proj.g_idx': expected groups 0 to 2, found 0 to 3"),
     "a group that does not exist, packed": (
         changed("packed", weight_g_idx=ORDER["g_idx"] - 1),

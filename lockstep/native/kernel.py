@@ -20,10 +20,11 @@ import llvmlite
 import numba
 from numba import config as numba_config
 from numba import types
-from numba.core import caching
+from numba.core import caching, codegen
 from numba.core.ccallback import CFunc
 from numba.core.registry import cpu_target
 
+from lockstep.native.host import unlisted_features
 from lockstep.native.kernel_files import KERNELS, CheckedFiles
 from lockstep.user_cache import cache_subfolder, keeping, user_cache
 
@@ -38,6 +39,15 @@ SEPARATE: dict[str, Any] = dict(no_cpython_wrapper=True, no_cfunc_wrapper=True, 
 # Rooms that say where files are kept: no machine code depends on them.
 APART = frozenset({"lockstep.user_cache", "lockstep.new_files"})
 INLINED: dict[str, Any] = dict(forceinline=True, **SEPARATE)
+
+
+def _list_all_features() -> None:
+    """Has Numba know what LLVM does not list, unless Numba's variables say what to compile for."""
+    if (unlisted := unlisted_features()) and config.CPU_NAME is None and config.CPU_FEATURES is None:
+        config.CPU_FEATURES = ",".join(filter(None, [codegen.get_host_cpu_features(), *unlisted]))
+
+
+_list_all_features()
 
 
 def target() -> tuple[str, str, str]:

@@ -35,6 +35,13 @@ GOLDEN = ["-m", "tests.arm.golden"]
 TWICE = ["cpu:linear_q6_k", "cpu:linear_bf16", "cpu:rms_norm"]
 
 
+def at_least_one(text: str) -> int:
+    """A number of probes. ValueError for none."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
 def differences(expected: list[str], found: list[str]) -> list[str]:
     """The lines that say what differs."""
     if len(expected) != len(found):
@@ -88,8 +95,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.arm")
     parser.add_argument("folder", type=Path, help="of the emulated machine")
     parser.add_argument("parts", nargs="*", metavar="PART")
-    parser.add_argument("--probes", help="golden: only that many, those with the most kernels first")
-    parser.add_argument("--seed", default=SEED, help=f"golden: for the order of the others ({SEED})")
+    parser.add_argument("--probes", type=at_least_one, help="golden: only that many, those with the most kernels first")
+    parser.add_argument("--seed", type=int, default=SEED, help=f"golden: for the order of the others ({SEED})")
     given = parser.parse_args()
     options = [f"--{name}={value}" for name in ("probes", "seed") if (value := getattr(given, name))]
     parts: dict[str, Callable[[Machine], list[str]]] = {

@@ -12,8 +12,6 @@ from tests.kernels import shared_kernels
 
 ROOT = Path(__file__).parents[2]
 COMPILE = ["-m", "tests.arm.compiler"]
-# what Numba asks LLVM for, too
-HOST = "llvm.get_process_triple(), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()"
 
 
 class Machine:
@@ -24,7 +22,7 @@ class Machine:
         # one core: helper processes take as long to start there as a kernel takes to compile
         self.python = ["taskset", "-c", str(min(os.sched_getaffinity(0))), str(folder / "python")]
         self.compiler = [str(folder / "compiler")]
-        asked = [*self.python, "-c", f"import llvmlite.binding as llvm; print({HOST})"]
+        asked = [*self.python, "-c", "from lockstep.native.kernel import target; print(*target())"]
         triple, cpu, features = printed(asked).split()
         assert triple == TRIPLE, triple
         self.target = {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": features}

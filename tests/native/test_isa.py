@@ -6,7 +6,7 @@ import sys
 import pytest
 from llvmlite import ir
 
-from lockstep.native import targets
+from lockstep.native import host, targets
 from lockstep.native.isa import aarch64, neon, other, x86
 from lockstep.native.simd import F32, I8, I32, I64
 from tests.native.assembly import TRIPLE, assembled, initialize
@@ -110,3 +110,22 @@ def test_llvm_has_dots_for_every_cpu_that_is_named():
         f"for cpu in {dots}: sdot(cpu)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "machine, lines, expected",
+    [
+        ("aarch64", ["Features\t: fp asimd asimddp i8mm"], ["+dotprod", "+i8mm"]),
+        ("aarch64", ["Features\t: fp asimddp i8mm", "processor: 1", "Features\t: fp asimddp"], ["+dotprod", "-i8mm"]),
+        ("aarch64", ["Features\t: fp"], ["-dotprod", "-i8mm"]),
+        ("aarch64", ["BogoMIPS: 50"], []),
+        ("x86_64", ["Features\t: asimddp"], []),
+    ],
+)
+def test_linux_tells_what_llvm_does_not_list_of_arm(machine, lines, expected, tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text("\n".join(lines))
+    monkeypatch.setattr(host, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(host.platform, "machine", lambda: machine)
+    assert host.unlisted_features() == expected
+    monkeypatch.setattr(host, "CPUINFO", tmp_path / "none")
+    assert host.unlisted_features() == []

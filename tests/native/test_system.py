@@ -151,6 +151,7 @@ V1 = "cpu/cpu.cfs_{}_us"
         ("3:cpuset:/x\n2:cpu,cpuacct:/docker/1", {V1.format("quota"): "300000", V1.format("period"): "100000"}, 3),
         ("2:cpu:/", {V1.format("quota"): "-1", V1.format("period"): "100000"}, 8),
         ("0::/", {"cpu.max": "1600000 100000"}, 8),
+        ("no group\n0::/a\u2028b", {"a\u2028b/cpu.max": "200000 100000", "cpu.max": "100000 0"}, 2),
         ("0::/", {}, 8),
     ],
 )

@@ -52,10 +52,10 @@ def _quotas() -> list[float]:
     for folder in _control_groups():
         with contextlib.suppress(OSError, ValueError):  # ValueError: "max" is no number
             quota, period = map(int, (folder / "cpu.max").read_text().split())
-            found.append(quota / period)
+            found.append(quota / max(period, 1))
         with contextlib.suppress(OSError, ValueError):  # version 1, where -1 is no limit
             quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
-            found += [quota / period] if quota > 0 else []
+            found += [quota / max(period, 1)] if quota > 0 else []
     return found
 
 
@@ -63,8 +63,8 @@ def _control_groups() -> list[Path]:
     """Folders of the control groups that share out cores, of version 2 and 1: the process's own and those around it."""
     folders = []
     with contextlib.suppress(OSError):
-        for line in OWN_GROUPS.read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
+        for line in OWN_GROUPS.read_text(errors="surrogateescape").split("\n"):
+            _, controllers, path = line.split(":", 2) if line.count(":") > 1 else ("", "none", "")
             if not controllers or "cpu" in controllers.split(","):
                 inner = PurePath(path.lstrip("/"))
                 folders += [CGROUPS / ("cpu" if controllers else "") / part for part in (inner, *inner.parents)]

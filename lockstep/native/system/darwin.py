@@ -11,6 +11,9 @@ import os
 from llvmlite import ir
 
 from lockstep.native.simd import I32, I64, call
+from lockstep.native.system.other import interleave_pages as interleave_pages
+from lockstep.native.system.other import interleave_thread as interleave_thread
+from lockstep.native.system.other import memory_nodes as memory_nodes
 
 CLOCK = 6
 COMPARE_AND_WAIT, WAKE_ALL, NO_ERRNO = 1, 0x100, 0x1000000
@@ -42,15 +45,3 @@ def _number(name: str) -> int:
 
 def prefer_fast_cores() -> None:
     ctypes.CDLL(None).pthread_set_qos_class_self_np(USER_INITIATED, 0)
-
-
-def memory_nodes() -> list[int]:
-    return []
-
-
-def interleave_thread(nodes: list[int]) -> None:
-    raise OSError("this system does not say how memory is placed")
-
-
-def interleave_pages(address: int, num_bytes: int, nodes: list[int]) -> None:
-    interleave_thread(nodes)

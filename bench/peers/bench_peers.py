@@ -38,6 +38,7 @@ def main():
     ap.add_argument("--decode-tokens", type=int, default=64)
     ap.add_argument("--runs", type=int, default=3)
     ap.add_argument("--threads", type=int, default=2)
+    ap.add_argument("--kv-dtype", choices=["bf16", "q8"], default="bf16", help="q8: llama.cpp's Q8_0, else 16 bits")
     ap.add_argument("--ubatch", type=int, default=512, help="llama.cpp n_ubatch")
     ap.add_argument("--flash-attn", type=int, default=-1, help="llama.cpp: -1 auto, 0 off, 1 on")
     ap.add_argument("--patience", type=float, default=600, help="seconds to spend waiting for a quiet machine")
@@ -97,8 +98,9 @@ class Llama:
             n_ubatch=a.ubatch,
             threads=a.threads,
             flash_attn=a.flash_attn,
+            kv_type=dict(bf16="F16", q8="Q8_0")[a.kv_dtype],
         )
-        self.a, self.info, self.cur = a, dict(ubatch=a.ubatch, flash_attn=a.flash_attn), None
+        self.a, self.info, self.cur = a, dict(ubatch=a.ubatch, flash_attn=a.flash_attn, kv_dtype=a.kv_dtype), None
         self.need1 = max([*a.prefill, a.decode_prompt + a.decode_tokens]) + 64
         self.needb = a.decode_prompt + a.decode_tokens + 64
 

@@ -87,6 +87,8 @@ MODELS = {
         eos_token_id=128001,
     ),
 }
+# for long contexts, which take llama.cpp an hour in all 28 layers
+MODELS["qwen3-0.6b-4-layers"] = {**MODELS["qwen3-0.6b"], "num_hidden_layers": 4}
 
 
 # ------------------------------------------------------------------ bf16 helpers

@@ -113,6 +113,7 @@ class LlamaCpp:
         flash_attn=-1,
         kv_unified=False,
         use_mmap=True,
+        kv_type="F16",
     ):
         import llama_cpp as lc
 
@@ -130,6 +131,7 @@ class LlamaCpp:
         cp.n_ctx, cp.n_batch, cp.n_ubatch, cp.n_seq_max = n_ctx, n_batch, n_ubatch, n_seq_max
         cp.n_threads = cp.n_threads_batch = threads
         cp.flash_attn_type, cp.kv_unified, cp.no_perf = flash_attn, kv_unified, True
+        cp.type_k = cp.type_v = getattr(lc, f"GGML_TYPE_{kv_type}")
         self.ctx = lc.llama_init_from_model(self.model, cp)
         if not self.ctx:
             raise SystemExit("no context")

@@ -60,7 +60,9 @@ def llama_cpp(path, threads):
             return self.cur[1]
 
     sizes = dict(prefill=[512], batch=[REQUESTS], decode_prompt=128, decode_tokens=64)
-    engine = OneContext(SimpleNamespace(path=path, threads=threads, ubatch=512, flash_attn=-1, **sizes))
+    engine = OneContext(
+        SimpleNamespace(path=path, threads=threads, ubatch=512, flash_attn=-1, kv_dtype="bf16", **sizes)
+    )
     engine.ctx(1)
 
     def run(prompts, num_new):

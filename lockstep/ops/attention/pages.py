@@ -29,7 +29,7 @@ from lockstep.ops.attention.formulas import BLOCK, exp2, first_key
 from lockstep.ops.attention.softmax import P_BYTES, ROW_BYTES, Layout, O, P, Q, products_are_scores, query_is_finished
 from lockstep.ops.elementwise.activations import NATIVE_BF16
 
-HEIGHT, COLS = (6, 2) if TARGET.is_wide else (5, 1)  # HEIGHT x COLS x 16 lanes of accumulators fill the registers
+HEIGHT, COLS = (8, 2) if TARGET.is_wide else (5, 1)  # HEIGHT x COLS x 16 lanes of accumulators fill the registers
 FEW_COLS = 4 if TARGET.is_wide else 2  # of two rows: reads lines in the order of memory, with registers to spare
 FEW_ROWS = 8  # up to this number of rows, the read of K and V is the bound
 K_ROW_BYTES = 4 * BLOCK  # of a row of a K page in either format; a row of a V page has 4 * head_dim
@@ -152,21 +152,37 @@ def head_bytes(call, arithmetic, head):
 
 
 @inlined
+def lines_of_each(call, arithmetic, num_tiles):
+    """How many cache lines each of so many tiles prefetches, so that together they prefetch a head of a page."""
+    return 4 * call.head_dim // arithmetic.per_step // num_tiles if num_tiles > 0 else 0
+
+
+@inlined
+def prefetch_run(place, num_lines):
+    """Prefetches so many cache lines from `place` on; returns where the next ones are."""
+    for line in range(num_lines):
+        prefetch(place + 64 * line)
+    return place + 64 * num_lines
+
+
+@inlined
 def scores(call, arithmetic, tile, block, head, next_head, memory):
     """q . k of the block's rows and the slots that any of them sees: HEIGHT rows at a time, then two at a time, or one
     where a row is left.
 
-    Where there are few rows, the first two prefetch V, in the order of memory and into the second-level cache:
-    otherwise memory gives half its speed.
+    Meanwhile V is prefetched, into the second-level cache: bit by bit or, where there are few rows, by the first two,
+    in the order of memory: otherwise memory gives half its speed.
     """
     start, first, end = block
     k, v = call.k + head_bytes(call, arithmetic, head), call.v + head_bytes(call, arithmetic, head)
     per_step, step = arithmetic.per_step, arithmetic.step
     num_steps, x_bytes = call.head_dim // per_step, 4 if per_step == 1 else PAIR_BYTES
     high = first + (end - first) // HEIGHT * HEIGHT if end - first > FEW_ROWS else first
+    ahead, num_lines = v, lines_of_each(call, arithmetic, (high - first) // HEIGHT * (BLOCK // 16 // COLS))
     for row in range(first, high, HEIGHT):
         q = memory + Q + ROW_BYTES * (head.first_row + row)
         for j in range(0, min(BLOCK, tile.position + (row + HEIGHT - 1) // call.unit_heads + 1 - start), 16 * COLS):
+            ahead = prefetch_run(ahead, num_lines)
             acc = arithmetic.begin(tile_zeros(HEIGHT, COLS))
             for i in range(num_steps):
                 acc = step(acc, q + x_bytes * i, ROW_BYTES, k + K_ROW_BYTES * i + 4 * j, ALL)
@@ -211,9 +227,10 @@ def add_values(call, arithmetic, tile, block, head, next_head, memory):
         whole_end = min(end, (start + call.window - tile.position) * call.unit_heads)
     high = whole + max(0, whole_end - whole) // HEIGHT * HEIGHT if end - first > FEW_ROWS else whole
     wide = call.head_dim // (16 * COLS) * (16 * COLS)
+    ahead, num_lines = k_ahead, lines_of_each(call, arithmetic, (high - whole) // HEIGHT * (wide // (16 * COLS)))
     for d in range(0, wide, 16 * COLS):
         for row in range(whole, high, HEIGHT):
-            o = unit_sums + ROW_BYTES * row + 4 * d
+            ahead, o = prefetch_run(ahead, num_lines), unit_sums + ROW_BYTES * row + 4 * d
             acc = arithmetic.begin(tile_load(HEIGHT, COLS, o, ROW_BYTES))
             for i in range(BLOCK // per_step):
                 acc = step(acc, memory + P + P_BYTES * row + x_bytes * i, P_BYTES, v + 4 * (call.head_dim * i + d), ALL)

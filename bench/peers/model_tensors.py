@@ -87,7 +87,7 @@ MODELS = {
         eos_token_id=128001,
     ),
 }
-# for long contexts, which take llama.cpp an hour in all 28 layers
+# for long contexts: one prompt of 32768 tokens took llama.cpp six minutes in these 4 of 28 layers
 MODELS["qwen3-0.6b-4-layers"] = {**MODELS["qwen3-0.6b"], "num_hidden_layers": 4}
 
 

@@ -22,7 +22,8 @@ from lockstep.runtime.backend import Implementation, Layout, raw_weight
 from lockstep.runtime.step import StepBlock, entry
 
 OP = RING_ROWS = None  # constants of a variant: the op; a function for the rows of a slot's ring, 0 without a ring
-CHANNELS = 256  # of a task
+# of a task: the more, the fewer pages of memory are visited a second time; fewer where threads would have none
+LEAST_CHANNELS, MOST_CHANNELS = 256, 1024
 TABLE = 144  # bytes of pairs of addresses: one for each of at most 8 weights, and an end
 
 
@@ -36,8 +37,16 @@ def conv1d(op, step, thread, num_threads):
     """Tasks are dealt to threads in turn."""
     a, batch = Conv1d.read(op), StepBlock.read(step)
     c = convolution(a, 0)
-    for channel in range(thread * CHANNELS, a.channels, num_threads * CHANNELS):
-        convolve(batch, c, channel, min(CHANNELS, a.channels - channel), Heads(0, 0, 16))
+    width = channels_of_task(a.channels, 16, num_threads)
+    for channel in range(thread * width, a.channels, num_threads * width):
+        convolve(batch, c, channel, min(width, a.channels - channel), Heads(0, 0, 16))
+
+
+@inlined
+def channels_of_task(channels, head_dim, num_threads):
+    """Channels of a task, whole heads."""
+    width = min(max(channels // num_threads, LEAST_CHANNELS), MOST_CHANNELS)
+    return max(width // head_dim, 1) * head_dim
 
 
 @inlined
@@ -54,7 +63,7 @@ def inputs(op, step, thread, num_threads):
     """Tasks of whole heads, whose q and k are normalised while they are in L1; then the gates of the thread's rows."""
     a, batch = OP.read(op), StepBlock.read(step)
     c, keys, K, H = convolution(a, RING_ROWS(a)), a.num_k_heads * a.k_head_dim, a.k_head_dim, a.num_v_heads
-    width = max(CHANNELS // K, 1) * K
+    width = channels_of_task(a.channels, K, num_threads)
     for channel in range(thread * width, a.channels, num_threads * width):
         heads = Heads(keys - channel, 2 * keys - channel, K)
         convolve(batch, c, channel, min(width, a.channels - channel), heads)

@@ -2,7 +2,8 @@
 
 Lanes are channels, so nothing is transposed: the weight is stored [J, C] and a row of 16 channels reads its J rows of x
 where the projection wrote them. Bound by exp in silu while x is in cache, else by 8 bytes per channel and token.
-A task is a run of channels through all requests, so that the thread that reads a request's old state writes the new.
+A task is a run of channels through all requests, or all channels of a request, so that the thread that reads a
+request's old state writes the new.
 """
 
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from lockstep.runtime.step import StepBlock, entry
 OP = RING_ROWS = None  # constants of a variant: the op; a function for the rows of a slot's ring, 0 without a ring
 # of a task: the more, the fewer pages of memory are visited a second time; fewer where threads would have none
 LEAST_CHANNELS, MOST_CHANNELS = 256, 1024
+REQUESTS_OF_THREAD = 2  # from so many on, threads take requests instead of channels
 TABLE = 144  # bytes of pairs of addresses: one for each of at most 8 weights, and an end
 
 
@@ -36,17 +38,9 @@ def taps(weight):
 def conv1d(op, step, thread, num_threads):
     """Tasks are dealt to threads in turn."""
     a, batch = Conv1d.read(op), StepBlock.read(step)
-    c = convolution(a, 0)
-    width = channels_of_task(a.channels, 16, num_threads)
-    for channel in range(thread * width, a.channels, num_threads * width):
-        convolve(batch, c, channel, min(width, a.channels - channel), Heads(0, 0, 16))
-
-
-@inlined
-def channels_of_task(channels, head_dim, num_threads):
-    """Channels of a task, whole heads."""
-    width = min(max(channels // num_threads, LEAST_CHANNELS), MOST_CHANNELS)
-    return max(width // head_dim, 1) * head_dim
+    c, share = convolution(a, 0), share_of(batch, a.channels, 16, thread, num_threads)
+    for channel in range(share.first_channel, a.channels, share.next_channel):
+        convolve(batch, c, share, channel, min(share.width, a.channels - channel), Heads(0, 0, 16))
 
 
 @inlined
@@ -63,13 +57,24 @@ def inputs(op, step, thread, num_threads):
     """Tasks of whole heads, whose q and k are normalised while they are in L1; then the gates of the thread's rows."""
     a, batch = OP.read(op), StepBlock.read(step)
     c, keys, K, H = convolution(a, RING_ROWS(a)), a.num_k_heads * a.k_head_dim, a.k_head_dim, a.num_v_heads
-    width = channels_of_task(a.channels, K, num_threads)
-    for channel in range(thread * width, a.channels, num_threads * width):
+    share = share_of(batch, a.channels, K, thread, num_threads)
+    for channel in range(share.first_channel, a.channels, share.next_channel):
         heads = Heads(keys - channel, 2 * keys - channel, K)
-        convolve(batch, c, channel, min(width, a.channels - channel), heads)
+        convolve(batch, c, share, channel, min(share.width, a.channels - channel), heads)
     for t in range(thread, batch.num_tokens, num_threads):
         x = a.x + 4 * a.row_width * t
         gate_row(x + 4 * a.a_offset, x + 4 * a.b_offset, a.a_log, a.dt_bias, H, a.gates + 8 * H * t)
+
+
+class Share(NamedTuple):
+    """Which tasks a thread has: their channels, the first task's first one and from one task to the next; the first
+    request, and from one to the next."""
+
+    width: int
+    first_channel: int
+    next_channel: int
+    first_request: int
+    next_request: int
 
 
 class Convolution(NamedTuple):
@@ -84,6 +89,17 @@ class Convolution(NamedTuple):
     row: int
     J: int
     ring: int
+
+
+@inlined
+def share_of(batch, channels, head_dim, thread, num_threads):
+    """The thread's Share: requests with all channels, whole rows of memory, where they are many and have a token each;
+    else runs of channels, whole heads, through all requests."""
+    if batch.num_tokens == batch.num_requests and batch.num_requests >= REQUESTS_OF_THREAD * num_threads:
+        return Share(channels, 0, channels, thread, num_threads)
+    width = min(max(channels // num_threads, LEAST_CHANNELS), MOST_CHANNELS)
+    width = max(width // head_dim, 1) * head_dim
+    return Share(width, thread * width, num_threads * width, 0, 1)
 
 
 class Heads(NamedTuple):
@@ -119,11 +135,11 @@ def convolution(a, ring):
 
 
 @inlined
-def convolve(batch, c, channel, num_channels, heads):
-    """All rows of num_channels channels from `channel` on. c: a Convolution. heads: a Heads."""
+def convolve(batch, c, share, channel, num_channels, heads):
+    """The rows of the share's requests, num_channels channels from `channel` on. c: a Convolution. heads: a Heads."""
     x, weight, state, out, x_row, row, J, ring = c
     table, offset = stack_memory(TABLE), 4 * channel
-    for s in range(batch.num_requests):
+    for s in range(share.first_request, batch.num_requests, share.next_request):
         first, skipped = entry(batch.query_start, s), 0
         start, end = entry(batch.position, first), entry(batch.query_start, s + 1)
         old = state + entry(batch.state_slot, s) * (ring if ring else J - 1) * row + offset

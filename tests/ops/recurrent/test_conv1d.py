@@ -43,9 +43,10 @@ def convolve(backend, x, w, state, offset=0, num_threads=1, **requests):
         ([97], [131]),
         ([1, 2, 3, 1, 1], [1, 5, 3, 40, 2]),
         ([15, 1, 1, 33, 1, 17], [15, 7, 2, 70, 300, 17]),
+        ([1] * 9, [1, 2, 3, 4, 9, 40, 1, 300, 5]),  # one and two threads take requests, five channels
     ],
 )
-@pytest.mark.parametrize("channels, width", [(16, 2), (48, 4), (1040, 4), (528, 8)])
+@pytest.mark.parametrize("channels, width", [(16, 2), (48, 4), (1040, 4), (2064, 3), (528, 8)])
 def test_kernel_equals_definition(lengths, contexts, channels, width):
     slots = RNG.permutation(9)[: len(lengths)]
     x, w = floats(sum(lengths), channels + 40), floats(channels, width)

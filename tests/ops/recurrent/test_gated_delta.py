@@ -205,18 +205,24 @@ def inputs_of(shape, x, offset, a_offset, b_offset):
     return dict(row_width=x.shape[1], offset=offset, a_offset=a_offset, b_offset=b_offset, **heads)
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 16, 16), (2, 4, 128, 64), (3, 3, 48, 80), (1, 3, 256, 256)])
-def test_fused_inputs_equal_the_ops_they_are_made_of(shape):
+ONE_EACH = dict(lengths=[1] * 7, contexts=[1, 2, 3, 4, 9, 40, 1])  # threads take requests, not channels
+
+
+@pytest.mark.parametrize("requests", [RAGGED, ONE_EACH], ids=["ragged", "one_each"])
+@pytest.mark.parametrize(
+    "shape", [(1, 2, 16, 16), (2, 4, 128, 64), (3, 3, 48, 80), (1, 3, 256, 256), (8, 16, 128, 128)]
+)
+def test_fused_inputs_equal_the_ops_they_are_made_of(shape, requests):
     G, H, K, V = shape
-    C = 2 * G * K + H * V
-    x, arrays = floats(42, C + 2 * H + 8), (floats(C, 4), floats(H), floats(H))
-    state = poisoned(5, (3, C), range(5), RAGGED["contexts"], RAGGED["lengths"])
-    u, after = convolve(conv1d.REFERENCE, x, arrays[0], state, 4, **RAGGED)
+    C, num_requests = 2 * G * K + H * V, len(requests["lengths"])
+    x, arrays = floats(sum(requests["lengths"]), C + 2 * H + 8), (floats(C, 4), floats(H), floats(H))
+    state = poisoned(num_requests, (3, C), range(num_requests), requests["contexts"], requests["lengths"])
+    u, after = convolve(conv1d.REFERENCE, x, arrays[0], state, 4, **requests)
     u[:, : 2 * G * K] = normalised(gated_delta.REFERENCE, u, G, K)
     gate = gates(gated_delta.REFERENCE, x, *arrays[1:], a_offset=4 + C, b_offset=4 + C + H)
-    all_same(prepared(gated_delta.REFERENCE, x, arrays, shape, state, **RAGGED), (u, gate, after))
+    all_same(prepared(gated_delta.REFERENCE, x, arrays, shape, state, **requests), (u, gate, after))
     for num_threads in (1, 3):
-        fused = prepared(conv1d_cpu.CPU, x, arrays, shape, state, num_threads, **RAGGED)
+        fused = prepared(conv1d_cpu.CPU, x, arrays, shape, state, num_threads, **requests)
         all_same(fused, (u, gate, after))
 
 

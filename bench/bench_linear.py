@@ -6,8 +6,9 @@ A shape is features x values; for a block-diagonal layer (`grouped_linear`) it i
 group x groups, as 8192x4096x8. Each format, shape and number of rows has one line: time, GOP/s (two for each
 multiply-add), GB/s of packed weights, and both as shares of the ceilings. Each layer has several copies, whose weights
 together exceed the caches, so that one row reads from memory as in a model. --per-token: also the baseline, which reads
-the weights anew for each row, and how many times as long the baseline takes. Ceilings, formats and rows are
-interleaved; medians of the rounds are reported.
+the weights anew for each row, and how many times as long the baseline takes. Formats and rows are interleaved, and
+ceilings are measured just before and just after each, as clocks change within seconds; medians of the rounds are
+reported.
 """
 
 import argparse
@@ -23,20 +24,38 @@ from lockstep.runtime.threads import Team
 SHAPES = ["4096x1024", "1024x2048", "6144x1024", "1024x3072", "151936x1024"]
 
 
+FIELDS = dict(float32="f32_per_second", int8="int8_per_second", read="bytes_per_second")
+
+
 class Ceilings:
-    """float32 and int8 GOP/s and GB/s of this machine, measured again in every round (`lockstep.lab.ceiling`)."""
+    """float32 and int8 GOP/s and GB/s of this machine, measured again and again (`lockstep.lab.ceiling`)."""
 
     def __init__(self, team):
-        self.num_threads, self._meter, self._seen = team.num_threads, Meter(team), []
+        self.num_threads, self._meter, self._seen, self._beside = team.num_threads, Meter(team), [], {}
         self._meter.run()
+        self.measure()
 
     def measure(self):
         self._seen.append(self._meter.run())
 
+    def run(self, case, rows):
+        """Runs a case between two measurements, of which the first is the last one so far."""
+        case.run(rows)
+        self.measure()
+        self._beside.setdefault((case, rows), []).append(self._seen[-2:])
+
+    def share(self, case, rows, work, name):
+        """What part of a ceiling a case reaches that does `work` operations or reads as many bytes: the median of its
+        runs, each beside the mean of the ceiling before and after it."""
+        field = FIELDS[name]
+        return statistics.median(
+            work / seconds / statistics.mean(getattr(ceiling, field) for ceiling in beside)
+            for seconds, beside in zip(case.times[rows], self._beside[case, rows], strict=True)
+        )
+
     def median(self, name):
         """The median of "float32" or "int8" in GOP/s, or of "read" in GB/s."""
-        field = dict(float32="f32_per_second", int8="int8_per_second", read="bytes_per_second")[name]
-        return statistics.median(getattr(ceiling, field) for ceiling in self._seen) / 1e9
+        return statistics.median(getattr(ceiling, FIELDS[name]) for ceiling in self._seen) / 1e9
 
     def __str__(self):
         return (
@@ -48,14 +67,13 @@ class Ceilings:
 def report(case, rows, ceilings, fast_case=None):
     """Prints a line. fast_case: if `case` is a baseline, the case to compare it with."""
     seconds = case.seconds(rows)
-    gops, times_read = 2 * rows * case.N * case.K / seconds / 1e9, rows if fast_case else 1
-    read = times_read * case.weight_bytes / seconds / 1e9
-    peak = ceilings.median("int8" if FORMATS[case.format].is_quantized else "float32")
+    operations, num_bytes = 2 * rows * case.N * case.K, (rows if fast_case else 1) * case.weight_bytes
+    peak = ceilings.share(case, rows, operations, "int8" if FORMATS[case.format].is_quantized else "float32")
     times = f"  per token: {seconds / fast_case.seconds(rows):.2f} times as long" if fast_case else ""
     print(
         f"{case.format:5s} {case.shape:14s} rows {rows:4d}  {seconds * 1e6:9.1f} us  "
-        f"{gops:7.1f} GOP/s {gops / peak:5.0%}"
-        f"  {read:5.1f} GB/s {read / ceilings.median('read'):5.0%}{times}",
+        f"{operations / seconds / 1e9:7.1f} GOP/s {peak:5.1%}"
+        f"  {num_bytes / seconds / 1e9:5.1f} GB/s {ceilings.share(case, rows, num_bytes, 'read'):5.1%}{times}",
         flush=True,
     )
 
@@ -76,9 +94,8 @@ def main():
     for shape in args.shapes.split(","):
         cases = [Case(format, shape, max(rows), team, table) for format in args.formats.split(",") for table in tables]
         for _ in range(args.rounds):
-            ceilings.measure()
             for case, r in itertools.product(cases, rows):
-                case.run(r)
+                ceilings.run(case, r)
         for i, r in itertools.product(range(len(cases)), rows):
             report(cases[i], r, ceilings, cases[i - 1] if cases[i].table is linear_cpu.PER_TOKEN else None)
     print(ceilings)

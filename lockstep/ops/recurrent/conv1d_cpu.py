@@ -91,17 +91,6 @@ class Convolution(NamedTuple):
     ring: int
 
 
-@inlined
-def share_of(batch, channels, head_dim, thread, num_threads):
-    """The thread's Share: requests with all channels, whole rows of memory, where they are many and have a token each;
-    else runs of channels, whole heads, through all requests."""
-    if batch.num_tokens == batch.num_requests and batch.num_requests >= REQUESTS_OF_THREAD * num_threads:
-        return Share(channels, 0, channels, thread, num_threads)
-    width = min(max(channels // num_threads, LEAST_CHANNELS), MOST_CHANNELS)
-    width = max(width // head_dim, 1) * head_dim
-    return Share(width, thread * width, num_threads * width, 0, 1)
-
-
 class Heads(NamedTuple):
     """Channels from a task's first on that are q, and that are q or k (none where negative); channels of a head."""
 
@@ -125,6 +114,17 @@ class History(NamedTuple):
     stride: int
     first: int
     ring: int
+
+
+@inlined
+def share_of(batch, channels, head_dim, thread, num_threads):
+    """The thread's Share: requests with all channels, whole rows of memory, where they are many and have a token each;
+    else runs of channels, whole heads, through all requests."""
+    if batch.num_tokens == batch.num_requests and batch.num_requests >= REQUESTS_OF_THREAD * num_threads:
+        return Share(channels, 0, channels, thread, num_threads)
+    width = min(max(channels // num_threads, LEAST_CHANNELS), MOST_CHANNELS)
+    width = max(width // head_dim, 1) * head_dim
+    return Share(width, thread * width, num_threads * width, 0, 1)
 
 
 @inlined

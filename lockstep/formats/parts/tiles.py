@@ -12,7 +12,9 @@ from lockstep.native.emit import counted, fma, ir, moved, pointer, prefetch, rea
 from lockstep.native.flushing import ieee_additions
 from lockstep.native.simd import F32, I1, I8, I32, I64, LANES, constant
 
-AHEAD_BYTES = 8192  # prefetch distance in a single stream of weights: what is read during one latency of memory
+# Prefetch distance in a single stream of weights: less comes too late, more is read in vain where a claim ends, see
+# studies/13-prefetch-zen5.md.
+AHEAD_BYTES = 5120
 
 
 class Rows(NamedTuple):

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from lockstep.engine.request import SamplingParams
-from tests.serve.server import running
+from tests.serve.server import running, wait_until
 
 TEXTS = ["def read_lines(path):\n", "import os\n", "for i in range(10):\n    print(i)\n" * 12, "été 🙂"]
 
@@ -95,10 +95,10 @@ def test_a_mistake_is_named(server, body, status, param, said):
     answer = post(server, **body)
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (status, param) and said in error["message"]
-    assert not server.service.generations and not server.service.num_queued_tokens
+    wait_until(lambda: not server.service.generations and not server.service.num_queued_tokens)
 
 
 def test_the_whole_context_fits_and_is_counted(server):
     before = server.service.metrics.prompt_tokens
     assert post(server, input=[5] * 1024, dimensions=server.service.llm.model.config.hidden_size).status_code == 200
-    assert server.service.metrics.prompt_tokens == before + 1024
+    wait_until(lambda: server.service.metrics.prompt_tokens == before + 1024)

@@ -64,7 +64,8 @@ def test_the_review_s_request_is_refused_and_log_probabilities_in_work_are_bound
         hold.set()
         assert httpx.post(url, json=dict(prompt="x", max_tokens=1), timeout=60).status_code == 200
         thread.join(60)
-        assert answers[0].status_code == 200 and made.service.num_logprobs == 0
+        assert answers[0].status_code == 200
+        wait_until(lambda: made.service.num_logprobs == 0)  # the client may have read all before the server is through
 
 
 # ---------------------------------------------------------------- writing

@@ -83,6 +83,8 @@ def run(
     """Measures and predicts, as plain data."""
     say("the machine")
     here, most = measure.machine(team), asked.memory_gbs and 1e9 * asked.memory_gbs
+    if here.num_threads == 1 < asked.counts[-1]:
+        say("one thread meets no other: barriers and the passing of activations are not measured, and not predicted")
     found: dict[str, Any] = dict(threads=here.num_threads, memory_gbs=asked.memory_gbs, steps=[])
     found["machine"] = dict(
         bytes_per_second=[here.alone.bytes_per_second, here.together.bytes_per_second], barrier_seconds=here.barrier

@@ -56,7 +56,10 @@ def test_a_step_is_the_sum_of_its_ops():
 def test_the_command(capsys):
     sizes = ["--prompt", "64", "--context", "20", "--requests", "2", "--rounds", "1", "--here", "1"]
     assert main(["bench", "scaling", "--threads", "4,16", *sizes, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert "barriers and the passing of activations are not measured" in " ".join(printed.err.split())
+    assert found["machine"]["barrier_seconds"] == 0
     assert [step["rows"] for step in found["steps"]] == [1, 2, 64]
     for step in found["steps"]:
         assert [each["threads"] for each in step["predicted"]] == [4, 16] and step["check"]["measured"] > 0

@@ -44,6 +44,8 @@ def check_rows(op: Operands, name: str, preparation: str, num_values: int, num_p
     if preparation not in ROW_FORMATS:
         known = ", ".join(map(repr, ROW_FORMATS))
         raise ValueError(f"{declared}: preparation is {preparation!r}, expected one of {known}")
+    if num_values % (block := ROW_FORMATS[preparation].block):  # kernels write whole blocks
+        raise ValueError(f"{declared}: {name} has rows of {num_values} values, expected a multiple of {block}")
     dtype, width = ROW_FORMATS[preparation].dtype, num_parts * ROW_FORMATS[preparation].width(num_values)
     if (tensor.dtype, tensor.width) != (dtype, width):
         raise ValueError(f"{declared}: {name} is {tensor}, expected {dtype}[{tensor.rows}, {width}]")

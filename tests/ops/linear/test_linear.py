@@ -109,6 +109,12 @@ def test_kernel_equals_definition(format, num_tokens):
 
 
 @pytest.mark.parametrize("format", ["q8_0", "bf16"])
+def test_rows_that_whole_blocks_do_not_fill_are_refused(format):
+    with pytest.raises(ValueError, match="out has rows of 898 values, expected a multiple of 32"):
+        prepared(format, np.ones((2, 898), np.float32))
+
+
+@pytest.mark.parametrize("format", ["q8_0", "bf16"])
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 150])
 def test_layers_are_cut_finer_for_many_threads(format, num_tokens):
     panels, threads = 39, 40

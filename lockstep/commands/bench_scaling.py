@@ -44,8 +44,7 @@ def command(
     if memory_gbs is not None and not math.isfinite(memory_gbs):
         raise ValueError(f"--memory-gbs: expected a number, got {memory_gbs}")
     workloads = [
-        measure.Workload("decode of 1", 1, 1, context),
-        measure.Workload(f"decode of {requests}", requests, 1, context),
+        *(measure.Workload(f"decode of {number}", number, 1, context) for number in sorted({1, requests})),
         measure.Workload(f"prefill of {prompt}", 1, prompt, 0),
     ]
     longest = max(context + 1, prompt)

@@ -49,7 +49,7 @@ def unpacked(groups, headers):
     for p, i in np.ndindex(headers.shape):
         for place, group, value in headers[p, i]["patches"]:
             if group != dense.NO_GROUP:
-                bits[p, i * dense.GROUPS + group, place] = value
+                bits[p, i * dense.GROUPS + int(group), place] = value
     return bits.reshape(len(groups), -1, 16, 2)
 
 

@@ -124,7 +124,8 @@ def test_only_requests_that_a_replica_worked_on_are_given_up_with_it(fleet, fron
     streams = [fleet.submit(front.encode(PROMPT), replace(LONG, max_tokens=200, seed=i)) for i in range(24)]
     lost = busy(fleet)
     held = list(lost.streams.values())
-    monkeypatch.setattr(fleet, "limits", fleet.limits._replace(max_moves=0))
+    # a machine that is busy with other tests may hold up the other replica for seconds: it does not count as stuck here
+    monkeypatch.setattr(fleet, "limits", fleet.limits._replace(max_moves=0, silent_seconds=60))
     kill(lost)
     wait_until(lambda: all(stream.finish_reason or stream.error for stream in streams), 120)
     given_up = [each for each in held if each.stream.error is not None]

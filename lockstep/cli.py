@@ -61,6 +61,10 @@ def main(args=None):
         return _refuse(f"{old}: this command is called lockstep {RENAMED[old]} now")
     if sys.stderr is None:  # it was closed before the start: nobody reads it
         sys.stderr = open(os.devnull, "w")
+    if sys.stdout is None:  # a file that is opened next would be standard output
+        sys.stdout = open(os.devnull, "w")
+        if args[0] != "serve":
+            return _refuse("standard output is closed: expected something to print to, such as > /dev/null")
     if like := _misspelt(args):
         return _refuse(f"{' '.join(args[:2])}: no such command or model; did you mean {' or '.join(like)}?")
     # a character that the terminal cannot show becomes "?" instead of an exception

@@ -104,6 +104,8 @@ def conversation(
 ) -> Conversation:
     """The Conversation of `LLM.chat`'s arguments. Arguments of earlier calls may be JSON text, as OpenAI has them."""
     check_messages(messages)
+    if not messages:
+        raise ValueError("messages: expected at least one message, got none")
     use = _tool_use(tools, tool_choice)
     name, text = grammar or ("grammar", None)
     if use.must_call and grammar is not None:

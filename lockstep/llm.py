@@ -391,6 +391,8 @@ def prompt_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
         return [prompts]
     listed: Any = prompts
     try:
+        if isinstance(prompts, (bytes, bytearray)):  # whose items would be taken for token ids
+            raise TypeError
         return list(listed)
     except TypeError:
         raise ValueError(f"prompts: expected text or a list of prompts, got {prompts!r:.80}") from None

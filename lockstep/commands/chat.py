@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lockstep.commands.generate import read_piped
 from lockstep.commands.options import (
     AT_ZERO,
     DRAWN,
@@ -26,6 +25,7 @@ from lockstep.commands.options import (
     load,
     say_unused,
 )
+from lockstep.commands.terminal.texts import read_piped
 
 if TYPE_CHECKING:
     from lockstep.commands.terminal.conversation import Conversation
@@ -196,6 +196,8 @@ def entries_of_input() -> "Entries":
     from lockstep.commands.terminal.conversation import COMMANDS
     from lockstep.commands.terminal.entries import PipedEntries, TypedEntries
 
+    if sys.stdin is None:
+        raise ValueError("standard input is closed: expected questions there, or one as -p TEXT")
     if not (sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())):
         return PipedEntries()
     print("/help lists commands, Ctrl-C interrupts an answer, Ctrl-D ends", file=sys.stderr, flush=True)

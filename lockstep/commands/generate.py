@@ -3,11 +3,8 @@
 import contextlib
 import dataclasses
 import json
-import os
-import select
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -33,12 +30,14 @@ from lockstep.commands.options import (
 )
 from lockstep.commands.terminal.output import write
 from lockstep.commands.terminal.receipts import receipt_file
+from lockstep.commands.terminal.texts import read_or_itself, read_piped, read_text
 
 if TYPE_CHECKING:
     from lockstep.engine.request import SamplingParams
     from lockstep.llm import LLM
 
 DEFAULT_TOKENS, DEFAULT_CONTEXT = 128, 4096
+MOST_CHARACTERS = 32 << 20  # of a prompt: several times the longest context that a model has
 
 
 def command(
@@ -213,7 +212,9 @@ def answer_form(json_schema: str | None, regex: str | None, grammar: str | None)
 _MAKERS: dict[str, Callable[[Any, str], str]] = {
     "--json-schema": lambda structured, value: structured.json_schema(read_schema(value)),
     "--regex": lambda structured, value: structured.regex(value),
-    "--grammar": lambda structured, value: structured.lark_or_gbnf(read_or_itself(value, ":" in value)),
+    "--grammar": lambda structured, value: structured.lark_or_gbnf(
+        read_or_itself(value, ":" in value, "a grammar, which has a colon")
+    ),
 }
 
 
@@ -232,16 +233,9 @@ def check_form(form: str, is_quoted: bool) -> None:
 def read_schema(value: str) -> Any:
     """The JSON value in a file, or in the argument itself."""
     try:
-        return json.loads(read_or_itself(value, value.lstrip().startswith("{")))
+        return json.loads(read_or_itself(value, value.lstrip().startswith("{"), "a JSON schema, which begins with {"))
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"expected a JSON schema, this is not JSON: {error}") from None
-
-
-def read_or_itself(value: str, can_be_itself: bool) -> str:
-    """The text of the file that an argument names, or the argument, where it can be the text itself."""
-    if os.path.isfile(value) or not can_be_itself:
-        return read_text(value)
-    return value
 
 
 @contextlib.contextmanager
@@ -312,30 +306,12 @@ def read_prompt(prompt, file, source):
     if num_given > 1 or (num_given == 0 and not is_piped):
         raise ValueError("expected one prompt: -p TEXT, -f FILE or standard input, as a pipe or as - in its place")
     text = prompt if prompt is not None else read_piped() if is_piped else read_text(source or file)
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"the prompt has {len(text):,} characters, expected at most {MOST_CHARACTERS:,}")
     if not text:
         where = "standard input is empty: expected a prompt there, or as -p TEXT or -f FILE"
         raise ValueError(where if is_piped else "the prompt is empty")
     return text
-
-
-def read_text(name):
-    """A UTF-8 file, or standard input for -. ValueError for other bytes, or for a standard input that is closed."""
-    if name == "-" and sys.stdin is None:
-        raise ValueError("standard input is closed: expected a text there")
-    raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        where = "standard input" if name == "-" else name
-        raise ValueError(f"{where}: not UTF-8 text, byte {error.start} is 0x{raw[error.start]:02x}") from None
-
-
-def read_piped() -> str:
-    """All of standard input. Where nothing comes for a second, a line says that it is waited for."""
-    with contextlib.suppress(OSError, ValueError):  # it may be no file that can be waited for
-        if not select.select([sys.stdin], [], [], 1.0)[0]:
-            print("lockstep: reading standard input to its end (none: < /dev/null)", file=sys.stderr, flush=True)
-    return read_text("-")
 
 
 def parse_bias(pairs):

@@ -52,6 +52,8 @@ def resolve_model(name: str | None, progress: OnProgress | None = None) -> Path:
     of a page) is downloaded into the hub's own cache; its progress is reported as ("downloading", bytes done, bytes in
     all), or without `progress` shown by the hub's client. Raises ValueError that says in one sentence what was tried.
     """
+    if not isinstance(name, (str, os.PathLike, type(None))):
+        raise ValueError(f"model: expected a name or a path, got {name!r:.80}")
     if name is None or (name == BUNDLED and not os.path.exists(name)):
         return _bundled_folder()
     path = Path(os.path.expanduser(name))

@@ -112,6 +112,7 @@ class PackedStore(WeightStore):
         self._used: int | None = None  # bytes of all packed models; None until they are counted
         self.folder = self._root / f"{packed_cache.PROVISIONAL}{checkpoint.provisional_name}-{self._suffix}"
         packed_cache.tidy(self._root)
+        packed_cache.allowed_bytes(self._root, 0)  # a limit that is no number is refused before long work
         if checkpoint.verify or (checkpoint.content.known is None and self._is_like_a_packed_one()):
             checkpoint.content.wait(progress)
         checkpoint.content.when_known(self._adopt)

@@ -98,6 +98,7 @@ def test_commands(talk, tmp_path, capsys):
     ("/set speed 9", "no such setting"), ("/set seed x", "expected a number"),
     ("/set top_p 7", "top_p: expected a number from"), ("/save", "expected a"),
     ("/load /nowhere/x", "/nowhere/x: No such file"), ("/load {bad}", "expected a list of messages"),
+    ("/load /etc/passwd", "/etc/passwd: expected messages as /save writes them, this is not JSON"),
     ("x " * 9000, "tokens and the context"), ("\udc80", "surrogate"),
 ])  # fmt: skip
 def test_a_mistake_changes_nothing(line, said, talk, tmp_path, capsys):
@@ -256,7 +257,7 @@ def test_inspect_says_in_short_what_a_first_start_makes(capsys, monkeypatch):
     monkeypatch.setenv("LOCKSTEP_CACHE_GB", "1")
     assert main(["inspect"]) == 0
     short = " ".join(capsys.readouterr().out.rpartition("in short")[2].split())
-    assert "4,471,384 parameters, 10.9 MB as stored; multiplied as bf16" in short
+    assert "4,471,384 parameters of 5,455,832 numbers, 10.9 MB as stored; multiplied as bf16" in short
     assert "MB at the first start, kept in" in short and "generate and chat" in short
     monkeypatch.setenv("LOCKSTEP_CACHE_GB", "0")
     assert main(["inspect", "--json"]) == 0

@@ -56,7 +56,8 @@ def compiled():
     (["-f", "nowhere.txt"], "nowhere.txt: No such file or directory"),
     (["-p", "\udc80"], "surrogate"),
     (["-p", "x", "--regex", "a", "--grammar", "b:"], "expected at most one of --json-schema, --regex and --grammar"),
-    (["-p", "x", "--json-schema", "nowhere.json"], "nowhere.json: No such file or directory"),
+    (["-p", "x", "--json-schema", "nowhere.json"], "--json-schema: 'nowhere.json': expected a file, or a JSON schema,"),
+    (["-p", "x", "--grammar", "nowhere"], "--grammar: 'nowhere': expected a file, or a grammar, which has a colon"),
     (["-p", "x", "--json-schema", '{"type": '], "--json-schema: expected a JSON schema, this is not JSON: Expecting"),
     (["-p", "x", "--json-schema", '{"type": "objec"}'], "--json-schema: Invalid type: objec"),
     (["-p", "x", "--json-schema", '{"uniqueItems": true}'], "--json-schema: Unimplemented keys"),
@@ -169,6 +170,38 @@ def test_where_standard_error_is_closed_only_the_exit_code_says_it():
     command = ["sh", "-c", f"{sys.executable} -m lockstep generate -p x --weights nothing 2>&-"]
     done = subprocess.run(command, capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (2, b"", b"")
+
+
+@pytest.mark.parametrize("args", ["generate -p x", "list", "chat -p hi", "--help"])
+def test_a_closed_standard_output_is_one_sentence(args):
+    done = subprocess.run(["sh", "-c", f"{sys.executable} -m lockstep {args} >&-"], capture_output=True, text=True)
+    said = "lockstep: standard output is closed: expected something to print to, such as > /dev/null\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
+def test_a_closed_standard_input_is_one_sentence():
+    done = subprocess.run(["sh", "-c", f"{sys.executable} -m lockstep chat <&-"], capture_output=True, text=True)
+    assert done.returncode == 2 and "lockstep: standard input is closed: expected questions there" in done.stderr
+
+
+def test_a_standard_input_that_does_not_end_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr("lockstep.commands.terminal.texts.MOST_PIPED", 5 << 20)
+    with open("/dev/zero") as endless:
+        monkeypatch.setattr("sys.stdin", endless)
+        assert run("-n", "5") == 2
+    assert "standard input has more than 5 MiB: expected a text that ends" in capsys.readouterr().err
+
+
+def test_a_prompt_longer_than_any_context_is_refused(capsys, tmp_path):
+    (tmp_path / "long").write_text("x" * ((32 << 20) + 1))
+    assert run("-f", str(tmp_path / "long")) == 2
+    assert "the prompt has 33,554,433 characters, expected at most 33,554,432" in capsys.readouterr().err
+
+
+def test_a_limit_of_the_cache_that_is_no_number_is_refused(capsys, monkeypatch):
+    monkeypatch.setenv("LOCKSTEP_CACHE_GB", "abc")
+    assert run("-p", "x", "-n", "1") == 2
+    assert "LOCKSTEP_CACHE_GB: expected a number of gigabytes from 0, got 'abc'" in capsys.readouterr().err
 
 
 def test_a_hub_name_offline(capsys, monkeypatch):

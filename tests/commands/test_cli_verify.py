@@ -111,7 +111,7 @@ def test_a_batch_signs_many(folder, capsys):
 def test_what_is_no_receipt(text, said, tmp_path, capsys):
     (tmp_path / "file").write_text(text)
     code, out, err = verify(capsys, tmp_path / "file")
-    assert code == 2 and not out and said in err
+    assert code == 2 and not out and f"lockstep: {tmp_path / 'file'}: " in err and said in err
 
 
 def test_options_that_are_refused(folder, tmp_path, capsys):

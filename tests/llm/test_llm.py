@@ -286,6 +286,7 @@ def test_progress_counts_the_answers(llm):
         (["x", None], SHORT, "prompt: expected text or a list of token ids, got None"),
         ([b"text"], SHORT, "prompt: expected text or a list of token ids, got b'text'"),
         (None, SHORT, "prompts: expected text or a list of prompts, got None"),
+        (b"text", SHORT, "prompts: expected text or a list of prompts, got b'text'"),
         (["x"], None, "params: expected SamplingParams, got None"),
         (["x"], {"max_tokens": 3}, "params: expected SamplingParams, got {'max_tokens': 3}"),
     ],
@@ -295,6 +296,13 @@ def test_what_is_no_prompt_or_params_is_named(llm, prompts, params, message):
     with pytest.raises(ValueError, match=message):
         llm.generate(prompts, params)
     assert not llm.engine.has_work
+
+
+def test_what_is_no_model_or_conversation_is_named(llm):
+    with pytest.raises(ValueError, match="model: expected a name or a path, got 5"):
+        LLM(5)
+    with pytest.raises(ValueError, match="messages: expected at least one message, got none"):
+        llm.chat([])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from lockstep.commands.generate import read_text
 from lockstep.commands.terminal.receipts import check_other
 
 
@@ -17,15 +16,16 @@ def command(
 ) -> None:
     """Take one receipt of a batch out of its run: FILE has it, the batch with its signature, and the path that leads
     from one to the other. lockstep verify FILE --key KEY.pub checks all three, without the other receipts."""
+    from lockstep.commands.terminal.verification import of_file
     from lockstep.receipts import strict_json
     from lockstep.receipts.around.files import answered
     from lockstep.receipts.batch import member_of
 
     check_other(path, batch, receipts)
-    found = answered(read_text(batch))
+    found = of_file(answered, batch)
     if len(found) != 1:
         raise ValueError(f"{batch}: expected a batch alone in its file, got {len(found)} envelopes")
-    envelopes = [each.envelope for each in answered(read_text(receipts))]
+    envelopes = [each.envelope for each in of_file(answered, receipts)]
     if line > len(envelopes):
         raise ValueError(f"LINE: expected 1 to {len(envelopes)}, got {line}")
     made = member_of(envelopes, found[0].envelope, line - 1)

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lockstep.commands.generate import read_text
 from lockstep.commands.terminal.output import write
 
 if TYPE_CHECKING:
@@ -22,9 +21,10 @@ def command(
 ) -> None:
     """Show what receipts say, as JSON: the digest by which other commands call it, who is said to have signed it, and
     its payload. Nothing is verified."""
+    from lockstep.commands.terminal.verification import of_file
     from lockstep.receipts.around.files import answered
 
-    for each in answered(read_text(path)):
+    for each in of_file(answered, path):
         write(json.dumps(described(each.envelope, tokens), indent=2) + "\n")
 
 

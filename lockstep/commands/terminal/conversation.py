@@ -209,7 +209,10 @@ class Conversation:
 
     def _load(self, name: str) -> None:
         with open(_named(name, "/load"), encoding="utf-8") as file:
-            messages = json.load(file)
+            try:
+                messages = json.load(file)
+            except ValueError as error:  # no JSON, or no UTF-8
+                raise ValueError(f"{name}: expected messages as /save writes them, this is not JSON: {error}") from None
         if not isinstance(messages, list) or not all(map(_is_message, messages)):
             raise ValueError(f"{name}: expected a list of messages, each with a role and a content")
         self._set_messages(messages)

@@ -2,14 +2,15 @@
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from lockstep.commands.generate import read_text
 from lockstep.commands.options import load
 from lockstep.commands.terminal.output import counted, shown
+from lockstep.commands.terminal.texts import read_text
 from lockstep.progress import Progress
+from lockstep.receipts.errors import ReceiptError
 from lockstep.receipts.verdict import FALSE, TRUE, UNCHECKED, Verdict
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from lockstep.receipts.statement import Statement
     from lockstep.receipts.verify import Given
 
+Found = TypeVar("Found")
 WORDS = {TRUE: "true", FALSE: "false", UNCHECKED: "not checked"}
 # by what cannot be checked: the options that give what is missing
 OPTIONS = {"prompt": " (--request, --salt)", "answer": " (--answer)", "form": " (--request)"}
@@ -48,6 +50,14 @@ class Item:
     body: bytes | None = None
 
 
+def of_file(found: Callable[[str], Found], path: str) -> Found:
+    """found(the text of a file). ReceiptError, which names the file, for a text that found raises one for."""
+    try:
+        return found(read_text(path))
+    except ReceiptError as error:
+        raise ReceiptError(f"{path}: {error}") from error.__cause__
+
+
 def verify_all(files: Files, model: str | None, **options: Any) -> int:
     """Verifies all receipts that a command line names; returns the exit status. ValueError for files that do not fit
     together. options: of the model."""
@@ -56,7 +66,7 @@ def verify_all(files: Files, model: str | None, **options: Any) -> int:
     from lockstep.receipts.keys import load_public_key
 
     public = None if files.key is None else load_public_key(files.key)
-    found, codes = found_in(read_text(files.path)), []
+    found, codes = of_file(found_in, files.path), []
     batches = [each for each in found if isinstance(each, Answered) and each.envelope.type == BATCH]
     if batches and len(found) > 1:
         raise ValueError(f"{files.path}: expected a batch alone in its file, got {len(found)} envelopes")
@@ -109,7 +119,7 @@ def check_batch(
     claimed = read_batch(batch)
     if files.receipts is None:
         raise ValueError(f"this is a batch of {claimed.num_answers} receipts: expected --receipts FILE, too")
-    receipts = answered(read_text(files.receipts))
+    receipts = of_file(answered, files.receipts)
     if public is not None and not batch.is_signed_by(public):
         return [say(FALSE, f"false: the batch is not signed by key {public.id}")], receipts
     found = batch_of([each.envelope for each in receipts])
@@ -156,7 +166,7 @@ def givens_of(files: Files, num_receipts: int) -> "list[Given]":
         raise ValueError(f"--salt: expected one for each of {counted(num_receipts, 'receipt')}, got {len(salts)}")
     if files.answer is not None and num_receipts > 1:
         raise ValueError(f"--answer: expected a file with one receipt, got one with {num_receipts}")
-    output_ids = None if files.answer is None else token_ids_in(read_text(files.answer))
+    output_ids = None if files.answer is None else of_file(token_ids_in, files.answer)
     return [Given(output_ids=output_ids, salt=salt) for salt in salts]
 
 

@@ -32,6 +32,8 @@ class Records:
         self._all: dict[str, dict[str, Any]] = {}
         self._handle: int | None = None
         if self._folder is not None:
+            if self._folder.exists() and not self._folder.is_dir():
+                raise ValueError(f"{self._folder}: expected a folder to keep files in, this is a file")
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock(self._folder)
             self._read(self._folder)

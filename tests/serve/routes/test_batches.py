@@ -188,6 +188,12 @@ def test_what_is_larger_than_other_bodies_is_refused_or_kept(server, client):
         assert b" 413 " in connection.recv(1000)
 
 
+def test_a_file_is_no_folder_for_files(tmp_path):
+    (tmp_path / "taken").write_text("x")
+    with pytest.raises(ValueError, match="taken: expected a folder to keep files in, this is a file"):
+        make_app(Service("lockstep"), files_dir=str(tmp_path / "taken"))
+
+
 def test_a_batch_goes_on_at_the_next_start(tmp_path):
     folder = tmp_path / "files"
     with keeping(folder) as client:

@@ -1,7 +1,7 @@
 """Lockstep against other engines on this machine: separate processes that take turns; medians and ratios.
 
     python bench/rivals.py PEERS_DIR --model qwen3-0.6b --rounds 3 \\
-        --json docs/figures/rivals.json --plot docs/figures/rivals.png
+        --json docs/figures/rivals-zen4.json --plot docs/figures/rivals-zen4.png
 
 PEERS_DIR holds the peers' environments and models, as bench/peers/README.md says how to make them. All engines see the
 same random weights, prompts of the same lengths, the same number of threads.

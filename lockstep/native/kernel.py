@@ -89,11 +89,17 @@ def imported_sources(module: str) -> frozenset[pathlib.Path]:
 
 
 def fingerprint(module: str) -> str:
-    """Hash of everything that determines the machine code of a module's kernels."""
+    """Hash of everything that determines the machine code of a module's kernels; of the sources as they were when a
+    process first asked, which are those that it has imported."""
+    return _fingerprint(module, target(), config.OPT)
+
+
+@functools.cache
+def _fingerprint(module: str, target: tuple[str, str, str], level: object) -> str:
     digest = hashlib.sha256()
     for path in sorted(imported_sources(module)):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    digest.update(repr((numba.__version__, llvmlite.__version__, sys.version_info[:2], target(), config.OPT)).encode())
+    digest.update(repr((numba.__version__, llvmlite.__version__, sys.version_info[:2], target, level)).encode())
     return digest.hexdigest()[:16]
 
 

@@ -3,6 +3,7 @@ alone."""
 
 import pytest
 
+from lockstep.cli import heed_interrupts
 from tests.budget import Budget
 from tests.garbage import LastingObjects
 from tests.kernels import KernelsFirst
@@ -10,5 +11,6 @@ from tests.room import RoomForTests
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    heed_interrupts()  # some tests interrupt this process
     for plugin in (Budget(), LastingObjects(), KernelsFirst(), RoomForTests()):
         config.pluginmanager.register(plugin)

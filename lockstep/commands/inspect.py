@@ -235,10 +235,10 @@ def short_table(checkpoint, model):
     from lockstep.lab.describe import memory, parameters
 
     table, size = made_table(None, "in short", ""), cache.size
-    stored, infos = parameters(model.recorded), checkpoint.tensors.info.values()
-    about, total = f"{stored:,} parameters", sum(math.prod(info.shape) for info in infos)
+    count, infos = parameters(model.recorded), checkpoint.tensors.info.values()
+    about, total = f"{count:,} parameters", sum(math.prod(info.shape) for info in infos)
     if checkpoint.files:
-        others = "" if total == stored else f" of {total:,} numbers"
+        others = "" if total == count else f" of {total:,} numbers"
         about += f"{others}, {size(sum(info.num_bytes for info in infos))} as stored"
     table.add_row("weights", f"{about}; multiplied as {', '.join(model.main_formats)}")
     table.add_row("packed", kept_in_words(memory(model.recorded)["packed_weights"]))

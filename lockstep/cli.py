@@ -71,7 +71,7 @@ def main(args=None):
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     try:
-        return application(args, group)(args, prog_name="lockstep", standalone_mode=False) or 0
+        return application(args, group)(args, prog_name=f"lockstep {group}".rstrip(), standalone_mode=False) or 0
     except UsageError as error:
         return _refuse(f"{error.format_message()} (lockstep --help lists commands and options)")
     except (KeyboardInterrupt, typer.Abort):
@@ -124,7 +124,7 @@ def _joined(args):
 
 def application(args, group: str = ""):
     """The command line's parser. The subcommand in args has its options; the others have only a name and a summary.
-    group: what the commands begin with that there are; "": all."""
+    group: what the commands begin with that there are, which the help leaves out; "": all."""
     app = typer.Typer(
         add_completion=False,
         rich_markup_mode=None,
@@ -138,7 +138,7 @@ def application(args, group: str = ""):
         module = f"lockstep.commands.{name.replace(' ', '.' if name.startswith(FOLDERS) else '_')}"
         if name.startswith(group) and importlib.util.find_spec(module):
             function = importlib.import_module(module).command if name == subcommand else _not_loaded
-            app.command(name, short_help=summary, help=function.__doc__ or summary)(function)
+            app.command(name.removeprefix(group), short_help=summary, help=function.__doc__ or summary)(function)
     return app
 
 

@@ -39,6 +39,9 @@ def command(
     path = resolve_model(model)
     checkpoint = open_checkpoint(path) if not path.is_dir() or has_weights(path) else open_config(path)
     loaded = load_model(checkpoint, WeightStore(), weights, kv_dtype, rope=rope)
+    if context > loaded.max_context:
+        problem = f"--context {context}: this model's context is {loaded.max_context} tokens"
+        print(f"lockstep: {problem}; its costs are shown as if it were longer", file=sys.stderr)
     if as_json:
         say_unused(invoked, ["tensors", "everything"], "with --json, which has all of it")
         print(json.dumps(described(checkpoint, loaded, context)))

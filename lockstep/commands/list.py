@@ -54,11 +54,15 @@ def command(
 
     Only their headers are read.
     """
-    models = [(source, model) for source, model in found_models(say_unread) if _has(model, text)]
+    all_models = found_models(say_unread)
+    models = [(source, model) for source, model in all_models if _has(model, text)]
     rows = rows_of(models, check)
+    if text and not rows:
+        hint = f"{counted(len(all_models), 'model')} on this disk, none with {text!r} in the name"
+        print(shown(f"lockstep: {hint} (lockstep list shows all)", sys.stderr), file=sys.stderr)
     if as_json:
         print(json.dumps([asdict(row) for row in rows]))
-    else:
+    elif rows:
         show(rows)
 
 

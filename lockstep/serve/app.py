@@ -115,7 +115,8 @@ class PrivateNetworkCORSMiddleware(CORSMiddleware):
 
 async def _router_refusal(request, error):
     """The response where the router knows no such path, or the path does not take the method."""
-    message = {404: f"there is no {request.url.path[:200]}", 405: f"{request.method} is not allowed here"}
+    path, allowed = request.url.path[:200], (error.headers or {}).get("Allow")
+    message = {404: f"there is no {path}", 405: f"{path} takes {allowed}, got {request.method}"}
     api_error = ApiError(error.status_code, message.get(error.status_code) or str(error.detail))
     response = error_response(api_error, request.url.path)
     response.headers.update(error.headers or {})

@@ -48,6 +48,8 @@ def test_version_and_help(capsys):
         assert capsys.readouterr().out == said
     assert main(["help", "cache", "prune"]) == 0
     assert "Usage: lockstep cache prune" in capsys.readouterr().out
+    assert main(["ptq", "-h"]) == 0
+    assert "Usage: lockstep ptq [" in (said := capsys.readouterr().out) and "\n  sites " in said
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -178,6 +180,11 @@ def test_other_commands_name_what_has_no_effect_too(args, said, capsys):
     main(args)
     remarks = [line.removeprefix("lockstep: ") for line in capsys.readouterr().err.splitlines() if "effect" in line]
     assert remarks == said
+
+
+def test_inspect_names_a_context_beyond_the_model(capsys):
+    assert main(["inspect", "--context", "5000"]) == 0
+    assert "--context 5000: this model's context is 4096 tokens" in capsys.readouterr().err
 
 
 def test_a_seed_is_a_sample(capsys):

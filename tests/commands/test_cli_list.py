@@ -53,6 +53,13 @@ def listed(capsys, *args):
     return {row["name"]: row for row in json.loads(capsys.readouterr().out)}
 
 
+def test_a_text_that_no_name_has(home, capsys):
+    assert main(["list", "zzz"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "" and err == "lockstep: 5 models on this disk, none with 'zzz' in the name (lockstep list shows all)\n"
+    assert listed(capsys, "zzz") == {}
+
+
 def test_what_is_on_the_disk_and_what_can_be_run(home, capsys):
     rows = listed(capsys)
     assert list(rows) == [None, "org/model", "ollama:tiny:bad", "ollama:tiny:latest", "lmstudio:maker/tiny"]

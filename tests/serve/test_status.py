@@ -144,7 +144,7 @@ def test_what_cannot_be_tokenized_is_refused(server, path, body):
 def test_an_unknown_path_and_method_have_error_objects(server):
     for got, status in ((httpx.get(f"{server.url}/v2/models"), 404), (httpx.get(f"{server.url}/v1/completions"), 405)):
         assert got.status_code == status and set(got.json()["error"]) == {"message", "type", "param", "code"}
-    assert got.headers["allow"] == "POST"
+    assert got.headers["allow"] == "POST" and "takes POST, got GET" in got.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("path", ["//v1/models", "/v1//models", "///v1/models"])

@@ -55,8 +55,8 @@ def listed(capsys, *args):
 
 def test_a_text_that_no_name_has(home, capsys):
     assert main(["list", "zzz"]) == 0
-    out, err = capsys.readouterr()
-    assert out == "" and err == "lockstep: 5 models on this disk, none with 'zzz' in the name (lockstep list shows all)\n"
+    said = "lockstep: 5 models on this disk, none with 'zzz' in the name (lockstep list shows all)\n"
+    assert capsys.readouterr() == ("", said)
     assert listed(capsys, "zzz") == {}
 
 

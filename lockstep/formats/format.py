@@ -96,7 +96,8 @@ class Format:
     many rows share each panel while it streams by, where registers hold sixteen lanes; more rows are bound by
     arithmetic, or by loads. narrow_rows: the most rows of a tile where registers hold eight lanes: sixteen registers
     hold the sums and what panels are widened to. tall_tiles: whether tiles of many rows have one panel and twice the
-    height, because unpacking codes takes longer than loading activations. dense: the layout that linear layers read
+    height, because unpacking codes takes longer than loading activations. one_row_ahead: how many bytes ahead weights
+    are prefetched for one row; None: as for more rows, see `tiles.AHEAD_BYTES`. dense: the layout that linear layers read
     where it pays. flushes: see `runtime.step.FLUSHES`. made_up_scale: the scale of random blocks, in formats without
     `encode`.
     """
@@ -116,6 +117,7 @@ class Format:
     few_rows: int = 8
     narrow_rows: int = 6
     tall_tiles: bool = False
+    one_row_ahead: int | None = None
     flushes: bool = False
     made_up_scale: float = 0.0
     times: tuple[str, Callable[[np.ndarray, np.float32], np.ndarray]] | None = None

@@ -80,5 +80,6 @@ Q4_0 = Format(
     lookup=Lookup(weight, store_block, 32),
     fallback="f32",
     zero=ZERO,
+    one_row_ahead=2048,
     is_choice=True,
 )

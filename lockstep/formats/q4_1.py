@@ -58,5 +58,6 @@ Q4_1 = Format(
     tile=lambda s: with_minima(s, PANEL, dots_u4),
     lookup=Lookup(weight, store_block, 32),
     fallback="f32",
+    one_row_ahead=2048,
     made_up_scale=2.0**-8,
 )

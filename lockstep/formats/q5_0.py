@@ -63,5 +63,6 @@ Q5_0 = Format(
     lookup=Lookup(weight, store_block, 32),
     fallback="f32",
     zero=ZERO,
+    one_row_ahead=2048,
     made_up_scale=2.0**-8,
 )

@@ -85,5 +85,6 @@ Q8_0 = Format(
     tile=tile,
     lookup=Lookup(weight, store_block, 32),
     fallback="f32",
+    one_row_ahead=3072,
     is_choice=True,
 )

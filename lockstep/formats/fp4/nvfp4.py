@@ -74,6 +74,7 @@ NVFP4 = Format(
     lookup=Lookup(weight, store_block, SIZE),
     fallback="f32",
     table=TWICE_E2M1,
+    one_row_ahead=2048,
     made_up_scale=2.0**-8,
     times=("nvfp4_scaled", times),
 )

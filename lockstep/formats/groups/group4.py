@@ -136,5 +136,6 @@ GROUP4 = Format(
     tile=tile,
     lookup=Lookup(weight, store_block, SIZE),
     fallback="f32",
+    one_row_ahead=2048,
     made_up_scale=2.0**-8,
 )

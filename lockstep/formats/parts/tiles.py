@@ -12,9 +12,9 @@ from lockstep.native.emit import counted, fma, ir, moved, pointer, prefetch, rea
 from lockstep.native.flushing import ieee_additions
 from lockstep.native.simd import F32, I1, I8, I32, I64, LANES, constant
 
-# Prefetch distance in a single stream of weights: less comes too late, more is read in vain where a claim ends, see
-# studies/13-prefetch-zen5.md.
-AHEAD_BYTES = 5120
+# Prefetch distance in a single stream of weights, but for one row of some formats: less comes too late or gets in the
+# way of the hardware's own prefetches, more is read in vain where a claim ends, see studies/13-prefetch-zen5.md.
+AHEAD_BYTES = 6656
 
 
 class Rows(NamedTuple):
@@ -208,8 +208,9 @@ def begin(s, out):
         s.start[cell].add_incoming(zero, zeros_from)
 
 
-def look_ahead(s, ahead):
+def look_ahead(s, ahead, one_row_ahead=None):
     """Sets what is prefetched: of a single panel the bytes that follow, of several the panels of `ahead`.
+    one_row_ahead: see `Format`.
 
     Integers in narrower registers need no prefetch: on AVX2 few rows are bound by arithmetic already, and on ARM nobody
     has measured it yet.
@@ -217,7 +218,8 @@ def look_ahead(s, ahead):
     if s.lanes < LANES:
         return
     if s.cols == 1:
-        s.prefetched, s.distance = [(constant(I1, 1), s.w[0], s.scales[0])], AHEAD_BYTES
+        s.prefetched = [(constant(I1, 1), s.w[0], s.scales[0])]
+        s.distance = one_row_ahead if one_row_ahead is not None and s.rows == 1 else AHEAD_BYTES
         return
     for p in sorted(set(s.panels)):
         [codes] = s.pointers(ahead.codes, ahead.codes_stride, [p])

@@ -131,5 +131,5 @@ def _tile(tile, b, magic, format, height, panels, operands):
         s = Site(b, magic, height, group, lanes, x, w)
         s.flushes, s.is_last = needs_flushing(FORMATS[format]), b.icmp_signed("!=", out.is_last, s.int(0))
         begin(s, out)
-        look_ahead(s, ahead)
+        look_ahead(s, ahead, FORMATS[format].one_row_ahead)
         finish(s, tile(s), out)

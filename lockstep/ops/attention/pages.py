@@ -32,6 +32,10 @@ from lockstep.ops.elementwise.activations import NATIVE_BF16
 HEIGHT, COLS = (8, 2) if TARGET.is_wide else (5, 1)  # HEIGHT x COLS x 16 lanes of accumulators fill the registers
 FEW_COLS = 4 if TARGET.is_wide else 2  # of two rows: reads lines in the order of memory, with registers to spare
 FEW_ROWS = 8  # up to this number of rows, the read of K and V is the bound
+# Bytes that are prefetched ahead once more, where few rows read: processors drop prefetches while all that they can
+# wait for is on its way, and those of a whole block ahead come in bursts, see studies/14-attention-pairs.md.
+NEAR_BYTES = 3072
+NEAR_STEPS = NEAR_BYTES // (64 * FEW_COLS)
 K_ROW_BYTES = 4 * BLOCK  # of a row of a K page in either format; a row of a V page has 4 * head_dim
 PAIR_BYTES = 4 if NATIVE_BF16 else 8  # of a query's or weight's pair: float32 where no instruction multiplies pairs
 ALL = -1  # mask of both halves of a pair
@@ -166,6 +170,13 @@ def prefetch_run(place, num_lines):
 
 
 @inlined
+def prefetch_step(place):
+    """Prefetches as many cache lines as a step of few rows reads."""
+    for line in range(FEW_COLS):
+        prefetch(place + 64 * line)
+
+
+@inlined
 def scores(call, arithmetic, tile, block, head, next_head, memory):
     """q . k of the block's rows and the slots that any of them sees: HEIGHT rows at a time, then two at a time, or one
     where a row is left.
@@ -195,8 +206,10 @@ def scores(call, arithmetic, tile, block, head, next_head, memory):
             two = arithmetic.begin(tile_zeros(2, FEW_COLS))
             for i in range(num_steps):
                 two = step(two, q + x_bytes * i, ROW_BYTES * second, k + K_ROW_BYTES * i + 4 * j, ALL)
-                for line in range(FEW_COLS):
-                    prefetch(ahead + 4 * j * num_steps + 64 * (FEW_COLS * i + line))
+                prefetch_step(ahead + 4 * j * num_steps + 64 * FEW_COLS * i)
+                near = i + NEAR_STEPS
+                v_row = v + 4 * call.head_dim * (near - num_steps)
+                prefetch_step(k + K_ROW_BYTES * near + 4 * j if near < num_steps else v_row)
             two = arithmetic.settle(two, Sums(q, ROW_BYTES * second, k + 4 * j, K_ROW_BYTES, 0, call.head_dim, 0, 0))
             tile_store(two, memory + P + P_BYTES * row + 4 * j, P_BYTES * second, FEW_COLS)
 
@@ -256,15 +269,18 @@ def add_seen_values(call, arithmetic, tile, start, pair, v, ahead, memory):
     """
     (row, second, start_dim, o), per_step, step = pair, arithmetic.per_step, arithmetic.step
     position, x_bytes = tile.position + row // call.unit_heads, 4 if per_step == 1 else PAIR_BYTES
-    w, width = memory + P + P_BYTES * row, 4 * call.head_dim
+    w, width, num_steps = memory + P + P_BYTES * row, 4 * call.head_dim, BLOCK // per_step
     low, high = max(0, first_key(position, call.window) - start), min(BLOCK, position + 1 - start)
     wide = start_dim + (call.head_dim - start_dim) // (16 * FEW_COLS) * (16 * FEW_COLS)
     for d in range(start_dim, wide, 16 * FEW_COLS):
         two = arithmetic.begin(tile_load(2, FEW_COLS, o + 4 * d, ROW_BYTES * second))
         for i in range(low // per_step, (high + per_step - 1) // per_step):
             two = step(two, w + x_bytes * i, P_BYTES * second, v + width * i + 4 * d, halves(per_step * i, low, high))
-            for line in range(FEW_COLS):
-                prefetch(ahead + 4 * BLOCK // per_step * d + 64 * (FEW_COLS * i + line))
+            prefetch_step(ahead + 4 * num_steps * d + 64 * FEW_COLS * i)
+            near, d_after = i + NEAR_STEPS, d + 16 * FEW_COLS
+            after = v + width * (near - num_steps) + 4 * d_after
+            after = after if d_after < wide else ahead + 64 * FEW_COLS * (near - num_steps)
+            prefetch_step(v + width * near + 4 * d if near < num_steps else after)
         sums = Sums(w, P_BYTES * second, v + 4 * d, width, low, high, o + 4 * d, ROW_BYTES * second)
         two = arithmetic.settle(two, sums)
         tile_store(two, o + 4 * d, ROW_BYTES * second, FEW_COLS)

@@ -43,7 +43,17 @@ from lockstep.native.tiles_bytes import (
 from lockstep.ops.attention.attention_q8 import MAX_CODE, ONE_CODE
 from lockstep.ops.attention.formulas import BLOCK, MAX_HEAD_DIM, ZERO, exp2
 from lockstep.ops.attention.kv_cache_q8 import head_place, scale_place
-from lockstep.ops.attention.pages import COLS, FEW_COLS, FEW_ROWS, HEIGHT, K_ROW_BYTES, RowPair, page_of
+from lockstep.ops.attention.pages import (
+    COLS,
+    FEW_COLS,
+    FEW_ROWS,
+    HEIGHT,
+    K_ROW_BYTES,
+    NEAR_STEPS,
+    RowPair,
+    page_of,
+    prefetch_step,
+)
 from lockstep.ops.attention.softmax import OWN, P_BYTES, ROW_BYTES, Layout, O, P, Q
 from lockstep.ops.elementwise.activations import HIGHEST, ONE_127TH, SMALLEST, magnitude
 from lockstep.ops.elementwise.activations_cpu import finite
@@ -107,7 +117,7 @@ def scores(call, arithmetic, tile, block, head, next_head, memory):
     """Dots of the block's rows with the slots that any of them sees: HEIGHT rows at a time, then two at a time, or one
     where a row is left.
 
-    The rows that are taken two at a time prefetch V: each pair of rows a share of its lines.
+    The rows that are taken two at a time prefetch V: each pair of rows a share of its lines, and what follows soon.
     """
     (start, first, end), here = block, head_bytes(call, head)
     widen_scales(call, here, head_bytes(call, next_head), memory)
@@ -128,6 +138,9 @@ def scores(call, arithmetic, tile, block, head, next_head, memory):
             for i in range(num_steps):
                 two = tile_add_bytes(two, q + Q_BYTES * i, ROW_BYTES * second, k + K_ROW_BYTES * i + 4 * j, 64)
                 ahead = prefetch_lines(ahead, num_lines)
+                near = i + NEAR_STEPS
+                v_row = call.v + here + 4 * call.head_dim * (near - num_steps)
+                prefetch_step(k + K_ROW_BYTES * near + 4 * j if near < num_steps else v_row)
             tile_store(two, memory + P + P_BYTES * row + 4 * j, P_BYTES * second, FEW_COLS)
 
 
@@ -189,7 +202,8 @@ def add_values(call, arithmetic, tile, block, head, next_head, memory):
     """
     _, first, end = block
     v, unit_sums = call.v + head_bytes(call, head), memory + O + ROW_BYTES * head.first_row
-    num_lines, ahead = lines_per_step(first, end), call.k + head_bytes(call, next_head)
+    num_lines, k_ahead = lines_per_step(first, end), call.k + head_bytes(call, next_head)
+    ahead = k_ahead
     high = first + (end - first) // HEIGHT * HEIGHT if end - first > FEW_ROWS else first
     wide = call.head_dim // (16 * COLS) * (16 * COLS)
     for d in range(0, wide, 16 * COLS):
@@ -204,14 +218,15 @@ def add_values(call, arithmetic, tile, block, head, next_head, memory):
         second, start_dim = 1 if row + 1 < end and row + 1 != high else 0, wide if row < high else 0
         if start_dim < call.head_dim:
             pair = RowPair(row, second, start_dim, unit_sums + ROW_BYTES * row)
-            add_pair_values(call, pair, v, ahead, num_lines, memory)
+            add_pair_values(call, pair, v, ahead, num_lines, k_ahead, memory)
             ahead += call.head_dim // (16 * FEW_COLS) * BLOCK // 4 * 64 * num_lines
         row += 1 + second
 
 
 @inlined
-def add_pair_values(call, pair, v, ahead, num_lines, memory):
-    """o += w . v of a RowPair; each step prefetches `num_lines` lines from `ahead` on."""
+def add_pair_values(call, pair, v, ahead, num_lines, k_ahead, memory):
+    """o += w . v of a RowPair; each step prefetches `num_lines` lines from `ahead` on, and once more what it reads
+    NEAR_STEPS later, at last of the keys at k_ahead."""
     second, start_dim, o, weights = pair.second, pair.start_dim, pair.sums, memory + P + P_BYTES * pair.row
     wide = start_dim + (call.head_dim - start_dim) // (16 * FEW_COLS) * (16 * FEW_COLS)
     for d in range(start_dim, wide, 16 * FEW_COLS):
@@ -219,6 +234,10 @@ def add_pair_values(call, pair, v, ahead, num_lines, memory):
         for i in range(BLOCK // 4):
             two = tile_add_words(two, weights + 8 * i, P_BYTES * second, v + 4 * (call.head_dim * i + d), 64)
             ahead = prefetch_lines(ahead, num_lines)
+            near, d_after = i + NEAR_STEPS, d + 16 * FEW_COLS
+            after = v + 4 * (call.head_dim * (near - BLOCK // 4) + d_after)
+            after = after if d_after < wide else k_ahead + 64 * FEW_COLS * (near - BLOCK // 4)
+            prefetch_step(v + 4 * (call.head_dim * near + d) if near < BLOCK // 4 else after)
         tile_add_scaled(two, weights + W_SCALE, P_BYTES * second, o + 4 * d, ROW_BYTES * second)
     for d in range(wide, call.head_dim, 16):
         one = tile_int_zeros(2, 1)

@@ -31,6 +31,7 @@ from lockstep.ops.linear.tile import (
     scale_bytes,
     scale_offset,
 )
+from lockstep.ops.share import neighbouring
 from lockstep.runtime.backend import Implementation, Layout
 from lockstep.runtime.step import COUNTER, num_rows
 
@@ -171,14 +172,6 @@ def of_one_panel(num_panels, num_threads):
 
 
 @inlined
-def run_of(number, num_runs, num_threads):
-    """Which run of panels the claim of a number is. Threads that claim in turn walk through neighbouring runs each, so
-    that what is prefetched where a run ends is what the same thread reads next."""
-    turn, thread = number % num_runs // num_threads, number % num_runs % num_threads
-    return num_runs // num_threads * thread + min(thread, num_runs % num_threads) + turn
-
-
-@inlined
 def rows_of_claim(num_rows, num_claims, num_threads):
     """How many rows a claim has, where num_claims runs of panels share num_rows rows: all of them, unless this makes
     too few claims. Rows are cut at the height of the tallest tiles."""
@@ -296,10 +289,10 @@ def linear(op, step, thread, num_threads):
     sizes = Sizes(row_bytes, panel, at_once, part)
     number, next_number = fetch_add(counter, 1), fetch_add(counter, 1)
     while number // num_claims * claim_rows < T:
-        first_row, first_panel = number // num_claims * claim_rows, run_of(number, num_claims, num_threads) * size
-        end_row, end_panel = min(first_row + claim_rows, T), min(first_panel + size, num_panels)
-        next_panel = run_of(next_number, num_claims, num_threads) * size
-        claim = Claim(first_row, end_row, first_panel, end_panel, next_panel)
+        first_row, run = number // num_claims * claim_rows, neighbouring(number % num_claims, num_claims, num_threads)
+        end_row, end_panel = min(first_row + claim_rows, T), min(run * size + size, num_panels)
+        next_run = neighbouring(next_number % num_claims, num_claims, num_threads)
+        claim = Claim(first_row, end_row, run * size, end_panel, next_run * size)
         multiply_claim(FORMAT, SHAPES, MULTIPLY, ROWS_OF, a, sizes, claim)
         number, next_number = next_number, fetch_add(counter, 1)
 

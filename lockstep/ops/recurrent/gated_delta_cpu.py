@@ -23,6 +23,7 @@ from lockstep.native.simd import fma, lanes, load, peek, poke, sqrt, store, sum_
 from lockstep.native.targets import TARGET
 from lockstep.ops.math import ONE, ZERO, sigmoid
 from lockstep.ops.recurrent.gated_delta import BLOCK, L2_EPS, DeltaGates, GatedDelta, L2Norm, decay_gate
+from lockstep.ops.share import neighbouring
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import COUNTER, StepBlock, entry, num_rows
 
@@ -151,7 +152,8 @@ def run_two(state, block, K, tokens, stride, num_tokens, fresh, ahead):
     """Runs a request's tokens through two blocks of the state, `block` bytes apart (0: the same one twice).
 
     tokens: Tokens of the first. stride: Strides. fresh: whether the state starts as zeros. ahead: bytes from these
-    blocks to those to prefetch, 0 for none.
+    blocks to those to prefetch, 0 for none. They are prefetched by the first and by the last pass through these blocks:
+    processors drop prefetches while all that they can wait for is on its way.
     """
     q, k, v, decay, beta, out = tokens
     kept, read, column = peek(decay, float32), zeros(), min(block, 64)
@@ -160,6 +162,8 @@ def run_two(state, block, K, tokens, stride, num_tokens, fresh, ahead):
             store_pair(state + i, block, read)
     else:
         for i in range(K):
+            prefetch(state + 64 * i + ahead)
+            prefetch(state + 64 * i + ahead + block)
             read = forget_read(state + 64 * i, block, peek(k + 4 * i, float32), kept, read)
     for _ in range(num_tokens - 1):
         delta, sums, k_next = correction(v, column, peek(beta, float32), read), zeros(), k + stride.qk
@@ -247,17 +251,17 @@ def strides(a):
 
 
 @inlined
-def blocks_of(task, batch, S, H, num_blocks, size):
+def blocks_of(task, batch, S, H, num_blocks, size, num_threads):
     """(request, head, first block, end) of a task.
 
     First come requests with several tokens, `size` blocks at a time, long work before short; then whole heads of
-    requests with one token, where memory is the limit and the next blocks can be prefetched. Other tasks are empty.
+    requests with one token, where memory is the limit, neighbours for each of the threads. Other tasks are empty.
     """
     groups = -(-num_blocks // size)
     if task < S * H * groups:
         s, block = task // (H * groups), task % groups * size
         return s, task // groups % H, block, min(block + size, num_blocks) if num_new(batch, s) > 1 else block
-    task -= S * H * groups
+    task = neighbouring(task - S * H * groups, S * H, num_threads)
     return task // H, task % H, 0, num_blocks if num_new(batch, task // H) == 1 else 0
 
 
@@ -269,12 +273,13 @@ def next_task(op, batch, num_several):
 
 
 @inlined
-def run_pair(a, batch, s, head, block, ahead):
-    """Runs all new tokens of a request through block `block` and the next, if there is one."""
+def run_pair(a, batch, s, head, block):
+    """Runs all new tokens of a request through block `block` and the next, if there is one. A single token prefetches
+    the blocks that follow, after the last ones those of the next head."""
     first, K = entry(batch.query_start, s), a.k_head_dim
     state, tokens = addresses(a, entry(batch.state_slot, s), head, block, first)
     other, fresh = 64 * K * min(a.v_head_dim // BLOCK - block - 1, 1), entry(batch.position, first) == 0
-    run_two(state, other, K, tokens, strides(a), num_new(batch, s), fresh, 128 * K if ahead else 0)
+    run_two(state, other, K, tokens, strides(a), num_new(batch, s), fresh, 128 * K if num_new(batch, s) == 1 else 0)
 
 
 @kernel
@@ -285,9 +290,9 @@ def gated_delta_two(op, step, thread, num_threads):
     num_several = S * H * ((num_blocks + 1) // 2)
     task = next_task(op, batch, num_several)
     while task < num_several + S * H:
-        s, head, block, end = blocks_of(task, batch, S, H, num_blocks, 2)
+        s, head, block, end = blocks_of(task, batch, S, H, num_blocks, 2, num_threads)
         for i in range(block, end, 2):
-            run_pair(a, batch, s, head, i, i + 2 < end)
+            run_pair(a, batch, s, head, i)
         task = next_task(op, batch, num_several)
 
 
@@ -299,14 +304,14 @@ def gated_delta_four(op, step, thread, num_threads):
     num_several = S * H * ((num_blocks + 3) // 4)
     task = next_task(op, batch, num_several)
     while task < num_several + S * H:
-        s, head, block, end = blocks_of(task, batch, S, H, num_blocks, 4)
+        s, head, block, end = blocks_of(task, batch, S, H, num_blocks, 4, num_threads)
         if block + 4 == end and task < num_several:
             first = entry(batch.query_start, s)
             state, tokens = addresses(a, entry(batch.state_slot, s), head, block, first)
             run_four(state, 64 * K, K, tokens, strides(a), num_new(batch, s), entry(batch.position, first) == 0)
             block = end
         for i in range(block, end, 2):
-            run_pair(a, batch, s, head, i, i + 2 < end)
+            run_pair(a, batch, s, head, i)
         task = next_task(op, batch, num_several)
 
 

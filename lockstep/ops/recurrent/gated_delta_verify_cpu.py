@@ -294,9 +294,9 @@ def verify(op, step, thread, num_threads):
     num_several = S * H * ((num_blocks + SIZE - 1) // SIZE)
     task, following = next_task(op, batch, num_several), next_task(op, batch, num_several)
     while task < num_several + S * H:
-        s, head, block, end = blocks_of(task, batch, S, H, num_blocks, SIZE)
+        s, head, block, end = blocks_of(task, batch, S, H, num_blocks, SIZE, num_threads)
         last = num_several + S * H - 1
-        next_state = state_of(a, batch, blocks_of(min(following, last), batch, S, H, num_blocks, SIZE))
+        next_state = state_of(a, batch, blocks_of(min(following, last), batch, S, H, num_blocks, SIZE, num_threads))
         is_plain = entry(batch.num_drafts, s) + entry(batch.num_pending, s) == 0
         while SIZE == 4 and block + 4 <= end and not (is_plain and task >= num_several):
             if is_plain:
@@ -307,7 +307,7 @@ def verify(op, step, thread, num_threads):
             block += 4
         for i in range(block, end, 2):
             if is_plain:
-                run_pair(a, batch, s, head, i, i + 2 < end)
+                run_pair(a, batch, s, head, i)
             else:
                 verify_blocks(a, batch, s, head, i, 2, scratch, next_state)
         task, following = following, next_task(op, batch, num_several)

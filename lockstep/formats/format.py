@@ -98,8 +98,8 @@ class Format:
     hold the sums and what panels are widened to. tall_tiles: whether tiles of many rows have one panel and twice the
     height, because unpacking codes takes longer than loading activations. one_row_ahead: how many bytes ahead weights
     are prefetched for one row; None: as for more rows, see `tiles.AHEAD_BYTES`. dense: the layout that linear layers
-    read where it pays. flushes: see `runtime.step.FLUSHES`. made_up_scale: the scale of random blocks, in formats without
-    `encode`.
+    read where it pays. flushes: see `runtime.step.FLUSHES`. made_up_scale: the scale of random blocks, in formats
+    without `encode`.
     """
 
     name: str

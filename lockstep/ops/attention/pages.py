@@ -33,7 +33,7 @@ HEIGHT, COLS = (8, 2) if TARGET.is_wide else (5, 1)  # HEIGHT x COLS x 16 lanes 
 FEW_COLS = 4 if TARGET.is_wide else 2  # of two rows: reads lines in the order of memory, with registers to spare
 FEW_ROWS = 8  # up to this number of rows, the read of K and V is the bound
 # Bytes that are prefetched ahead once more, where few rows read: processors drop prefetches while all that they can
-# wait for is on its way, and those of a whole block ahead come in bursts, see studies/14-attention-pairs.md.
+# wait for is on its way, and those of a whole block ahead come in bursts, see studies/23-dropped-prefetches.md.
 NEAR_BYTES = 3072
 NEAR_STEPS = NEAR_BYTES // (64 * FEW_COLS)
 K_ROW_BYTES = 4 * BLOCK  # of a row of a K page in either format; a row of a V page has 4 * head_dim
@@ -181,8 +181,8 @@ def scores(call, arithmetic, tile, block, head, next_head, memory):
     """q . k of the block's rows and the slots that any of them sees: HEIGHT rows at a time, then two at a time, or one
     where a row is left.
 
-    Meanwhile V is prefetched, into the second-level cache: bit by bit or, where there are few rows, by the first two,
-    in the order of memory: otherwise memory gives half its speed.
+    Meanwhile V is prefetched: bit by bit or, where there are few rows, all of it by each two, in the order of memory.
+    They also prefetch what they read NEAR_STEPS later.
     """
     start, first, end = block
     k, v = call.k + head_bytes(call, arithmetic, head), call.v + head_bytes(call, arithmetic, head)
@@ -201,12 +201,11 @@ def scores(call, arithmetic, tile, block, head, next_head, memory):
             tile_store(acc, memory + P + P_BYTES * row + 4 * j, P_BYTES, COLS)
     for row in range(high, end, 2):
         second, q = 1 if row + 1 < end else 0, memory + Q + ROW_BYTES * (head.first_row + row)
-        ahead = v if row == first else k
         for j in range(0, min(BLOCK, tile.position + (row + second) // call.unit_heads + 1 - start), 16 * FEW_COLS):
             two = arithmetic.begin(tile_zeros(2, FEW_COLS))
             for i in range(num_steps):
                 two = step(two, q + x_bytes * i, ROW_BYTES * second, k + K_ROW_BYTES * i + 4 * j, ALL)
-                prefetch_step(ahead + 4 * j * num_steps + 64 * FEW_COLS * i)
+                prefetch_step(v + 4 * j * num_steps + 64 * FEW_COLS * i)
                 near = i + NEAR_STEPS
                 v_row = v + 4 * call.head_dim * (near - num_steps)
                 prefetch_step(k + K_ROW_BYTES * near + 4 * j if near < num_steps else v_row)
@@ -228,7 +227,7 @@ def add_values(call, arithmetic, tile, block, head, next_head, memory):
     `add_seen_values`.
 
     A slot that a row does not see must not reach the row's sums, not even as 0 * v: v may be anything there. Where
-    there are few rows, the first two prefetch the next keys.
+    there are few rows, each two prefetch the next keys.
     """
     (start, first, end), per_step, step = block, arithmetic.per_step, arithmetic.step
     v, k_ahead = call.v + head_bytes(call, arithmetic, head), call.k + head_bytes(call, arithmetic, next_head)
@@ -257,7 +256,8 @@ def add_values(call, arithmetic, tile, block, head, next_head, memory):
         second, start_dim = 1 if same_token and (row + 1 < high or not inside) else 0, wide if inside else 0
         if not inside or wide < call.head_dim:
             pair = RowPair(row, second, start_dim, unit_sums + ROW_BYTES * row)
-            add_seen_values(call, arithmetic, tile, start, pair, v, k_ahead if row == first else v, memory)
+            ahead = k_ahead if row == first or end - first <= FEW_ROWS else v
+            add_seen_values(call, arithmetic, tile, start, pair, v, ahead, memory)
         row += 1 + second
 
 
@@ -265,7 +265,7 @@ def add_values(call, arithmetic, tile, block, head, next_head, memory):
 def add_seen_values(call, arithmetic, tile, start, pair, v, ahead, memory):
     """o += w . v of a RowPair whose rows see the same slots of the block at `start`; only these slots are read.
 
-    What lies at `ahead` is prefetched meanwhile.
+    What lies at `ahead` is prefetched meanwhile, and what is read NEAR_STEPS later.
     """
     (row, second, start_dim, o), per_step, step = pair, arithmetic.per_step, arithmetic.step
     position, x_bytes = tile.position + row // call.unit_heads, 4 if per_step == 1 else PAIR_BYTES

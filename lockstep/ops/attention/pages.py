@@ -177,6 +177,20 @@ def prefetch_step(place):
 
 
 @inlined
+def prefetch_near_keys(k, v, step, num_steps, width):
+    """Prefetches what few rows read at a step: of columns k of the keys, then of the values. width: of a row of V."""
+    prefetch_step(k + K_ROW_BYTES * step if step < num_steps else v + width * (step - num_steps))
+
+
+@inlined
+def prefetch_near_values(v, k, step, num_steps, width, is_last):
+    """The same of columns v of the values, then of the columns after them; after the last ones, of the keys at k."""
+    after = step - num_steps
+    columns_after = k + 64 * FEW_COLS * after if is_last else v + 64 * FEW_COLS + width * after
+    prefetch_step(v + width * step if step < num_steps else columns_after)
+
+
+@inlined
 def scores(call, arithmetic, tile, block, head, next_head, memory):
     """q . k of the block's rows and the slots that any of them sees: HEIGHT rows at a time, then two at a time, or one
     where a row is left.
@@ -187,7 +201,7 @@ def scores(call, arithmetic, tile, block, head, next_head, memory):
     start, first, end = block
     k, v = call.k + head_bytes(call, arithmetic, head), call.v + head_bytes(call, arithmetic, head)
     per_step, step = arithmetic.per_step, arithmetic.step
-    num_steps, x_bytes = call.head_dim // per_step, 4 if per_step == 1 else PAIR_BYTES
+    num_steps, x_bytes, width = call.head_dim // per_step, 4 if per_step == 1 else PAIR_BYTES, 4 * call.head_dim
     high = first + (end - first) // HEIGHT * HEIGHT if end - first > FEW_ROWS else first
     ahead, num_lines = v, lines_of_each(call, arithmetic, (high - first) // HEIGHT * (BLOCK // 16 // COLS))
     for row in range(first, high, HEIGHT):
@@ -206,9 +220,7 @@ def scores(call, arithmetic, tile, block, head, next_head, memory):
             for i in range(num_steps):
                 two = step(two, q + x_bytes * i, ROW_BYTES * second, k + K_ROW_BYTES * i + 4 * j, ALL)
                 prefetch_step(v + 4 * j * num_steps + 64 * FEW_COLS * i)
-                near = i + NEAR_STEPS
-                v_row = v + 4 * call.head_dim * (near - num_steps)
-                prefetch_step(k + K_ROW_BYTES * near + 4 * j if near < num_steps else v_row)
+                prefetch_near_keys(k + 4 * j, v, i + NEAR_STEPS, num_steps, width)
             two = arithmetic.settle(two, Sums(q, ROW_BYTES * second, k + 4 * j, K_ROW_BYTES, 0, call.head_dim, 0, 0))
             tile_store(two, memory + P + P_BYTES * row + 4 * j, P_BYTES * second, FEW_COLS)
 
@@ -277,10 +289,8 @@ def add_seen_values(call, arithmetic, tile, start, pair, v, ahead, memory):
         for i in range(low // per_step, (high + per_step - 1) // per_step):
             two = step(two, w + x_bytes * i, P_BYTES * second, v + width * i + 4 * d, halves(per_step * i, low, high))
             prefetch_step(ahead + 4 * num_steps * d + 64 * FEW_COLS * i)
-            near, d_after = i + NEAR_STEPS, d + 16 * FEW_COLS
-            after = v + width * (near - num_steps) + 4 * d_after
-            after = after if d_after < wide else ahead + 64 * FEW_COLS * (near - num_steps)
-            prefetch_step(v + width * near + 4 * d if near < num_steps else after)
+            is_last = d + 16 * FEW_COLS >= wide
+            prefetch_near_values(v + 4 * d, ahead, i + NEAR_STEPS, num_steps, width, is_last)
         sums = Sums(w, P_BYTES * second, v + 4 * d, width, low, high, o + 4 * d, ROW_BYTES * second)
         two = arithmetic.settle(two, sums)
         tile_store(two, o + 4 * d, ROW_BYTES * second, FEW_COLS)

@@ -52,7 +52,8 @@ from lockstep.ops.attention.pages import (
     NEAR_STEPS,
     RowPair,
     page_of,
-    prefetch_step,
+    prefetch_near_keys,
+    prefetch_near_values,
 )
 from lockstep.ops.attention.softmax import OWN, P_BYTES, ROW_BYTES, Layout, O, P, Q
 from lockstep.ops.elementwise.activations import HIGHEST, ONE_127TH, SMALLEST, magnitude
@@ -138,9 +139,7 @@ def scores(call, arithmetic, tile, block, head, next_head, memory):
             for i in range(num_steps):
                 two = tile_add_bytes(two, q + Q_BYTES * i, ROW_BYTES * second, k + K_ROW_BYTES * i + 4 * j, 64)
                 ahead = prefetch_lines(ahead, num_lines)
-                near = i + NEAR_STEPS
-                v_row = call.v + here + 4 * call.head_dim * (near - num_steps)
-                prefetch_step(k + K_ROW_BYTES * near + 4 * j if near < num_steps else v_row)
+                prefetch_near_keys(k + 4 * j, call.v + here, i + NEAR_STEPS, num_steps, 4 * call.head_dim)
             tile_store(two, memory + P + P_BYTES * row + 4 * j, P_BYTES * second, FEW_COLS)
 
 
@@ -234,10 +233,8 @@ def add_pair_values(call, pair, v, ahead, num_lines, k_ahead, memory):
         for i in range(BLOCK // 4):
             two = tile_add_words(two, weights + 8 * i, P_BYTES * second, v + 4 * (call.head_dim * i + d), 64)
             ahead = prefetch_lines(ahead, num_lines)
-            near, d_after = i + NEAR_STEPS, d + 16 * FEW_COLS
-            after = v + 4 * (call.head_dim * (near - BLOCK // 4) + d_after)
-            after = after if d_after < wide else k_ahead + 64 * FEW_COLS * (near - BLOCK // 4)
-            prefetch_step(v + 4 * (call.head_dim * near + d) if near < BLOCK // 4 else after)
+            is_last = d + 16 * FEW_COLS >= wide
+            prefetch_near_values(v + 4 * d, k_ahead, i + NEAR_STEPS, BLOCK // 4, 4 * call.head_dim, is_last)
         tile_add_scaled(two, weights + W_SCALE, P_BYTES * second, o + 4 * d, ROW_BYTES * second)
     for d in range(wide, call.head_dim, 16):
         one = tile_int_zeros(2, 1)

@@ -97,7 +97,9 @@ class Format:
     arithmetic, or by loads. narrow_rows: the most rows of a tile where registers hold eight lanes: sixteen registers
     hold the sums and what panels are widened to. tall_tiles: whether tiles of many rows have one panel and twice the
     height, because unpacking codes takes longer than loading activations. one_row_ahead: how many bytes ahead weights
-    are prefetched for one row; None: as for more rows, see `tiles.AHEAD_BYTES`. dense: the layout that linear layers
+    are prefetched for one row; None: as for more rows, see `tiles.AHEAD_BYTES`. unpacked: how many vectors of a line a
+    panel has for 32 weights, unpacked once for all tiles of many rows, see `tiles.Site.unpack`; 0: each tile unpacks
+    them. dense: the layout that linear layers
     read where it pays. flushes: see `runtime.step.FLUSHES`. made_up_scale: the scale of random blocks, in formats
     without `encode`.
     """
@@ -118,6 +120,7 @@ class Format:
     narrow_rows: int = 6
     tall_tiles: bool = False
     one_row_ahead: int | None = None
+    unpacked: int = 0
     flushes: bool = False
     made_up_scale: float = 0.0
     times: tuple[str, Callable[[np.ndarray, np.float32], np.ndarray]] | None = None

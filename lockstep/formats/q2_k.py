@@ -15,7 +15,7 @@ import numpy as np
 from lockstep.formats.format import Format, Lookup, Packed, Stored
 from lockstep.formats.parts import blocks as blk
 from lockstep.formats.parts import scalars
-from lockstep.formats.parts.dots import feature_halves, unsigned_dots
+from lockstep.formats.parts.dots import feature_half, unsigned_dots
 from lockstep.formats.parts.k_scales import block_of, inside, unsigned
 from lockstep.formats.parts.layout import offset, offsets, part_bytes
 from lockstep.formats.parts.panels import PANEL as FEATURES
@@ -107,9 +107,9 @@ def tile(s):
         both = b.add(inside(s, start, j, 2 * part_bytes(PANEL, "scales")), s.int(offset(PANEL, "scales")))
         halves = [[scales(s, c, b.add(both, s.int(FEATURES * half))) for half in (0, 1)] for c in range(s.cols)]
         tables = [[_table(s, v) for v in pair] for pair in halves]
-        columns = lambda g: [[scaled_codes(s, c, codes, g + n, tables[c]) for n in (0, 1)] for c in range(s.cols)]
-        dots, minima = unsigned_dots(s, i, columns, None, 2), [_minima(s, *pair) for pair in halves]
-        d, dmin = (feature_halves(s, start, offset(PANEL, field)) for field in ("d", "dmin"))
+        pairs = lambda c, g: [scaled_codes(s, c, codes, g + n, tables[c]) for n in (0, 1)]
+        dots, minima = unsigned_dots(s, i, pairs, None, 2), [_minima(s, *pair) for pair in halves]
+        d, dmin = ([feature_half(s, c, start, offset(PANEL, field)) for c in range(s.cols)] for field in ("d", "dmin"))
         return _add(s, i, acc, dots, minima, d, [b.fneg(v) for v in dmin])
 
     return s.blocks(32, block, PANEL.itemsize // 8)

@@ -88,8 +88,13 @@ def tile(s):
         codes = b.add(inside(s, start, j, part_bytes(PANEL, "codes")), s.int(offset(PANEL, "codes")))
         sc = b.add(inside(s, start, j, 2 * part_bytes(PANEL, "sc")), s.int(offset(PANEL, "sc")))
         tables = [_tables(s, c, sc) for c in range(s.cols)]
-        dots = byte_dots(s, i, lambda c, g: _column(s, c, codes, g, *tables[c]))
-        return scale_add(s, acc, dots, [_d(s, c, start) for c in range(s.cols)], i)
+        pairs, d = s.unpack(
+            i,
+            lambda c, g: [_column(s, c, codes, g + n, *tables[c]) for n in (0, 1)],
+            (s.floats, lambda c: _d(s, c, start)),
+        )
+        dots = byte_dots(s, i, lambda c, g: pairs(c, g - g % 2)[g % 2])
+        return scale_add(s, acc, dots, [d(c) for c in range(s.cols)], i)
 
     return s.blocks(32, block, PANEL.itemsize // 8)
 
@@ -148,8 +153,9 @@ Q3_K = Format(
     packed=Packed(PANEL, 256, arrange),
     product=PRODUCT,
     tile=tile,
+    few_rows=12,
+    unpacked=9,
     lookup=Lookup(weight, store_block, 256),
     fallback="bf16",
-    tall_tiles=True,
     made_up_scale=2.0**-15,
 )

@@ -10,7 +10,7 @@ import numpy as np
 
 from lockstep.formats.format import SCALES, Format, Lookup, Packed, Stored
 from lockstep.formats.parts import blocks as blk
-from lockstep.formats.parts.dots import LOW_BITS, dots_u4, with_zero_points
+from lockstep.formats.parts.dots import LOW_BITS, U4, with_zero_points
 from lockstep.formats.parts.layout import offsets
 from lockstep.formats.parts.panels import k_major, nibble_pairs
 from lockstep.formats.parts.products import CODES as PRODUCT
@@ -52,7 +52,7 @@ def encode(weights: np.ndarray) -> np.ndarray:
 
 def tile(s):
     """acc = fma(float(dot), w_scale * a_scale, acc): bias is -128 * sum, so bias >> 4 is -8 * sum."""
-    return with_zero_points(s, PANEL, dots_u4, 4)
+    return with_zero_points(s, PANEL, U4, 4)
 
 
 @definition

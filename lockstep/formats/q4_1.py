@@ -12,7 +12,7 @@ import numpy as np
 from lockstep.formats.format import Format, Lookup, Packed, Stored
 from lockstep.formats.parts import blocks as blk
 from lockstep.formats.parts.affine import decoded, placed, store_affine
-from lockstep.formats.parts.dots import LOW_BITS, dots_u4, with_minima
+from lockstep.formats.parts.dots import LOW_BITS, U4, with_minima
 from lockstep.formats.parts.layout import offsets
 from lockstep.formats.parts.panels import PANEL as FEATURES
 from lockstep.formats.parts.panels import Placed, nibble_pairs
@@ -55,7 +55,7 @@ Q4_1 = Format(
     stored=Stored(BLOCK, 32, unpack, lambda blocks: decoded(blk.nibbles(blocks["codes"]), blocks)),
     packed=Packed(PANEL, 32, arrange),
     product=CODES_AND_MINIMA,
-    tile=lambda s: with_minima(s, PANEL, dots_u4),
+    tile=lambda s: with_minima(s, PANEL, U4),
     lookup=Lookup(weight, store_block, 32),
     fallback="f32",
     one_row_ahead=2048,

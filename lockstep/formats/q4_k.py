@@ -10,7 +10,7 @@ import numpy as np
 
 from lockstep.formats.format import Format, Lookup, Packed, Stored
 from lockstep.formats.parts import k_scales
-from lockstep.formats.parts.dots import LOW_BITS, dots_u4
+from lockstep.formats.parts.dots import LOW_BITS, U4
 from lockstep.formats.parts.layout import offset
 from lockstep.formats.parts.panels import Placed, nibble_pairs
 from lockstep.native.kernel import definition, inlined
@@ -52,7 +52,8 @@ Q4_K = Format(
     stored=Stored(BLOCK, 256, unpack, lambda b: k_scales.decoded(k_scales.low_codes(b["codes"]), b)),
     packed=Packed(PANEL, 256, arrange),
     product=k_scales.PRODUCT,
-    tile=lambda s: k_scales.tile(s, PANEL, dots_u4),
+    tile=lambda s: k_scales.tile(s, PANEL, U4),
+    unpacked=10,
     lookup=Lookup(weight, store_block, 256),
     fallback="bf16",
     made_up_scale=2.0**-14,

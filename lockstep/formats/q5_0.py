@@ -12,7 +12,7 @@ import numpy as np
 from lockstep.formats.format import SCALES, Format, Lookup, Packed, Stored
 from lockstep.formats.parts import blocks as blk
 from lockstep.formats.parts.dots import with_zero_points
-from lockstep.formats.parts.five_bits import FIVE_BITS, code, codes_of, dots_u5, loaded_codes, placed
+from lockstep.formats.parts.five_bits import FIVE_BITS, U5, code, codes_of, loaded_codes, placed
 from lockstep.formats.parts.layout import offsets
 from lockstep.formats.parts.panels import k_major
 from lockstep.formats.parts.products import CODES
@@ -34,7 +34,7 @@ def unpack(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def tile(s):
     """acc = fma(float(dot), w_scale * a_scale, acc): bias is -128 * sum, so bias >> 3 is -16 * sum."""
-    return with_zero_points(s, PANEL, dots_u5, 3)
+    return with_zero_points(s, PANEL, U5, 3)
 
 
 @definition
@@ -64,5 +64,6 @@ Q5_0 = Format(
     fallback="f32",
     zero=ZERO,
     one_row_ahead=2048,
+    unpacked=8,
     made_up_scale=2.0**-8,
 )

@@ -32,6 +32,7 @@ from lockstep.native.numbers import int8
 from lockstep.native.simd import (
     F32,
     I8,
+    I16,
     I32,
     bit_and,
     constant,
@@ -47,6 +48,8 @@ BLOCK = np.dtype([("low", "u1", (2, 64)), ("high", "u1", (2, 32)), ("sc", "i1", 
 BYTES, (LOW, HIGH, SC, D) = BLOCK.itemsize, offsets(BLOCK)
 CODES = np.dtype([("low", LOW_BITS), ("high", "u1", (2, FEATURES, 4))])  # of 32 k
 PANEL = np.dtype([("d", "<f4", FEATURES), ("sc", "i1", (16, FEATURES)), ("codes", CODES, 8)])
+# bytes from 32 weights to the next 32, and from a feature to the next, in each part of a panel
+STEPS = {"d": (0, 4), "sc": (2 * FEATURES, 1), "codes.low": (CODES.itemsize, 4), "codes.high": (CODES.itemsize, 4)}
 SIXTEEN, THIRTY_TWO = np.int32(16), np.int32(32)
 
 
@@ -84,26 +87,29 @@ def tile(s):
 
     def block(i, acc):
         start, j = block_of(s, i, PANEL.itemsize)
-        for c, w in enumerate(s.w):
-            low, high, scales = (
-                moved(b, moved(b, w, inside(s, start, j, size)), offset(PANEL, path) + feature_bytes * s.first[c])
-                for path, size, feature_bytes in (
-                    ("codes.low", part_bytes(PANEL, "codes"), 4),
-                    ("codes.high", part_bytes(PANEL, "codes"), 4),
-                    ("sc", 2 * part_bytes(PANEL, "sc"), 1),
-                )
-            )
-            scale = [_scale(s, scales, half) for half in (0, 1)]
-            codes = partial(_two_codes, s, low, high)
-            pair = partial(_zero_point, s, scale), partial(_sums, s, i)
-            sums = s.target.tiles.scaled_dots(s, i, codes, scale, pair)
-            d = read(b, moved(b, moved(b, w, start), 4 * s.first[c]), s.floats, 4 * s.lanes)
+        place = partial(_place, s, start, j)
+        scale = lambda half: (s.ints, lambda c: _scale(s, place(c, "sc"), half))
+        zero = lambda c: _zero_point(s, *(make(c) for _, make in (scale(0), scale(1))))
+        d = lambda c: read(b, place(c, "d"), s.floats, 4 * s.lanes)
+        codes, first, last, zero, d = s.unpack(
+            i, partial(_two_codes, s, place), scale(0), scale(1), (vector(I16, 2 * s.lanes), zero), (s.floats, d)
+        )
+        for c in range(s.cols):
+            pair = partial(zero, c), partial(_sums, s, i)
+            of_half = lambda half, g, c=c: codes(c, 4 * half + g)
+            sums, d_c = s.target.tiles.scaled_dots(s, i, of_half, (first(c), last(c)), pair), d(c)
             for r in range(s.rows):
-                factor = b.fmul(d, spread(b, s.a_scale(r, i), F32, s.lanes))
+                factor = b.fmul(d_c, spread(b, s.a_scale(r, i), F32, s.lanes))
                 acc[r, c] = emit_fma(b, b.sitofp(sums[r], s.floats), factor, acc[r, c])
         return acc
 
     return s.blocks(32, block, PANEL.itemsize // 8)
+
+
+def _place(s, start, j, c, path):
+    """Where column c has a field for the j-th 32 weights of the block of 256 at start."""
+    size, feature_bytes = STEPS[path]
+    return moved(s.b, moved(s.b, s.w[c], inside(s, start, j, size)), offset(PANEL, path) + feature_bytes * s.first[c])
 
 
 def _scale(s, scales, half):
@@ -111,21 +117,21 @@ def _scale(s, scales, half):
     return s.b.sext(read(s.b, moved(s.b, scales, part_bytes(PANEL, "sc") * half), vector(I8, s.lanes), s.lanes), s.ints)
 
 
-def _two_codes(s, low, high, half, first):
-    """Codes 0..63 of groups `first` (0 or 2) and first + 1 of a half block: nibbles of low, two bits of high."""
+def _two_codes(s, place, c, g):
+    """Codes 0..63 of groups g and g + 1, for an even g: nibbles of low, two bits of high."""
     b, quads = s.b, vector(I8, 4 * s.lanes)
-    place = moved(b, low, 2 * GROUP_BYTES * half + GROUP_BYTES * first // 2)
-    nibble = nibbles(b, s.target, read(b, place, quads, 4 * s.lanes))
-    bits = words(b, read(b, moved(b, high, GROUP_BYTES * half), quads, 4 * s.lanes))
+    low, high = moved(b, place(c, "codes.low"), GROUP_BYTES * g // 2), place(c, "codes.high")
+    nibble = nibbles(b, s.target, read(b, low, quads, 4 * s.lanes))
+    bits = words(b, read(b, moved(b, high, GROUP_BYTES * (g // 4)), quads, 4 * s.lanes))
     shift = lambda move, num_bits: b.bitcast(move(bits, constant(bits.type, num_bits)) if num_bits else bits, quads)
-    upper = (shift(b.shl, 4), shift(b.shl, 2)) if first == 0 else (shift(b.shl, 0), shift(b.lshr, 2))
+    upper = (shift(b.shl, 0), shift(b.lshr, 2)) if g % 4 else (shift(b.shl, 4), shift(b.shl, 2))
     return [b.or_(n, b.and_(u, constant(quads, 0x30))) for n, u in zip(nibble, upper, strict=True)]
 
 
-def _zero_point(s, scale):
+def _zero_point(s, first, last):
     """Pairs of int16, -32 times the two scales: times the sums of activations, they correct for codes 0..63."""
     b = s.b
-    both = b.or_(b.and_(scale[0], constant(s.ints, 0xFFFF)), b.shl(scale[1], constant(s.ints, 16)))
+    both = b.or_(b.and_(first, constant(s.ints, 0xFFFF)), b.shl(last, constant(s.ints, 16)))
     return b.mul(words(b, both), constant(words(b, both).type, -32))
 
 
@@ -171,6 +177,7 @@ Q6_K = Format(
     packed=Packed(PANEL, 256, arrange),
     product=PRODUCT,
     tile=tile,
+    unpacked=12,
     lookup=Lookup(weight, store_block, 256),
     fallback="bf16",
     made_up_scale=2.0**-18,

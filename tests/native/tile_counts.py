@@ -17,11 +17,11 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 
 from lockstep.formats import FORMATS
-from lockstep.formats.parts.tiles import Ahead, Output, Panels, Rows
+from lockstep.formats.parts.tiles import Ahead, Output, Panels, Rows, Use
 from lockstep.native import targets
 from lockstep.native.simd import I64
 from lockstep.ops.linear import linear_cpu
-from lockstep.ops.linear.tile import _tile as emit_tile
+from lockstep.ops.linear.tile import emit_tile
 from tests.native.assembly import TRIPLE as ARM
 
 X86 = "x86_64-unknown-linux-gnu"
@@ -41,26 +41,31 @@ class Counted(NamedTuple):
     bytes: int
 
 
-def shape(format, target: targets.Target, num_rows: int) -> tuple[int, int]:
-    """Rows and panels of the (first) tile that num_rows rows are computed by."""
+def shape(format, target: targets.Target, num_rows: int) -> tuple[int, int, Use]:
+    """Rows, panels and use of the (first) tile that num_rows rows are computed by, or, where it unpacks codes, of the
+    second."""
     few, _, most, panels = linear_cpu.shapes_of(format, target.panels)
-    return (num_rows, 1) if num_rows <= few else (linear_cpu.tile_rows.py_func(num_rows, most), panels)
+    rows = linear_cpu.tile_rows.py_func
+    if num_rows <= (2 if format.unpacked else 1) * few:
+        return rows(num_rows, few), 1, Use.OWN
+    return rows(num_rows, most), panels, Use.READ if format.unpacked else Use.OWN
 
 
-def module(format, magic: tuple[str, str, str], height: int, panels: int) -> str:
-    """A function that is one tile, as LLVM's text."""
+def module(format, magic: tuple[str, str, str], height: int, panels: int, use: Use = Use.OWN) -> str:
+    """A function that is one tile, as LLVM's text. Its arguments: the fields of `Rows`, those of `Panels`, where out
+    begins, and bytes from one of its rows to the next."""
     made = ir.Module()
     made.triple = magic[0]
-    function = ir.Function(made, ir.FunctionType(ir.VoidType(), [I64] * 9), "tile")
+    function = ir.Function(made, ir.FunctionType(ir.VoidType(), [I64] * 10), "tile")
     b, values = ir.IRBuilder(function.append_basic_block()), list(function.args)
     zero, count = ir.Constant(I64, 0), ir.Constant(I64, panels)
     operands = (
         Rows(*values[:2]),
-        Panels(*values[2:7], zero),
-        Output(*values[7:9], zero, zero, count, zero, ir.Constant(I64, 1)),
+        Panels(*values[2:8]),
+        Output(*values[8:10], zero, zero, count, zero, ir.Constant(I64, 1)),
         Ahead(*values[2:6], ir.Constant(I64, (1 << panels) - 1)),
     )
-    emit_tile(format.tile, b, magic, format.name, height, range(panels), operands)
+    emit_tile(format.tile, b, magic, format.name, height, range(panels), operands, use)
     b.ret_void()
     return str(made)
 
@@ -125,8 +130,8 @@ def tile(format, cpu: str, num_rows: int) -> tuple[float, float, float, int]:
     """Instructions, those that multiply and bytes, for `BLOCK` values of K of a row and a feature; and instructions of
     a turn that touch the stack."""
     magic = CPUS[cpu], cpu, ""
-    height, panels = shape(format, targets.of(magic), num_rows)
-    found = counted(*optimised(module(format, magic, height, panels), magic))
+    height, panels, use = shape(format, targets.of(magic), num_rows)
+    found = counted(*optimised(module(format, magic, height, panels, use), magic))
     turn = BLOCK if format.is_quantized else format.packed.size
     times = BLOCK / (turn * height * 16 * panels)
     return found.instructions * times, found.products * times, found.bytes * times, found.spills

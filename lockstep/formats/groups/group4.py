@@ -12,7 +12,7 @@ import numpy as np
 from lockstep.formats.format import Format, Lookup, Packed, Stored
 from lockstep.formats.parts import blocks as blk
 from lockstep.formats.parts import groups
-from lockstep.formats.parts.dots import LOW_BITS, dots_u4
+from lockstep.formats.parts.dots import LOW_BITS, U4, unsigned_dots
 from lockstep.formats.parts.layout import offset
 from lockstep.formats.parts.panels import Placed, nibble_pairs
 from lockstep.formats.parts.products import ONE_128TH, ZERO, Product, codes_at, floats_at
@@ -83,7 +83,8 @@ def tile(s):
         numbers, dots = [b.add(b.mul(i, s.int(TIMES)), s.int(part)) for part in range(TIMES)], None
         for part in (1, 0):
             codes = b.add(start, s.int(offset(PANEL, "codes") + LOW_BITS.itemsize * part))
-            dots = _scaled(s, numbers[part], dots_u4(s, numbers[part], codes, None), dots)
+            sums = unsigned_dots(s, numbers[part], U4.at(s, codes), None, U4.num_groups)
+            dots = _scaled(s, numbers[part], sums, dots)
         factors = [splat(b, _biases(s, r, numbers), s.floats) for r in range(s.rows)]
         acc = {(r, c): fma_of(b, dots[r, c], d[c], v) for (r, c), v in acc.items()}
         return {(r, c): fma_of(b, factors[r], m[c], v) for (r, c), v in acc.items()}

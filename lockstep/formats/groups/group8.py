@@ -72,7 +72,7 @@ def dots_u8(s, i, start):
     """Dots of block i with the codes 0..255 that begin `start` bytes into the panels."""
     column = lambda c, g: s.codes(c, start, GROUP_BYTES * g)
     if s.target.unsigned:
-        return unsigned_dots(s, i, lambda g: [[column(c, g), column(c, g + 1)] for c in range(s.cols)], None, 2)
+        return unsigned_dots(s, i, lambda c, g: [column(c, g), column(c, g + 1)], None, 2)
     dots, biases = byte_dots(s, i, column), zero_points(s, i, 0)
     return {(r, c): s.b.sub(v, biases[r]) for (r, c), v in dots.items()}
 

@@ -4,6 +4,9 @@ The target decides which instructions make the dots (`native.isa`). The integers
 the same bits; the float32 steps that follow are those of the definitions in `products.py`.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 
 from lockstep.formats.format import SCALES
@@ -41,13 +44,9 @@ def zero_points(s, i, shift):
     return [s.b.ashr(v, constant(s.ints, shift)) if shift else v for v in biases]
 
 
-def feature_halves(s, start, begin):
-    """A float16 for each feature, at start + begin of every panel, as float32."""
-    b = s.b
-    return [
-        halves_f32(b, moved(b, moved(b, w, start), begin + 2 * first), s.lanes)
-        for w, first in zip(s.w, s.first, strict=True)
-    ]
+def feature_half(s, c, start, begin):
+    """A float16 for each feature of column c, at start + begin of its panel, as float32."""
+    return halves_f32(s.b, moved(s.b, moved(s.b, s.w[c], start), begin + 2 * s.first[c]), s.lanes)
 
 
 def minimum_add(s, acc, minima, i):
@@ -67,48 +66,64 @@ def nibbles(b, target, v):
     return b.and_(v, constant(v.type, 15)), b.and_(high, constant(v.type, 15))
 
 
-def with_zero_points(s, panel, dots, shift):
+class Codes(NamedTuple):
+    """Unsigned codes in panels. at: (site, bytes into the panels) to a function that makes those of a column's groups g
+    and g + 1, from c and an even g. num_groups: how many groups AVX2 may sum in 16 bits, see `isa.dots`."""
+
+    at: Callable[..., Callable[..., list]]
+    num_groups: int
+
+
+def _low_bits(s, start):
+    return lambda c, g: nibbles(s.b, s.target, s.codes(c, start, GROUP_BYTES * g // 2))
+
+
+U4 = Codes(_low_bits, 8)  # sums of pairs stay below 8 * 2 * 15 * 127 = 30480 over a whole block
+
+
+def with_zero_points(s, panel, codes, shift):
     """acc = fma(float(dot), w_scale * a_scale, acc), with scales in a stream of their own.
 
-    dots: emits the dots of unsigned codes, on top of the correction bias >> shift: bias is -128 * (sum of the
-    activations), so that the zero point of the codes is 128 >> shift.
+    The dots of unsigned codes are on top of the correction bias >> shift: bias is -128 * (sum of the activations), so
+    that the zero point of the codes is 128 >> shift.
     """
 
     def block(i, acc):
-        start = s.b.mul(i, s.int(panel.itemsize))
-        return scale_add(s, acc, dots(s, i, start, zero_points(s, i, shift)), w_scales(s, i), i)
+        [pairs] = s.unpack(i, codes.at(s, s.b.mul(i, s.int(panel.itemsize))))
+        dots = unsigned_dots(s, i, pairs, zero_points(s, i, shift), codes.num_groups)
+        return scale_add(s, acc, dots, w_scales(s, i), i)
 
     return s.blocks(BLOCK, block, panel.itemsize, SCALES.itemsize)
 
 
-def with_minima(s, panel, dots):
-    """acc = fma(-m / 128, float(bias) * a_scale, fma(float(dot), d * a_scale, acc)).
-
-    dots: emits the dots of unsigned codes.
-    """
+def with_minima(s, panel, codes):
+    """acc = fma(-m / 128, float(bias) * a_scale, fma(float(dot), d * a_scale, acc))."""
     b = s.b
 
     def block(i, acc):
         start = b.mul(i, s.int(panel.itemsize))
-        sums = dots(s, i, b.add(start, s.int(offset(panel, "codes"))), None)
-        acc = scale_add(s, acc, sums, feature_halves(s, start, offset(panel, "d")), i)
-        minima = feature_halves(s, start, offset(panel, "m"))
-        return minimum_add(s, acc, [b.fmul(m, constant(m.type, -(2.0**-7))) for m in minima], i)
+        d = lambda c: feature_half(s, c, start, offset(panel, "d"))
+        m = lambda c: b.fmul(feature_half(s, c, start, offset(panel, "m")), constant(s.floats, -(2.0**-7)))
+        pairs = codes.at(s, b.add(start, s.int(offset(panel, "codes"))))
+        return affine_add(s, i, acc, codes.num_groups, pairs, d, m)
 
     return s.blocks(BLOCK, block, panel.itemsize)
 
 
-def dots_u4(s, i, start, first):
-    """Dots of a block with codes 0..15, `start` bytes into the panels, on top of first[row] (or of zero).
+def affine_add(s, i, acc, num_groups, pairs, d, m):
+    """acc = fma(m, float(bias) * a_scale, fma(float(dot), d * a_scale, acc)), cell by cell.
 
-    AVX2's 16-bit sums of pairs stay below 8 * 2 * 15 * 127 = 30480 over a whole block.
+    pairs: see `Codes.at`; d, m: functions of a column.
     """
-    columns = lambda g: [nibbles(s.b, s.target, s.codes(c, start, GROUP_BYTES * g // 2)) for c in range(s.cols)]
-    return unsigned_dots(s, i, columns, first, 8)
+    pairs, d, m = s.unpack(i, pairs, (s.floats, d), (s.floats, m))
+    dots, columns = unsigned_dots(s, i, pairs, None, num_groups), range(s.cols)
+    acc = scale_add(s, acc, dots, [d(c) for c in columns], i)
+    return minimum_add(s, acc, [m(c) for c in columns], i)
 
 
-def unsigned_dots(s, i, columns, first, num_groups):
-    """Dots of block i with unsigned codes, on top of first[row] (or of zero): see `isa.dots`."""
+def unsigned_dots(s, i, pairs, first, num_groups):
+    """Dots of block i with unsigned codes, on top of first[row] (or of zero); pairs, num_groups: see `Codes`."""
+    columns = lambda g: [pairs(c, g) for c in range(s.cols)]
     return s.target.tiles.unsigned_dots(s, i, columns, first, num_groups)
 
 

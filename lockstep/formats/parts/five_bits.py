@@ -3,7 +3,7 @@
 import numpy as np
 
 from lockstep.formats.parts import blocks as blk
-from lockstep.formats.parts.dots import GROUP_BYTES, LOW_BITS, nibbles, unsigned_dots
+from lockstep.formats.parts.dots import GROUP_BYTES, LOW_BITS, Codes, nibbles
 from lockstep.formats.parts.layout import offset
 from lockstep.formats.parts.panels import PANEL, Placed, fifth_bits, nibble_pairs
 from lockstep.formats.parts.scalars import byte, low_bits
@@ -26,23 +26,18 @@ def placed(codes: np.ndarray) -> Placed:
     return {"codes.fifth": (fifth_bits, codes >> 4), "codes.low": (nibble_pairs, codes & 15)}
 
 
-def dots_u5(s, i, start, first):
-    """`dots_u4` with codes 0..31: fifth bits, then the low ones.
-
-    Byte j of a feature's four has in bit g the fifth bit of code 4 g + j. AVX2's sums of pairs stay below
-    4 * 2 * 31 * 127 = 31496 over half a block.
-    """
+def _codes_at(s, start):
+    """Fifth bits, then the low ones: byte j of a feature's four has in bit g the fifth bit of code 4 g + j."""
     b, fifths = s.b, [s.codes(c, start, 0) for c in range(s.cols)]
 
-    def columns(g):
-        at = offset(FIVE_BITS, "low") + GROUP_BYTES * g // 2
-        low = [nibbles(b, s.target, s.codes(c, start, at)) for c in range(s.cols)]
-        return [
-            [b.or_(v, fifth_bit(b, bits, g + half)) for half, v in enumerate(pair)]
-            for pair, bits in zip(low, fifths, strict=True)
-        ]
+    def pair(c, g):
+        low = nibbles(b, s.target, s.codes(c, start, offset(FIVE_BITS, "low") + GROUP_BYTES * g // 2))
+        return [b.or_(v, fifth_bit(b, fifths[c], g + half)) for half, v in enumerate(low)]
 
-    return unsigned_dots(s, i, columns, first, 4)
+    return pair
+
+
+U5 = Codes(_codes_at, 4)  # sums of pairs stay below 4 * 2 * 31 * 127 = 31496 over half a block
 
 
 def fifth_bit(b, v, g):

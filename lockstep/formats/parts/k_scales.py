@@ -10,7 +10,7 @@ Codes of 4 or 5 bits follow, in each format in its own way.
 import numpy as np
 
 from lockstep.formats.parts import blocks as blk
-from lockstep.formats.parts.dots import feature_halves, minimum_add, scale_add
+from lockstep.formats.parts.dots import affine_add, feature_half
 from lockstep.formats.parts.layout import offset, offsets, part_bytes
 from lockstep.formats.parts.panels import PANEL, Placed, k_major
 from lockstep.formats.parts.products import ONE_128TH, ZERO, Product, codes_at, floats_at
@@ -117,33 +117,28 @@ def inside(s, start, j, size):
     return s.b.add(start, s.b.mul(j, s.int(size)))
 
 
-def tile(s, panel, dots):
+def tile(s, panel, codes):
     """acc = fma((dmin * m) / 128, float(bias) * a_scale, fma(float(dot), (d * sc) * a_scale, acc)).
 
-    panel: begins with PANEL_HEAD and ends with eight parts of codes; dots: emits the dots of one part, of 32 k.
+    panel: begins with PANEL_HEAD and ends with eight parts of codes, of 32 k each.
     """
     b = s.b
 
     def block(i, acc):
         start, j = block_of(s, i, panel.itemsize)
-        codes = b.add(inside(s, start, j, part_bytes(panel, "codes")), s.int(offset(panel, "codes")))
-        sums = dots(s, i, codes, None)
+        place = b.add(inside(s, start, j, part_bytes(panel, "codes")), s.int(offset(panel, "codes")))
         part = inside(s, start, j, part_bytes(panel, "sc"))
-        acc = scale_add(s, acc, sums, _products(s, start, part, panel, "d", "sc"), i)
-        minima = [b.fmul(v, constant(v.type, 2.0**-7)) for v in _products(s, start, part, panel, "dmin", "m")]
-        return minimum_add(s, acc, minima, i)
+        d = lambda c: _product(s, c, start, part, panel, "d", "sc")
+        m = lambda c: b.fmul(_product(s, c, start, part, panel, "dmin", "m"), constant(s.floats, 2.0**-7))
+        return affine_add(s, i, acc, codes.num_groups, codes.at(s, place), d, m)
 
     return s.blocks(GROUP, block, panel.itemsize * GROUP // SIZE)
 
 
-def _products(s, start, part, panel, half_field, byte_field):
-    """A float16 of each feature times a byte of each, for every panel; start, part: where block and part begin."""
-    b, products = s.b, []
-    halves = feature_halves(s, start, offset(panel, half_field))
-    for half_, w, first in zip(halves, s.w, s.first, strict=True):
-        bytes_ = bytes_f32(b, moved(b, moved(b, w, part), offset(panel, byte_field) + first), s.lanes)
-        products.append(b.fmul(half_, bytes_))
-    return products
+def _product(s, c, start, part, panel, half_field, byte_field):
+    """A float16 of each feature of column c times a byte of each; start, part: where block and part begin."""
+    place = moved(s.b, moved(s.b, s.w[c], part), offset(panel, byte_field) + s.first[c])
+    return s.b.fmul(feature_half(s, c, start, offset(panel, half_field)), bytes_f32(s.b, place, s.lanes))
 
 
 # ---------------------------------------------------------------- single rows

@@ -4,9 +4,12 @@ A tile is `rows` x `cols` vectors of `lanes` features. The target decides how la
 instruction makes dots. A format's function of a `Site` emits the loop over K and returns the accumulators.
 """
 
+from enum import Enum
+from functools import cache
 from typing import NamedTuple
 
-from lockstep.formats.parts.rows import BIAS, BLOCK_BYTES, SCALE, SCALED_BIAS, SUMS
+from lockstep.formats.format import LINE_BYTES
+from lockstep.formats.parts.rows import BIAS, BLOCK, BLOCK_BYTES, SCALE, SCALED_BIAS, SUMS
 from lockstep.native import targets
 from lockstep.native.emit import counted, fma, ir, moved, pointer, prefetch, read, spread, vector, write
 from lockstep.native.flushing import ieee_additions
@@ -26,8 +29,8 @@ class Rows(NamedTuple):
 
 class Panels(NamedTuple):
     """A run of packed panels, and how much of K is multiplied: addresses of codes and scales (0 in formats without a
-    stream of scales), each with the bytes from one panel to the next. unpacked: where a tile that reads a dense layout
-    writes plain panels, one after the other, for the tiles that follow; 0: nowhere."""
+    stream of scales), each with the bytes from one panel to the next. unpacked: where panels of a dense layout become
+    plain ones, or codes are unpacked, one panel after the other, for all tiles that follow; 0: nowhere."""
 
     codes: int
     codes_stride: int
@@ -62,6 +65,14 @@ class Ahead(NamedTuple):
     panel_mask: int
 
 
+class Use(Enum):
+    """What a site does with the vectors of `Site.unpack`: makes them, makes and writes them, or reads them."""
+
+    OWN = "own"
+    WRITE = "write"
+    READ = "read"
+
+
 class Site:
     """Where a tile is emitted: its shape, the target's instructions, and pointers to its operands.
 
@@ -69,10 +80,11 @@ class Site:
     each row; w, scales: to the panel of each column. The pointers do not change in the loop over K, so that an
     instruction addresses by pointer, index and constant. start: the initial values of the accumulators. prefetched: for
     each panel that may be prefetched (whether it is, pointers to its codes and its scales), distance: how many bytes
-    ahead of the current block, locality: into which cache. is_last: whether the part of K is the last.
+    ahead of the current block, locality: into which cache. is_last: whether the part of K is the last. num_vectors:
+    `Format.unpacked`.
     """
 
-    def __init__(self, b, magic, height, columns, lanes, x, w):
+    def __init__(self, b, magic, height, columns, lanes, x, w, num_vectors=0, use=Use.OWN):
         self.b, self.magic, self.K = b, magic, w.K
         self.target, self.cpu = targets.of(magic), targets.Cpu(*magic)
         self.rows, self.cols, self.lanes, self.panels = height, len(columns), lanes, [p for p, _ in columns]
@@ -82,7 +94,9 @@ class Site:
         self.x = self.pointers(x.address, x.stride, range(height))
         self.w = self.pointers(w.codes, w.codes_stride, self.panels)
         self.scales = self.pointers(w.scales, w.scales_stride, self.panels)
-        self.unpacked = w.unpacked
+        self.unpacked, self.num_vectors, self.use = w.unpacked, num_vectors, use
+        stride = b.mul(b.udiv(w.K, self.int(BLOCK)), self.int(LINE_BYTES * num_vectors))
+        self.vectors = self.pointers(w.unpacked, stride, self.panels) if use is not Use.OWN else []
         self.start = {cell: constant(self.floats, 0.0) for cell in self.cells}
         self.prefetched, self.distance, self.locality = [], 0, self.target.machine.prefetch_locality(self.cpu)
         self.flushes, self.is_last = False, constant(I1, 1)
@@ -118,6 +132,31 @@ class Site:
     def out_offset(self, c):
         """The byte of a row of out at which column c begins."""
         return 64 * self.panels[c] + 4 * self.first[c]
+
+    def unpack(self, i, codes, *others):
+        """What block i of 32 weights is unpacked to: `Format.unpacked` vectors of a line of each panel.
+
+        codes(c, g): the codes of groups g and g + 1 of column c, for an even g below 8. others: (type of a vector,
+        function of c that makes it). Returns the functions, which make a vector once, or read what another site wrote.
+        """
+        makes = [make for _, make in others]
+        if self.use is Use.OWN:
+            return tuple(cache(make) for make in (codes, *makes))
+        assert self.num_vectors == 8 + len(others), f"{8 + len(others)} vectors of {self.num_vectors}"
+        start = self.b.mul(i, self.int(LINE_BYTES * self.num_vectors))
+        place = lambda c, n: moved(self.b, moved(self.b, self.vectors[c], start), LINE_BYTES * n + 4 * self.first[c])
+
+        def kept(c, n, v):
+            write(self.b, place(c, n), v, 4 * self.lanes)
+            return v
+
+        if self.use is Use.WRITE:
+            pairs = cache(lambda c, g: [kept(c, g + half, v) for half, v in enumerate(codes(c, g))])
+            return pairs, *(cache(lambda c, n=8 + n, make=make: kept(c, n, make(c))) for n, make in enumerate(makes))
+        load = lambda c, n, kind: read(self.b, place(c, n), kind, 4 * self.lanes)
+        quads = vector(I8, 4 * self.lanes)
+        pairs = cache(lambda c, g: [load(c, g, quads), load(c, g + 1, quads)])
+        return pairs, *(cache(lambda c, n=8 + n, kind=kind: load(c, n, kind)) for n, (kind, _) in enumerate(others))
 
     def fetch(self, i, panel_bytes, scale_bytes):
         """Prefetches the blocks that lie `distance` after block i: through the arithmetic of several rows, the

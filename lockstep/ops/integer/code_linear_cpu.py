@@ -62,7 +62,7 @@ def sweep(planes, scaling, a, grid, num_rows, first, last):
     for t in range(0, num_rows, at_once):
         for p in range(first, last, COLS):
             w = Panels(a.weight.codes + 16 * K * p, 16 * K, a.weight.d + WORD_BYTES * p, WORD_BYTES, K, 0)
-            out, x = output_at(a, t, p, num_panels, 0, True), Rows(a.x + row * t, row)
+            out, x = output_at(a, t, p, num_panels), Rows(a.x + row * t, row)
             ahead = Ahead(w.codes + 16 * K * COLS, w.codes_stride, w.scales, w.scales_stride, ALL_PANELS)
             tiles(planes, scaling, x, w, out, ahead, grid, min(at_once, num_rows - t))
 

@@ -29,8 +29,12 @@ from lockstep.ops.linear.linear_cpu import (
     COLS,
     ENOUGH_CLAIMS,
     PLAIN_LAYOUTS,
+    cache_of,
     constants,
+    few_rows,
+    multiply_parts,
     multiply_rows,
+    part_of_k,
     rows_at_once,
 )
 from lockstep.ops.linear.moe import place_at
@@ -120,7 +124,7 @@ def _linear(op, step, thread, num_threads):
     the first panels of the next claim can be prefetched."""
     a = ExpertLinear.read(op)
     E, K, num_panels, row_bytes = a.num_experts, a.width, a.features // 16, ROW_BYTES(a.width)
-    at_once, codes_stride = rows_at_once(row_bytes), panel_bytes(FORMAT, K, a.weight.d)
+    at_once, codes_stride = rows_at_once(row_bytes, cache_of(FORMAT)), panel_bytes(FORMAT, K, a.weight.d)
     scale_stride, num_starts = scale_bytes(FORMAT, K) if a.weight.d else 0, num_rows(op, step) * a.top_k + 1
     size = claim_panels(num_panels, min(E, num_starts - 1), num_threads)
     num_claims, counter = (num_panels + size - 1) // size, peek(op + 8 * COUNTER, int64)
@@ -133,6 +137,8 @@ def _linear(op, step, thread, num_threads):
         end, stop = min(first + size, num_panels), place_at(a.expert_start, e + 1, num_starts)
         for s in range(place_at(a.expert_start, e, num_starts), stop, at_once):
             panel_after = e * num_panels + first if s + at_once < stop else next_e * num_panels + next_first
+            rows = min(at_once, stop - s)
+            part = part_of_k(FORMAT, K, codes_stride, rows, few_rows(FORMAT, SHAPES))
             for p in range(first, end, COLS):
                 panel = e * num_panels + p
                 panel_ahead = panel + COLS if p + COLS < end else panel_after
@@ -140,14 +146,17 @@ def _linear(op, step, thread, num_threads):
                 codes, scales = a.weight.codes + codes_stride * panel, a.weight.d + scale_stride * panel
                 codes_ahead = a.weight.codes + codes_stride * panel_ahead
                 scales_ahead = a.weight.d + scale_stride * panel_ahead
-                multiply_rows(
+                multiply_parts(
                     FORMAT,
                     SHAPES,
+                    multiply_rows,
+                    part,
+                    row_bytes,
                     Rows(a.x + row_bytes * s, row_bytes),
                     Panels(codes, codes_stride, scales, scale_stride, K, 0),
                     Output(out, 64 * num_panels, bias, 0, num_panels - p, 0, 1),
                     Ahead(codes_ahead, codes_stride, scales_ahead, scale_stride, ALL_PANELS),
-                    min(at_once, stop - s),
+                    rows,
                 )
         claim, e, num_before = next_claim, next_e, next_before
 

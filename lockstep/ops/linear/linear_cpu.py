@@ -30,6 +30,7 @@ from lockstep.ops.linear.tile import (
     panel_bytes,
     scale_bytes,
     scale_offset,
+    unpacked_bytes,
 )
 from lockstep.ops.share import neighbouring
 from lockstep.runtime.backend import Implementation, Layout
@@ -43,9 +44,9 @@ FEW_ROWS_DENSE = 2  # rows that share each panel of a dense layout while it stre
 # the fewest and the most rows of the taller tiles that unpack a dense layout
 DENSE_HEIGHTS = 3, 8 if COLS > 1 else min(format.narrow_rows for format in FORMATS.values() if format.dense)
 UNPACKED_BYTES = 64 * 1024  # of the panels of a tile, in the part of K that is worked on at a time
-# activations that stay in the second-level cache while panels pass by; the more rows, the fewer times a dense layout is
-# unpacked, whose panels take less of the cache themselves
-CACHE_BYTES, DENSE_CACHE_BYTES = 192 * 1024, 640 * 1024
+# activations that stay in the second-level cache while panels pass by; the more rows, the fewer times panels are
+# unpacked, which take less of the cache themselves
+CACHE_BYTES, UNPACKING_CACHE_BYTES = 192 * 1024, 640 * 1024
 CLAIMS_FEW_ROWS, CLAIMS_MANY_ROWS = 8, 16  # a thread: few for long streams, many so that threads end together
 MAX_CLAIM = 64  # panels
 # where panels are too few for so many claims a thread, rows are cut, too, into shares of at least so many rows
@@ -86,10 +87,11 @@ def multiply_rows(format, shapes, x, w, out, ahead, num_rows):
     `shapes_of`; the other arguments are those of `linear_tile`.
 
     The first tile prefetches the panels ahead; where there are several tiles, each of the first two prefetches half.
-    Where there are several tiles of a dense layout, the first unpacks its panels for the others.
+    Where there are several tiles of a dense layout, or of codes that take long to unpack, the first unpacks its panels
+    for the others.
     """
     few, fewest, most, at_once = shapes
-    dense = is_dense(format, w.scales)
+    dense, unpacks = is_dense(format, w.scales), unpacked_bytes(format, w.K) > 0
     tallest = DENSE_HEIGHTS[1] if dense else most
     prefetched = ALL_PANELS if num_rows <= tallest else ALL_PANELS // 2
     left = ALL_PANELS - prefetched
@@ -102,17 +104,29 @@ def multiply_rows(format, shapes, x, w, out, ahead, num_rows):
             rows = tile_rows(num_rows, min(most, tallest))  # no taller tile unpacks
             w = Panels(w.codes, w.codes_stride, w.scales, w.scales_stride, w.K, stack_memory(UNPACKED_BYTES))
         linear_tile((format, "dense"), (DENSE_HEIGHTS, COLS, COLS), rows, x, w, out, only(ahead, prefetched))
-        num_rows, x, out = num_rows - rows, Rows(x.address + rows * x.stride, x.stride), below(out, rows)
-        prefetched, left = left, 0
+        num_rows, x, out, prefetched = num_rows - rows, x_below(x, rows), below(out, rows), left
         w = Panels(w.unpacked, panel_bytes(format, w.K, 0), 0, 0, w.K, 0)
-    elif num_rows <= few:
-        linear_tile((format, "plain"), ((1, few), COLS, 1), num_rows, x, w, out, ahead)
-        return
+    elif num_rows <= few_rows(format, shapes):
+        while num_rows > 0:
+            rows = tile_rows(num_rows, few)
+            linear_tile((format, "plain"), ((1, few), COLS, 1), rows, x, w, out, ahead)
+            num_rows, x, out = num_rows - rows, x_below(x, rows), below(out, rows)
+    elif unpacks:
+        w = Panels(w.codes, w.codes_stride, w.scales, w.scales_stride, w.K, stack_memory(UNPACKED_BYTES))
+        rows = tile_rows(num_rows, most)
+        linear_tile((format, "unpacking"), ((fewest, most), COLS, at_once), rows, x, w, out, only(ahead, prefetched))
+        num_rows, x, out, prefetched = num_rows - rows, x_below(x, rows), below(out, rows), left
     while num_rows > 0:
         rows = tile_rows(num_rows, most)
-        linear_tile((format, "plain"), ((fewest, most), COLS, at_once), rows, x, w, out, only(ahead, prefetched))
-        num_rows, x, out = num_rows - rows, Rows(x.address + rows * x.stride, x.stride), below(out, rows)
+        linear_tile((format, "last"), ((fewest, most), COLS, at_once), rows, x, w, out, only(ahead, prefetched))
+        num_rows, x, out = num_rows - rows, x_below(x, rows), below(out, rows)
         prefetched, left = left, 0
+
+
+@inlined
+def few_rows(format, shapes):
+    """Up to how many rows are multiplied in tiles of one panel: in two of these, where more rows unpack their codes."""
+    return 2 * shapes[0] if unpacked_bytes(format, K_UNIT) > 0 else shapes[0]
 
 
 @inlined
@@ -129,6 +143,12 @@ def only(ahead, panel_mask):
 
 
 @inlined
+def x_below(x, rows):
+    """The Rows that begin `rows` rows further down."""
+    return Rows(x.address + rows * x.stride, x.stride)
+
+
+@inlined
 def below(out, rows):
     """The Output that begins `rows` rows further down."""
     address, added = out.address + rows * out.stride, out.added + rows * out.added_stride if out.added else 0
@@ -142,6 +162,12 @@ def multiply_one_row(format, shapes, x, w, out, ahead, num_rows):
         linear_tile((format, "dense"), ((1, 1), COLS, 1), 1, x, w, out, only(ahead, 0))
     else:
         linear_tile((format, "plain"), ((1, 1), COLS, 1), 1, x, w, out, only(ahead, 0))
+
+
+@inlined
+def cache_of(format):
+    """How many bytes of activations stay in the second-level cache while plain panels of a format pass by."""
+    return UNPACKING_CACHE_BYTES if unpacked_bytes(format, K_UNIT) > 0 else CACHE_BYTES
 
 
 @inlined
@@ -183,10 +209,10 @@ def rows_of_claim(num_rows, num_claims, num_threads):
 
 
 @inlined
-def part_of_k(K, panel, num_rows, few):
+def part_of_k(format, K, panel, num_rows, few):
     """How much of K is worked on at a time, so that the panels of a tile stay near for all rows. panel: bytes of one
     over K."""
-    part = NEAR_BYTES * K // (COLS * panel) // K_UNIT * K_UNIT
+    part = NEAR_BYTES * K // (COLS * max(panel, unpacked_bytes(format, K))) // K_UNIT * K_UNIT
     return K if num_rows <= few else min(K, max(K_UNIT, part))
 
 
@@ -223,47 +249,65 @@ class Claim(NamedTuple):
 
 
 @inlined
-def output_at(a, t, p, end_panel, k, is_last):
-    """The Output of a layer at row t and panels p .. end_panel - 1, for the part of K from k on; the last part adds the
-    residual."""
-    place = 4 * (a.width * t + a.column + 16 * p)
-    residual, stride = a.residual + place if a.residual and is_last else 0, 4 * a.width
-    return Output(a.out + place, stride, residual, stride, end_panel - p, k, 1 if is_last else 0)
+def output_at(a, t, p, end_panel):
+    """The Output of a layer at row t and panels p .. end_panel - 1, for all of K."""
+    place, stride = 4 * (a.width * t + a.column + 16 * p), 4 * a.width
+    return Output(a.out + place, stride, a.residual + place if a.residual else 0, stride, end_panel - p, 0, 1)
 
 
 @inlined
-def scales_at(format, a, panel, k):
-    """Where the scales of a panel begin for the weights from k on; 0 without a stream of them: see `is_dense`. panel:
-    bytes of those before."""
-    return a.weight.d + panel + scale_offset(format, k) if a.weight.d else 0
+def multiply_parts(format, shapes, multiply, part, row_bytes, x, w, out, ahead, num_rows):
+    """COLS panels by num_rows rows, `part` of K at a time. multiply: makes the tiles, as `multiply_rows`; row_bytes: of
+    K values of x; the other arguments are those of `linear_tile`, for all of K."""
+    K = w.K
+    for k in range(0, K, part):
+        next_k, is_last = k + part, k + part >= K
+        codes, scales = w.codes + w.codes_stride * k // K, w.scales + scale_offset(format, k) if w.scales else 0
+        codes_ahead, scales_ahead = ahead.codes, ahead.scales
+        if not is_last:
+            codes_ahead = w.codes + w.codes_stride * next_k // K
+            scales_ahead = w.scales + scale_offset(format, next_k) if w.scales else 0
+        multiply(
+            format,
+            shapes,
+            Rows(x.address + row_bytes * k // K, x.stride),
+            Panels(codes, w.codes_stride, scales, w.scales_stride, min(part, K - k), 0),
+            Output(
+                out.address,
+                out.stride,
+                out.added if is_last else 0,
+                out.added_stride,
+                out.num_panels,
+                k,
+                1 if is_last else 0,
+            ),
+            Ahead(codes_ahead, ahead.codes_stride, scales_ahead, ahead.scales_stride, ahead.panel_mask),
+            num_rows,
+        )
 
 
 @merged
 def multiply_claim(format, shapes, multiply, rows_of, a, sizes, claim):
     """Computes a claim of the layer `a`, some rows and a part of K at a time. multiply: makes the tiles, as
     `multiply_rows`; rows_of: finds the rows of a panel, as `whole_rows`."""
-    K, row_bytes, codes_stride = a.in_features, sizes.row_bytes, sizes.panel_bytes
-    scale_stride = scale_bytes(format, K) if a.weight.d else 0
+    codes, scales, stride = a.weight.codes, a.weight.d, sizes.panel_bytes
+    scale_stride = scale_bytes(format, a.in_features) if scales else 0
     for t in range(claim.first_row, claim.end_row, sizes.rows_at_once):
         panel_after = claim.first_panel if t + sizes.rows_at_once < claim.end_row else claim.next_panel
         for p in range(claim.first_panel, claim.end_panel, COLS):
             next_p = p + COLS if p + COLS < claim.end_panel else panel_after
-            x = rows_of(a, row_bytes, p)
-            for k in range(0, K, sizes.part_of_k):
-                next_k, p_ahead = (k + sizes.part_of_k, p) if k + sizes.part_of_k < K else (0, next_p)
-                codes = a.weight.codes + codes_stride * p + codes_stride * k // K
-                scales = scales_at(format, a, scale_stride * p, k)
-                codes_ahead = a.weight.codes + codes_stride * p_ahead + codes_stride * next_k // K
-                scales_ahead = scales_at(format, a, scale_stride * p_ahead, next_k)
-                multiply(
-                    format,
-                    shapes,
-                    Rows(x.address + x.stride * t + row_bytes * k // K, x.stride),
-                    Panels(codes, codes_stride, scales, scale_stride, min(sizes.part_of_k, K - k), 0),
-                    output_at(a, t, p, claim.end_panel, k, next_k == 0),
-                    Ahead(codes_ahead, codes_stride, scales_ahead, scale_stride, ALL_PANELS),
-                    min(sizes.rows_at_once, claim.end_row - t),
-                )
+            multiply_parts(
+                format,
+                shapes,
+                multiply,
+                sizes.part_of_k,
+                sizes.row_bytes,
+                x_below(rows_of(a, sizes.row_bytes, p), t),
+                Panels(codes + stride * p, stride, scales + scale_stride * p, scale_stride, a.in_features, 0),
+                output_at(a, t, p, claim.end_panel),
+                Ahead(codes + stride * next_p, stride, scales + scale_stride * next_p, scale_stride, ALL_PANELS),
+                min(sizes.rows_at_once, claim.end_row - t),
+            )
 
 
 def linear(op, step, thread, num_threads):
@@ -276,15 +320,15 @@ def linear(op, step, thread, num_threads):
     a, T = OP.read(op), num_rows(op, step)
     K, num_panels, together = a.in_features, (a.out_features + 15) // 16, 1 if ONE_ROW else T
     row_bytes, panel = ROW_BYTES(K), panel_bytes(FORMAT, K, a.weight.d)
-    few, one_by_one, cache_bytes = SHAPES[0], SHAPES[0], CACHE_BYTES
+    few, one_by_one, cache_bytes = few_rows(FORMAT, SHAPES), SHAPES[0], cache_of(FORMAT)
     if is_dense(FORMAT, a.weight.d):
-        few, one_by_one, cache_bytes = DENSE_HEIGHTS[1], FEW_ROWS_DENSE, DENSE_CACHE_BYTES
+        few, one_by_one, cache_bytes = DENSE_HEIGHTS[1], FEW_ROWS_DENSE, UNPACKING_CACHE_BYTES
     size = claim_size(num_panels, num_threads, together)
     if size == 2 and together <= one_by_one and of_one_panel(num_panels, num_threads):
         size = 1
     num_claims, counter = (num_panels + size - 1) // size, peek(op + 8 * COUNTER, int64)
     claim_rows = 1 if ONE_ROW else rows_of_claim(T, num_claims, num_threads)
-    part = part_of_k(K, panel, min(T, claim_rows), few)
+    part = part_of_k(FORMAT, K, panel, min(T, claim_rows), few)
     at_once = evenly(min(T, claim_rows), rows_at_once(row_bytes, cache_bytes))
     sizes = Sizes(row_bytes, panel, at_once, part)
     number, next_number = fetch_add(counter, 1), fetch_add(counter, 1)

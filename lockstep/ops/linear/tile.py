@@ -1,8 +1,9 @@
 """A tile of a linear layer as LLVM: the loop over K, which the format emits, and the stores of the results."""
 
 from lockstep.formats import FORMATS
-from lockstep.formats.parts.rows import NATIVE_BF16, QUANTIZED
-from lockstep.formats.parts.tiles import Site, begin, fields, finish, look_ahead
+from lockstep.formats.format import LINE_BYTES
+from lockstep.formats.parts.rows import BLOCK, NATIVE_BF16, QUANTIZED
+from lockstep.formats.parts.tiles import Site, Use, begin, fields, finish, look_ahead
 from lockstep.native import targets
 from lockstep.native.emit import ir
 from lockstep.native.numbers import types
@@ -21,16 +22,20 @@ def needs_flushing(format):
 def linear_tile(context, weights, shape, num_rows, x, w, out, ahead):
     """out = x W^T (+ residual or biases) for num_rows rows by a number of panels, over K or a part of K.
 
-    weights: literals: the name of their format, and "plain" or "dense", their layout; nothing is emitted for a layout
-    that the format lacks. shape: literals: ((fewest rows, most rows), panels, panels that are worked on at a time).
+    weights: literals: the name of their format, and their layout: "plain", "dense", "unpacking", which also writes
+    plain panels unpacked, or "last", which is what tiles after such a one read, or plain in formats that are not
+    unpacked. Nothing is emitted for a layout that the format lacks. shape: literals: ((fewest rows, most rows), panels,
+    panels that are worked on at a time).
     Only out.num_panels of them are stored; of those that are worked on one after the other, the others are not read.
     x: `Rows`. w: `Panels`. out: `Output`. ahead: `Ahead`.
     """
     heights, num_cols, at_once = shape[0], shape[1].literal_value, shape[2].literal_value
-    heights = range(heights[0].literal_value, heights[1].literal_value + 1)
     format, layout = (part.literal_value for part in weights)
-    made = FORMATS[format]
-    tile = made.tile if layout == "plain" else made.dense and made.dense.tile
+    made, (fewest, most) = FORMATS[format], (height.literal_value for height in heights)
+    if layout == "last":
+        layout = "unpacked" if made.unpacked else "plain"
+    heights = range(max(fewest, fewest_rows(layout, most)), most + 1)
+    tile, use = _tile_of(made, layout)
 
     def codegen(ctx, b, sig, args):
         magic = ctx.codegen().magic_tuple()
@@ -42,7 +47,7 @@ def linear_tile(context, weights, shape, num_rows, x, w, out, ahead):
             for start in range(0, num_cols, at_once):
                 if start:
                     _end_unless(b, b.icmp_signed(">", operands[2].num_panels, ir.Constant(I64, start)), end)
-                _tile(tile, b, magic, format, height, range(start, start + at_once), operands)
+                emit_tile(tile, b, magic, format, height, range(start, start + at_once), operands, use)
             b.branch(end)
         b.position_at_start(end)
         return ctx.get_dummy_value()
@@ -100,6 +105,16 @@ def panel_bytes(context, format, num_weights, scales):
 
 
 @primitive()
+def unpacked_bytes(context, format, num_weights):
+    """Bytes that a panel of num_weights weights is unpacked to for tiles of many rows; 0: it is not."""
+
+    def codegen(ctx, b, sig, args):
+        return _blocks(b, args[1], BLOCK, LINE_BYTES * FORMATS[format.literal_value].unpacked)
+
+    return types.int64(format, types.int64), codegen
+
+
+@primitive()
 def is_dense(context, format, scales):
     """Whether weights lie in the dense layout of their format, whose name is a literal. scales: the address of the
     layout's headers, or of the scales that other formats have in a stream of their own."""
@@ -122,13 +137,28 @@ def _end_unless(b, condition, end):
     b.position_at_start(goes_on)
 
 
-def _tile(tile, b, magic, format, height, panels, operands):
+def fewest_rows(layout, most):
+    """The fewest rows of the first tile and of those that follow, where three or more of nearly equal height, at most
+    `most`, share what the first unpacks."""
+    return {"unpacking": (2 * most + 3) // 3, "unpacked": most // 2 + 1}.get(layout, 1)
+
+
+def _tile_of(format, layout):
+    """The function that emits a tile of a layout, or None, and what its site does with what codes are unpacked to."""
+    if layout == "dense":
+        return format.dense and format.dense.tile, Use.OWN
+    if layout == "plain":
+        return format.tile, Use.OWN
+    return format.tile if format.unpacked else None, Use.WRITE if layout == "unpacking" else Use.READ
+
+
+def emit_tile(tile, b, magic, format, height, panels, operands, use=Use.OWN):
     x, w, out, ahead = operands
     lanes = targets.of(magic).dot_lanes if FORMATS[format].product.rows is QUANTIZED else LANES
     columns = [(p, first) for p in panels for first in range(0, LANES, lanes)]
     whole = height <= WHOLE_PANELS or lanes == LANES
     for group in [columns] if whole else [[column] for column in columns]:
-        s = Site(b, magic, height, group, lanes, x, w)
+        s = Site(b, magic, height, group, lanes, x, w, FORMATS[format].unpacked, use)
         s.flushes, s.is_last = needs_flushing(FORMATS[format]), b.icmp_signed("!=", out.is_last, s.int(0))
         begin(s, out)
         look_ahead(s, ahead, FORMATS[format].one_row_ahead)

@@ -125,9 +125,9 @@ class Logits(NamedTuple):
 
 
 @inlined
-def sizes_of(head, row, panel, part):
+def sizes_of(format, head, row, panel, part):
     """The `Sizes` of a claim; row, panel: bytes of in_features values of x and of a panel."""
-    in_cache = part_of_k(head.in_features, panel, part.num_rows, FEW_ROWS)
+    in_cache = part_of_k(format, head.in_features, panel, part.num_rows, FEW_ROWS)
     return Sizes(row, panel, rows_at_once(row), in_cache)
 
 
@@ -135,7 +135,7 @@ def sizes_of(head, row, panel, part):
 def multiplied(format, head, row, part):
     """Writes the logits of a claim."""
     claim = Claim(0, part.num_rows, part.first, part.last, part.first)
-    sizes = sizes_of(head, row, panel_bytes(format, head.in_features, head.weight.d), part)
+    sizes = sizes_of(format, head, row, panel_bytes(format, head.in_features, head.weight.d), part)
     multiply_claim(format, SHAPES, multiply_rows, whole_rows, head, sizes, claim)
 
 

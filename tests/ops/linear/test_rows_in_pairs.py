@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from lockstep.formats import FORMATS
+from lockstep.formats.format import LINE_BYTES
 from lockstep.formats.pack import pack
+from lockstep.formats.parts.tiles import Use
 from lockstep.native import targets
 from lockstep.native.isa import rows_in_pairs
 from lockstep.native.kernel import target
@@ -45,7 +47,7 @@ def running(text):
     machine = llvm.Target.from_default_triple().create_target_machine(cpu=target()[1], features=target()[2])
     with llvm.create_mcjit_compiler(llvm.parse_assembly(text), machine) as engine:
         engine.finalize_object()
-        yield ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 9)(engine.get_function_address("tile"))
+        yield ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 10)(engine.get_function_address("tile"))
 
 
 @pytest.mark.parametrize("name", FORMATS_TRIED)
@@ -56,8 +58,10 @@ def test_tiles_of_pairs_equal_the_definition(name, pretended):
     expected = run(linear.REFERENCE, name, x, parts)
     rows, packed = prepared(name, x), pack(format, Weight("w", name, (32, K), tuple(parts)))
     codes, scales = (*packed, np.zeros((2, 0), np.uint8))[:2]
-    out = np.full((height, 32), np.nan, np.float32)
-    sizes = codes.strides[0], scales.ctypes.data, scales.strides[0], K
-    with running(module(format, target(), height, 2)) as tile:
-        tile(rows.ctypes.data, rows.strides[0], codes.ctypes.data, *sizes, out.ctypes.data, out.strides[0])
-    same_bits(out, expected)
+    unpacked = np.zeros(LINE_BYTES * format.unpacked * 2 * K // 32, np.uint8)
+    panels = codes.ctypes.data, codes.strides[0], scales.ctypes.data, scales.strides[0], K, unpacked.ctypes.data
+    for use in (Use.WRITE, Use.READ) if format.unpacked else (Use.OWN,):
+        out = np.full((height, 32), np.nan, np.float32)
+        with running(module(format, target(), height, 2, use)) as tile:
+            tile(rows.ctypes.data, rows.strides[0], *panels, out.ctypes.data, out.strides[0])
+        same_bits(out, expected)

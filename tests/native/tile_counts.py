@@ -52,8 +52,11 @@ def shape(format, target: targets.Target, num_rows: int) -> tuple[int, int, Use]
 
 
 def module(format, magic: tuple[str, str, str], height: int, panels: int, use: Use = Use.OWN) -> str:
-    """A function that is one tile, as LLVM's text. Its arguments: the fields of `Rows`, those of `Panels`, where out
-    begins, and bytes from one of its rows to the next."""
+    """A function that is one tile, as LLVM's text.
+
+    Its arguments: the fields of `Rows`, the first five of `Panels`, where out begins, bytes from one of its rows to the
+    next, and where codes are unpacked to, which only some uses read.
+    """
     made = ir.Module()
     made.triple = magic[0]
     function = ir.Function(made, ir.FunctionType(ir.VoidType(), [I64] * 10), "tile")
@@ -61,8 +64,8 @@ def module(format, magic: tuple[str, str, str], height: int, panels: int, use: U
     zero, count = ir.Constant(I64, 0), ir.Constant(I64, panels)
     operands = (
         Rows(*values[:2]),
-        Panels(*values[2:8]),
-        Output(*values[8:10], zero, zero, count, zero, ir.Constant(I64, 1)),
+        Panels(*values[2:7], values[9]),
+        Output(*values[7:9], zero, zero, count, zero, ir.Constant(I64, 1)),
         Ahead(*values[2:6], ir.Constant(I64, (1 << panels) - 1)),
     )
     emit_tile(format.tile, b, magic, format.name, height, range(panels), operands, use)

@@ -13,7 +13,7 @@ import numpy as np
 
 from tests.ops.variants import become
 
-ROWS, N = 9, 75
+ROWS, N = 27, 75
 
 
 def digest(name):

@@ -19,6 +19,7 @@ from lockstep.native import targets
 from lockstep.native.isa import rows_in_pairs
 from lockstep.native.kernel import target
 from lockstep.ops.linear import linear
+from lockstep.runtime.executor import aligned
 from lockstep.runtime.program import Weight
 from tests.native.tile_counts import module
 from tests.ops import variants
@@ -58,10 +59,11 @@ def test_tiles_of_pairs_equal_the_definition(name, pretended):
     expected = run(linear.REFERENCE, name, x, parts)
     rows, packed = prepared(name, x), pack(format, Weight("w", name, (32, K), tuple(parts)))
     codes, scales = (*packed, np.zeros((2, 0), np.uint8))[:2]
-    unpacked = np.zeros(LINE_BYTES * format.unpacked * 2 * K // 32, np.uint8)
-    panels = codes.ctypes.data, codes.strides[0], scales.ctypes.data, scales.strides[0], K, unpacked.ctypes.data
+    panels = codes.ctypes.data, codes.strides[0], scales.ctypes.data, scales.strides[0], K
+    unpacked = aligned(LINE_BYTES * format.unpacked * 2 * K // 32)
     for use in (Use.WRITE, Use.READ) if format.unpacked else (Use.OWN,):
         out = np.full((height, 32), np.nan, np.float32)
         with running(module(format, target(), height, 2, use)) as tile:
-            tile(rows.ctypes.data, rows.strides[0], *panels, out.ctypes.data, out.strides[0])
+            arrays = rows.ctypes.data, rows.strides[0], *panels, out.ctypes.data, out.strides[0]
+            tile(*arrays, unpacked.ctypes.data)
         same_bits(out, expected)

@@ -10,7 +10,7 @@ import numpy as np
 
 from lockstep.formats.format import SCALES, Format, Lookup, Packed, Stored
 from lockstep.formats.parts import blocks as blk
-from lockstep.formats.parts.dots import LOW_BITS, scale_add, w_scales
+from lockstep.formats.parts.dots import LOW_BITS, byte_dots, each, scale_add, w_scales
 from lockstep.formats.parts.layout import offsets
 from lockstep.formats.parts.panels import Placed, k_major, nibble_pairs
 from lockstep.formats.parts.products import CODES as PRODUCT
@@ -19,9 +19,9 @@ from lockstep.formats.parts.tables import (
     NONLINEAR,
     NONLINEAR_WORDS,
     entries,
+    entries_at,
     load_entries,
     nonlinear,
-    table_dots,
 )
 from lockstep.native.kernel import definition, inlined
 from lockstep.native.simd import peek_f16, store, to_f32
@@ -44,7 +44,8 @@ def tile(s):
     """acc = fma(float(dot), w_scale * a_scale, acc)."""
 
     def block(i, acc):
-        dots = table_dots(s, i, s.b.mul(i, s.int(PANEL.itemsize)), NONLINEAR)
+        [pairs] = s.unpack(i, entries_at(s, s.b.mul(i, s.int(PANEL.itemsize)), NONLINEAR))
+        dots = byte_dots(s, i, each(pairs))
         return scale_add(s, acc, dots, w_scales(s, i), i)
 
     return s.blocks(32, block, PANEL.itemsize, SCALES.itemsize)
@@ -73,6 +74,7 @@ IQ4_NL = Format(
     packed=Packed(PANEL, 32, arrange, SCALES),
     product=PRODUCT,
     tile=tile,
+    unpacked=8,
     lookup=Lookup(weight, store_block, 32),
     fallback="f32",
     table=NONLINEAR,

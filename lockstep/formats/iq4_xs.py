@@ -12,7 +12,7 @@ import numpy as np
 
 from lockstep.formats.format import Format, Lookup, Packed, Stored
 from lockstep.formats.parts import blocks as blk
-from lockstep.formats.parts.dots import LOW_BITS, scale_add
+from lockstep.formats.parts.dots import LOW_BITS, byte_dots, each, scale_add
 from lockstep.formats.parts.k_scales import block_of, inside
 from lockstep.formats.parts.layout import offset, offsets, part_bytes
 from lockstep.formats.parts.panels import PANEL as FEATURES
@@ -24,9 +24,9 @@ from lockstep.formats.parts.tables import (
     NONLINEAR,
     NONLINEAR_WORDS,
     entries,
+    entries_at,
     load_entries,
     nonlinear,
-    table_dots,
 )
 from lockstep.native.emit import moved, read, vector
 from lockstep.native.kernel import definition, inlined
@@ -92,21 +92,21 @@ def tile(s):
     def block(i, acc):
         start, j = block_of(s, i, PANEL.itemsize)
         codes = b.add(inside(s, start, j, part_bytes(PANEL, "codes")), s.int(offset(PANEL, "codes")))
-        dots = table_dots(s, i, codes, NONLINEAR)
-        return scale_add(s, acc, dots, _products(s, start, inside(s, start, j, part_bytes(PANEL, "sc"))), i)
+        group = inside(s, start, j, part_bytes(PANEL, "sc"))
+        d = lambda c: _product(s, c, start, group)
+        pairs, d = s.unpack(i, entries_at(s, codes, NONLINEAR), (s.floats, d))
+        return scale_add(s, acc, byte_dots(s, i, each(pairs)), [d(c) for c in range(s.cols)], i)
 
     return s.blocks(32, block, PANEL.itemsize // 8)
 
 
-def _products(s, start, group):
-    """d * sc of each feature, for every panel; start, group: where the fields of the block and of its group begin."""
-    b, products = s.b, []
-    for w, first in zip(s.w, s.first, strict=True):
-        d = read(b, moved(b, moved(b, w, start), offset(PANEL, "d") + 4 * first), s.floats, 4 * s.lanes)
-        place = moved(b, moved(b, w, group), offset(PANEL, "sc") + first)
-        sc = b.sext(read(b, place, vector(I8, s.lanes), s.lanes), s.ints)
-        products.append(b.fmul(d, b.sitofp(sc, s.floats)))
-    return products
+def _product(s, c, start, group):
+    """d * sc of each feature of column c; start, group: where the fields of the block and of its group begin."""
+    b, w, first = s.b, s.w[c], s.first[c]
+    d = read(b, moved(b, moved(b, w, start), offset(PANEL, "d") + 4 * first), s.floats, 4 * s.lanes)
+    place = moved(b, moved(b, w, group), offset(PANEL, "sc") + first)
+    sc = b.sext(read(b, place, vector(I8, s.lanes), s.lanes), s.ints)
+    return b.fmul(d, b.sitofp(sc, s.floats))
 
 
 @definition
@@ -138,6 +138,7 @@ IQ4_XS = Format(
     packed=Packed(PANEL, 256, arrange),
     product=Product("scaled", QUANTIZED, ("codes", "sc", "d"), row_dot),
     tile=tile,
+    unpacked=9,
     lookup=Lookup(weight, store_block, 256),
     fallback="bf16",
     table=NONLINEAR,

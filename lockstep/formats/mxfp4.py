@@ -12,7 +12,7 @@ import numpy as np
 
 from lockstep.formats.format import Format, Lookup, Packed, Stored
 from lockstep.formats.parts import blocks as blk
-from lockstep.formats.parts.dots import LOW_BITS, scale_add
+from lockstep.formats.parts.dots import LOW_BITS, byte_dots, each, scale_add
 from lockstep.formats.parts.layout import offsets
 from lockstep.formats.parts.panels import Placed, k_major, nibble_pairs
 from lockstep.formats.parts.powers import (
@@ -30,8 +30,8 @@ from lockstep.formats.parts.tables import (
     TWICE_E2M1,
     TWICE_E2M1_WORDS,
     entries,
+    entries_at,
     load_entries,
-    table_dots,
     twice_e2m1,
 )
 from lockstep.native.kernel import definition, inlined
@@ -69,7 +69,8 @@ def tile(s):
     """acc = fma(float(dot), w_scale * a_scale, acc)."""
 
     def block(i, acc):
-        dots = table_dots(s, i, s.b.mul(i, s.int(PANEL.itemsize)), TWICE_E2M1)
+        [pairs] = s.unpack(i, entries_at(s, s.b.mul(i, s.int(PANEL.itemsize)), TWICE_E2M1))
+        dots = byte_dots(s, i, each(pairs))
         return scale_add(s, acc, dots, power_scales(s, i), i)
 
     return s.blocks(32, block, PANEL.itemsize, POWERS.itemsize)
@@ -98,6 +99,7 @@ MXFP4 = Format(
     packed=Packed(PANEL, 32, arrange, POWERS),
     product=PRODUCT,
     tile=tile,
+    unpacked=8,
     lookup=Lookup(weight, store_block, 32),
     fallback="f32",
     table=TWICE_E2M1,

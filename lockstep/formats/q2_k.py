@@ -107,10 +107,16 @@ def tile(s):
         both = b.add(inside(s, start, j, 2 * part_bytes(PANEL, "scales")), s.int(offset(PANEL, "scales")))
         halves = [[scales(s, c, b.add(both, s.int(FEATURES * half))) for half in (0, 1)] for c in range(s.cols)]
         tables = [[_table(s, v) for v in pair] for pair in halves]
-        pairs = lambda c, g: [scaled_codes(s, c, codes, g + n, tables[c]) for n in (0, 1)]
-        dots, minima = unsigned_dots(s, i, pairs, None, 2), [_minima(s, *pair) for pair in halves]
-        d, dmin = ([feature_half(s, c, start, offset(PANEL, field)) for c in range(s.cols)] for field in ("d", "dmin"))
-        return _add(s, i, acc, dots, minima, d, [b.fneg(v) for v in dmin])
+        d = lambda c: feature_half(s, c, start, offset(PANEL, "d"))
+        pairs, *others = s.unpack(
+            i,
+            lambda c, g: [scaled_codes(s, c, codes, g + n, tables[c]) for n in (0, 1)],
+            (s.ints, lambda c: _minima(s, *halves[c])),
+            (s.floats, d),
+            (s.floats, lambda c: b.fneg(feature_half(s, c, start, offset(PANEL, "dmin")))),
+        )
+        dots, columns = unsigned_dots(s, i, pairs, None, 2), range(s.cols)
+        return _add(s, i, acc, dots, *([make(c) for c in columns] for make in others))
 
     return s.blocks(32, block, PANEL.itemsize // 8)
 
@@ -167,6 +173,7 @@ Q2_K = Format(
     tile=tile,
     lookup=Lookup(weight, store_block, 256),
     fallback="bf16",
-    tall_tiles=True,
+    few_rows=12,
+    unpacked=11,
     made_up_scale=2.0**-13,
 )

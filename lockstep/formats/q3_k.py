@@ -18,7 +18,7 @@ import numpy as np
 from lockstep.formats.format import Format, Lookup, Packed, Stored
 from lockstep.formats.parts import blocks as blk
 from lockstep.formats.parts import scalars
-from lockstep.formats.parts.dots import byte_dots, scale_add
+from lockstep.formats.parts.dots import byte_dots, each, scale_add
 from lockstep.formats.parts.k_scales import block_of, inside, unsigned
 from lockstep.formats.parts.layout import offset, offsets, part_bytes
 from lockstep.formats.parts.panels import PANEL as FEATURES
@@ -93,7 +93,7 @@ def tile(s):
             lambda c, g: [_column(s, c, codes, g + n, *tables[c]) for n in (0, 1)],
             (s.floats, lambda c: _d(s, c, start)),
         )
-        dots = byte_dots(s, i, lambda c, g: pairs(c, g - g % 2)[g % 2])
+        dots = byte_dots(s, i, each(pairs))
         return scale_add(s, acc, dots, [d(c) for c in range(s.cols)], i)
 
     return s.blocks(32, block, PANEL.itemsize // 8)

@@ -56,6 +56,7 @@ Q4_1 = Format(
     packed=Packed(PANEL, 32, arrange),
     product=CODES_AND_MINIMA,
     tile=lambda s: with_minima(s, PANEL, U4),
+    unpacked=10,
     lookup=Lookup(weight, store_block, 32),
     fallback="f32",
     one_row_ahead=2048,

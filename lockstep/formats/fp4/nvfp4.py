@@ -71,6 +71,7 @@ NVFP4 = Format(
     packed=PACKED,
     product=PRODUCT,
     tile=tile,
+    unpacked=8,
     lookup=Lookup(weight, store_block, SIZE),
     fallback="f32",
     table=TWICE_E2M1,

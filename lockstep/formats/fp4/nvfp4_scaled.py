@@ -69,6 +69,7 @@ NVFP4_SCALED = Format(
     packed=PACKED,
     product=PRODUCT,
     tile=tile,
+    unpacked=8,
     lookup=Lookup(weight, store_block, SIZE),
     fallback="f32",
     table=TWICE_E2M1,

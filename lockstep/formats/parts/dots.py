@@ -130,6 +130,11 @@ def unsigned_dots(s, i, pairs, first, num_groups):
 # ---------------------------------------------------------------- codes of 8 bits
 
 
+def each(pairs):
+    """A function of a column and a group that makes its codes, from `pairs`, which makes those of two groups."""
+    return lambda c, g: pairs(c, g - g % 2)[g % 2]
+
+
 def byte_dots(s, i, column):
     """Dots of block i with codes of 8 bits.
 

@@ -7,14 +7,14 @@ import numpy as np
 
 from lockstep.formats.format import Packed
 from lockstep.formats.parts import blocks as blk
-from lockstep.formats.parts.dots import LOW_BITS, half_dots, scale_add
+from lockstep.formats.parts.dots import LOW_BITS, each, half_dots, scale_add
 from lockstep.formats.parts.layout import offset, part_bytes
 from lockstep.formats.parts.panels import PANEL as FEATURES
 from lockstep.formats.parts.panels import Placed, k_major, nibble_pairs
 from lockstep.formats.parts.products import ZERO, Product, codes_at, floats_at
 from lockstep.formats.parts.rows import QUANTIZED
 from lockstep.formats.parts.scalars import nibble
-from lockstep.formats.parts.tables import TWICE_E2M1, table_column
+from lockstep.formats.parts.tables import TWICE_E2M1, entries_at
 from lockstep.native.emit import moved, read
 from lockstep.native.kernel import definition, inlined
 from lockstep.native.numbers import uint8
@@ -74,7 +74,8 @@ def tile(s):
         start, which = b.mul(b.lshr(i, s.int(1)), s.int(PANEL.itemsize)), b.and_(i, s.int(1))
         codes = b.add(b.add(start, b.mul(which, s.int(codes_bytes))), s.int(offset(PANEL, "codes")))
         first = b.add(start, b.mul(which, s.int(2 * d_bytes)))
-        for half, dots in enumerate(half_dots(s, i, table_column(s, codes, TWICE_E2M1))):
+        [pairs] = s.unpack(i, entries_at(s, codes, TWICE_E2M1))
+        for half, dots in enumerate(half_dots(s, i, each(pairs))):
             acc = scale_add(s, acc, dots, _scales(s, b.add(first, s.int(d_bytes * half))), i)
         return acc
 

@@ -7,7 +7,7 @@ codes of 8 bits. Features that fill up a panel have codes of 0 and scales of zer
 import numpy as np
 
 from lockstep.formats.parts import blocks as blk
-from lockstep.formats.parts.dots import GROUP_BYTES, byte_dots, nibbles
+from lockstep.formats.parts.dots import GROUP_BYTES, nibbles
 from lockstep.formats.parts.scalars import low_bits
 from lockstep.native.kernel import definition, inlined
 from lockstep.native.lookup import lookup, lookup_i8, table_of, words_of
@@ -26,21 +26,16 @@ def entries(packed: np.ndarray, table: np.ndarray) -> np.ndarray:
     return table[blk.nibbles(packed)]
 
 
-def table_dots(s, i, start, table):
-    """Dots of block i with the entries whose codes begin `start` bytes into the panels."""
-    return byte_dots(s, i, table_column(s, start, table))
+def entries_at(s, start, table):
+    """A function that makes the entries of a column's groups g and g + 1, whose codes begin `start` bytes into the
+    panels, from the column and an even g."""
+    constant_table = table_of(table.astype(np.int16) + (128 if s.target.unsigned else 0))
 
+    def pair(c, g):
+        codes = nibbles(s.b, s.target, s.codes(c, start, GROUP_BYTES * g // 2))
+        return [lookup(s.b, s.magic, constant_table, v) for v in codes]
 
-def table_column(s, start, table):
-    """The function that `byte_dots` asks for the entries of a column's group."""
-    constant_table, pairs = table_of(table.astype(np.int16) + (128 if s.target.unsigned else 0)), {}
-
-    def column(c, g):
-        if g % 2 == 0:
-            pairs[c] = nibbles(s.b, s.target, s.codes(c, start, GROUP_BYTES * g // 2))
-        return lookup(s.b, s.magic, constant_table, pairs[c][g % 2])
-
-    return column
+    return pair
 
 
 @definition

@@ -74,11 +74,14 @@ def constants(format):
 def shapes_of(format, panels=COLS):
     """(the most rows that are one tile of a panel; the fewest and the most rows of the tiles that many rows are cut
     into, and their panels). panels: of a tile, as the target has it."""
+    few = format.narrow_rows if panels == 1 else format.few_rows
+    if format.unpacked:  # more than 2 * few rows are three tiles or more, none of them low
+        return few, MIN_ROWS + 1, MAX_ROWS, panels
     if panels == 1:
-        return format.narrow_rows, min(MIN_ROWS, format.narrow_rows // 2), format.narrow_rows, panels
+        return few, min(MIN_ROWS, few // 2), few, panels
     if format.tall_tiles:
         return MAX_ROWS, MAX_ROWS, panels * MAX_ROWS, 1
-    return format.few_rows, MIN_ROWS, MAX_ROWS, panels
+    return few, MIN_ROWS, MAX_ROWS, panels
 
 
 @merged
@@ -255,7 +258,7 @@ def output_at(a, t, p, end_panel):
     return Output(a.out + place, stride, a.residual + place if a.residual else 0, stride, end_panel - p, 0, 1)
 
 
-@inlined
+@merged
 def multiply_parts(format, shapes, multiply, part, row_bytes, x, w, out, ahead, num_rows):
     """COLS panels by num_rows rows, `part` of K at a time. multiply: makes the tiles, as `multiply_rows`; row_bytes: of
     K values of x; the other arguments are those of `linear_tile`, for all of K."""

@@ -25,7 +25,7 @@ def linear_tile(context, weights, shape, num_rows, x, w, out, ahead):
     weights: literals: the name of their format, and their layout: "plain", "dense", "unpacking", which also writes
     plain panels unpacked, or "last", which is what tiles after such a one read, or plain in formats that are not
     unpacked. Nothing is emitted for a layout that the format lacks. shape: literals: ((fewest rows, most rows), panels,
-    panels that are worked on at a time).
+    panels that are worked on at a time); of several tiles the first, which unpacks, has one more row at least.
     Only out.num_panels of them are stored; of those that are worked on one after the other, the others are not read.
     x: `Rows`. w: `Panels`. out: `Output`. ahead: `Ahead`.
     """
@@ -34,7 +34,7 @@ def linear_tile(context, weights, shape, num_rows, x, w, out, ahead):
     made, (fewest, most) = FORMATS[format], (height.literal_value for height in heights)
     if layout == "last":
         layout = "unpacked" if made.unpacked else "plain"
-    heights = range(max(fewest, fewest_rows(layout, most)), most + 1)
+    heights = range(fewest + (layout == "unpacking"), most + 1)
     tile, use = _tile_of(made, layout)
 
     def codegen(ctx, b, sig, args):
@@ -135,12 +135,6 @@ def _end_unless(b, condition, end):
     """Branches to a block unless the condition holds."""
     b.cbranch(condition, goes_on := b.append_basic_block("goes_on"), end)
     b.position_at_start(goes_on)
-
-
-def fewest_rows(layout, most):
-    """The fewest rows of the first tile and of those that follow, where three or more of nearly equal height, at most
-    `most`, share what the first unpacks."""
-    return {"unpacking": (2 * most + 3) // 3, "unpacked": most // 2 + 1}.get(layout, 1)
 
 
 def _tile_of(format, layout):

@@ -6,7 +6,7 @@ import pytest
 from lockstep.formats import FORMATS
 from lockstep.ops.linear import linear_cpu
 from lockstep.ops.linear.experts import ExpertLinear, ExpertRows
-from lockstep.ops.linear.tile import fewest_rows
+from lockstep.ops.sampling import score_cpu
 from lockstep.runtime.program import Weight
 from tests.ops.harness import same_bits
 from tests.ops.linear.test_experts import E, N, X, both, experts_of, prepared, routed
@@ -31,11 +31,11 @@ def heights(num_rows, few, most):
 @pytest.mark.parametrize("name", UNPACKED)
 def test_tiles_of_every_height_that_occurs_are_compiled(name, panels):
     """A height that is not would compute nothing."""
-    few, fewest, most, _ = linear_cpu.shapes_of(FORMATS[name], panels)
-    for num_rows in range(1, 500):
-        first, others = heights(num_rows, few, most)
-        assert first is None or max(fewest, fewest_rows("unpacking", most)) <= first <= most
-        assert all(max(fewest, fewest_rows("unpacked", most)) <= other <= most for other in others)
+    for few, fewest, most, _ in (linear_cpu.shapes_of(FORMATS[name], panels), score_cpu.SHAPES):
+        for num_rows in range(1, 500):
+            first, others = heights(num_rows, few, most)
+            assert first is None or fewest + 1 <= first <= most
+            assert all(fewest <= other <= most for other in others)
 
 
 @pytest.mark.parametrize("name", UNPACKED)

@@ -4,7 +4,7 @@ The target decides which instructions make the dots (`native.isa`). The integers
 the same bits; the float32 steps that follow are those of the definitions in `products.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -70,7 +70,7 @@ class Codes(NamedTuple):
     """Unsigned codes in panels. at: (site, bytes into the panels) to a function that makes those of a column's groups g
     and g + 1, from c and an even g. num_groups: how many groups AVX2 may sum in 16 bits, see `isa.dots`."""
 
-    at: Callable[..., Callable[..., list]]
+    at: Callable[..., Callable[..., Sequence]]
     num_groups: int
 
 

@@ -77,7 +77,6 @@ Q4_0 = Format(
     packed=Packed(PANEL, 32, lambda codes, d: {"codes": (nibble_pairs, codes), "d": (k_major, d)}, SCALES),
     product=PRODUCT,
     tile=tile,
-    unpacked=8,
     lookup=Lookup(weight, store_block, 32),
     fallback="f32",
     zero=ZERO,

@@ -80,8 +80,8 @@ class Site:
     each row; w, scales: to the panel of each column. The pointers do not change in the loop over K, so that an
     instruction addresses by pointer, index and constant. start: the initial values of the accumulators. prefetched: for
     each panel that may be prefetched (whether it is, pointers to its codes and its scales), distance: how many bytes
-    ahead of the current block, locality: into which cache. is_last: whether the part of K is the last. num_vectors:
-    `Format.unpacked`.
+    ahead of the current block, locality: into which cache. is_last: whether the part of K is the last. num_vectors,
+    use: of what codes are unpacked to, `Format.unpacked` and a `Use`.
     """
 
     def __init__(self, b, magic, height, columns, lanes, x, w, num_vectors=0, use=Use.OWN):

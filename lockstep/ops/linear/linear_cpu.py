@@ -107,7 +107,8 @@ def multiply_rows(format, shapes, x, w, out, ahead, num_rows):
             rows = tile_rows(num_rows, min(most, tallest))  # no taller tile unpacks
             w = Panels(w.codes, w.codes_stride, w.scales, w.scales_stride, w.K, stack_memory(UNPACKED_BYTES))
         linear_tile((format, "dense"), (DENSE_HEIGHTS, COLS, COLS), rows, x, w, out, only(ahead, prefetched))
-        num_rows, x, out, prefetched = num_rows - rows, x_below(x, rows), below(out, rows), left
+        num_rows, x, out = num_rows - rows, x_below(x, rows), below(out, rows)
+        prefetched, left = left, 0
         w = Panels(w.unpacked, panel_bytes(format, w.K, 0), 0, 0, w.K, 0)
     elif num_rows <= few_rows(format, shapes):
         while num_rows > 0:
@@ -118,7 +119,8 @@ def multiply_rows(format, shapes, x, w, out, ahead, num_rows):
         w = Panels(w.codes, w.codes_stride, w.scales, w.scales_stride, w.K, stack_memory(UNPACKED_BYTES))
         rows = tile_rows(num_rows, most)
         linear_tile((format, "unpacking"), ((fewest, most), COLS, at_once), rows, x, w, out, only(ahead, prefetched))
-        num_rows, x, out, prefetched = num_rows - rows, x_below(x, rows), below(out, rows), left
+        num_rows, x, out = num_rows - rows, x_below(x, rows), below(out, rows)
+        prefetched, left = left, 0
     while num_rows > 0:
         rows = tile_rows(num_rows, most)
         linear_tile((format, "last"), ((fewest, most), COLS, at_once), rows, x, w, out, only(ahead, prefetched))

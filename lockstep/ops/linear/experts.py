@@ -18,6 +18,7 @@ whichever other rows the expert has.
 import numpy as np
 
 from lockstep.formats import FORMATS
+from lockstep.formats.parts.panels import PANEL
 from lockstep.formats.parts.rows import ROW_FORMATS, plain_row
 from lockstep.native.kernel import definition, kernel, variant
 from lockstep.native.numbers import float32
@@ -74,6 +75,8 @@ class ExpertLinear(Operands):
 
     def check(self):
         check_rows(self, "x", PREPARATION[self.weight.format], self.width, self.top_k)
+        if self.features % (2 * PANEL):  # kernels take two panels; behind the last expert's are none
+            raise ValueError(f"ExpertLinear: features is {self.features}, expected a multiple of {2 * PANEL}")
 
     @property
     def part_start(self):

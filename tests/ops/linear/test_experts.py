@@ -172,3 +172,6 @@ def test_rows_that_are_not_prepared_for_the_weights_are_refused():
     with pytest.raises(ValueError, match=r"ExpertLinear: x is x f32.T, 64., expected i8.T, 96."):
         start = Tensor("start", "T", E + 1, "i32")
         ExpertLinear(out=Tensor("o", "T", 32), x=Tensor("x", "T", 64), expert_start=start, **small)
+    small["weight"] = Weight("w", "f32", (E * 16, 32), ())
+    with pytest.raises(ValueError, match="ExpertLinear: features is 16, expected a multiple of 32"):
+        ExpertLinear(out=Tensor("o", "T", 32), x=Tensor("x", "T", 64), expert_start=start, **small)

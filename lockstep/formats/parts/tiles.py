@@ -84,7 +84,7 @@ class Site:
     use: of what codes are unpacked to, `Format.unpacked` and a `Use`.
     """
 
-    def __init__(self, b, magic, height, columns, lanes, x, w, num_vectors=0, use=Use.OWN):
+    def __init__(self, b, magic, height, columns, lanes, x, w, *, num_vectors=0, use=Use.OWN):
         self.b, self.magic, self.K = b, magic, w.K
         self.target, self.cpu = targets.of(magic), targets.Cpu(*magic)
         self.rows, self.cols, self.lanes, self.panels = height, len(columns), lanes, [p for p, _ in columns]

@@ -31,10 +31,8 @@ from lockstep.ops.linear.linear_cpu import (
     PLAIN_LAYOUTS,
     cache_of,
     constants,
-    few_rows,
     multiply_parts,
     multiply_rows,
-    part_of_k,
     rows_at_once,
 )
 from lockstep.ops.linear.moe import place_at
@@ -138,7 +136,6 @@ def _linear(op, step, thread, num_threads):
         for s in range(place_at(a.expert_start, e, num_starts), stop, at_once):
             panel_after = e * num_panels + first if s + at_once < stop else next_e * num_panels + next_first
             rows = min(at_once, stop - s)
-            part = part_of_k(FORMAT, K, codes_stride, rows, few_rows(FORMAT, SHAPES))
             for p in range(first, end, COLS):
                 panel = e * num_panels + p
                 panel_ahead = panel + COLS if p + COLS < end else panel_after
@@ -150,8 +147,6 @@ def _linear(op, step, thread, num_threads):
                     FORMAT,
                     SHAPES,
                     multiply_rows,
-                    part,
-                    row_bytes,
                     Rows(a.x + row_bytes * s, row_bytes),
                     Panels(codes, codes_stride, scales, scale_stride, K, 0),
                     Output(out, 64 * num_panels, bias, 0, num_panels - p, 0, 1),

@@ -28,6 +28,7 @@ from lockstep.ops.linear.tile import (
     linear_tile,
     needs_flushing,
     panel_bytes,
+    row_offset,
     scale_bytes,
     scale_offset,
     unpacked_bytes,
@@ -214,11 +215,12 @@ def rows_of_claim(num_rows, num_claims, num_threads):
 
 
 @inlined
-def part_of_k(format, K, panel, num_rows, few):
-    """How much of K is worked on at a time, so that the panels of a tile stay near for all rows. panel: bytes of one
-    over K."""
-    part = NEAR_BYTES * K // (COLS * max(panel, unpacked_bytes(format, K))) // K_UNIT * K_UNIT
-    return K if num_rows <= few else min(K, max(K_UNIT, part))
+def part_of_k(format, shapes, w, num_rows):
+    """How much of K is worked on at a time, so that the panels of a tile stay near for all rows. w: `Panels`."""
+    few = DENSE_HEIGHTS[1] if is_dense(format, w.scales) else few_rows(format, shapes)
+    panel = max(w.codes_stride, unpacked_bytes(format, w.K))
+    part = NEAR_BYTES * w.K // (COLS * panel) // K_UNIT * K_UNIT
+    return w.K if num_rows <= few else min(w.K, max(K_UNIT, part))
 
 
 @inlined
@@ -234,13 +236,11 @@ def rows_of_group(a, row_bytes, p):
 
 
 class Sizes(NamedTuple):
-    """Sizes of a layer: bytes of in_features values of x and of a panel; how many rows, and how much of K, are worked
-    on at a time."""
+    """Sizes of a layer: bytes of in_features values of x and of a panel; how many rows are worked on at a time."""
 
     row_bytes: int
     panel_bytes: int
     rows_at_once: int
-    part_of_k: int
 
 
 class Claim(NamedTuple):
@@ -261,10 +261,10 @@ def output_at(a, t, p, end_panel):
 
 
 @merged
-def multiply_parts(format, shapes, multiply, part, row_bytes, x, w, out, ahead, num_rows):
-    """COLS panels by num_rows rows, `part` of K at a time. multiply: makes the tiles, as `multiply_rows`; row_bytes: of
-    K values of x; the other arguments are those of `linear_tile`, for all of K."""
-    K = w.K
+def multiply_parts(format, shapes, multiply, x, w, out, ahead, num_rows):
+    """COLS panels by num_rows rows, a part of K at a time. multiply: makes the tiles, as `multiply_rows`; the other
+    arguments are those of `linear_tile`, for all of K."""
+    K, part = w.K, part_of_k(format, shapes, w, num_rows)
     for k in range(0, K, part):
         next_k, is_last = k + part, k + part >= K
         codes, scales = w.codes + w.codes_stride * k // K, w.scales + scale_offset(format, k) if w.scales else 0
@@ -275,7 +275,7 @@ def multiply_parts(format, shapes, multiply, part, row_bytes, x, w, out, ahead, 
         multiply(
             format,
             shapes,
-            Rows(x.address + row_bytes * k // K, x.stride),
+            Rows(x.address + row_offset(format, k), x.stride),
             Panels(codes, w.codes_stride, scales, w.scales_stride, min(part, K - k), 0),
             Output(
                 out.address,
@@ -293,7 +293,7 @@ def multiply_parts(format, shapes, multiply, part, row_bytes, x, w, out, ahead, 
 
 @merged
 def multiply_claim(format, shapes, multiply, rows_of, a, sizes, claim):
-    """Computes a claim of the layer `a`, some rows and a part of K at a time. multiply: makes the tiles, as
+    """Computes a claim of the layer `a`, some rows at a time. multiply: makes the tiles, as
     `multiply_rows`; rows_of: finds the rows of a panel, as `whole_rows`."""
     codes, scales, stride = a.weight.codes, a.weight.d, sizes.panel_bytes
     scale_stride = scale_bytes(format, a.in_features) if scales else 0
@@ -305,8 +305,6 @@ def multiply_claim(format, shapes, multiply, rows_of, a, sizes, claim):
                 format,
                 shapes,
                 multiply,
-                sizes.part_of_k,
-                sizes.row_bytes,
                 x_below(rows_of(a, sizes.row_bytes, p), t),
                 Panels(codes + stride * p, stride, scales + scale_stride * p, scale_stride, a.in_features, 0),
                 output_at(a, t, p, claim.end_panel),
@@ -325,17 +323,16 @@ def linear(op, step, thread, num_threads):
     a, T = OP.read(op), num_rows(op, step)
     K, num_panels, together = a.in_features, (a.out_features + 15) // 16, 1 if ONE_ROW else T
     row_bytes, panel = ROW_BYTES(K), panel_bytes(FORMAT, K, a.weight.d)
-    few, one_by_one, cache_bytes = few_rows(FORMAT, SHAPES), SHAPES[0], cache_of(FORMAT)
+    one_by_one, cache_bytes = SHAPES[0], cache_of(FORMAT)
     if is_dense(FORMAT, a.weight.d):
-        few, one_by_one, cache_bytes = DENSE_HEIGHTS[1], FEW_ROWS_DENSE, UNPACKING_CACHE_BYTES
+        one_by_one, cache_bytes = FEW_ROWS_DENSE, UNPACKING_CACHE_BYTES
     size = claim_size(num_panels, num_threads, together)
     if size == 2 and together <= one_by_one and of_one_panel(num_panels, num_threads):
         size = 1
     num_claims, counter = (num_panels + size - 1) // size, peek(op + 8 * COUNTER, int64)
     claim_rows = 1 if ONE_ROW else rows_of_claim(T, num_claims, num_threads)
-    part = part_of_k(FORMAT, K, panel, min(T, claim_rows), few)
     at_once = evenly(min(T, claim_rows), rows_at_once(row_bytes, cache_bytes))
-    sizes = Sizes(row_bytes, panel, at_once, part)
+    sizes = Sizes(row_bytes, panel, at_once)
     number, next_number = fetch_add(counter, 1), fetch_add(counter, 1)
     while number // num_claims * claim_rows < T:
         first_row, run = number // num_claims * claim_rows, neighbouring(number % num_claims, num_claims, num_threads)

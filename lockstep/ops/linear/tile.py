@@ -71,6 +71,18 @@ def scale_bytes(context, format, num_weights):
 
 
 @primitive()
+def row_offset(context, format, k):
+    """Where the values from k on begin in a prepared row, in bytes. format: of the weights, a literal; k: a multiple of
+    32."""
+    rows = FORMATS[format.literal_value].product.rows
+
+    def codegen(ctx, b, sig, args):
+        return _blocks(b, args[1], BLOCK, rows.num_bytes.py_func(BLOCK))
+
+    return types.int64(format, types.int64), codegen
+
+
+@primitive()
 def scale_offset(context, format, k):
     """Where the scales of the weights from k on begin in those of a panel, in bytes; arguments as of `scale_bytes`."""
     packed = FORMATS[format.literal_value].packed
@@ -152,7 +164,7 @@ def emit_tile(tile, b, magic, format, height, panels, operands, use=Use.OWN):
     columns = [(p, first) for p in panels for first in range(0, LANES, lanes)]
     whole = height <= WHOLE_PANELS or lanes == LANES
     for group in [columns] if whole else [[column] for column in columns]:
-        s = Site(b, magic, height, group, lanes, x, w, FORMATS[format].unpacked, use)
+        s = Site(b, magic, height, group, lanes, x, w, num_vectors=FORMATS[format].unpacked, use=use)
         s.flushes, s.is_last = needs_flushing(FORMATS[format]), b.icmp_signed("!=", out.is_last, s.int(0))
         begin(s, out)
         look_ahead(s, ahead, FORMATS[format].one_row_ahead)

@@ -44,7 +44,6 @@ from lockstep.ops.linear.linear_cpu import (
     merged,
     multiply_claim,
     multiply_rows,
-    part_of_k,
     rows_at_once,
     whole_rows,
 )
@@ -124,18 +123,11 @@ class Logits(NamedTuple):
     sound: bool
 
 
-@inlined
-def sizes_of(format, head, row, panel, part):
-    """The `Sizes` of a claim; row, panel: bytes of in_features values of x and of a panel."""
-    in_cache = part_of_k(format, head.in_features, panel, part.num_rows, FEW_ROWS)
-    return Sizes(row, panel, rows_at_once(row), in_cache)
-
-
 @merged
 def multiplied(format, head, row, part):
     """Writes the logits of a claim."""
     claim = Claim(0, part.num_rows, part.first, part.last, part.first)
-    sizes = sizes_of(format, head, row, panel_bytes(format, head.in_features, head.weight.d), part)
+    sizes = Sizes(row, panel_bytes(format, head.in_features, head.weight.d), rows_at_once(row))
     multiply_claim(format, SHAPES, multiply_rows, whole_rows, head, sizes, claim)
 
 

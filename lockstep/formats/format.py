@@ -99,9 +99,8 @@ class Format:
     height, because unpacking codes takes longer than loading activations. one_row_ahead: how many bytes ahead weights
     are prefetched for one row; None: as for more rows, see `tiles.AHEAD_BYTES`. unpacked: how many vectors of a line a
     panel has for 32 weights, unpacked once for all tiles of many rows, see `tiles.Site.unpack`; 0: each tile unpacks
-    them. dense: the layout that linear layers
-    read where it pays. flushes: see `runtime.step.FLUSHES`. made_up_scale: the scale of random blocks, in formats
-    without `encode`.
+    them. dense: the layout that linear layers read where it pays. flushes: see `runtime.step.FLUSHES`. made_up_scale:
+    the scale of random blocks, in formats without `encode`.
     """
 
     name: str

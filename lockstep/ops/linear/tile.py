@@ -159,6 +159,8 @@ def _tile_of(format, layout):
 
 
 def emit_tile(tile, b, magic, format, height, panels, operands, use=Use.OWN):
+    """Emits a tile of `height` rows by some panels, column after column where registers do not hold whole panels. tile:
+    the format's function; operands: `Rows`, `Panels`, `Output`, `Ahead`."""
     x, w, out, ahead = operands
     lanes = targets.of(magic).dot_lanes if FORMATS[format].product.rows is QUANTIZED else LANES
     columns = [(p, first) for p in panels for first in range(0, LANES, lanes)]

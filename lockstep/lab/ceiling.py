@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lockstep.native.kernel import kernel, target
-from lockstep.native.peak import CHAINS, lanes_per_register, peak_f32, peak_int8
+from lockstep.native.peak import CHAINS, dot_lanes, f32_lanes, peak_f32, peak_int8
 from lockstep.native.simd import lanes, load, store
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.executor import Executor
@@ -68,7 +68,9 @@ class Meter:
 
     def __init__(self, team):
         self._memory, self._small = np.ones(STREAM_BYTES // 4, np.float32), np.zeros(16, np.float32)
-        self._operations = team.num_threads * ROUNDS * 2 * CHAINS * lanes_per_register(target())
+        chains = team.num_threads * ROUNDS * CHAINS
+        self._f32_operations = 2 * chains * f32_lanes(target())
+        self._int8_operations = 8 * chains * dot_lanes(target())
         self._stream = _runs(team, stream, self._memory, self._memory.nbytes)
         self._int8, self._f32 = (_runs(team, k, self._small, ROUNDS) for k in (multiply_int8, multiply_f32))
 
@@ -83,7 +85,7 @@ class Meter:
 
     def _of(self, stream_seconds, int8_seconds, f32_seconds):
         return Ceiling(
-            STREAM_BYTES / stream_seconds, 4 * self._operations / int8_seconds, self._operations / f32_seconds
+            STREAM_BYTES / stream_seconds, self._int8_operations / int8_seconds, self._f32_operations / f32_seconds
         )
 
 

@@ -97,7 +97,7 @@ class Format:
     arithmetic, or by loads. narrow_rows: the most rows of a tile where registers hold eight lanes: sixteen registers
     hold the sums and what panels are widened to. tall_tiles: whether tiles of many rows have one panel and twice the
     height, because unpacking codes takes longer than loading activations. one_row_ahead: how many bytes ahead weights
-    are prefetched for one row; None: as for more rows, see `tiles.AHEAD_BYTES`. unpacked: how many vectors of a line a
+    are prefetched for one row; None: as for more rows, see `native.isa`. unpacked: how many vectors of a line a
     panel has for 32 weights, unpacked once for all tiles of many rows, see `tiles.Site.unpack`; 0: each tile unpacks
     them. dense: the layout that linear layers read where it pays. flushes: see `runtime.step.FLUSHES`. made_up_scale:
     the scale of random blocks, in formats without `encode`.

@@ -21,7 +21,7 @@ ARM_CPUS = ("neoverse-n1", "neoverse-v2", "apple-m1", "apple-m4")
 def test_a_target_has_its_instruction_set(magic, module):
     assert targets.of(magic).machine is module
     needed = set("IEEE FLUSH FLUSHING FUTEX pause read_control write_control barrier".split())
-    needed |= {"line_bytes", "prefetch_locality"}
+    needed |= {"line_bytes", "prefetch_locality", "ahead_bytes"}
     needed |= {"underflowed", "clear_underflow"} if module.FLUSHING == "before rounding" else set()
     assert needed <= set(dir(module))
 

@@ -8,16 +8,11 @@ from enum import Enum
 from functools import cache
 from typing import NamedTuple
 
-from lockstep.formats.format import LINE_BYTES
 from lockstep.formats.parts.rows import BIAS, BLOCK, BLOCK_BYTES, SCALE, SCALED_BIAS, SUMS
 from lockstep.native import targets
 from lockstep.native.emit import counted, fma, ir, moved, pointer, prefetch, read, spread, vector, write
 from lockstep.native.flushing import ieee_additions
 from lockstep.native.simd import F32, I1, I8, I32, I64, LANES, constant
-
-# Prefetch distance in a single stream of weights, but for one row of some formats: less comes too late or gets in the
-# way of the hardware's own prefetches, more is read in vain where a claim ends, see studies/13-prefetch-zen5.md.
-AHEAD_BYTES = 6656
 
 
 class Rows(NamedTuple):
@@ -95,11 +90,23 @@ class Site:
         self.w = self.pointers(w.codes, w.codes_stride, self.panels)
         self.scales = self.pointers(w.scales, w.scales_stride, self.panels)
         self.unpacked, self.num_vectors, self.use = w.unpacked, num_vectors, use
-        stride = b.mul(b.udiv(w.K, self.int(BLOCK)), self.int(LINE_BYTES * num_vectors))
-        self.vectors = self.pointers(w.unpacked, stride, self.panels) if use is not Use.OWN else []
+        self.vectors = self._vectors(w) if use is not Use.OWN else []
         self.start = {cell: constant(self.floats, 0.0) for cell in self.cells}
         self.prefetched, self.distance, self.locality = [], 0, self.target.machine.prefetch_locality(self.cpu)
         self.flushes, self.is_last = False, constant(I1, 1)
+
+    def _vectors(self, w):
+        """For each column where it is unpacked to: its panel's features lie apart, `lanes` of them after the other, so
+        that the columns of a panel that are worked on in turns share no cache line."""
+        b, parts = self.b, LANES // self.lanes
+        stride = b.mul(b.udiv(w.K, self.int(BLOCK)), self.int(self.unpacked_bytes))
+        numbers = [parts * p + first // self.lanes for p, first in zip(self.panels, self.first, strict=True)]
+        return self.pointers(w.unpacked, stride, numbers)
+
+    @property
+    def unpacked_bytes(self):
+        """Of a column and 32 weights."""
+        return 4 * self.lanes * self.num_vectors
 
     def int(self, value):
         return ir.Constant(I64, value)
@@ -134,7 +141,7 @@ class Site:
         return 64 * self.panels[c] + 4 * self.first[c]
 
     def unpack(self, i, codes, *others):
-        """What block i of 32 weights is unpacked to: `Format.unpacked` vectors of a line of each panel.
+        """What block i of 32 weights is unpacked to: `Format.unpacked` vectors of each column.
 
         codes(c, g): the codes of groups g and g + 1 of column c, for an even g below 8. others: (type of a vector,
         function of c that makes it). Returns the functions, which make a vector once, or read what another site wrote.
@@ -143,8 +150,8 @@ class Site:
         if self.use is Use.OWN:
             return tuple(cache(make) for make in (codes, *makes))
         assert self.num_vectors == 8 + len(others), f"{8 + len(others)} vectors of {self.num_vectors}"
-        start = self.b.mul(i, self.int(LINE_BYTES * self.num_vectors))
-        place = lambda c, n: moved(self.b, moved(self.b, self.vectors[c], start), LINE_BYTES * n + 4 * self.first[c])
+        start = self.b.mul(i, self.int(self.unpacked_bytes))
+        place = lambda c, n: moved(self.b, moved(self.b, self.vectors[c], start), 4 * self.lanes * n)
 
         def kept(c, n, v):
             write(self.b, place(c, n), v, 4 * self.lanes)
@@ -247,20 +254,18 @@ def begin(s, out):
         s.start[cell].add_incoming(zero, zeros_from)
 
 
-def look_ahead(s, ahead, one_row_ahead=None):
-    """Sets what is prefetched: of a single panel the bytes that follow, of several the panels of `ahead`.
-    one_row_ahead: see `Format`.
-
-    Integers in narrower registers need no prefetch: on AVX2 few rows are bound by arithmetic already, and on ARM nobody
-    has measured it yet.
-    """
-    if s.lanes < LANES:
+def look_ahead(s, ahead, streams=True, one_row_ahead=None):
+    """Sets what is prefetched: of a single panel that `streams` by the bytes that follow, else the panels of `ahead`.
+    one_row_ahead: see `Format`."""
+    distance = s.target.machine.ahead_bytes(min(s.lanes, s.target.lanes))
+    if not distance or s.first[0]:  # the column before has fetched whole lines
         return
-    if s.cols == 1:
+    panels = sorted(set(s.panels))
+    if streams and len(panels) == 1:
         s.prefetched = [(constant(I1, 1), s.w[0], s.scales[0])]
-        s.distance = one_row_ahead if one_row_ahead is not None and s.rows == 1 else AHEAD_BYTES
+        s.distance = min(distance, one_row_ahead or distance) if s.rows == 1 else distance
         return
-    for p in sorted(set(s.panels)):
+    for p in panels:
         [codes] = s.pointers(ahead.codes, ahead.codes_stride, [p])
         [scales] = s.pointers(ahead.scales, ahead.scales_stride, [p])
         s.prefetched.append((s.b.trunc(s.b.lshr(ahead.panel_mask, s.int(p)), I1), codes, scales))

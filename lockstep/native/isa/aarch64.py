@@ -15,6 +15,7 @@ FLUSHING = "before rounding"
 UNDERFLOW = 1 << 3  # of FPSR
 FUTEX = 98
 REGISTER_BITS = 128
+AHEAD_BYTES = 6656  # as on x86 with sixteen lanes; nobody has measured it
 YIELD = 1  # of the hint instruction
 ARCHITECTURES = ("aarch64", "arm64")
 LARGE_FIRST_CACHE_CPUS = ("apple", "neoverse", "grace", "ampere1", "oryon")  # 64 KB and more
@@ -26,6 +27,10 @@ def line_bytes(cpu: Cpu) -> int:
 
 def prefetch_locality(cpu: Cpu) -> int:
     return 3 if cpu.name.startswith(LARGE_FIRST_CACHE_CPUS) else 2
+
+
+def ahead_bytes(lanes: int) -> int:
+    return AHEAD_BYTES if lanes == 16 else 0
 
 
 def pause(b):

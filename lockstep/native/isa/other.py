@@ -12,6 +12,7 @@ from lockstep.native.simd import I32, I64, constant
 
 IEEE, FLUSH, FUTEX = 0, 0, None
 FLUSHING = "never"
+AHEAD_BYTES = 6656  # as on x86 with sixteen lanes; nobody has measured it
 
 
 def line_bytes(cpu: Cpu) -> int:
@@ -20,6 +21,10 @@ def line_bytes(cpu: Cpu) -> int:
 
 def prefetch_locality(cpu: Cpu) -> int:
     return 2
+
+
+def ahead_bytes(lanes: int) -> int:
+    return AHEAD_BYTES if lanes == 16 else 0
 
 
 def pause(b):

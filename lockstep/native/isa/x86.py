@@ -16,6 +16,9 @@ SHUFFLES = {16: "llvm.x86.ssse3.pshuf.b.128", 32: "llvm.x86.avx2.pshuf.b", 64: "
 SAPPHIRE_RAPIDS_ON = ("sapphirerapids", "emeraldrapids", "graniterapids")
 ALDER_LAKE_ON = ("alderlake", "raptorlake", "meteorlake", "arrowlake", "lunarlake", "pantherlake")
 ICE_LAKES = ("icelake", "tigerlake", "rocketlake")
+# Less comes too late or gets in the way of the hardware's own prefetches, more is read in vain where a claim ends:
+# studies/13-prefetch-zen5.md, of registers with eight lanes studies/25-avx2.md
+WIDE_AHEAD_BYTES, AHEAD_BYTES = 6656, 2048
 # CPUs with a first-level data cache of 48 KB; the others have 32 KB
 LARGE_FIRST_CACHE_CPUS = ("znver5", *ICE_LAKES, *SAPPHIRE_RAPIDS_ON, *ALDER_LAKE_ON)
 
@@ -26,6 +29,10 @@ def line_bytes(cpu: Cpu) -> int:
 
 def prefetch_locality(cpu: Cpu) -> int:
     return 3 if cpu.name.startswith(LARGE_FIRST_CACHE_CPUS) else 2
+
+
+def ahead_bytes(lanes: int) -> int:
+    return WIDE_AHEAD_BYTES if lanes == 16 else AHEAD_BYTES
 
 
 def pause(b):

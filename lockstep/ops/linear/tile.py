@@ -32,6 +32,7 @@ def linear_tile(context, weights, shape, num_rows, x, w, out, ahead):
     heights, num_cols, at_once = shape[0], shape[1].literal_value, shape[2].literal_value
     format, layout = (part.literal_value for part in weights)
     made, (fewest, most) = FORMATS[format], (height.literal_value for height in heights)
+    streams = layout in ("plain", "dense") or at_once < num_cols  # for few rows, or in tall tiles
     if layout == "last":
         layout = "unpacked" if made.unpacked else "plain"
     heights = range(fewest + (layout == "unpacking"), most + 1)
@@ -47,7 +48,8 @@ def linear_tile(context, weights, shape, num_rows, x, w, out, ahead):
             for start in range(0, num_cols, at_once):
                 if start:
                     _end_unless(b, b.icmp_signed(">", operands[2].num_panels, ir.Constant(I64, start)), end)
-                emit_tile(tile, b, magic, format, height, range(start, start + at_once), operands, use)
+                panels = range(start, start + at_once)
+                emit_tile(tile, b, magic, format, height, panels, operands, use, streams)
             b.branch(end)
         b.position_at_start(end)
         return ctx.get_dummy_value()
@@ -158,9 +160,9 @@ def _tile_of(format, layout):
     return format.tile if format.unpacked else None, Use.WRITE if layout == "unpacking" else Use.READ
 
 
-def emit_tile(tile, b, magic, format, height, panels, operands, use=Use.OWN):
+def emit_tile(tile, b, magic, format, height, panels, operands, use=Use.OWN, streams=True):
     """Emits a tile of `height` rows by some panels, column after column where registers do not hold whole panels. tile:
-    the format's function; operands: `Rows`, `Panels`, `Output`, `Ahead`."""
+    the format's function; operands: `Rows`, `Panels`, `Output`, `Ahead`; streams: see `look_ahead`."""
     x, w, out, ahead = operands
     lanes = targets.of(magic).dot_lanes if FORMATS[format].product.rows is QUANTIZED else LANES
     columns = [(p, first) for p in panels for first in range(0, LANES, lanes)]
@@ -169,5 +171,5 @@ def emit_tile(tile, b, magic, format, height, panels, operands, use=Use.OWN):
         s = Site(b, magic, height, group, lanes, x, w, num_vectors=FORMATS[format].unpacked, use=use)
         s.flushes, s.is_last = needs_flushing(FORMATS[format]), b.icmp_signed("!=", out.is_last, s.int(0))
         begin(s, out)
-        look_ahead(s, ahead, FORMATS[format].one_row_ahead)
+        look_ahead(s, ahead, streams, FORMATS[format].one_row_ahead)
         finish(s, tile(s), out)

@@ -15,6 +15,7 @@ from lockstep.formats.parts.powers import E8M0
 from lockstep.formats.parts.products import Product
 
 LINE_BYTES = 64  # of a cache line
+CODE_VECTORS = 8  # of the codes of 32 weights, four of each feature in a vector
 UNSIGNED = (E8M0, E4M3)  # kinds of scales without a sign
 SCALE_KINDS = (np.dtype("<f2"), np.dtype("<f4"), *UNSIGNED)  # of fields of stored blocks
 SCALES = np.dtype([("d", "<f2", PANEL)])  # of a panel, for 32 weights of each feature
@@ -99,7 +100,8 @@ class Format:
     height, because unpacking codes takes longer than loading activations. one_row_ahead: how many bytes ahead weights
     are prefetched for one row; None: as for more rows, see `native.isa`. unpacked: how many vectors of a line a
     panel has for 32 weights, unpacked once for all tiles of many rows, see `tiles.Site.unpack`; 0: each tile unpacks
-    them. dense: the layout that linear layers read where it pays. flushes: see `runtime.step.FLUSHES`. made_up_scale:
+    them. is_signed: whether codes are multiplied as signed bytes, see `unpacked_on`. dense: the layout that linear
+    layers read where it pays. flushes: see `runtime.step.FLUSHES`. made_up_scale:
     the scale of random blocks, in formats without `encode`.
     """
 
@@ -120,6 +122,7 @@ class Format:
     tall_tiles: bool = False
     one_row_ahead: int | None = None
     unpacked: int = 0
+    is_signed: bool = False
     flushes: bool = False
     made_up_scale: float = 0.0
     times: tuple[str, Callable[[np.ndarray, np.float32], np.ndarray]] | None = None
@@ -136,6 +139,11 @@ class Format:
     def is_quantized(self) -> bool:
         """Whether weights are blocks of codes, which a checkpoint has as rows of bytes."""
         return self.stored.size > 1
+
+    def unpacked_on(self, target: Any) -> int:
+        """`unpacked` on a target, which may have signed bytes as more vectors than their codes."""
+        more = target.tiles.SIGN_VECTORS if self.is_signed else 0
+        return max(self.unpacked, CODE_VECTORS) + more if more else self.unpacked
 
     @property
     def preparation(self) -> str:

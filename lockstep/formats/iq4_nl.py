@@ -10,7 +10,7 @@ import numpy as np
 
 from lockstep.formats.format import SCALES, Format, Lookup, Packed, Stored
 from lockstep.formats.parts import blocks as blk
-from lockstep.formats.parts.dots import LOW_BITS, byte_dots, each, scale_add, w_scales
+from lockstep.formats.parts.dots import LOW_BITS, scale_add, w_scales
 from lockstep.formats.parts.layout import offsets
 from lockstep.formats.parts.panels import Placed, k_major, nibble_pairs
 from lockstep.formats.parts.products import CODES as PRODUCT
@@ -19,7 +19,7 @@ from lockstep.formats.parts.tables import (
     NONLINEAR,
     NONLINEAR_WORDS,
     entries,
-    entries_at,
+    entry_dots,
     load_entries,
     nonlinear,
 )
@@ -44,8 +44,7 @@ def tile(s):
     """acc = fma(float(dot), w_scale * a_scale, acc)."""
 
     def block(i, acc):
-        [pairs] = s.unpack(i, entries_at(s, s.b.mul(i, s.int(PANEL.itemsize)), NONLINEAR))
-        dots = byte_dots(s, i, each(pairs))
+        dots = entry_dots(s, i, s.b.mul(i, s.int(PANEL.itemsize)), NONLINEAR)
         return scale_add(s, acc, dots, w_scales(s, i), i)
 
     return s.blocks(32, block, PANEL.itemsize, SCALES.itemsize)
@@ -75,6 +74,7 @@ IQ4_NL = Format(
     product=PRODUCT,
     tile=tile,
     unpacked=8,
+    is_signed=True,
     lookup=Lookup(weight, store_block, 32),
     fallback="f32",
     table=NONLINEAR,

@@ -12,7 +12,7 @@ import numpy as np
 
 from lockstep.formats.format import Format, Lookup, Packed, Stored
 from lockstep.formats.parts import blocks as blk
-from lockstep.formats.parts.dots import LOW_BITS, byte_dots, each, scale_add
+from lockstep.formats.parts.dots import LOW_BITS, byte_dots, scale_add, unpack_bytes
 from lockstep.formats.parts.k_scales import block_of, inside
 from lockstep.formats.parts.layout import offset, offsets, part_bytes
 from lockstep.formats.parts.panels import PANEL as FEATURES
@@ -94,8 +94,8 @@ def tile(s):
         codes = b.add(inside(s, start, j, part_bytes(PANEL, "codes")), s.int(offset(PANEL, "codes")))
         group = inside(s, start, j, part_bytes(PANEL, "sc"))
         d = lambda c: _product(s, c, start, group)
-        pairs, d = s.unpack(i, entries_at(s, codes, NONLINEAR), (s.floats, d))
-        return scale_add(s, acc, byte_dots(s, i, each(pairs)), [d(c) for c in range(s.cols)], i)
+        column, d = unpack_bytes(s, i, entries_at(s, codes, NONLINEAR), (s.floats, d))
+        return scale_add(s, acc, byte_dots(s, i, column), [d(c) for c in range(s.cols)], i)
 
     return s.blocks(32, block, PANEL.itemsize // 8)
 
@@ -139,6 +139,7 @@ IQ4_XS = Format(
     product=Product("scaled", QUANTIZED, ("codes", "sc", "d"), row_dot),
     tile=tile,
     unpacked=9,
+    is_signed=True,
     lookup=Lookup(weight, store_block, 256),
     fallback="bf16",
     table=NONLINEAR,

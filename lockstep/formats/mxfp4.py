@@ -12,7 +12,7 @@ import numpy as np
 
 from lockstep.formats.format import Format, Lookup, Packed, Stored
 from lockstep.formats.parts import blocks as blk
-from lockstep.formats.parts.dots import LOW_BITS, byte_dots, each, scale_add
+from lockstep.formats.parts.dots import LOW_BITS, scale_add
 from lockstep.formats.parts.layout import offsets
 from lockstep.formats.parts.panels import Placed, k_major, nibble_pairs
 from lockstep.formats.parts.powers import (
@@ -30,7 +30,7 @@ from lockstep.formats.parts.tables import (
     TWICE_E2M1,
     TWICE_E2M1_WORDS,
     entries,
-    entries_at,
+    entry_dots,
     load_entries,
     twice_e2m1,
 )
@@ -69,8 +69,7 @@ def tile(s):
     """acc = fma(float(dot), w_scale * a_scale, acc)."""
 
     def block(i, acc):
-        [pairs] = s.unpack(i, entries_at(s, s.b.mul(i, s.int(PANEL.itemsize)), TWICE_E2M1))
-        dots = byte_dots(s, i, each(pairs))
+        dots = entry_dots(s, i, s.b.mul(i, s.int(PANEL.itemsize)), TWICE_E2M1)
         return scale_add(s, acc, dots, power_scales(s, i), i)
 
     return s.blocks(32, block, PANEL.itemsize, POWERS.itemsize)

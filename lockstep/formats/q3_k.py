@@ -18,7 +18,7 @@ import numpy as np
 from lockstep.formats.format import Format, Lookup, Packed, Stored
 from lockstep.formats.parts import blocks as blk
 from lockstep.formats.parts import scalars
-from lockstep.formats.parts.dots import byte_dots, each, scale_add
+from lockstep.formats.parts.dots import byte_dots, scale_add, unpack_bytes
 from lockstep.formats.parts.k_scales import block_of, inside, unsigned
 from lockstep.formats.parts.layout import offset, offsets, part_bytes
 from lockstep.formats.parts.panels import PANEL as FEATURES
@@ -88,12 +88,13 @@ def tile(s):
         codes = b.add(inside(s, start, j, part_bytes(PANEL, "codes")), s.int(offset(PANEL, "codes")))
         sc = b.add(inside(s, start, j, 2 * part_bytes(PANEL, "sc")), s.int(offset(PANEL, "sc")))
         tables = [_tables(s, c, sc) for c in range(s.cols)]
-        pairs, d = s.unpack(
+        column, d = unpack_bytes(
+            s,
             i,
             lambda c, g: [_column(s, c, codes, g + n, *tables[c]) for n in (0, 1)],
             (s.floats, lambda c: _d(s, c, start)),
         )
-        dots = byte_dots(s, i, each(pairs))
+        dots = byte_dots(s, i, column)
         return scale_add(s, acc, dots, [d(c) for c in range(s.cols)], i)
 
     return s.blocks(32, block, PANEL.itemsize // 8)
@@ -155,6 +156,7 @@ Q3_K = Format(
     tile=tile,
     few_rows=12,
     unpacked=9,
+    is_signed=True,
     lookup=Lookup(weight, store_block, 256),
     fallback="bf16",
     made_up_scale=2.0**-15,

@@ -10,7 +10,7 @@ import numpy as np
 
 from lockstep.formats.format import SCALES, Format, Lookup, Packed, Stored
 from lockstep.formats.parts import blocks as blk
-from lockstep.formats.parts.dots import GROUP_BYTES, byte_dots, scale_add, w_scales
+from lockstep.formats.parts.dots import GROUP_BYTES, byte_dots, scale_add, stored_bytes, w_scales
 from lockstep.formats.parts.layout import offsets
 from lockstep.formats.parts.panels import PANEL as FEATURES
 from lockstep.formats.parts.panels import Placed, in_fours, k_major, target_bytes
@@ -55,7 +55,7 @@ def tile(s):
 
     def block(i, acc):
         start = s.b.mul(i, s.int(PANEL.itemsize))
-        dots = byte_dots(s, i, lambda c, g: s.codes(c, start, GROUP_BYTES * g))
+        dots = byte_dots(s, i, stored_bytes(s, i, lambda c, g: s.codes(c, start, GROUP_BYTES * g)))
         return scale_add(s, acc, dots, w_scales(s, i), i)
 
     return s.blocks(32, block, PANEL.itemsize, SCALES.itemsize)
@@ -86,5 +86,6 @@ Q8_0 = Format(
     lookup=Lookup(weight, store_block, 32),
     fallback="f32",
     one_row_ahead=3072,
+    is_signed=True,
     is_choice=True,
 )

@@ -44,11 +44,12 @@ class Counted(NamedTuple):
 def shape(format, target: targets.Target, num_rows: int) -> tuple[int, int, Use]:
     """Rows, panels and use of the (first) tile that num_rows rows are computed by, or, where it unpacks codes, of the
     second."""
-    few, _, most, panels = linear_cpu.shapes_of(format, target.panels)
+    few, _, most, panels = linear_cpu.shapes_of(format, target)
     rows = linear_cpu.tile_rows.py_func
-    if num_rows <= (2 if format.unpacked else 1) * few:
+    unpacks = format.unpacked_on(target) > 0
+    if num_rows <= (2 if unpacks else 1) * few:
         return rows(num_rows, few), 1, Use.OWN
-    return rows(num_rows, most), panels, Use.READ if format.unpacked else Use.OWN
+    return rows(num_rows, most), panels, Use.READ if unpacks else Use.OWN
 
 
 def module(format, magic: tuple[str, str, str], height: int, panels: int, use: Use = Use.OWN) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from lockstep.formats.format import Format, Lookup, Packed, Stored
 from lockstep.formats.parts import blocks as blk
-from lockstep.formats.parts.dots import GROUP_BYTES, byte_dots
+from lockstep.formats.parts.dots import GROUP_BYTES, byte_dots, stored_bytes
 from lockstep.formats.parts.layout import offsets
 from lockstep.formats.parts.panels import PANEL as FEATURES
 from lockstep.formats.parts.panels import Placed, in_fours, k_major, target_bytes
@@ -82,7 +82,7 @@ def tile(s):
 
     def block(i, acc):
         start = b.mul(i, s.int(PANEL.itemsize))
-        dots = byte_dots(s, i, lambda c, g: s.codes(c, start, GROUP_BYTES * g))
+        dots = byte_dots(s, i, stored_bytes(s, i, lambda c, g: s.codes(c, start, GROUP_BYTES * g)))
         scales = [spread(b, s.a_scale(r, i), F32, s.lanes) for r in range(s.rows)]
         return {(r, c): fma_of(b, b.sitofp(dots[r, c], s.floats), scales[r], acc[r, c]) for r, c in s.cells}
 
@@ -121,5 +121,6 @@ CHANNEL8 = Format(
     tile=tile,
     lookup=Lookup(weight, store_block, SIZE),
     fallback="f32",
+    is_signed=True,
     made_up_scale=2.0**-12,
 )

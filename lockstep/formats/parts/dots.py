@@ -130,15 +130,24 @@ def unsigned_dots(s, i, pairs, first, num_groups):
 # ---------------------------------------------------------------- codes of 8 bits
 
 
-def each(pairs):
-    """A function of a column and a group that makes its codes, from `pairs`, which makes those of two groups."""
-    return lambda c, g: pairs(c, g - g % 2)[g % 2]
+def unpack_bytes(s, i, pairs, *others):
+    """`Site.unpack` for codes of 8 bits: the columns that `byte_dots` takes, and the functions that make others."""
+    return s.target.tiles.unpack_bytes(s, i, pairs, *others)
+
+
+def stored_bytes(s, i, column):
+    """The same for codes that panels hold as they are: tiles share them where the target splits them (SIGN_VECTORS)."""
+    if not s.shares:
+        return column
+    [columns] = unpack_bytes(s, i, lambda c, g: [column(c, g + n) for n in (0, 1)])
+    return columns
 
 
 def byte_dots(s, i, column):
     """Dots of block i with codes of 8 bits.
 
-    column(c, g): the codes of group g in column c: signed, plus 128 where the target's dot takes unsigned weights.
+    column(c, g): the codes of group g in column c: signed, plus 128 where the target's dot takes unsigned weights; or
+    what `unpack_bytes` returns.
     """
     first = zero_points(s, i, 0) if s.target.unsigned else None
     return s.target.tiles.byte_dots(s, i, column, range(8), first)

@@ -7,7 +7,7 @@ import numpy as np
 
 from lockstep.formats.format import Packed
 from lockstep.formats.parts import blocks as blk
-from lockstep.formats.parts.dots import LOW_BITS, each, half_dots, scale_add
+from lockstep.formats.parts.dots import LOW_BITS, half_dots, scale_add
 from lockstep.formats.parts.layout import offset, part_bytes
 from lockstep.formats.parts.panels import PANEL as FEATURES
 from lockstep.formats.parts.panels import Placed, k_major, nibble_pairs
@@ -16,6 +16,7 @@ from lockstep.formats.parts.rows import QUANTIZED
 from lockstep.formats.parts.scalars import nibble
 from lockstep.formats.parts.tables import TWICE_E2M1, entries_at
 from lockstep.native.emit import moved, read
+from lockstep.native.isa.dots import each
 from lockstep.native.kernel import definition, inlined
 from lockstep.native.numbers import uint8
 from lockstep.native.simd import fma, peek, poke

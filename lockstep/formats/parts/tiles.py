@@ -8,6 +8,7 @@ from enum import Enum
 from functools import cache
 from typing import NamedTuple
 
+from lockstep.formats.format import CODE_VECTORS
 from lockstep.formats.parts.rows import BIAS, BLOCK, BLOCK_BYTES, SCALE, SCALED_BIAS, SUMS
 from lockstep.native import targets
 from lockstep.native.emit import counted, fma, ir, moved, pointer, prefetch, read, spread, vector, write
@@ -76,7 +77,7 @@ class Site:
     instruction addresses by pointer, index and constant. start: the initial values of the accumulators. prefetched: for
     each panel that may be prefetched (whether it is, pointers to its codes and its scales), distance: how many bytes
     ahead of the current block, locality: into which cache. is_last: whether the part of K is the last. num_vectors,
-    use: of what codes are unpacked to, `Format.unpacked` and a `Use`.
+    use: of what codes are unpacked to, `Format.unpacked_on` and a `Use`.
     """
 
     def __init__(self, b, magic, height, columns, lanes, x, w, *, num_vectors=0, use=Use.OWN):
@@ -90,7 +91,7 @@ class Site:
         self.w = self.pointers(w.codes, w.codes_stride, self.panels)
         self.scales = self.pointers(w.scales, w.scales_stride, self.panels)
         self.unpacked, self.num_vectors, self.use = w.unpacked, num_vectors, use
-        self.vectors = self._vectors(w) if use is not Use.OWN else []
+        self.vectors = self._vectors(w) if self.shares else []
         self.start = {cell: constant(self.floats, 0.0) for cell in self.cells}
         self.prefetched, self.distance, self.locality = [], 0, self.target.machine.prefetch_locality(self.cpu)
         self.flushes, self.is_last = False, constant(I1, 1)
@@ -102,6 +103,16 @@ class Site:
         stride = b.mul(b.udiv(w.K, self.int(BLOCK)), self.int(self.unpacked_bytes))
         numbers = [parts * p + first // self.lanes for p, first in zip(self.panels, self.first, strict=True)]
         return self.pointers(w.unpacked, stride, numbers)
+
+    @property
+    def shares(self):
+        """Whether other tiles read what codes are unpacked to."""
+        return self.use is not Use.OWN
+
+    @property
+    def reads(self):
+        """Whether another tile has unpacked the codes."""
+        return self.use is Use.READ
 
     @property
     def unpacked_bytes(self):
@@ -141,15 +152,16 @@ class Site:
         return 64 * self.panels[c] + 4 * self.first[c]
 
     def unpack(self, i, codes, *others):
-        """What block i of 32 weights is unpacked to: `Format.unpacked` vectors of each column.
+        """What block i of 32 weights is unpacked to: `Format.unpacked_on` vectors of each column.
 
         codes(c, g): the codes of groups g and g + 1 of column c, for an even g below 8. others: (type of a vector,
         function of c that makes it). Returns the functions, which make a vector once, or read what another site wrote.
         """
         makes = [make for _, make in others]
-        if self.use is Use.OWN:
+        if not self.shares:
             return tuple(cache(make) for make in (codes, *makes))
-        assert self.num_vectors == 8 + len(others), f"{8 + len(others)} vectors of {self.num_vectors}"
+        count = CODE_VECTORS + len(others)
+        assert self.num_vectors == count, f"{count} vectors of {self.num_vectors}"
         start = self.b.mul(i, self.int(self.unpacked_bytes))
         place = lambda c, n: moved(self.b, moved(self.b, self.vectors[c], start), 4 * self.lanes * n)
 
@@ -159,11 +171,13 @@ class Site:
 
         if self.use is Use.WRITE:
             pairs = cache(lambda c, g: [kept(c, g + half, v) for half, v in enumerate(codes(c, g))])
-            return pairs, *(cache(lambda c, n=8 + n, make=make: kept(c, n, make(c))) for n, make in enumerate(makes))
+            made = enumerate(makes, CODE_VECTORS)
+            return pairs, *(cache(lambda c, n=n, make=make: kept(c, n, make(c))) for n, make in made)
         load = lambda c, n, kind: read(self.b, place(c, n), kind, 4 * self.lanes)
         quads = vector(I8, 4 * self.lanes)
         pairs = cache(lambda c, g: [load(c, g, quads), load(c, g + 1, quads)])
-        return pairs, *(cache(lambda c, n=8 + n, kind=kind: load(c, n, kind)) for n, (kind, _) in enumerate(others))
+        kinds = enumerate((kind for kind, _ in others), CODE_VECTORS)
+        return pairs, *(cache(lambda c, n=n, kind=kind: load(c, n, kind)) for n, kind in kinds)
 
     def fetch(self, i, panel_bytes, scale_bytes):
         """Prefetches the blocks that lie `distance` after block i: through the arithmetic of several rows, the

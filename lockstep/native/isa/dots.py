@@ -2,15 +2,16 @@
 
 `s` is the `Site` of the tile (formats/parts/tiles.py), `i` the number of a block of 32 values of K, which is eight
 groups of four. A column's codes of a group are bytes, four for each feature; rows have the same four bytes for all.
-The modules that targets name as their `tiles` have the four functions, and the constant
+The modules that targets name as their `tiles` have the five functions that are not helpers, and the constants
 
     LESS_NEGATIVE   whether what `long_dots` adds is short by the sum of a feature's negative weights
+    SIGN_VECTORS    how many vectors more than their codes signed bytes are unpacked to, see `unpack_bytes`
 """
 
 from lockstep.native.emit import spread4
 from lockstep.native.simd import constant
 
-LESS_NEGATIVE = False
+LESS_NEGATIVE, SIGN_VECTORS = False, 0
 
 
 def quad(s, place, g):
@@ -48,10 +49,22 @@ def unsigned_dots(s, i, columns, first, num_groups):
     return dots
 
 
+def each(pairs):
+    """A function of a column and a group that makes its codes, from `pairs`, which makes those of two groups."""
+    return lambda c, g: pairs(c, g - g % 2)[g % 2]
+
+
+def unpack_bytes(s, i, pairs, *others):
+    """`Site.unpack` for codes of 8 bits: the columns that `byte_dots` takes, and the functions that make others."""
+    pairs, *others = s.unpack(i, pairs, *others)
+    return each(pairs), *others
+
+
 def byte_dots(s, i, column, groups, first):
     """Dots of some groups of block i with codes of 8 bits, on top of first[row] (or of zero).
 
-    column(c, g): the codes of group g in column c, signed, plus 128 where the target's dot takes unsigned weights.
+    column(c, g): the codes of group g in column c, signed, plus 128 where the target's dot takes unsigned weights; or
+    what `unpack_bytes` made of them.
     """
     b, dot = s.b, s.target.dot
     dots = {(r, c): first[r] if first else constant(s.ints, 0) for r, c in s.cells}

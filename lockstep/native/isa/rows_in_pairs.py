@@ -11,10 +11,11 @@ from llvmlite import ir
 
 from lockstep.native.emit import cut, join, moved, read, vector
 from lockstep.native.isa.aarch64 import sdot
+from lockstep.native.isa.dots import unpack_bytes as unpack_bytes
 from lockstep.native.isa.dots import with_pair
 from lockstep.native.simd import I8, I32, I64, call, constant, splat
 
-LESS_NEGATIVE = False
+LESS_NEGATIVE, SIGN_VECTORS = False, 0
 CODES = vector(I8, 16)  # of a register
 FEW_ROWS = 4  # whose sums leave registers free
 

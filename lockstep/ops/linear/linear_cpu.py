@@ -72,11 +72,12 @@ def constants(format):
     return dict(FORMAT=format.name, ROW_BYTES=format.product.rows.num_bytes, SHAPES=shapes_of(format))
 
 
-def shapes_of(format, panels=COLS):
+def shapes_of(format, target=TARGET):
     """(the most rows that are one tile of a panel; the fewest and the most rows of the tiles that many rows are cut
-    into, and their panels). panels: of a tile, as the target has it."""
+    into, and their panels)."""
+    panels = target.panels
     few = format.narrow_rows if panels == 1 else format.few_rows
-    if format.unpacked:  # more than 2 * few rows are three tiles or more, none of them low
+    if format.unpacked_on(target):  # more than 2 * few rows are three tiles or more, none of them low
         return few, MIN_ROWS + 1, MAX_ROWS, panels
     if panels == 1:
         return few, min(MIN_ROWS, few // 2), few, panels

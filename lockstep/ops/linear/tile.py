@@ -29,17 +29,15 @@ def linear_tile(context, weights, shape, num_rows, x, w, out, ahead):
     Only out.num_panels of them are stored; of those that are worked on one after the other, the others are not read.
     x: `Rows`. w: `Panels`. out: `Output`. ahead: `Ahead`.
     """
-    heights, num_cols, at_once = shape[0], shape[1].literal_value, shape[2].literal_value
+    num_cols, at_once = shape[1].literal_value, shape[2].literal_value
     format, layout = (part.literal_value for part in weights)
-    made, (fewest, most) = FORMATS[format], (height.literal_value for height in heights)
-    streams = layout in ("plain", "dense") or at_once < num_cols  # for few rows, or in tall tiles
-    if layout == "last":
-        layout = "unpacked" if made.unpacked else "plain"
+    fewest, most = (height.literal_value for height in shape[0])
     heights = range(fewest + (layout == "unpacking"), most + 1)
-    tile, use = _tile_of(made, layout)
+    streams = layout in ("plain", "dense") or at_once < num_cols  # for few rows, or in tall tiles
 
     def codegen(ctx, b, sig, args):
         magic = ctx.codegen().magic_tuple()
+        tile, use = _tile_of(FORMATS[format], layout, targets.of(magic))
         operands = [fields(b, *pair) for pair in zip(sig.args[3:], args[3:], strict=True)]
         choice = b.switch(args[2], end := b.append_basic_block("no_rows"))
         for height in heights if tile else ():
@@ -123,7 +121,8 @@ def unpacked_bytes(context, format, num_weights):
     """Bytes that a panel of num_weights weights is unpacked to for tiles of many rows; 0: it is not."""
 
     def codegen(ctx, b, sig, args):
-        return _blocks(b, args[1], BLOCK, LINE_BYTES * FORMATS[format.literal_value].unpacked)
+        num_vectors = FORMATS[format.literal_value].unpacked_on(targets.of(ctx.codegen().magic_tuple()))
+        return _blocks(b, args[1], BLOCK, LINE_BYTES * num_vectors)
 
     return types.int64(format, types.int64), codegen
 
@@ -151,25 +150,27 @@ def _end_unless(b, condition, end):
     b.position_at_start(goes_on)
 
 
-def _tile_of(format, layout):
+def _tile_of(format, layout, target):
     """The function that emits a tile of a layout, or None, and what its site does with what codes are unpacked to."""
     if layout == "dense":
         return format.dense and format.dense.tile, Use.OWN
-    if layout == "plain":
-        return format.tile, Use.OWN
-    return format.tile if format.unpacked else None, Use.WRITE if layout == "unpacking" else Use.READ
+    unpacks = format.unpacked_on(target) > 0
+    if layout == "unpacking":
+        return format.tile if unpacks else None, Use.WRITE
+    return format.tile, Use.READ if layout == "last" and unpacks else Use.OWN
 
 
 def emit_tile(tile, b, magic, format, height, panels, operands, use=Use.OWN, streams=True):
     """Emits a tile of `height` rows by some panels, column after column where registers do not hold whole panels. tile:
     the format's function; operands: `Rows`, `Panels`, `Output`, `Ahead`; streams: see `look_ahead`."""
     x, w, out, ahead = operands
-    lanes = targets.of(magic).dot_lanes if FORMATS[format].product.rows is QUANTIZED else LANES
+    target, made = targets.of(magic), FORMATS[format]
+    lanes = target.dot_lanes if made.product.rows is QUANTIZED else LANES
     columns = [(p, first) for p in panels for first in range(0, LANES, lanes)]
     whole = height <= WHOLE_PANELS or lanes == LANES
     for group in [columns] if whole else [[column] for column in columns]:
-        s = Site(b, magic, height, group, lanes, x, w, num_vectors=FORMATS[format].unpacked, use=use)
-        s.flushes, s.is_last = needs_flushing(FORMATS[format]), b.icmp_signed("!=", out.is_last, s.int(0))
+        s = Site(b, magic, height, group, lanes, x, w, num_vectors=made.unpacked_on(target), use=use)
+        s.flushes, s.is_last = needs_flushing(made), b.icmp_signed("!=", out.is_last, s.int(0))
         begin(s, out)
-        look_ahead(s, ahead, streams, FORMATS[format].one_row_ahead)
+        look_ahead(s, ahead, streams, made.one_row_ahead)
         finish(s, tile(s), out)

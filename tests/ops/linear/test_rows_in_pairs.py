@@ -60,8 +60,9 @@ def test_tiles_of_pairs_equal_the_definition(name, pretended):
     rows, packed = prepared(name, x), pack(format, Weight("w", name, (32, K), tuple(parts)))
     codes, scales = (*packed, np.zeros((2, 0), np.uint8))[:2]
     panels = codes.ctypes.data, codes.strides[0], scales.ctypes.data, scales.strides[0], K
-    unpacked = aligned(LINE_BYTES * format.unpacked * 2 * K // 32)
-    for use in (Use.WRITE, Use.READ) if format.unpacked else (Use.OWN,):
+    num_vectors = format.unpacked_on(targets.of(target()))
+    unpacked = aligned(LINE_BYTES * num_vectors * 2 * K // 32)
+    for use in (Use.WRITE, Use.READ) if num_vectors else (Use.OWN,):
         out = np.full((height, 32), np.nan, np.float32)
         with running(module(format, target(), height, 2, use)) as tile:
             arrays = rows.ctypes.data, rows.strides[0], *panels, out.ctypes.data, out.strides[0]

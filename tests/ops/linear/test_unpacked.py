@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from lockstep.formats import FORMATS
+from lockstep.native import targets
 from lockstep.ops.linear import linear_cpu
 from lockstep.ops.linear.experts import ExpertLinear, ExpertRows
 from lockstep.ops.sampling import score_cpu
@@ -12,7 +13,7 @@ from tests.ops.harness import same_bits
 from tests.ops.linear.test_experts import E, N, X, both, experts_of, prepared, routed
 from tests.ops.linear.test_linear import RNG, run, stored
 
-UNPACKED = [name for name, format in FORMATS.items() if format.unpacked]
+UNPACKED = [name for name, format in FORMATS.items() if format.unpacked_on(targets.TARGET)]
 
 
 def heights(num_rows, few, most):
@@ -27,11 +28,13 @@ def heights(num_rows, few, most):
     return first, others
 
 
-@pytest.mark.parametrize("panels", [1, 2])
-@pytest.mark.parametrize("name", UNPACKED)
-def test_tiles_of_every_height_that_occurs_are_compiled(name, panels):
+@pytest.mark.parametrize("target", targets.TARGETS, ids=lambda target: target.name)
+@pytest.mark.parametrize("name", FORMATS)
+def test_tiles_of_every_height_that_occurs_are_compiled(name, target):
     """A height that is not would compute nothing."""
-    for few, fewest, most, _ in (linear_cpu.shapes_of(FORMATS[name], panels), score_cpu.SHAPES):
+    if not FORMATS[name].unpacked_on(target):
+        return
+    for few, fewest, most, _ in (linear_cpu.shapes_of(FORMATS[name], target), score_cpu.SHAPES):
         for num_rows in range(1, 500):
             first, others = heights(num_rows, few, most)
             assert first is None or fewest + 1 <= first <= most

@@ -18,13 +18,14 @@ OTHERS = """
     formats/bf16.py: _by_pairs _pairs_native
     formats/groups/group8.py: dots_u8
     formats/parts/dots.py: _half_zero_points nibbles
-    formats/parts/tiles.py: look_ahead
+    formats/parts/tables.py: entry_dots
     native/emit.py: spread4
     native/flushing.py: as_defined
     native/isa/avx2.py: dot pair_dot
     native/isa/dots.py: quad
     native/isa/other.py: _every_fourth barrier dot read_control
-    native/isa/saturating.py: _byte_dots_of_rows absolute byte_dots long_dots scaled_dots unsigned_dots
+    native/isa/saturating.py: _byte_dots_of_rows _byte_dots_read _pairs _signed absolute byte_dots long_dots scaled_dots
+    native/isa/saturating.py: sign unpack_bytes unsigned_dots
     native/isa/vnni.py: bf16_dot dot pair_dot
     native/isa/x86.py: barrier maddubs maddwd pair_sums pause read_control shuffle write_control
     native/lookup.py: _chosen _chosen_own lookup lookup_own

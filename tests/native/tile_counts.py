@@ -69,7 +69,7 @@ def module(format, magic: tuple[str, str, str], height: int, panels: int, use: U
         Output(*values[7:9], zero, zero, count, zero, ir.Constant(I64, 1)),
         Ahead(*values[2:6], ir.Constant(I64, (1 << panels) - 1)),
     )
-    emit_tile(format.tile, b, magic, format.name, height, range(panels), operands, use)
+    emit_tile(format.tile, b, magic, format.name, height, range(panels), operands, use=use)
     b.ret_void()
     return str(made)
 

@@ -271,7 +271,7 @@ def begin(s, out):
 def look_ahead(s, ahead, streams=True, one_row_ahead=None):
     """Sets what is prefetched: of a single panel that `streams` by the bytes that follow, else the panels of `ahead`.
     one_row_ahead: see `Format`."""
-    distance = s.target.machine.ahead_bytes(min(s.lanes, s.target.lanes))
+    distance = s.target.machine.ahead_bytes(s.lanes, s.target.lanes)
     if not distance or s.first[0]:  # the column before has fetched whole lines
         return
     panels = sorted(set(s.panels))

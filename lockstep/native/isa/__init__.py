@@ -15,8 +15,8 @@ A file of an instruction set (x86.py, aarch64.py, other.py) holds what its targe
     prefetch_locality(cpu)  LLVM's number of the cache that weights and keys are prefetched into: 3, the first level,
                             where it has room for more than the data at hand, else 2, the second
                             (see studies/15-one-stream.md)
-    ahead_bytes(lanes)      how far ahead a single stream of weights is prefetched, where registers have so many lanes;
-                            0: it is not
+    ahead_bytes(lanes, register_lanes)  how far ahead a single stream of weights is prefetched by tiles of vectors of so
+                            many lanes, which are one register or several; 0: not at all
 
 `b` is the LLVM builder. Another target is a file that ends with a `Target` (target.py says what that is), and a place
 in TARGETS of `native/targets.py`.

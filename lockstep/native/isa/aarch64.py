@@ -29,7 +29,7 @@ def prefetch_locality(cpu: Cpu) -> int:
     return 3 if cpu.name.startswith(LARGE_FIRST_CACHE_CPUS) else 2
 
 
-def ahead_bytes(lanes: int) -> int:
+def ahead_bytes(lanes: int, register_lanes: int) -> int:
     return AHEAD_BYTES if lanes == 16 else 0
 
 

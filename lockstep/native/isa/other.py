@@ -23,7 +23,7 @@ def prefetch_locality(cpu: Cpu) -> int:
     return 2
 
 
-def ahead_bytes(lanes: int) -> int:
+def ahead_bytes(lanes: int, register_lanes: int) -> int:
     return AHEAD_BYTES if lanes == 16 else 0
 
 

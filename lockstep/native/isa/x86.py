@@ -31,8 +31,8 @@ def prefetch_locality(cpu: Cpu) -> int:
     return 3 if cpu.name.startswith(LARGE_FIRST_CACHE_CPUS) else 2
 
 
-def ahead_bytes(lanes: int) -> int:
-    return WIDE_AHEAD_BYTES if lanes == 16 else AHEAD_BYTES
+def ahead_bytes(lanes: int, register_lanes: int) -> int:
+    return WIDE_AHEAD_BYTES if min(lanes, register_lanes) == 16 else AHEAD_BYTES
 
 
 def pause(b):

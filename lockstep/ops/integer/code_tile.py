@@ -195,5 +195,5 @@ def _emit_tile(b, magic, tile, height, operands, grid):
     at_once = len(columns) if lanes == LANES else max(1, NARROW_SUMS // (height * tile.planes))
     for start in range(0, len(columns), at_once):
         s = CodeSite(b, magic, height, columns[start : start + at_once], lanes, x, w, planes=tile.planes)
-        look_ahead(s, ahead)
+        look_ahead(s, ahead, streams=False)
         finish(s, tile.scaling(s, sums(s), grid), out)

@@ -47,7 +47,7 @@ def linear_tile(context, weights, shape, num_rows, x, w, out, ahead):
                 if start:
                     _end_unless(b, b.icmp_signed(">", operands[2].num_panels, ir.Constant(I64, start)), end)
                 panels = range(start, start + at_once)
-                emit_tile(tile, b, magic, format, height, panels, operands, use, streams)
+                emit_tile(tile, b, magic, format, height, panels, operands, use=use, streams=streams)
             b.branch(end)
         b.position_at_start(end)
         return ctx.get_dummy_value()
@@ -160,7 +160,7 @@ def _tile_of(format, layout, target):
     return format.tile, Use.READ if layout == "last" and unpacks else Use.OWN
 
 
-def emit_tile(tile, b, magic, format, height, panels, operands, use=Use.OWN, streams=True):
+def emit_tile(tile, b, magic, format, height, panels, operands, *, use=Use.OWN, streams=True):
     """Emits a tile of `height` rows by some panels, column after column where registers do not hold whole panels. tile:
     the format's function; operands: `Rows`, `Panels`, `Output`, `Ahead`; streams: see `look_ahead`."""
     x, w, out, ahead = operands

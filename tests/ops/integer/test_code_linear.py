@@ -22,7 +22,7 @@ from lockstep.ptq.weights import fold
 from lockstep.runtime.program import Setting, Tensor, Weight
 from tests.ops.harness import run_op, same_bits
 from tests.ops.integer import code_target
-from tests.targets import compiling_for, pretending, skip_own
+from tests.targets import compiling_for, pretending, skip_own, skip_without
 
 
 def grid(scale, zero, low, high, kind=INTEGER):
@@ -281,6 +281,7 @@ def test_what_does_not_fit_is_refused():
 def test_other_targets_give_the_same_bits(variant, cpu, tmp_path):
     if variant.startswith("avx"):  # avx_vnni differs only in the width of registers
         skip_own("avx512_vnni-bf16")
+    skip_without(*(("avx512vl", "avx512_vnni") if variant == "avx_vnni" else ()))
     names = ["u8", "i16", *["fixed"][: variant == "native"]]
     environment = compiling_for(cpu) if cpu else pretending(tmp_path)
     command = [sys.executable, "-m", "tests.ops.integer.code_target", variant, *names]

@@ -19,6 +19,7 @@ OTHERS = """
     formats/groups/group8.py: dots_u8
     formats/parts/dots.py: _half_zero_points nibbles
     formats/parts/tables.py: entry_dots
+    formats/parts/tiles.py: look_ahead
     native/emit.py: spread4
     native/flushing.py: as_defined
     native/isa/avx2.py: dot pair_dot

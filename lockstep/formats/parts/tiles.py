@@ -270,9 +270,13 @@ def begin(s, out):
 
 def look_ahead(s, ahead, streams=True, one_row_ahead=None):
     """Sets what is prefetched: of a single panel that `streams` by the bytes that follow, else the panels of `ahead`.
-    one_row_ahead: see `Format`."""
+    one_row_ahead: see `Format`.
+
+    Nothing by the second column of a panel, as the first has fetched whole lines; nor, where a vector of numbers is
+    several registers, by tiles of many rows: their loops are too short to ask each time whether they shall.
+    """
     distance = s.target.machine.ahead_bytes(s.lanes, s.target.lanes)
-    if not distance or s.first[0]:  # the column before has fetched whole lines
+    if not distance or s.first[0] or (s.lanes > s.target.lanes and not streams):
         return
     panels = sorted(set(s.panels))
     if streams and len(panels) == 1:

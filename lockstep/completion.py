@@ -196,7 +196,8 @@ class CompletionStream:
 
     def _next(self) -> CompletionChunk | None:
         """The next chunk: of one token, or of several, where drafts were right or another call has run the engine's
-        steps. None after the last."""
+        steps, which it may do even now: the finish_reason comes last, a token after its log-probabilities. None after
+        the last."""
         request = self.request
         with held_interrupts() as interrupt:
             while len(request.output_ids) == self._num_tokens and request.finish_reason is None:
@@ -205,17 +206,17 @@ class CompletionStream:
         if self._has_ended or request.finish_reason == "cancelled":
             return None
         self._has_ended = request.finish_reason is not None
-        text, first = request.text[self._num_chars :], self._num_tokens
-        is_known = first == request.num_given == len(request.output_ids) > 0 and request.error is None
-        self._num_chars, self._num_tokens = self._num_chars + len(text), len(request.output_ids)
+        text, first, end = request.text[self._num_chars :], self._num_tokens, len(request.output_ids)
+        is_known = first == request.num_given == end > 0 and request.error is None
+        self._num_chars, self._num_tokens = self._num_chars + len(text), end
         content, reasoning = ("", "") if is_known else self._parts(text)
         return CompletionChunk(
             text,
-            tuple(request.output_ids[first:]),
-            tuple(request.logprobs[first:]),
-            tuple(request.top_logprobs[first:]),
+            tuple(request.output_ids[first:end]),
+            tuple(request.logprobs[first:end]),
+            tuple(request.top_logprobs[first:end]),
             self.completion.finish_reason if self._has_ended else None,
-            request.stop_reason,
+            request.stop_reason if self._has_ended else None,
             content,
             reasoning,
         )

@@ -104,8 +104,10 @@ class Machine:
 def machine(team: Team) -> Machine:
     """Measures this machine."""
     single, count = Team(1), team.num_threads
-    barriers = max(0.0, min(_op_seconds(Team(count)) for _ in range(TEAMS)) - _op_seconds(single))
-    passing = max(0.0, _passing(team) - _passing(single))
+    barriers = passing = 0.0  # of one thread
+    if count > 1:
+        barriers = max(0.0, min(_op_seconds(Team(count)) for _ in range(TEAMS)) - _op_seconds(single))
+        passing = max(0.0, _passing(team) - _passing(single))
     found = Machine(count, measure(single), measure(team), barriers, passing)
     single.close()
     return found

@@ -84,6 +84,12 @@ def bytes_f32(b, place, lanes):
     return b.uitofp(b.zext(raw, wide), vector(F32, lanes))
 
 
+def rounded_bytes(b, v):
+    """float32 lanes, rounded to the nearest integers, ties to even, which fit into a byte: as int32, and as int8."""
+    rounded = b.fptosi(call(b, f"llvm.roundeven.v{v.type.count}f32", v.type, [v]), vector(I32, v.type.count))
+    return rounded, b.trunc(rounded, vector(I8, v.type.count))
+
+
 def cut(b, v, start, num_lanes):
     """Lanes start .. start + num_lanes."""
     lanes = ir.Constant(vector(I32, num_lanes), list(range(start, start + num_lanes)))

@@ -3,8 +3,8 @@
 import numpy as np
 
 from lockstep.native.kernel import inlined
-from lockstep.native.simd import absolute, fma, minimum, where_below
-from lockstep.ops.math import EXP_HIGHEST, ONE, TWO, ZERO, exp
+from lockstep.native.simd import absolute, fma, where_below
+from lockstep.ops.math import ONE, TWO, ZERO, one_plus_exp
 
 NEAR_ZERO = np.float32(0.625)
 # Cephes' fit of (tanh(x) - x) / x^3 in x^2, for |x| below 0.625
@@ -22,5 +22,5 @@ def tanh(x):
     """
     s, size = x * x, absolute(x)
     p = fma(fma(fma(fma(T11, s, T9), s, T7), s, T5), s, T3)
-    far = ONE - TWO / (ONE + exp(minimum(size + size, EXP_HIGHEST)))
+    far = ONE - TWO / one_plus_exp(size + size)
     return where_below(size, NEAR_ZERO, fma(x, s * p, x), where_below(x, ZERO, -far, far))

@@ -27,22 +27,36 @@ def exp(x):
     Horner's rule, then a multiplication by 2**n.
     """
     n = rint(x * LOG2E)
+    return where_below(x, EXP_LOWEST, ZERO, _exp_of_rest(x, n) * pow2(where_below(x, EXP_LOWEST, ZERO, n)))
+
+
+@inlined
+def _exp_of_rest(x, n):
+    """e**(x - n ln 2)."""
     r = fma(n, MINUS_LN2_LOW, fma(n, MINUS_LN2_HIGH, x))
     p = fma(fma(fma(E7, r, E6), r, E5), r, E4)
-    p = fma(fma(fma(fma(p, r, E3), r, E2), r, ONE), r, ONE)
-    return where_below(x, EXP_LOWEST, ZERO, p * pow2(where_below(x, EXP_LOWEST, ZERO, n)))
+    return fma(fma(fma(fma(p, r, E3), r, E2), r, ONE), r, ONE)
+
+
+@inlined
+def one_plus_exp(x):
+    """1 + e**x, x limited to 88 from above. The same bits as ONE + exp(x): a power of two changes no digit before the
+    sum, and below -87, where `exp` is 0, nothing is added that float32 could hold."""
+    limited = maximum(EXP_LOWEST, minimum(x, EXP_HIGHEST))
+    n = rint(limited * LOG2E)
+    return fma(_exp_of_rest(limited, n), pow2(n), ONE)
 
 
 @inlined
 def sigmoid(x):
     """1 / (1 + e**-x)."""
-    return ONE / (ONE + exp(minimum(-x, EXP_HIGHEST)))
+    return ONE / one_plus_exp(-x)
 
 
 @inlined
 def silu(x):
     """x * sigmoid(x), as one division."""
-    return x / (ONE + exp(minimum(-x, EXP_HIGHEST)))
+    return x / one_plus_exp(-x)
 
 
 @inlined

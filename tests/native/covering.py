@@ -19,7 +19,8 @@ CPUS = ("neoverse-n1", "neoverse-v2", "apple-m1", "apple-m4")
 LARGE = """lockstep.ops.linear.linear_cpu:linear_q6_k lockstep.ops.linear.linear_cpu:linear_bf16
 lockstep.ops.attention.attention_cpu:attention_bf16 lockstep.ops.attention.attention_cpu:attention_q8
 lockstep.ops.attention.kv_cache_cpu:attention_inputs lockstep.ops.attention.kv_cache_q8_cpu:attention_inputs_q8
-lockstep.ops.elementwise.rms_norm:_run lockstep.lab.ceiling:multiply_f32 lockstep.lab.ceiling:multiply_int8
+lockstep.ops.elementwise.activations_cpu:quantize_q8 lockstep.ops.elementwise.rms_norm:_run
+lockstep.lab.ceiling:multiply_f32 lockstep.lab.ceiling:multiply_int8
 lockstep.lab.ceiling:stream"""
 
 MANY_ROWS = [f"lockstep.ops.linear.linear_cpu:linear_{format}" for format in ("q8_0", "q4_0", "q2_k", "q6_k")]

@@ -28,7 +28,7 @@ OTHERS = """
     native/isa/saturating.py: _byte_dots_of_rows _byte_dots_read _pairs _signed absolute byte_dots long_dots scaled_dots
     native/isa/saturating.py: sign unpack_bytes unsigned_dots
     native/isa/vnni.py: bf16_dot dot pair_dot
-    native/isa/x86.py: barrier maddubs maddwd pair_sums pause read_control shuffle write_control
+    native/isa/x86.py: barrier maddubs maddwd pair_sums pause read_control rounded_bytes shuffle write_control
     native/lookup.py: _chosen _chosen_own lookup lookup_own
     native/system/darwin.py: sleep_while_equal wake
     native/system/linux.py: sleep_while_equal

@@ -75,6 +75,17 @@ def test_exact_points():
     assert interpreted(math.log1p)(np.float32(0)) == 0
 
 
+def test_one_plus_exp_is_one_and_exp():
+    every_size = np.linspace(0, 0x7F800000, 1 << 18).astype(np.uint32).view(np.float32)
+    x = np.concatenate([every_size, -every_size, np.linspace(-90, 90, 1 << 16, dtype=np.float32)])
+    x = np.concatenate([x, np.full(15, np.nan, np.float32)])[: x.size // 16 * 16 + 16]
+    parts, scalar, lane = (np.empty_like(x) for _ in range(3))
+    compiled(math.exp)[0](np.where(x < 88, x, np.float32(88)), parts)
+    for run, out in zip(compiled(math.one_plus_exp), (scalar, lane), strict=True):
+        run(x, out)
+    assert scalar.tobytes() == lane.tobytes() == (np.float32(1) + parts).tobytes()
+
+
 def test_exp_is_zero_far_below():
     scalars, _ = compiled(math.exp)
     x = np.array([-87.5, -1e4, -np.inf, -3e38], np.float32)

@@ -27,7 +27,7 @@ from lockstep.models.family import Family
 from lockstep.models.model_config import Experts, Layer, ModelConfig
 from lockstep.models.record import Norm, Recorder
 from lockstep.models.tiny import BASE
-from lockstep.ops.elementwise.clamped_swiglu import LIMIT, SLOPE
+from lockstep.ops.elementwise.gates.clamped_swiglu import LIMIT, SLOPE
 from lockstep.runtime.program import Tensor
 from lockstep.weights.gguf.architecture import Architecture
 from lockstep.weights.gguf.config import yarn_scaling

@@ -34,5 +34,6 @@ AVX2 = Target(
     tiles=saturating,
     shuffle=x86.shuffle,
     shuffle_bytes=32,
+    rounded_bytes=x86.rounded_bytes,
 )
 AVX512 = replace(AVX2, fits=lambda cpu: has_avx2(cpu) and cpu.has("avx512f", AVX512_CPUS), lanes=16, registers=32)

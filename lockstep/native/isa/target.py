@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from lockstep.native.emit import rounded_bytes
 from lockstep.native.isa import dots
 
 
@@ -54,7 +55,7 @@ class Target:
     up to shuffle_bytes; None: such a lookup is made of choices. bf16_dot: `formats.bf16.flushed_fma` for pairs of
     bfloat16 held as int32, odd halves first, whatever the control word says; None: made of float32.
 
-    shifts_bytes: whether a shift of bytes is one instruction.
+    shifts_bytes: whether a shift of bytes is one instruction. rounded_bytes: as `emit.rounded_bytes`.
 
     tiles: a module with the loops of a tile of codes, as `isa.dots` has them. quad: how the loops of that module get
     four codes of a row. in_order: codes [panels, 16, K] in the order in which panels have them. by_feature(b, lanes,
@@ -75,6 +76,7 @@ class Target:
     shuffle_bytes: int = 16
     bf16_dot: Callable[..., Any] | None = None
     shifts_bytes: bool = False
+    rounded_bytes: Callable[..., Any] = rounded_bytes
     quad: Callable[..., Any] = dots.quad
     in_order: Callable[..., Any] = lambda codes: codes
     by_feature: Callable[..., Any] = lambda b, lanes, g: lanes

@@ -45,6 +45,7 @@ AVX_VNNI = Target(
     unsigned=True,
     shuffle=x86.shuffle,
     shuffle_bytes=32,
+    rounded_bytes=x86.rounded_bytes,
 )
 AVX512_VNNI = replace(
     AVX_VNNI,

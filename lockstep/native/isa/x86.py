@@ -73,3 +73,13 @@ def pair_sums(b, v):
 def shuffle(b, tables, codes):
     """PSHUFB."""
     return call(b, SHUFFLES[codes.type.count], codes.type, [tables, codes])
+
+
+def rounded_bytes(b, v):
+    """`emit.rounded_bytes` in fewer instructions: converted by the control word's rounding, which is to nearest, and
+    packed with saturation, which limits to a range that no value leaves."""
+    wide = vector(I32, v.type.count)
+    rounded = call(b, f"llvm.lrint.v{wide.count}i32.v{wide.count}f32", wide, [v])
+    limited = call(b, f"llvm.smax.v{wide.count}i32", wide, [rounded, constant(wide, -128)])
+    limited = call(b, f"llvm.smin.v{wide.count}i32", wide, [limited, constant(wide, 127)])
+    return rounded, b.trunc(limited, vector(I8, wide.count))

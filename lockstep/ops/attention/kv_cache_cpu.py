@@ -2,7 +2,8 @@
 their page.
 
 Bound by the read of the projection, and by the scattered writes of K (one cache line for each dimension or pair). A
-thread takes sixteen tokens at a time, so that one core writes whole lines of K while they are in its cache.
+thread takes sixteen tokens at a time, and of these one head's keys after another's: lines of one head, which are far
+apart and share few sets of the first-level cache, stay there until all sixteen have been written.
 """
 
 from lockstep.native.kernel import inlined, kernel, variant
@@ -111,21 +112,26 @@ def slot_of(a, batch, t):
 
 
 @inlined
-def prepare_token(a, batch, t, g, write_key, memory):
-    """Prepares a token's key of one kv head, and the query heads that share the kv head. memory: scratch for a head.
+def prepare_queries(a, batch, t, g):
+    """Prepares a token's query heads that share a kv head.
 
     The root mean square of all heads is computed for each of them again: of few tokens, threads share the heads.
     """
     H, K, group = a.num_heads, a.head_dim, a.num_heads // a.num_kv_heads
-    x, table_row = a.x + 4 * a.row_width * t, 4 * (a.rope_dim // 2) * entry(batch.position, t)
+    q, table_row = a.x + 4 * (a.row_width * t + a.q_offset), 4 * (a.rope_dim // 2) * entry(batch.position, t)
     cos = table_row + (a.q_cos if a.q_cos != 0 else a.cos)
     sin = table_row + (a.q_sin if a.q_sin != 0 else a.sin)
-    q, k = x + 4 * a.q_offset, x + 4 * a.k_offset
     scale = whole_scale(a, q, H)
     for h in range(g * group, (g + 1) * group):
         prepare_part(a, q + 4 * h * a.q_stride, a.q_norm, scale, h, cos, sin, a.q + 4 * K * (t * H + h))
+
+
+@inlined
+def prepare_key(a, batch, t, g, write_key, memory):
+    """Prepares a token's key of one kv head. memory: scratch for a head."""
+    k, table_row = a.x + 4 * (a.row_width * t + a.k_offset), 4 * (a.rope_dim // 2) * entry(batch.position, t)
     scale = whole_scale(a, k, a.num_kv_heads)
-    prepare_part(a, k + 4 * g * K, a.k_norm, scale, g, a.cos + table_row, a.sin + table_row, memory)
+    prepare_part(a, k + 4 * g * a.head_dim, a.k_norm, scale, g, a.cos + table_row, a.sin + table_row, memory)
     _, page, slot = slot_of(a, batch, t)
     write_key(a, memory, page, slot, g)
 
@@ -181,7 +187,10 @@ def prepare(op, step, thread, num_threads, write_key, write_values):
         end = min(T, first + TOKENS_AT_ONCE)
         for t in range(first, end):
             for g in range(first_head, first_head + heads):
-                prepare_token(a, batch, t, g, write_key, memory)
+                prepare_queries(a, batch, t, g)
+        for g in range(first_head, first_head + heads):
+            for t in range(first, end):
+                prepare_key(a, batch, t, g, write_key, memory)
         for g in range(first_head, first_head + heads):
             write_values(a, batch, first, end, g, memory)
 
@@ -192,7 +201,7 @@ def attention_inputs(op, step, thread, num_threads):
     prepare(op, step, thread, num_threads, write_key, write_values)
 
 
-def prepare_queries(op, step, thread, num_threads):
+def prepare_rows(op, step, thread, num_threads):
     """Rows are dealt to threads in turn."""
     a, batch = AttentionQueries.read(op), StepBlock.read(step)
     H, K = a.num_heads, a.head_dim
@@ -202,8 +211,8 @@ def prepare_queries(op, step, thread, num_threads):
             prepare_head(a, x + 4 * K * h, a.q_norm, a.cos + table_row, a.sin + table_row, a.q + 4 * K * (t * H + h))
 
 
-attention_queries = variant(prepare_queries, "attention_queries", ONE_THREAD=False)
-attention_queries_per_token = variant(prepare_queries, "attention_queries_per_token", ONE_THREAD=True)
+attention_queries = variant(prepare_rows, "attention_queries", ONE_THREAD=False)
+attention_queries_per_token = variant(prepare_rows, "attention_queries_per_token", ONE_THREAD=True)
 
 CPU = {"attention_inputs": Implementation(attention_inputs), "attention_queries": Implementation(attention_queries)}
 PER_TOKEN = {"attention_queries": Implementation(attention_queries_per_token)}

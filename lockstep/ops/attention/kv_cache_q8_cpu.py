@@ -25,8 +25,7 @@ from lockstep.native.simd import (
 )
 from lockstep.ops.attention.kv_cache_cpu import MAX_HEAD_BYTES, prepare, slot_of, values_of
 from lockstep.ops.attention.kv_cache_q8 import head_place, k_place, scale_place, v_place
-from lockstep.ops.elementwise.activations import ONE_127TH, SMALLEST, magnitude
-from lockstep.ops.elementwise.activations_cpu import finite
+from lockstep.ops.elementwise.activations import ONE_127TH, SMALLEST, finite, magnitude
 from lockstep.ops.math import ONE, ZERO
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import entry

@@ -56,8 +56,7 @@ from lockstep.ops.attention.pages import (
     prefetch_near_values,
 )
 from lockstep.ops.attention.softmax import OWN, P_BYTES, ROW_BYTES, Layout, O, P, Q
-from lockstep.ops.elementwise.activations import HIGHEST, ONE_127TH, SMALLEST, magnitude
-from lockstep.ops.elementwise.activations_cpu import finite
+from lockstep.ops.elementwise.activations import HIGHEST, ONE_127TH, SMALLEST, finite, magnitude
 
 BYTES = TARGET.unsigned  # whether the target multiplies bytes
 Q_BYTES = 4 if BYTES else 8  # of four codes of a query: bytes or 16-bit words

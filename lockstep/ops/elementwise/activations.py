@@ -100,6 +100,12 @@ def magnitude(x):
     return where_below(absolute(x), INFINITY, absolute(x), INFINITY)
 
 
+@inlined
+def finite(x):
+    """x, or zero for NaN and infinities."""
+    return where_below(absolute(x), INFINITY, x, ZERO)
+
+
 @definition
 def quantize_block(x, codes):
     """Quantizes 32 float32 to int8 codes; returns the scale and the sums of the first and the last 16 codes.

@@ -10,10 +10,11 @@ from lockstep.formats import FORMATS
 from lockstep.formats.parts.rows import ROW_FORMATS
 from lockstep.formats.parts.tiles import Ahead, Output, Panels, Rows
 from lockstep.native.kernel import inlined, kernel, variant
-from lockstep.native.machine import fetch_add
+from lockstep.native.machine import fetch_add, stack_memory
 from lockstep.native.numbers import int64
 from lockstep.native.simd import load, peek, store
-from lockstep.ops.elementwise.activations_cpu import store_q8, store_rounded
+from lockstep.ops.elementwise.activations_cpu import MADE, MADE_BYTES, put_quantized, put_rounded
+from lockstep.ops.elementwise.gated_mul_cpu import gate_values
 from lockstep.ops.elementwise.gates import GATES
 from lockstep.ops.linear.experts import (
     BIASES,
@@ -41,15 +42,14 @@ from lockstep.runtime.backend import Implementation
 from lockstep.runtime.step import COUNTER, num_rows
 
 FEWEST_PANELS, MOST_PANELS = 2, 8  # of a claim
-STORE = FORMAT = ROW_BYTES = SHAPES = GATE = None  # constants of the variants below
+PUT = FORMAT = ROW_BYTES = SHAPES = GATE = None  # constants of the variants below
 
 
 @inlined
-def store_plain(low, high, out, K, i):
-    """Stores elements i .. i + 31 of a row as they are."""
-    store(out + 4 * i, low)
-    if i + 16 < K:
-        store(out + 4 * i + 64, high)
+def put_plain(x, num_values, out):
+    """Copies num_values float32 at address x, a multiple of 16."""
+    for i in range(0, 4 * num_values, 64):
+        store(out + i, load(x + i))
 
 
 def _rows(op, step, thread, num_threads):
@@ -57,19 +57,19 @@ def _rows(op, step, thread, num_threads):
     a = ExpertRows.read(op)
     num_pairs = num_rows(op, step) * a.top_k
     for s in range(thread, num_pairs, num_threads):
-        x, out = a.x + 4 * a.width * (place_at(a.order, s, num_pairs) // a.top_k), a.out + ROW_BYTES(a.width) * s
-        for i in range(0, a.width, 32):
-            STORE(load(x + 4 * i), load(x + 4 * i + 64), out, a.width, i)
+        x = a.x + 4 * a.width * (place_at(a.order, s, num_pairs) // a.top_k)
+        PUT(x, a.width, a.out + ROW_BYTES(a.width) * s)
 
 
 def _gated(op, step, thread, num_threads):
     """Rows are dealt to threads in turn."""
-    a = ExpertGated.read(op)
+    a, memory = ExpertGated.read(op), stack_memory(MADE_BYTES)
     for s in range(thread, num_rows(op, step) * a.top_k, num_threads):
         x, out = a.x + 8 * a.width * s, a.out + ROW_BYTES(a.width) * s
-        for i in range(0, a.width, 32):
-            gate, up = x + 4 * i, x + 4 * (a.width + i)
-            STORE(GATE(load(gate), load(up)), GATE(load(gate + 64), load(up + 64)), out, a.width, i)
+        for i in range(0, a.width, MADE):
+            num_values = min(MADE, a.width - i)
+            gate_values(GATE, x + 4 * i, x + 4 * (a.width + i), num_values, memory)
+            PUT(memory, num_values, out + ROW_BYTES(i))
 
 
 @kernel
@@ -78,9 +78,7 @@ def scatter(op, step, thread, num_threads):
     a = ExpertScatter.read(op)
     row_bytes, num_pairs = 4 * a.width, num_rows(op, step) * a.top_k
     for s in range(thread, num_pairs, num_threads):
-        x, out = a.x + row_bytes * s, a.out + row_bytes * place_at(a.order, s, num_pairs)
-        for i in range(0, row_bytes, 64):
-            store(out + i, load(x + i))
+        put_plain(a.x + row_bytes * s, a.width, a.out + row_bytes * place_at(a.order, s, num_pairs))
 
 
 @kernel
@@ -156,10 +154,10 @@ def _linear(op, step, thread, num_threads):
         claim, e, num_before = next_claim, next_e, next_before
 
 
-STORES = {"f32": store_plain, "bf16": store_rounded, "q8": store_q8}
+PUTS = {"f32": put_plain, "bf16": put_rounded, "q8": put_quantized}
 CPU = {"expert_scatter": Implementation(scatter), "expert_bias": Implementation(bias, BIASES)}
 for _rows_of in ROW_FORMATS.values():
-    _name, _constants = _rows_of.name, dict(STORE=STORES[_rows_of.name], ROW_BYTES=_rows_of.num_bytes)
+    _name, _constants = _rows_of.name, dict(PUT=PUTS[_rows_of.name], ROW_BYTES=_rows_of.num_bytes)
     globals()[f"rows_{_name}"] = variant(_rows, f"rows_{_name}", **_constants)
     CPU[f"expert_rows_{_name}"] = Implementation(globals()[f"rows_{_name}"])
     for _activation, _gate in GATES.items():

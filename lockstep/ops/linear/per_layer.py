@@ -10,7 +10,7 @@ from lockstep.native.kernel import definition, kernel
 from lockstep.native.machine import float_array
 from lockstep.native.numbers import carray
 from lockstep.native.simd import fma, sqrt
-from lockstep.ops.elementwise.gelu import gelu_tanh_gate
+from lockstep.ops.elementwise.gates.gelu import gelu_tanh_gate
 from lockstep.ops.math import ONE, tree_sum
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.operands import Operands, constant, output, rows

@@ -3,7 +3,7 @@ bytes for each value."""
 
 from lockstep.native.kernel import variant
 from lockstep.native.simd import fma, load, store
-from lockstep.ops.elementwise.gelu import gelu_tanh_gate
+from lockstep.ops.elementwise.gates.gelu import gelu_tanh_gate
 from lockstep.ops.elementwise.rms_norm_cpu import inverse_rms
 from lockstep.ops.linear.per_layer import PerLayerGate, PerLayerInputs
 from lockstep.ops.share import strided

@@ -9,7 +9,7 @@ from lockstep.native.kernel import definition, kernel
 from lockstep.native.machine import float_array
 from lockstep.native.numbers import carray
 from lockstep.native.simd import fma, maximum, sqrt
-from lockstep.ops.elementwise.gelu import gelu_tanh_gate
+from lockstep.ops.elementwise.gates.gelu import gelu_tanh_gate
 from lockstep.ops.math import ZERO, tree_sum
 from lockstep.runtime.backend import Implementation
 from lockstep.runtime.operands import Operands, output, rows

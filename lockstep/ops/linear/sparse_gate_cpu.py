@@ -4,7 +4,7 @@ import numpy as np
 
 from lockstep.native.kernel import variant
 from lockstep.native.simd import fma, lanes, load, maximum, sqrt, store, sum_lanes
-from lockstep.ops.elementwise.gelu import gelu_tanh_gate
+from lockstep.ops.elementwise.gates.gelu import gelu_tanh_gate
 from lockstep.ops.linear.sparse_gate import SparseGate
 from lockstep.ops.math import ZERO
 from lockstep.ops.share import strided

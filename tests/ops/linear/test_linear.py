@@ -15,6 +15,7 @@ from lockstep.native import targets
 from lockstep.native.host import UnfitMachine
 from lockstep.native.kernel import interpreted
 from lockstep.ops.elementwise import activations, activations_cpu, gated_mul, rms_norm_cpu
+from lockstep.ops.elementwise.activations_cpu import MADE
 from lockstep.ops.elementwise.gated_mul import GatedMul
 from lockstep.ops.elementwise.rms_norm import RmsNorm
 from lockstep.ops.linear import linear, linear_cpu
@@ -177,6 +178,24 @@ def test_prepared_rows_equal_definition(kind):
     same_bits(prepared(format, x), prepared(format, x, activations.REFERENCE))
 
 
+@pytest.mark.parametrize("num_blocks", [1, 3, 4, 5, 8, 21])
+def test_blocks_of_every_kind_beside_each_other(num_blocks):
+    """Blocks are quantized several at a time; what one holds changes no bit of another."""
+    kinds = RNG.standard_normal((9, 32)).astype(np.float32)
+    kinds *= np.float32([1, 1e-38, 1e-31, 1e30, 1, 1, 1, 0, 1]).reshape(9, 1)
+    kinds[4, 7], kinds[5, 20], kinds[6, 31], kinds[8, ::2] = (
+        np.nan,
+        np.inf,
+        -np.inf,
+        127.5 / 127 * np.abs(kinds[8]).max(),
+    )
+    x = kinds[RNG.integers(0, 9, (40, num_blocks))].reshape(40, -1)
+    expected = prepared("q8_0", x, activations.REFERENCE)
+    same_bits(prepared("q8_0", x), expected)
+    for t in (0, 17, 39):
+        same_bits(prepared("q8_0", x[t : t + 1]), expected[t : t + 1])
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_row_that_is_not_finite_gives_no_finite_number(format):
     """Otherwise a quantized layer would turn NaN into an ordinary number. The other rows keep their bits."""
@@ -191,19 +210,19 @@ def test_a_row_that_is_not_finite_gives_no_finite_number(format):
         same_bits(prepared(format, x), prepared(format, x, activations.REFERENCE))
 
 
+@pytest.mark.parametrize("width", [32, 64, MADE, 2 * MADE + 96])
 @pytest.mark.parametrize("kind", ["quantize_q8", "round_bf16"])
-def test_fused_norm_and_gate_equal_their_parts(kind):
+def test_fused_norm_and_gate_equal_their_parts(kind, width):
     format = "q8_0" if kind == "quantize_q8" else "bf16"
-    x, w = RNG.standard_normal((5, 128)).astype(np.float32), RNG.standard_normal(128).astype(np.float32)
-    norm = dict(x=x, weight=w, width=128, eps=1e-6, offset=1.0)
+    x, w = RNG.standard_normal((5, 2 * width)).astype(np.float32), RNG.standard_normal(2 * width).astype(np.float32)
+    norm, gate = dict(x=x, weight=w, width=2 * width, eps=1e-6, offset=1.0), dict(x=x, width=width, activation="silu")
     out = lambda K: (ROW_FORMATS[kind].width(K), "i8")
-    normed = run_op(rms_norm_cpu.CPU, RmsNorm, out=(128, "f32"), **norm)["out"]
-    gated = run_op(gated_mul.REFERENCE, GatedMul, out=(64, "f32"), x=x, width=64, activation="silu")["out"]
+    normed = run_op(rms_norm_cpu.CPU, RmsNorm, out=(2 * width, "f32"), **norm)["out"]
+    gated = run_op(gated_mul.REFERENCE, GatedMul, out=(width, "f32"), **gate)["out"]
     for table in (activations_cpu.CPU, activations_cpu.PER_TOKEN):
-        fused = run_op(table, RmsNorm, num_threads=2, out=out(128), preparation=kind, **norm)["out"]
+        fused = run_op(table, RmsNorm, num_threads=2, out=out(2 * width), preparation=kind, **norm)["out"]
         same_bits(fused, prepared(format, normed))
-        gate = dict(preparation=kind, width=64, activation="silu")
-        fused = run_op(table, GatedMul, num_threads=2, out=out(64), x=x, **gate)["out"]
+        fused = run_op(table, GatedMul, num_threads=2, out=out(width), preparation=kind, **gate)["out"]
         same_bits(fused, prepared(format, gated))
 
 

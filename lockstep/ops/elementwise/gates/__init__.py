@@ -5,8 +5,8 @@ line in GATES, from which its ops are derived: the product, the product with pre
 """
 
 from lockstep.native.kernel import inlined
-from lockstep.ops.elementwise.clamped_swiglu import clamped_swiglu_gate
-from lockstep.ops.elementwise.gelu import gelu_tanh_gate
+from lockstep.ops.elementwise.gates.clamped_swiglu import clamped_swiglu_gate
+from lockstep.ops.elementwise.gates.gelu import gelu_tanh_gate
 from lockstep.ops.math import silu
 
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from lockstep.native.kernel import inlined
 from lockstep.native.simd import maximum, minimum
-from lockstep.ops.math import EXP_HIGHEST, ONE, exp
+from lockstep.ops.math import ONE, one_plus_exp
 
 LIMIT, SLOPE = 7.0, 1.702  # of the published models: swiglu_limit and swiglu_alpha
 HIGHEST, LOWEST, STEEPNESS = np.float32(LIMIT), np.float32(-LIMIT), np.float32(SLOPE)
@@ -18,4 +18,4 @@ def clamped_swiglu_gate(gate, up):
     Order: g / (1 + exp(min(-1.702 * g, 88))), then one sum and one product. Source: GptOssExperts in transformers.
     """
     g, u = minimum(HIGHEST, gate), maximum(LOWEST, minimum(HIGHEST, up))
-    return (u + ONE) * (g / (ONE + exp(minimum(-(STEEPNESS * g), EXP_HIGHEST))))
+    return (u + ONE) * (g / one_plus_exp(-(STEEPNESS * g)))

@@ -8,7 +8,7 @@ and likeliest tokens. Noise is made only for blocks with a kept token. An adjust
 import numpy as np
 
 from lockstep.native.kernel import inlined, kernel
-from lockstep.native.machine import fetch_add, stack_memory, wait_until
+from lockstep.native.machine import fetch_add, prefetch, stack_memory, wait_until
 from lockstep.native.numbers import float32, int32, int64
 from lockstep.native.simd import (
     absolute,
@@ -84,14 +84,14 @@ def sample(op, step, thread, num_threads):
     """The passes above, with barriers on the op's own counter."""
     a, R, records = Sample.read(op), num_rows(op, step), StepBlock.read(step).sampling
     V, C, scratch, width = a.vocab_size, (a.vocab_size + CHUNK - 1) // CHUNK, a.scratch, WORD * a.scratch_width
-    random = False
+    random, ahead = False, WORD * CHUNK * num_threads  # from a task's chunk to that of the thread's next task
     for r in range(R):
         random = random or draws(records + RECORD_BYTES * r)
     for task in range(thread, R * C, num_threads):
         r, c = task // C, task % C
-        scan_chunk(choice(a, records, r), V, scratch + width * r, c, C)
+        scan_chunk(choice(a, records, r), V, scratch + width * r, c, C, ahead)
         if is_adjusted(records + RECORD_BYTES * r):
-            scan_chunk(plain(a, r), V, unadjusted(scratch + width * r, C), c, C)
+            scan_chunk(plain(a, r), V, unadjusted(scratch + width * r, C), c, C, ahead)
     wait_for_all(op, num_threads)
     if random:
         for task in range(thread, R * C, num_threads):
@@ -146,8 +146,11 @@ def wait_for_all(op, arrivals):
 
 
 @inlined
-def scan_chunk(logits, V, scratch, c, C):
-    """Maximum of each block, and the sum of exp(logit - the chunk's maximum), NaN where a logit is NaN or +inf."""
+def scan_chunk(logits, V, scratch, c, C, ahead):
+    """Maximum of each block, and the sum of exp(logit - the chunk's maximum), NaN where a logit is NaN or +inf.
+
+    ahead: bytes to logits that are prefetched meanwhile: the maxima wait for memory, the exponentials do not.
+    """
     first, last = CHUNK * c, min(CHUNK * c + CHUNK, V)
     maxima, top, total = scratch + WORD * BLOCKS * c, lanes(LOWEST), lanes(ZERO)
     store(maxima, top)  # the last chunk may have fewer blocks
@@ -161,6 +164,7 @@ def scan_chunk(logits, V, scratch, c, C):
         top = maximum(block, top)
     largest = max_lanes(top) + ZERO
     for i in range(first, last - 15, 16):
+        prefetch(logits + WORD * i + ahead)
         total = total + weight(load(logits + WORD * i), largest)
     if last % 16 != 0:
         total = total + weight(entries(logits, last - last % 16, V), largest)

@@ -8,12 +8,12 @@ tokens. Printed is how often the guess at each depth is right if the guesses bef
 the model samples, and with another seed's.
 """
 
-import argparse
 import hashlib
 import pathlib
 import sysconfig
 
 import numpy as np
+from options import Parser
 
 from lockstep.engine.request import SamplingParams
 from lockstep.engine.speculation.mtp import MtpDrafts
@@ -76,12 +76,14 @@ def acceptance(llm: LLM, prompts: list[list[int]], tokens: int, temperature: flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--model")
-    parser.add_argument("--prompts", type=int, default=60)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_counts(prompts=60, tokens=64)
     args = parser.parse_args()
-    llm = LLM(args.model, speculate="mtp", draft=DEPTHS)
+    with parser.refusing():
+        llm = LLM(args.model, speculate="mtp", draft=DEPTHS, needs_text=True)
+    if PROMPT + args.tokens > llm.max_context:
+        parser.error(f"--tokens {args.tokens}: expected at most {llm.max_context - PROMPT} after prompts of {PROMPT}")
     prompts = prompts_of(llm, args.prompts)
     for temperature in (0.0, 0.8, 1.0):
         for noise, other_seed in (("the model's noise", 0), ("other noise", 7919)):

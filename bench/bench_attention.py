@@ -9,10 +9,10 @@ keys count. GB/s counts every byte of K and V once. Decode runs on the pages of 
 in a model, so many that they do not fit in any cache.
 """
 
-import argparse
 import time
 
 import numpy as np
+from options import Parser, several, whole_number
 
 from lockstep.lab import ceiling
 from lockstep.native.kernel import kernel
@@ -111,7 +111,7 @@ def make_cases(args, team):
             if length and args.per_token:
                 case = Case(team, "per_token", SHAPES[name], dtype, length, length, 1)
                 cases[name, dtype, f"per token {length}"] = case
-            for context in map(int, filter(None, args.contexts.split(","))):
+            for context in args.contexts:
                 layer_bytes = 2 * context * G * K * {"f32": 4, "bf16": 2, "q8": 1}[dtype]
                 num_layers = max(1, -(-PAST_CACHES // layer_bytes))
                 cases[name, dtype, f"decode {context}"] = Case(team, "cpu", SHAPES[name], dtype, 1, context, num_layers)
@@ -119,15 +119,20 @@ def make_cases(args, team):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = Parser(__doc__)
+    parser.add_threads()
+    parser.add_counts(rounds=5)
     parser.add_argument("--shape", choices=SHAPES, action="append")
     parser.add_argument("--dtype", choices=KV_DTYPES, action="append")
-    parser.add_argument("--prefill", type=int, default=1000, metavar="TOKENS", help="tokens of a prompt; 0: no prefill")
-    parser.add_argument("--contexts", default="1024,8192,32768", help="context lengths of decode")
+    parser.add_argument(
+        "--prefill", type=whole_number(0), default=1000, metavar="TOKENS", help="tokens of a prompt; 0: no prefill"
+    )
+    contexts = dict(default="1024,8192,32768", help='context lengths of decode; "": no decode')
+    parser.add_argument("--contexts", type=several(whole_number(), or_none=True), **contexts)
     parser.add_argument("--per-token", action="store_true", help="also prefill with the per_token backend")
     args = parser.parse_args()
+    if not (args.prefill or args.contexts):
+        parser.error("--prefill 0 and --contexts '': expected tokens for one of them")
     team = Team(args.threads)
     cases = make_cases(args, team)
     times, ceilings = {name: [] for name in cases}, []

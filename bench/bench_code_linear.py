@@ -7,14 +7,17 @@ quantizing its rows, GOP/s of the layer (two for each multiply-add), and how man
 linear_q8_0 it is: medians of the ratios within each round, since the cores may be shared.
 """
 
-import argparse
+import itertools
+import re
 import statistics
 
 import numpy as np
+from options import Parser, num_cores, plain_shape, refuse, several, threads, values_of, whole_number
 
+from lockstep.formats import FORMATS
 from lockstep.lab.layer_speed import CACHES, Case, Copies, Given, nothing
 from lockstep.ops.integer import code_linear_cpu, code_rows_cpu
-from lockstep.ops.integer.code_linear import CodeLinear
+from lockstep.ops.integer.code_linear import MOST_VALUES, CodeLinear
 from lockstep.ops.integer.code_rows import CodeRows, row_width
 from lockstep.ops.integer.code_weights import CodeTensor, code_tensor, code_weight
 from lockstep.ops.linear import linear_cpu
@@ -97,18 +100,25 @@ def compare(shape: str, rows: int, names: list[str], threads: int, rounds: int) 
     team.close()
 
 
+def plan(text: str) -> str:
+    """The name of a plan."""
+    return text if re.fullmatch("w[2-8]a([2-9]|1[0-6])", text) else refuse(text, "2 to 8 and 2 to 16 bits, as w4a16")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default=SHAPES)
-    parser.add_argument("--plans", default=PLANS)
-    parser.add_argument("--rows", default="512")
-    parser.add_argument("--threads", default="1,2")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = Parser(__doc__)
+    parser.add_argument("--shapes", type=several(plain_shape), default=SHAPES)
+    parser.add_argument("--plans", type=several(plan), default=PLANS)
+    parser.add_argument("--rows", type=several(whole_number()), default="512")
+    parser.add_argument("--threads", type=several(threads), default="1,2" if num_cores() > 1 else "1")
+    parser.add_counts(rounds=7)
     args = parser.parse_args()
-    for shape in args.shapes.split(","):
-        for rows in map(int, args.rows.split(",")):
-            for threads in map(int, args.threads.split(",")):
-                compare(shape, rows, args.plans.split(","), threads, args.rounds)
+    formats = {name: FORMATS[name].block_size for name in FLOATS}
+    parser.check_blocks({f"--shapes {shape}": values_of(shape) for shape in args.shapes}, formats)
+    if (most := max(map(values_of, args.shapes))) > MOST_VALUES:
+        parser.error(f"--shapes: expected at most {MOST_VALUES} values in integers, got {most}")
+    for shape, rows, num_threads in itertools.product(args.shapes, args.rows, args.threads):
+        compare(shape, rows, args.plans, num_threads, args.rounds)
 
 
 if __name__ == "__main__":

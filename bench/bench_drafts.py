@@ -6,13 +6,15 @@ Each round takes another 3000 characters of the text as its prompt. Printed are 
 after the first, the median ratio to the same round without drafts, and how many drafts were right.
 """
 
-import argparse
 import itertools
 import pathlib
 import statistics
 import time
 
+from options import Parser, file, several, whole_number
+
 from lockstep.engine.request import SamplingParams
+from lockstep.engine.speculation.drafts import MAX_DRAFTS
 from lockstep.llm import LLM
 
 TEXT = pathlib.Path(__file__).resolve().parents[1] / "lockstep" / "engine" / "cache" / "prefix.py"
@@ -29,19 +31,26 @@ def run(llm, ids, params):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("model", nargs="?")
-    parser.add_argument("--text", default=TEXT, help="a file of which prompts are parts")
-    parser.add_argument("--speculate", default="lookup,mtp,auto", help="sources, comma-separated (%(default)s)")
-    parser.add_argument("--draft", default="2,4,7", help="numbers of drafts, beside none given (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--text", type=file, default=TEXT, help="a file of which prompts are parts")
+    sources = dict(default="lookup,mtp,auto", help="sources, comma-separated (%(default)s)")
+    parser.add_argument("--speculate", type=several(str), **sources)
+    drafts = dict(default="2,4,7", help="numbers of drafts, beside none given (%(default)s)")
+    parser.add_argument("--draft", type=several(whole_number(1, MAX_DRAFTS)), **drafts)
+    parser.add_counts(rounds=5)
     parser.add_argument("--weights", default="auto")
     args = parser.parse_args()
+    if not (text := args.text.read_text(errors="replace")):
+        parser.error(f"--text {args.text}: expected a text, this file is empty")
     settings = {"off": {}}
-    for source, draft in itertools.product(args.speculate.split(","), [None, *map(int, args.draft.split(","))]):
+    for source, draft in itertools.product(args.speculate, [None, *args.draft]):
         settings[f"{source} {draft or ''}"] = dict(speculate=source, draft=draft)
-    llms = {name: LLM(args.model, weights=args.weights, **options) for name, options in settings.items()}
-    text = pathlib.Path(args.text).read_text()
+    with parser.refusing():
+        llms = {
+            name: LLM(args.model, weights=args.weights, needs_text=True, **options)
+            for name, options in settings.items()
+        }
     for temperature in (0.0, 0.8):
         found = {name: [] for name in settings}
         for i in range(args.rounds + 1):

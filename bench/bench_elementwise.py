@@ -6,10 +6,10 @@ Both forms and NumPy's sum of two arrays (on one thread: the bandwidth of one co
 rounds. GB/s counts once what an op must read and write.
 """
 
-import argparse
 import time
 
 import numpy as np
+from options import Parser
 
 from lockstep.native.kernel import kernel
 from lockstep.ops.elementwise import add_cpu, gated_mul_cpu, rms_norm_cpu
@@ -90,9 +90,9 @@ def compare(kind, num_tokens, width, team, rounds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser = Parser(__doc__)
+    parser.add_threads()
+    parser.add_counts(rounds=15)
     args = parser.parse_args()
     team = Team(args.threads)
     print(f"{'op':10} {'shape':14}" + "".join(f"{n:>24}" for n in ("batched", "per token", "numpy add")))

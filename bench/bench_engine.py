@@ -8,12 +8,12 @@ the thread spends in native code and in each part outside, and the share of all 
 time of the thread. Medians of the rounds, in which the kinds take turns.
 """
 
-import argparse
 import asyncio
 import itertools
 import time
 
 import numpy as np
+from options import Parser, one_of, several
 
 from lockstep import LLM, SamplingParams
 from lockstep.engine.async_engine import AsyncEngine, keep_loaded
@@ -105,16 +105,17 @@ def report(case, runs):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("model", nargs="?")
-    parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--cases", default=",".join(CASES))
-    parser.add_argument("--threads", type=int)
+    parser.add_counts(requests=32, tokens=64, rounds=3)
+    parser.add_argument("--cases", type=several(one_of(CASES)), default=",".join(CASES))
+    parser.add_threads(usual=None)
     args = parser.parse_args()
     room = PROMPT_TOKENS + args.tokens
-    llm = LLM(args.model, max_requests=args.requests, max_context=room, threads=args.threads)
+    with parser.refusing():
+        llm = LLM(args.model, max_requests=args.requests, max_context=room, threads=args.threads)
+    if room > llm.max_context:
+        parser.error(f"--tokens {args.tokens}: expected at most {llm.max_context - PROMPT_TOKENS} for this model")
     timed = Timed(llm.engine)
     if not llm.has_tokenizer:
         tokenizer = LLM(max_context=64).tokenizer
@@ -122,13 +123,12 @@ def main():
     keep_loaded()
     with timed.clock:
         running = AsyncEngine(timed)
-        cases = args.cases.split(",")
-        runs = {case: [] for case in cases}
-        measure(timed, running, cases[0], args, 0)
+        runs = {case: [] for case in args.cases}
+        measure(timed, running, args.cases[0], args, 0)
         for number in range(1, args.rounds + 1):
-            for case in cases:
+            for case in args.cases:
                 runs[case].append(measure(timed, running, case, args, number))
-        for case in cases:
+        for case in args.cases:
             report(case, runs[case])
         running.close()
 

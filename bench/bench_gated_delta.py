@@ -7,10 +7,10 @@ since the machine may be shared. The floor of the recurrence is 4 multiplication
 at this core's measured FMA rate.
 """
 
-import argparse
 import time
 
 import numpy as np
+from options import Parser
 
 from lockstep.native.kernel import kernel
 from lockstep.native.simd import fma, lanes, load, store
@@ -211,9 +211,9 @@ def measure_drafts(team, rounds, pendings=(0, 4, 7)):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser = Parser(__doc__)
+    parser.add_threads(usual=1)
+    parser.add_counts(rounds=9)
     parser.add_argument("--drafts", action="store_true", help="only the recurrence over drafts")
     args = parser.parse_args()
     team = Team(args.threads)

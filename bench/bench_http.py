@@ -7,7 +7,6 @@ as Python can, but on the same cores: time that it takes is lost to the engine, 
 by itself, in CPU time of this process as a share of what all cores have in that time.
 """
 
-import argparse
 import asyncio
 import json
 import logging
@@ -16,8 +15,11 @@ import os
 import selectors
 import socket
 import statistics
+import sys
 import threading
 import time
+
+from options import Parser, whole_number
 
 from lockstep import LLM, SamplingParams
 from lockstep.engine.async_engine import keep_loaded
@@ -28,7 +30,7 @@ from lockstep.serve.log import start_logging
 from lockstep.serve.server import Server, bind
 from lockstep.serve.service import Service
 
-PROMPT_TOKENS = 16
+PROMPT_TOKENS, CONTEXT = 16, 512
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
 END = b"0\r\n\r\n"
 
@@ -44,9 +46,13 @@ def prompts(count, round_number, vocab_size):
 # ---------------------------------------------------------------- the server's process
 
 
-def serve(pipe, model, threads, weights):
-    """The server's process: prints its address, then runs rounds without HTTP on request, until it is told to end."""
-    llm = LLM(model, weights=weights, threads=threads, max_requests=32, max_context=512)
+def serve(pipe, args):
+    """The server's process: sends its address, then runs rounds without HTTP on request, until it is told to end."""
+    parser = Parser(__doc__)
+    with parser.refusing():
+        llm = LLM(args.model, weights=args.weights, threads=args.threads, max_requests=32, max_context=CONTEXT)
+    if (most := llm.max_context - PROMPT_TOKENS) < args.tokens:
+        parser.error(f"--tokens {args.tokens}: expected at most {most} for this model")
     service, [listening] = Service("model"), bind("127.0.0.1", 0)
     service.open(llm)
     start_logging(logging.INFO, open(os.devnull, "w"))  # lines are made and written, as lockstep serve does
@@ -118,19 +124,24 @@ def compare(pipe, port, vocab_size, num_streams, args):
 
 
 def main():
-    parser = argparse.ArgumentParser()
+    parser = Parser(__doc__)
     parser.add_argument("model", nargs="?")
-    parser.add_argument("--streams", type=int, nargs="+", default=[8, 32])
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--streams", type=whole_number(), nargs="+", default=[8, 32])
+    parser.add_argument("--tokens", type=whole_number(1, CONTEXT - PROMPT_TOKENS), default=128)
+    parser.add_counts(rounds=5)
+    parser.add_threads(usual=None)
     parser.add_argument("--weights", default="auto")
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
-    server = context.Process(target=serve, args=(theirs, args.model, args.threads, args.weights), daemon=True)
+    server = context.Process(target=serve, args=(theirs, args), daemon=True)
     server.start()
-    port, vocab_size = pipe.recv()
+    theirs.close()
+    try:
+        port, vocab_size = pipe.recv()
+    except EOFError:  # it has said why
+        server.join()
+        sys.exit(server.exitcode)
     for num_streams in args.streams:
         compare(pipe, port, vocab_size, num_streams, args)
     pipe.send(None)

@@ -11,9 +11,10 @@ ceilings are measured just before and just after each, as clocks change within s
 reported.
 """
 
-import argparse
 import itertools
 import statistics
+
+from options import Parser, layer_shape, one_of, several, values_of, whole_number
 
 from lockstep.formats import FORMATS
 from lockstep.lab.ceiling import Meter
@@ -78,21 +79,28 @@ def report(case, rows, ceilings, fast_case=None):
     )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--formats", default=",".join(FORMATS))
-    parser.add_argument("--shapes", default=",".join(SHAPES))
-    parser.add_argument("--rows", default="1,2,4,8,512")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+def arguments():
+    """The options' values."""
+    parser = Parser(__doc__)
+    parser.add_argument("--formats", type=several(one_of(FORMATS)), default=",".join(FORMATS))
+    parser.add_argument("--shapes", type=several(layer_shape), default=",".join(SHAPES))
+    parser.add_argument("--rows", type=several(whole_number()), default="1,2,4,8,512")
+    parser.add_counts(rounds=5)
+    parser.add_threads()
     parser.add_argument("--per-token", action="store_true", help="also the baseline, one row at a time")
     args = parser.parse_args()
-    tables = [linear_cpu.CPU, linear_cpu.PER_TOKEN][: 1 + args.per_token]
-    rows = [int(r) for r in args.rows.split(",")]
+    blocks = {format: FORMATS[format].block_size for format in args.formats}
+    parser.check_blocks({f"--shapes {shape}": values_of(shape) for shape in args.shapes}, blocks)
+    return args
+
+
+def main():
+    args = arguments()
+    rows, tables = args.rows, [linear_cpu.CPU, linear_cpu.PER_TOKEN][: 1 + args.per_token]
     team = Team(args.threads)
     ceilings = Ceilings(team)
-    for shape in args.shapes.split(","):
-        cases = [Case(format, shape, max(rows), team, table) for format in args.formats.split(",") for table in tables]
+    for shape in args.shapes:
+        cases = [Case(format, shape, max(rows), team, table) for format in args.formats for table in tables]
         for _ in range(args.rounds):
             for case, r in itertools.product(cases, rows):
                 ceilings.run(case, r)

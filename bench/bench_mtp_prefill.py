@@ -5,14 +5,16 @@
 One thread, measured in processor time, so that other processes matter little. Printed are the ratios and their median.
 """
 
-import argparse
 import statistics
 import time
 
 import numpy as np
+from options import Parser, several, whole_number
 
 from lockstep.engine.request import SamplingParams
 from lockstep.llm import LLM
+
+CONTEXT = 2048  # tokens of a prompt, and the two after it
 
 
 def seconds(llm, ids):
@@ -29,19 +31,19 @@ def seconds(llm, ids):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("model")
     parser.add_argument("--weights", default="q8_0")
-    parser.add_argument("--prompts", default="128,500,1000")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompts", type=several(whole_number(1, CONTEXT - 2)), default="128,500,1000")
+    parser.add_counts(rounds=5)
     args = parser.parse_args()
-    options = dict(weights=args.weights, threads=1, max_context=2048, max_requests=4, prefix_cache=False)
-    plain, mtp, rng = (
-        LLM(args.model, **options),
-        LLM(args.model, speculate="mtp", draft=1, **options),
-        np.random.default_rng(0),
-    )
-    for length in map(int, args.prompts.split(",")):
+    options = dict(weights=args.weights, threads=1, max_context=CONTEXT, max_requests=4, prefix_cache=False)
+    with parser.refusing():
+        plain, mtp = LLM(args.model, **options), LLM(args.model, speculate="mtp", draft=1, **options)
+    if max(args.prompts) + 2 > plain.max_context:
+        parser.error(f"--prompts: expected at most {plain.max_context - 2} for this model, got {max(args.prompts)}")
+    rng = np.random.default_rng(0)
+    for length in args.prompts:
         ratios = []
         for _ in range(args.rounds + 1):  # the first warms up
             ids = rng.integers(0, plain.vocab_size, length).tolist()

@@ -16,19 +16,19 @@ visible keys count; "% done" also counts operations on padding. The copies of "t
 The ceilings are measured in the same run (`lockstep.lab.ceiling`).
 """
 
-import argparse
 import statistics
 import time
 from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
+from options import Parser, several, whole_number
 
 from lockstep.lab import ceiling
 from lockstep.ops import ragged_paged_attention
 from lockstep.ops.attention.ragged import scoring_of, workers
 from lockstep.ops.attention.ragged_attention import Sequences
-from lockstep.ops.attention.ragged_checks import pages
+from lockstep.ops.attention.ragged_checks import MAX_PAGE_SIZE, pages
 from lockstep.runtime.executor import aligned
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -157,13 +157,13 @@ def make_cases(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--page-size", type=int, default=16)
+    parser = Parser(__doc__)
+    parser.add_threads()
+    parser.add_counts(rounds=5)
+    parser.add_argument("--page-size", type=whole_number(1, MAX_PAGE_SIZE), default=16)
     parser.add_argument("--dtype", choices=DTYPES, action="append")
     parser.add_argument("--mix", choices=MIXES, action="append")
-    parser.add_argument("--contexts", type=lambda s: [int(n) for n in s.split(",") if n], default=[4096, 16384, 65536])
+    parser.add_argument("--contexts", type=several(whole_number(), or_none=True), default="4096,16384,65536")
     args = parser.parse_args()
     cases, team, ceilings = make_cases(args), workers(args.threads).team, []
     times = {name: [] for name in cases}

@@ -6,10 +6,10 @@ Logits are normally distributed, with 300 tokens that stand out as in a language
 case). Medians; the two ops are adjust_logits and sample.
 """
 
-import argparse
 from types import SimpleNamespace
 
 import numpy as np
+from options import Parser, whole_number
 
 from lockstep.engine.cache.pages import everywhere
 from lockstep.engine.model import emit_sampling
@@ -24,7 +24,7 @@ from lockstep.runtime.threads import Team
 from lockstep.weights.store import WeightStore
 from lockstep.weights.tensor import StoredTensor
 
-ROWS = 8
+ROWS, PENALIZED = 8, 2000
 WISHES = {
     "greedy": {},
     "greedy, 20 alternatives": dict(logprobs=20),
@@ -32,7 +32,7 @@ WISHES = {
     "temperature 0.7, top-k 20, top-p 0.8": dict(temperature=0.7, top_k=20, top_p=0.8),
     "temperature 1, top-p 0.95": dict(temperature=1.0, top_p=0.95),
     "temperature 1, min-p 0.05": dict(temperature=1.0, min_p=0.05),
-    "greedy, penalties of 2000 tokens": dict(repetition_penalty=1.1),
+    f"greedy, penalties of {PENALIZED} tokens": dict(repetition_penalty=1.1),
     "greedy, a mask": dict(logits_mask=True),
 }
 
@@ -63,7 +63,7 @@ def fields(wishes, vocabulary):
         bits = np.full(-(-vocabulary // 32), 0x7FFFFFFF, np.uint32)
         wishes = dict(logits_mask=lambda _: bits)
     p = SamplingParams(max_tokens=1, **wishes)
-    adjustment = Adjustment(list(range(2000)), p, frozenset(), vocabulary)
+    adjustment = Adjustment(list(range(PENALIZED)), p, frozenset(), vocabulary)
     return dict(
         temperature=p.temperature,
         top_p=p.top_p,
@@ -88,10 +88,10 @@ def microseconds(runner, record, num_rows, rounds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--vocabulary", type=int, default=151936)
+    parser = Parser(__doc__)
+    parser.add_threads()
+    parser.add_counts(rounds=40)
+    parser.add_argument("--vocabulary", type=whole_number(PENALIZED), default=151936)
     args = parser.parse_args()
     team = Team(args.threads)
     print(f"{'':40}{'1 row':>16}{f'{ROWS} rows':>16}   us, adjust_logits + sample")

@@ -8,11 +8,12 @@ three run one after the other in every round; medians of the rounds, and of the 
 processor time of one thread, for a machine that is shared.
 """
 
-import argparse
 import time
 
 import numpy as np
+from options import Parser, one_of, several, whole_number
 
+from lockstep.formats import FORMATS
 from lockstep.formats.parts.panels import padded_width
 from lockstep.lab.layer_speed import nothing, stored
 from lockstep.ops.elementwise import activations_cpu
@@ -86,21 +87,26 @@ def processor_seconds(made: Executor, index: int, step: np.ndarray) -> float:
     return time.thread_time() - started
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--formats", default="f32,bf16,q8_0,q4_k")
-    parser.add_argument("--vocabularies", default="4096,151936")
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--rows", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+def arguments():
+    """The options' values."""
+    parser = Parser(__doc__)
+    parser.add_argument("--formats", type=several(one_of(FORMATS)), default="f32,bf16,q8_0,q4_k")
+    parser.add_argument("--vocabularies", type=several(whole_number()), default="4096,151936")
+    parser.add_counts(width=1024, rows=512, rounds=5)
+    parser.add_threads()
     parser.add_argument("--cpu-time", action="store_true", help="processor time, of one thread")
     args = parser.parse_args()
+    parser.check_blocks({"--width": args.width}, {format: FORMATS[format].block_size for format in args.formats})
+    return args
+
+
+def main() -> None:
+    args = arguments()
     num_threads = 1 if args.cpu_time else args.threads
     team = Team(num_threads)
     print(f"{args.rows} rows of {args.width} values, threads: {num_threads}; ms, and times as long as the layer")
-    for vocabulary in map(int, args.vocabularies.split(",")):
-        for format in args.formats.split(","):
+    for vocabulary in args.vocabularies:
+        for format in args.formats:
             made = executor(format, vocabulary, args.width, args.rows, team)
             times = seconds(made, args.rows, args.rounds, args.cpu_time)
             layer, nll, kl = np.median(times, axis=0) * 1e3

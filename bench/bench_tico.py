@@ -10,13 +10,14 @@ integers. TICO rounds its weights again in every forward pass; ours are rounded 
 Also: one calibration window of each.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
 import time
 from contextlib import closing
 from pathlib import Path
+
+from options import Parser, program, whole_number
 
 from lockstep.engine.model import load_model
 from lockstep.models.checkpoint import open_checkpoint
@@ -33,7 +34,7 @@ from lockstep.study.scoring.text import NO_TARGET
 from lockstep.weights.store import WeightStore
 
 SHAPE = {"hidden": 1024, "ffn": 3072, "heads": 16, "kv-heads": 8, "head-dim": 128}
-WORKER = Path(__file__).with_name("tico_worker.py")
+WORKER = Path(__file__).with_name("peers") / "tico_worker.py"
 
 
 class Tico:
@@ -91,10 +92,12 @@ def rigs_of(model, team, args, windows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tico", required=True, metavar="PYTHON")
-    for name, usual in dict(layers=2, vocab=4096, tokens=512, threads=2, bits=4, rounds=7).items():
-        parser.add_argument(f"--{name}", type=int, default=usual)
+    parser = Parser(__doc__)
+    parser.add_argument("--tico", type=program, required=True, metavar="PYTHON")
+    parser.add_counts(layers=2, vocab=4096, rounds=7)
+    parser.add_argument("--tokens", type=whole_number(2), default=512, help="of a window; all but the first are scored")
+    parser.add_threads()
+    parser.add_argument("--bits", type=whole_number(2, 8), default=4, help="of weights of linear layers")
     parser.add_argument("--kl", action="store_true", help="ours also compare with the float model, which TICO does not")
     parser.add_argument("--act", choices=("i16", "u8"), default="i16")
     args = parser.parse_args()

@@ -7,13 +7,12 @@ and of processor time (the better measure on a shared machine, with --threads 1)
 its number of ops, the memory of its activations, and whether the hidden states have equal bits.
 """
 
-import argparse
 import statistics
 import time
 from contextlib import closing
-from pathlib import Path
 
 import numpy as np
+from options import Parser, folder
 
 from lockstep.engine.model import load_model
 from lockstep.models.checkpoint import open_checkpoint
@@ -81,13 +80,16 @@ CHANGES = {"prefill_reference": None, "prefill": unrolled}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    for name, default in (("tokens", 512), ("threads", 2), ("rounds", 7)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser = Parser(__doc__)
+    parser.add_argument("folder", type=folder)
+    parser.add_counts(tokens=512, rounds=7)
+    parser.add_threads()
     parser.add_argument("--weights", default="f32")
     args = parser.parse_args()
-    model = load_model(open_checkpoint(args.folder), WeightStore(), args.weights, "f32", args.tokens)
+    with parser.refusing():
+        model = load_model(open_checkpoint(args.folder), WeightStore(), args.weights, "f32", args.tokens)
+    if args.tokens > model.max_context:
+        parser.error(f"--tokens {args.tokens}: expected at most {model.max_context} for this model")
     with closing(Team(args.threads)) as team:
         for additive in (False, True):
             compare(model, team, args.tokens, additive, args.rounds)

@@ -9,7 +9,6 @@ mixes of bench_ragged.py. Printed are the median of the ratios (seconds of this 
 95 % interval of that median, and whether both versions gave the same bits.
 """
 
-import argparse
 import hashlib
 import importlib
 import os
@@ -52,6 +51,7 @@ BLOCKS = {  # of any version: weights, bytes, and where the float16 scales lie
     "q4_k": (256, 144, (0, 2)),
     "q6_k": (256, 210, (208,)),
 }
+WEIGHTS = (*BLOCKS, "q4_k_m", "f32", "f16", "bf16")
 
 
 def random_tensor(name, shape, format):
@@ -218,19 +218,31 @@ def compare(before, what, rounds):
     here.close(), there.close()
 
 
+def arguments():
+    """The options' values."""
+    from options import Parser, folder, one_of, several  # in this folder; a worker may be of a version without it
+
+    parser = Parser(__doc__)
+    parser.add_argument("before", type=folder, help="folder of the other version")
+    parser.add_argument("--models", type=several(one_of(SHAPES), or_none=True), default=",".join(SHAPES))
+    parser.add_argument("--weights", type=several(one_of(WEIGHTS)), default="q8_0,bf16,q4_k_m")
+    parser.add_counts(rounds=20)
+    parser.add_argument("--ragged", action="store_true", help="the mixes of bench_ragged.py, too")
+    args = parser.parse_args()
+    if not (args.before / "lockstep").is_dir():
+        parser.error(f"{args.before}: expected a version of Lockstep, there is no folder lockstep in it")
+    if not (args.models or args.ragged):
+        parser.error("--models '': expected a model, or --ragged")
+    return args
+
+
 def main():
     if sys.argv[1:2] == ["--worker"]:
         return work(sys.argv[2:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("before", type=pathlib.Path, help="folder of the other version")
-    parser.add_argument("--models", default=",".join(SHAPES))
-    parser.add_argument("--weights", default="q8_0,bf16,q4_k_m")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--ragged", action="store_true", help="the mixes of bench_ragged.py, too")
-    args = parser.parse_args()
+    args = arguments()
     print(f"seconds of {ROOT.name} by seconds of {args.before.resolve().name}, {args.rounds} rounds")
-    for shape in filter(None, args.models.split(",")):
-        for weights in args.weights.split(","):
+    for shape in args.models:
+        for weights in args.weights:
             compare(args.before.resolve(), [shape, weights], args.rounds)
     if args.ragged:
         compare(args.before.resolve(), ["ragged"], args.rounds)

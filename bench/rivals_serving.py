@@ -6,7 +6,6 @@ PEERS_DIR: as for rivals.py. Throughput is of generated tokens, with the prompts
 from the arrival of all to a request's first token.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -16,6 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from options import Parser, folder, json_file, one_of, several, whole_number
 
 PEERS = {
     "lockstep": (None, "{}-Q8_0.gguf"),
@@ -23,6 +23,7 @@ PEERS = {
     "openvino": ("venv-openvino", "{}-ov-int8"),
     "llama.cpp": ("venv-llama.cpp", "{}-Q8_0.gguf"),
 }
+SHORTEST = 32  # tokens of the shortest prompt
 # two cores each, as in the peers' own scripts
 VARIABLES = {
     "OMP_NUM_THREADS": "2",
@@ -56,7 +57,10 @@ def measure(name, a, requests):
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **own}, timeout=900)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if not rows:
-        print(f"{name}: no result: {(done.stderr.strip().splitlines() or ['no output'])[-1][:300]}", file=sys.stderr)
+        reason = f"{name}: no result: {(done.stderr.strip().splitlines() or ['no output'])[-1][:300]}"
+        if name == "lockstep":
+            sys.exit(reason)
+        print(reason, file=sys.stderr)
     return rows
 
 
@@ -67,23 +71,40 @@ def summary(rows):
     return rate, *np.median(first, axis=0).tolist()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("peers", type=Path)
+def arguments():
+    """The options' values."""
+    parser = Parser(__doc__)
+    parser.add_argument("peers", type=folder)
     parser.add_argument("--model", default="qwen3-0.6b")
-    parser.add_argument("--engines", default=",".join(PEERS))
-    parser.add_argument("--requests", default="4,8,32")
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--longest", type=int, default=512)
-    parser.add_argument("--runs", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--engines", type=several(one_of(PEERS)), default=",".join(PEERS))
+    parser.add_argument("--requests", type=several(whole_number()), default="4,8,32")
+    parser.add_counts(tokens=64, runs=1, rounds=3)
+    parser.add_argument("--longest", type=whole_number(SHORTEST), default=512, help="tokens of the longest prompt")
+    parser.add_argument("--json", type=json_file)
     a = parser.parse_args()
+    if "lockstep" not in a.engines:
+        parser.error(f"--engines {','.join(a.engines)}: expected lockstep among them, with which others are compared")
+    for name in a.engines:
+        check_engine(parser, a, name)
+    return a
+
+
+def check_engine(parser, a, name):
+    """Ends the script if what runs an engine is not there, or Lockstep's file of the model."""
+    venv, model = PEERS[name]
+    path = a.peers / venv / "bin" / "python" if venv else a.peers / "models" / model.format(a.model)
+    if not path.exists():
+        option = f"--engines {name}" if venv else f"--model {a.model}"
+        parser.error(f"{option}: expected {path}, see bench/peers/README.md")
+
+
+def main():
+    a = arguments()
     found = {}
-    for requests in map(int, a.requests.split(",")):
+    for requests in a.requests:
         rows = defaultdict(list)
         for _ in range(a.rounds):
-            for name in a.engines.split(","):
+            for name in a.engines:
                 rows[name] += measure(name, a, requests)
         found[requests] = {name: summary(runs) for name, runs in rows.items() if runs}
         report(requests, found[requests])

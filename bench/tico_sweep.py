@@ -7,23 +7,24 @@ calibration and 12 evaluation windows of 512 tokens of the same texts. For each 
 calibrate, convert, and the mean negative log-likelihood of the evaluation windows. Loading is not counted.
 """
 
-import argparse
 import statistics
+import sys
 import time
 from pathlib import Path
 
-import torch
-from tico_worker import ACTIVATIONS, quantized
-from tokenizers import Tokenizer
-from transformers import LlamaForCausalLM
+from options import Parser, threads, whole_number
 
 STUDIES = Path(__file__).parents[1] / "studies"
+PEERS = Path(__file__).with_name("peers")
 LENGTH, CALIBRATION, EVALUATION = 512, 16, 12
 PROFILES = ("npu_export", "reference_eval")
 
 
 def windows_of(text, count):
     """Windows of a text, evenly spread: [1, LENGTH] each."""
+    import torch
+    from tokenizers import Tokenizer
+
     tokenizer = Tokenizer.from_file(str(STUDIES / "llama-6x256" / "tokenizer.json"))
     ids = tokenizer.encode((STUDIES / "texts" / text).read_text("utf-8"), add_special_tokens=False).ids
     every = len(ids) // LENGTH
@@ -33,16 +34,26 @@ def windows_of(text, count):
 
 def nll(model, ids):
     """The mean negative log-likelihood of a window's tokens but the first."""
+    import torch
+
     logits = model(ids, use_cache=False).logits[0, :-1]
     return torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, usual in dict(threads=1, plans=2, bits=8).items():
-        parser.add_argument(f"--{name}", type=int, default=usual)
+    sys.path.insert(0, str(PEERS))
+    from tico_worker import ACTIVATIONS, quantized
+
+    parser = Parser(__doc__)
+    parser.add_argument("--threads", type=threads, default=1)
+    parser.add_counts(plans=2)
+    parser.add_argument("--bits", type=whole_number(2, 8), default=8, help="of weights of linear layers")
     parser.add_argument("--act", choices=ACTIVATIONS, default="u8")
     args = parser.parse_args()
+    parser.need("torch", "transformers", "tico")
+    import torch
+    from transformers import LlamaForCausalLM
+
     torch.set_num_threads(args.threads)
     model = LlamaForCausalLM.from_pretrained(
         STUDIES / "llama-6x256", dtype=torch.float32, attn_implementation="eager"

@@ -4,23 +4,23 @@ Makes a random Llama model, writes it to a folder, calibrates both of TICO's pro
 its standard input: for each line, the name of a run, it does this run once and prints its seconds.
 """
 
-import argparse
 import copy
 import json
 import sys
 import time
+from pathlib import Path
 
-import torch
-from tico.quantization import convert, prepare
-from tico.quantization.config.builders import build_llm_ptq_config
-from tico.quantization.config.specs import affine
-from tico.quantization.wrapq.dtypes import DType
-from transformers import LlamaConfig, LlamaForCausalLM
+sys.path.append(str(Path(__file__).parents[1]))
+from options import Parser, folder, threads, whole_number
 
-ACTIVATIONS = {"i16": DType.int(16), "u8": DType.uint(8)}
+ACTIVATIONS = ("i16", "u8")
+COUNTS = ("hidden", "ffn", "layers", "heads", "kv-heads", "head-dim", "vocab")
 
 
 def made_model(args):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=args.hidden,
@@ -39,10 +39,16 @@ def made_model(args):
 
 def quantized(model, args, profile, windows):
     """The model with calibrated wrappers, and the seconds that a calibration window took."""
+    from tico.quantization import convert, prepare
+    from tico.quantization.config.builders import build_llm_ptq_config
+    from tico.quantization.config.specs import affine
+    from tico.quantization.wrapq.dtypes import DType
+
+    activations = {"i16": DType.int(16), "u8": DType.uint(8)}
     config = build_llm_ptq_config(
         model_type="llama",
         num_hidden_layers=args.layers,
-        activation=affine(ACTIVATIONS[args.act]),
+        activation=affine(activations[args.act]),
         linear_weight=affine(DType.uint(args.bits)),
         embedding_weight=affine(DType.uint(8)),
         lm_head_weight=affine(DType.uint(8)),
@@ -55,13 +61,24 @@ def quantized(model, args, profile, windows):
     return convert(made).eval(), (time.perf_counter() - started) / len(windows)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name in ("hidden", "ffn", "layers", "heads", "kv-heads", "head-dim", "vocab", "tokens", "threads", "bits"):
-        parser.add_argument(f"--{name}", type=int, required=True)
+def arguments():
+    """The options' values."""
+    parser = Parser(__doc__)
+    kinds = dict.fromkeys(COUNTS, whole_number()) | dict(
+        tokens=whole_number(2), threads=threads, bits=whole_number(2, 8), folder=folder
+    )
+    for name, kind in kinds.items():
+        parser.add_argument(f"--{name}", type=kind, required=True)
     parser.add_argument("--act", choices=ACTIVATIONS, required=True)
-    parser.add_argument("--folder", required=True)
     args = parser.parse_args()
+    parser.need("torch", "transformers", "tico")
+    return args
+
+
+def main():
+    args = arguments()
+    import torch
+
     torch.set_num_threads(args.threads)
     model = made_model(args)
     model.save_pretrained(args.folder)

@@ -12,10 +12,8 @@ experts  the time of a layer's experts for 1 to 32 tokens, as GB/s of the weight
 Runs with Lockstep's interpreter; $PEERS_DIR has the llama.cpp peer and the files of make_layers.py.
 """
 
-import argparse
 import json
 import os
-import pathlib
 import statistics
 import sys
 
@@ -25,9 +23,10 @@ import peers_common as pc
 import verify_layers
 from bench_versions import interval
 from format_bars import experts, formats
+from options import Parser, json_file, threads, whole_number
 from turns import REQUESTS, Engine
 
-PROMPT = 128
+PROMPT, PARTS = 128, ("layers", "formats", "experts")
 # {metric: (bar, requests, tokens of a prompt, new tokens)}
 METRICS = {
     "prefill 512": (3.0, 1, 512, 1),
@@ -103,17 +102,19 @@ def line(name, metric, f):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=["layers", "formats", "experts"], metavar="PART")
+    parser = Parser(__doc__)
+    parser.add_argument("parts", nargs="*", choices=PARTS, metavar="PART")
     parser.add_argument("--files", nargs="*", default=[], help="parts of file names")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--rounds", type=whole_number(), default=7)
+    parser.add_argument("--threads", type=threads, default=2)
+    parser.add_argument("--json", type=json_file)
     a = parser.parse_args()
+    if "layers" in (a.parts or PARTS):
+        verify_layers.made(parser, a.files)
     pc.enter("lockstep", a.threads)
     made = {}
     for name, part in dict(layers=layers, formats=formats, experts=experts).items():
-        if name in (a.parts or ("layers", "formats", "experts")):
+        if name in (a.parts or PARTS):
             made[name] = part(a)
     if a.json:
         known = json.loads(a.json.read_text()) if a.json.exists() else {}

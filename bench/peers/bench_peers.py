@@ -14,41 +14,42 @@ which other processes used more than 15 % of a core is repeated (other_cpu tells
 Interpreters are looked up as $PEERS_DIR/venv-PEER/bin/python (default ./_peers), models in $PEERS_DIR/models.
 """
 
-import argparse
 import json
 import os
 import statistics
 import sys
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
 import peers_common as pc
+from options import Parser, several, threads, whole_number
 
 now = time.perf_counter
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = Parser(__doc__)
     ap.add_argument("peer", choices=pc.PEERS)
     ap.add_argument("model")
     ap.add_argument("format", nargs="?")
-    ap.add_argument("--prefill", default="512,1000,2048")
-    ap.add_argument("--batch", default="1,4,8")
-    ap.add_argument("--decode-prompt", type=int, default=128)
-    ap.add_argument("--decode-tokens", type=int, default=64)
-    ap.add_argument("--runs", type=int, default=3)
-    ap.add_argument("--threads", type=int, default=2)
+    ap.add_argument("--prefill", type=several(whole_number(), or_none=True), default="512,1000,2048")
+    ap.add_argument("--batch", type=several(whole_number(), or_none=True), default="1,4,8")
+    ap.add_argument("--decode-prompt", type=whole_number(), default=128)
+    ap.add_argument("--decode-tokens", type=whole_number(), default=64)
+    ap.add_argument("--runs", type=whole_number(), default=3)
+    ap.add_argument("--threads", type=threads, default=2)
     ap.add_argument("--kv-dtype", choices=["bf16", "q8"], default="bf16", help="q8: llama.cpp's Q8_0, else 16 bits")
-    ap.add_argument("--ubatch", type=int, default=512, help="llama.cpp n_ubatch")
-    ap.add_argument("--flash-attn", type=int, default=-1, help="llama.cpp: -1 auto, 0 off, 1 on")
+    ap.add_argument("--ubatch", type=whole_number(), default=512, help="llama.cpp n_ubatch")
+    ap.add_argument("--flash-attn", type=int, choices=(-1, 0, 1), default=-1, help="llama.cpp: -1 auto, 0 off, 1 on")
     ap.add_argument("--patience", type=float, default=600, help="seconds to spend waiting for a quiet machine")
     ap.add_argument("--note", default="")
     a = ap.parse_args()
     pc.enter(a.peer, a.threads)
     a.format = a.format or {"llama.cpp": "Q8_0", "openvino": "ov-int8"}.get(a.peer, "bf16")
-    a.prefill = [int(x) for x in a.prefill.split(",") if x]
-    a.batch = [int(x) for x in a.batch.split(",") if x]
     a.path = pc.model_path(a.model, a.format)
+    if not os.path.exists(a.path):
+        ap.error(f"{a.model} {a.format}: expected {a.path}, see bench/peers/README.md")
     ver = pc.versions(a.peer)
 
     def emit(metric, work, runs, **kw):

@@ -21,22 +21,26 @@ import json
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
 import peers_common as pc
+from options import Parser, threads, whole_number
 
-ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+ap = Parser(__doc__)
 ap.add_argument("peer", choices=pc.PEERS)
 ap.add_argument("model")
 ap.add_argument("format")
-ap.add_argument("--prompt", type=int, default=512)
-ap.add_argument("--threads", type=int, default=2)
-ap.add_argument("--flash-attn", type=int, default=-1)
-ap.add_argument("--unified", type=int, default=0, help="llama.cpp kv_unified")
+ap.add_argument("--prompt", type=whole_number(), default=512)
+ap.add_argument("--threads", type=threads, default=2)
+ap.add_argument("--flash-attn", type=int, choices=(-1, 0, 1), default=-1)
+ap.add_argument("--unified", type=int, choices=(0, 1), default=0, help="llama.cpp kv_unified")
 ap.add_argument("--only", default="")
 a = ap.parse_args()
 pc.enter(a.peer, a.threads)
 import numpy as np
 
+if not os.path.exists(pc.model_path(a.model, a.format)):
+    ap.error(f"{a.model} {a.format}: expected {pc.model_path(a.model, a.format)}, see bench/peers/README.md")
 P, path, ver = a.prompt, pc.model_path(a.model, a.format), pc.versions(a.peer)
 A = pc.prompt(P, 0)
 

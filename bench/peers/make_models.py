@@ -15,14 +15,16 @@ Forms (all derived from the same bf16-rounded values):
 Needs numpy, gguf and (for q8_0/q4_0) llama-cpp-python; no torch, no network, no tokenizer.
 """
 
-import argparse
 import ctypes
 import json
 import os
 import sys
 
 import numpy as np
+
+sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from model_tensors import MODELS, from_bf16, tensors, to_bf16
+from options import Parser, one_of, several, whole_number
 
 
 # ------------------------------------------------------------------ HF forms
@@ -217,18 +219,20 @@ def quantize(src, dst, ftype, pure=False, threads=2):
 # (form, llama.cpp's number of the file type, whether all matrices get the same format)
 QUANTIZED = (("q8_0", 7, False), ("q4_0", 2, False), ("q4_0-pure", 2, True), ("q4_k_m", 15, False))
 
+FORMS = ("hf", "bf16", *(form for form, _, _ in QUANTIZED), "w8a8")
+
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = Parser(__doc__)
     root = os.environ.get("PEERS_DIR", "./_peers")
     ap.add_argument("--out", default=os.path.join(root, "models"))
-    ap.add_argument("--models", default=",".join(MODELS))
-    ap.add_argument("--forms", default="hf,bf16,q8_0,q4_0,q4_0-pure,q4_k_m,w8a8")
-    ap.add_argument("--seed", type=int, default=0)
+    ap.add_argument("--models", type=several(one_of(MODELS)), default=",".join(MODELS))
+    ap.add_argument("--forms", type=several(one_of(FORMS)), default=",".join(FORMS))
+    ap.add_argument("--seed", type=whole_number(0), default=0)
     a = ap.parse_args()
     os.makedirs(a.out, exist_ok=True)
-    forms = a.forms.split(",")
-    for name in a.models.split(","):
+    forms = a.forms
+    for name in a.models:
         cfg = MODELS[name]
         T = dict(tensors(cfg, a.seed))
         print(name, f"{sum(t.size for t in T.values()) / 1e6:.1f}M parameters", flush=True)

@@ -7,20 +7,24 @@ same number of tokens greedily and may take 512 tokens a step. llama.cpp's libra
 it gets this project's rule: one token for each running answer, then chunks of prompts.
 """
 
-import argparse
 import json
+import sys
 import time
+from pathlib import Path
 
-STEP_TOKENS = 512
+sys.path.append(str(Path(__file__).parents[1]))
+from options import Parser, whole_number
+
+STEP_TOKENS, SHORTEST = 512, 32  # SHORTEST: tokens of the shortest prompt
 now = time.perf_counter
 
 
 def workload(num_requests, seed, longest):
-    """Prompts of 32 to `longest` tokens, log-uniform."""
+    """Prompts of SHORTEST to `longest` tokens, log-uniform."""
     import numpy as np
 
     rng = np.random.default_rng([11, seed])
-    lengths = np.exp(rng.uniform(np.log(32), np.log(longest), num_requests)).astype(int)
+    lengths = np.exp(rng.uniform(np.log(SHORTEST), np.log(longest), num_requests)).astype(int)
     return [rng.integers(0, 100000, n).tolist() for n in lengths]
 
 
@@ -143,13 +147,11 @@ ENGINES = {"lockstep": Lockstep, "vllm": Vllm, "openvino": OpenVino, "llama.cpp"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("engine", choices=ENGINES)
     parser.add_argument("model")
-    parser.add_argument("--requests", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--longest", type=int, default=512)
-    parser.add_argument("--runs", type=int, default=1)
+    parser.add_counts(requests=8, tokens=64, runs=1)
+    parser.add_argument("--longest", type=whole_number(SHORTEST), default=512, help="tokens of the longest prompt")
     a = parser.parse_args()
     engine = ENGINES[a.engine](a.model, a.requests, a.longest + a.tokens + 8)
     engine.run(workload(min(2, a.requests), 0, 64), 4)

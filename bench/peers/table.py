@@ -3,11 +3,18 @@
 lines taken while other processes used more than 15 % of a core are left out)"""
 
 import json
+import os
 import sys
+
+sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from options import Parser, file
+
+parser = Parser(__doc__)
+parser.add_argument("files", nargs="+", type=file)
 
 cols = ["prefill_512", "prefill_1000", "prefill_2048", "decode_b1", "decode_b4", "decode_b8"]
 T = {}
-for f in sys.argv[1:]:
+for f in parser.parse_args().files:
     for line in open(f):
         d = json.loads(line)
         if d.get("other_cpu", 0) <= 0.15:

@@ -7,7 +7,6 @@ A worker reads lines of JSON, {"prompts": [[id, ...], ...], "num_new": n}, and a
 until all prompts have a token, the seconds of the tokens after that, their number, and how many cores others used.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -15,8 +14,10 @@ import sys
 import time
 from types import SimpleNamespace
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
 import peers_common as pc
+from options import Parser, file, threads
 
 CONTEXT, REQUESTS = 1024, 8
 
@@ -93,14 +94,14 @@ def lockstep(path, threads):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("engine", choices=["llama.cpp", "lockstep"])
-    parser.add_argument("path")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("path", type=file)
+    parser.add_argument("--threads", type=threads, default=2)
     a = parser.parse_args()
     pc.enter(a.engine, a.threads)
     started = time.perf_counter()
-    run = {"llama.cpp": llama_cpp, "lockstep": lockstep}[a.engine](a.path, a.threads)
+    run = {"llama.cpp": llama_cpp, "lockstep": lockstep}[a.engine](str(a.path), a.threads)
     print(json.dumps(dict(seconds_to_load=round(time.perf_counter() - started, 2))), flush=True)
     gate = pc.Gate(patience=0)
     for line in sys.stdin:

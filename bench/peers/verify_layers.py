@@ -23,10 +23,12 @@ import subprocess
 import sys
 import tempfile
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
 import numpy as np
 import peers_common as pc
 from layer_shapes import FEW_EXPERTS, FILES
+from options import Parser, threads
 
 NUM_TOKENS = 160
 MIN_COSINE, LOW_COSINES, MAX_MARGIN = 0.99, 0.02, 5
@@ -37,6 +39,19 @@ IN_FLOAT32 = {name: FILES[name] for name in ("qwen3-0.6b-blocks", "gemma4-e4b-la
 def paths(names, files=FILES):
     known = [pc.model_path(name, mixture) for name, (_, mixtures) in files.items() for mixture in mixtures]
     return [path for path in known if not names or any(name in path for name in names)]
+
+
+def made(parser, names, files=FILES):
+    """The `paths` of some files, if they are there; else ends the script."""
+    chosen = paths(names, files)
+    if not chosen:
+        parser.error(
+            f"files {' '.join(names)}: expected parts of names of {', '.join(map(os.path.basename, paths([], files)))}"
+        )
+    for path in chosen:
+        if not os.path.exists(path):
+            parser.error(f"{path}: there is no such file, make_layers.py makes it")
+    return chosen
 
 
 def vocabulary(path):
@@ -136,9 +151,9 @@ def agreed(path, threads=2):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("files", nargs="*", help="parts of file names; all files if none is given")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=threads, default=2)
     parser.add_argument("--weights", default="auto")
     parser.add_argument("--referee", action="store_true")
     parser.add_argument("--only-llama-cpp", metavar="OUT", help=argparse.SUPPRESS)
@@ -148,13 +163,13 @@ def main():
         return llama_cpp_logits(a.files[0], a.only_llama_cpp, a.threads)
     if a.referee:
         near = []
-        for path in paths(a.files, IN_FLOAT32):
+        for path in made(parser, a.files, IN_FLOAT32):
             line = refereed(path, a.threads)
             near.append(line["is_near"])
             print(json.dumps(line), flush=True)
         return 0 if all(near) else 1
     lines = []
-    for path in paths(a.files):
+    for path in made(parser, a.files):
         if a.weights == "auto":
             note_of(path).unlink(missing_ok=True)
             agreed(path, a.threads)

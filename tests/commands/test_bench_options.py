@@ -126,4 +126,4 @@ def test_good_options_are_read(monkeypatch, tmp_path):
     assert options.several(options.whole_number(), or_none=True)("") == []
     assert [options.layer_shape(text) for text in ("48x63", "8192x4096x8")] == ["48x63", "8192x4096x8"]
     assert options.json_file(str(tmp_path / "new.json")) == tmp_path / "new.json"
-    assert options.threads("2") == 2
+    assert options.threads("1") == 1

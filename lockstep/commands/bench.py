@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 
 from lockstep.commands.options import KvDtype, ModelName, Numa, Threads, Weights, load, say_unused
-from lockstep.commands.terminal.output import made_table, pyplot
+from lockstep.commands.terminal.output import pyplot
+from lockstep.commands.terminal.tables import made_table, report_console, speed
 from lockstep.lab import ceiling as machine
 from lockstep.lab import model_speed as measure
 
@@ -51,7 +52,7 @@ def command(
     console = Console(stderr=True)
     with console.status("measuring") as status:
         found = run(measure.Bench(llm.model, llm.engine.team, longest), lengths, depths, repeat, quick, status.update)
-    print(json.dumps(found)) if as_json else show(found, Console())
+    print(json.dumps(found)) if as_json else show(found, report_console())
     if plot:
         draw(found, plot)
 
@@ -103,13 +104,13 @@ def show(found, console) -> None:
         f"{ceiling['int8_per_second'] / 1e9:.0f} GOPS int8, {ceiling['f32_per_second'] / 1e9:.0f} GFLOP/s float32"
     )
     if found["prefill"]:
-        speed = made_table(None, "tokens", "prefill tok/s", "context", "decode tok/s")
-        cells = [[(str(k), f"{v:.1f}") for k, v in found[part].items()] for part in ("prefill", "decode")]
+        table = made_table(None, ">tokens", ">prefill tok/s", ">context", ">decode tok/s")
+        cells = [[(str(k), speed(v)) for k, v in found[part].items()] for part in ("prefill", "decode")]
         for prefill, decode in itertools.zip_longest(*cells, fillvalue=("", "")):
-            speed.add_row(*prefill, *decode)
-        console.print(speed)
+            table.add_row(*prefill, *decode)
+        console.print(table)
     against = found["per_token"]
-    table = made_table(f"interleaved; max_abs_diff {against['max_abs_diff']:g}", "A", "B", "A s", "B s", "A / B")
+    table = made_table(f"interleaved; max_abs_diff {against['max_abs_diff']:g}", "A", "B", ">A s", ">B s", ">A / B")
     for name, paired in against["ratios"].items():
         table.add_row(f"{against['tokens']} tokens one at a time", name, *_paired_cells(paired))
     for name, paired in found["switches"].items():
@@ -127,7 +128,7 @@ def _paired_cells(paired):
 
 def profile_table(name, rows, ceiling):
     """The time of each kind of op in a step, and how near linear layers come to the machine's ceiling."""
-    table = made_table(f"{name}, one step", "op", "ms", "share", "GB/s", "GOPS", "% of ceiling")
+    table = made_table(f"{name}, one step", "op", ">ms", ">share", ">GB/s", ">GOPS", ">% of ceiling")
     total = sum(row[1] for row in rows)
     for kind, seconds, num_bytes, macs, int8 in rows:
         if seconds < 0.002 * total:

@@ -5,15 +5,14 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from lockstep.commands.bench import check_plot
 from lockstep.commands.options import KvDtype, ModelName, Threads, Weights, load, say_unused
-from lockstep.commands.terminal.output import counted, made_table, pyplot, write
+from lockstep.commands.terminal.output import counted, pyplot, write
+from lockstep.commands.terminal.tables import made_table, report_console, speed
 from lockstep.lab import load as measure
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS
 
-WIDTH = 80  # columns of the report
 COLOURS = dict(running="#3b6fb6", waiting="#b6693b", first="#3b6fb6", between="#b6693b")
 
 
@@ -86,7 +85,7 @@ def command(
         differing, num_compared = measure.differing(llm.engine, visits, check_sample)
         found["check"] = dict(differing=differing, compared=num_compared)
     llm.close()
-    write(json.dumps(found) + "\n") if as_json else show(found, workload, Console())
+    write(json.dumps(found) + "\n") if as_json else show(found, workload, report_console())
     if plot:
         draw(measured, workload, plot)
     raise typer.Exit(1 if check and found["check"]["differing"] else 0)
@@ -134,8 +133,7 @@ def _arrivals(workload):
 
 
 def show(found, workload, console) -> None:
-    """Prints the report, within WIDTH columns."""
-    console.width = min(console.width, WIDTH)
+    """Prints the report."""
     say = lambda text: console.print(text, highlight=False)
     for line in _headlines(workload, found["engine"]):
         say(line)
@@ -166,7 +164,7 @@ def _between(limits):
 def _throughput(found):
     table = made_table(None, "throughput", ">total", ">per second")
     for name, total in found["totals"].items():
-        rate = f"{found['rates'][name]:,.1f}" if name in found["rates"] else ""
+        rate = speed(found["rates"][name]) if name in found["rates"] else ""
         table.add_row(name.replace("_", " "), f"{total:,}", rate)
     return table
 

@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 
 from lockstep.commands.options import KvDtype, ModelName, Numa, Weights, load
-from lockstep.commands.terminal.output import made_table, write
+from lockstep.commands.terminal.output import write
+from lockstep.commands.terminal.tables import made_table, report_console, speed
 from lockstep.lab import scaling as predict
 from lockstep.lab import shares as measure
 from lockstep.runtime.threads import Team
@@ -58,7 +59,7 @@ def command(
     found = run(rig, llm.engine.team, workloads, Asked(counts, memory_gbs, rounds), say)
     rig.close()
     llm.close()
-    write(json.dumps(found) + "\n") if as_json else show(found, Console())
+    write(json.dumps(found) + "\n") if as_json else show(found, report_console())
 
 
 class Asked(NamedTuple):
@@ -159,8 +160,8 @@ def total_table(step: dict[str, Any]) -> Any:
     table = made_table(None, *names)
     for each in step["predicted"]:
         shares = [f"{each['parts'][part] / each['seconds']:.0%}" for part in predict.PARTS]
-        speed, speedup = step["rows"] / each["seconds"], step["alone"] / each["seconds"]
-        table.add_row(str(each["threads"]), f"{1e3 * each['seconds']:.3f}", f"{speed:.1f}", f"{speedup:.1f}x", *shares)
+        rate, speedup = step["rows"] / each["seconds"], step["alone"] / each["seconds"]
+        table.add_row(str(each["threads"]), f"{1e3 * each['seconds']:.3f}", speed(rate), f"{speedup:.1f}x", *shares)
     return table
 
 

@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 
 from lockstep.commands.options import KvDtype, ModelName, Threads, Weights, load, say_unused
-from lockstep.commands.terminal.output import made_table, write
+from lockstep.commands.terminal.output import write
+from lockstep.commands.terminal.tables import made_table, report_console, speed
 from lockstep.engine.engine import EngineOptions
 from lockstep.engine.speculation.drafts import MAX_DRAFTS
 from lockstep.lab import speculation as measure
@@ -65,7 +66,7 @@ def command(
     found = run(bench, plan, chosen_parts, lambda text: console.print(f"lockstep: {text}", highlight=False))
     bench.close()
     llm.close()
-    write(json.dumps(found) + "\n") if as_json else show(found, Console())
+    write(json.dumps(found) + "\n") if as_json else show(found, report_console())
     raise typer.Exit(1 if any(row["differing"] for row in found["answers"]) else 0)
 
 
@@ -138,7 +139,7 @@ def answers_table(rows: list[dict[str, Any]]) -> Any:
             str(setting["requests"]),
             f"{setting['acceptance']:.0%}",
             draft,
-            f"{row['tokens_per_second']:.1f}",
+            speed(row["tokens_per_second"]),
             f"{row['decode']:.2f}x",
             f"{row['whole']:.2f}x",
             f"{row['tokens_per_step']:.2f}",

@@ -6,17 +6,15 @@ import time
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from lockstep.commands.terminal.output import shown
+from lockstep.commands.terminal.tables import made_table, report_console
 from lockstep.user_cache import cache_lasts, user_cache
 from lockstep.weights import packed_cache
 from lockstep.weights.content import hub_cache
 
 OTHER_FOLDERS = ("kernels", "hashes", "selfcheck")  # of the cache, besides packed weights
-WIDTH = 120  # columns where the output is no terminal
 
 
 def command(
@@ -63,8 +61,7 @@ def described(root):
 
 def show(found) -> None:
     """Prints the tables."""
-    console = Console()
-    console = console if console.is_terminal else Console(width=WIDTH)
+    console = report_console()
     if found["folder"] is None:
         console.print("nothing is kept")
     else:
@@ -77,8 +74,7 @@ def show(found) -> None:
 
 
 def _show_kept(console, found) -> None:
-    title = Text(shown(found["folder"], sys.stdout))
-    table = Table("packed weights of", "for", "size", "last used", title=title, title_justify="left")
+    table = made_table(shown(found["folder"], sys.stdout), "packed weights of", "for", ">size", "last used")
     for model in found["models"]:
         name, used = Text(shown(model["model"], sys.stdout)), ago(model["last_used"])
         table.add_row(name, model["target"] or "", size(model["bytes"]), used)

@@ -12,9 +12,8 @@ import typer
 from lockstep.commands import cache
 from lockstep.commands.list import text_problem
 from lockstep.commands.options import KvDtype, ModelName, RopeFactors, Weights, say_unused
-from lockstep.commands.terminal.output import made_table, shown
-
-WIDTH = 150  # columns where the output is no terminal
+from lockstep.commands.terminal.output import shown
+from lockstep.commands.terminal.tables import made_table, report_console
 
 
 def command(
@@ -76,12 +75,9 @@ def mtp_program(model):
 
 def show(checkpoint, model, context, tensors, everything) -> None:
     """Prints the tables."""
-    from rich.console import Console
-
     from lockstep.lab.describe import collapsed, memory, op_costs
 
-    console = Console()
-    console = console if console.is_terminal else Console(width=WIDTH)
+    console = report_console()
     costs = op_costs(model.recorded, context)
     groups = [([c.layer] if c.layer is not None else None, [c]) for c in costs] if everything else collapsed(costs)
     for table in (

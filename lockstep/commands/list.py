@@ -13,7 +13,8 @@ import typer
 
 from lockstep.commands.cache import size
 from lockstep.commands.terminal.errors import is_told, sentence
-from lockstep.commands.terminal.output import counted, made_table, shown
+from lockstep.commands.terminal.output import counted, shown
+from lockstep.commands.terminal.tables import made_table, report_console
 from lockstep.user_cache import user_cache
 from lockstep.weights import packed_cache
 from lockstep.weights.folders.mistral import PARAMS
@@ -23,7 +24,6 @@ from lockstep.weights.sources.on_disk import SOURCES
 
 BUNDLED, RUN_BEFORE = "bundled", "run before"
 NO_NAME = "(without MODEL)"  # stands for the bundled model's name
-WIDTH = 150  # columns where the output is no terminal
 
 
 @dataclass(frozen=True)
@@ -161,17 +161,14 @@ def text_problem(path: Path, metadata: Mapping[str, object]) -> str | None:
 
 def show(rows: list[Row]) -> None:
     """Prints the table."""
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console()
-    console = console if console.is_terminal else Console(width=WIDTH)
     table = made_table(None, "MODEL to type", ">size", "format", "from", "runs")
     table.columns[0].no_wrap = True  # so that it can be copied
     for row in rows:
         name, runs = Text(shown(row.name or NO_NAME, sys.stdout)), Text(shown(in_words(row), sys.stdout))
         table.add_row(name, size(row.num_bytes) if row.num_bytes else "", row.format or "", row.source, runs)
-    console.print(table)
+    report_console().print(table)
     total = size(sum(row.num_bytes for row in rows))
     print(f"{counted(len(rows), 'model')}, {total}; for example: lockstep generate{_example(rows)} -p Hello")
 

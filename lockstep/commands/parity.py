@@ -5,10 +5,9 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich.console import Console
 
 from lockstep.commands.options import ModelName, OpSwaps, Weights, load, parse_swaps, say_unused
-from lockstep.commands.terminal.output import made_table
+from lockstep.commands.terminal.tables import made_table, report_console
 from lockstep.lab import parity as paths
 from lockstep.ops import BACKENDS
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS
@@ -113,7 +112,7 @@ def command(
 
 def report_paths(model, ids, swaps, max_threads, as_json):
     """Prints the table of all paths; exits with 1 if one differs."""
-    console = Console(stderr=as_json)
+    console = report_console(stderr=as_json)
     columns = ("path", "threads", "max_abs_diff", "argmax", "digest", "bits")
     table = made_table(f"{len(ids)} tokens, every path", *columns)
     results = []
@@ -150,7 +149,7 @@ def report_drafts(model, ids, tokens, swaps, max_threads, as_json):
     """Prints the table of answers with drafts; exits with 1 if one differs."""
     from lockstep.lab import parity_drafts as drafts
 
-    console = Console(stderr=as_json)
+    console = report_console(stderr=as_json)
     columns = ("drafts", "most", "at T", "right", "max_abs_diff", "digest", "bits")
     tokens = drafts.answer_tokens(len(ids), tokens)
     table = made_table(f"{len(ids)} tokens and {tokens} more, with and without drafts", *columns)
@@ -201,11 +200,13 @@ def report_first_difference(model, ids, backends, swaps, threads, as_json):
     if as_json:
         print(json.dumps(found and vars(found) | dict(op=str(found.op), tensor=found.tensor.name)))
     elif found:
-        Console().print(
+        report_console().print(
             f"[red]op {found.index}[/] {found.op}\nfirst difference in [bold]{found.tensor.name}[/] at row "
             f"{found.row}, column {found.column}: {found.values[0]!r} and {found.values[1]!r}; "
             f"{found.num_different} values differ"
         )
     else:
-        Console().print(f"[green]Every op of {names[0]} and {names[1]} gives the same bits over {len(ids)} tokens.")
+        report_console().print(
+            f"[green]Every op of {names[0]} and {names[1]} gives the same bits over {len(ids)} tokens."
+        )
     raise typer.Exit(1 if found else 0)

@@ -8,9 +8,7 @@ from typing import Annotated
 import typer
 
 from lockstep.commands.options import ModelName
-from lockstep.commands.terminal.output import made_table
-
-WIDTH = 120  # columns where the output is no terminal
+from lockstep.commands.terminal.tables import made_table, report_console
 
 
 def command(
@@ -38,12 +36,8 @@ def command(
 
 def show(sites) -> None:
     """Prints the table."""
-    from rich.console import Console
-
-    console = Console()
-    console = console if console.is_terminal else Console(width=WIDTH)
     table = made_table(f"{len(sites)} sites", "site", "is", ">heads", ">numbers of a row")
     for site in sites:
         what = "weight" if site.is_weight else "inside an op" if site.is_inner else "tensor"
         table.add_row(site.name, what, str(site.heads), str(site.width or "keys"))
-    console.print(table)
+    report_console().print(table)

@@ -18,17 +18,6 @@ def pyplot() -> Any:
     return importlib.import_module("matplotlib.pyplot")
 
 
-def made_table(title: str | None, *columns: str) -> Any:
-    """A rich Table without lines between its rows; columns whose names begin with > are aligned to the right."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column.strip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
-    return table
-
-
 def shown(text, stream):
     """Text for a stream: a terminal gets control characters escaped, as \\x1b; other streams get the text unchanged."""
     return text.translate(CONTROLS) if stream.isatty() else text

@@ -10,10 +10,9 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from lockstep.commands.options import KvDtype, ModelName, Numa, Threads, Weights, load, say_unused
-from lockstep.commands.terminal.output import pyplot
+from lockstep.commands.terminal.output import pyplot, say_stage
 from lockstep.commands.terminal.tables import made_table, report_console, speed
 from lockstep.lab import ceiling as machine
 from lockstep.lab import model_speed as measure
@@ -49,9 +48,7 @@ def command(
     llm = load(model, weights=weights, kv_dtype=kv_dtype, threads=threads, numa=numa, needed_context=longest)
     if longest > llm.max_context:
         raise ValueError(f"--prompts and --contexts: the model's context is {llm.max_context} tokens, got {longest}")
-    console = Console(stderr=True)
-    with console.status("measuring") as status:
-        found = run(measure.Bench(llm.model, llm.engine.team, longest), lengths, depths, repeat, quick, status.update)
+    found = run(measure.Bench(llm.model, llm.engine.team, longest), lengths, depths, repeat, quick, say_stage)
     print(json.dumps(found)) if as_json else show(found, report_console())
     if plot:
         draw(found, plot)
@@ -64,33 +61,33 @@ def _numbers(option, text):
         numbers = []
     if not numbers or min(numbers) < 2:
         raise ValueError(f"{option} {text!r}: expected numbers of at least 2, comma-separated")
-    return numbers
+    return list(dict.fromkeys(numbers))  # each once
 
 
 def run(bench, lengths, depths, repeat, quick: bool = False, say=lambda text: None):
-    """Measures everything; returns plain data. lengths: of prompts; depths: contexts of decode; say: gets progress."""
-    say("machine ceiling")
+    """Measures everything; returns plain data. lengths: of prompts; depths: contexts of decode. say: is told what is
+    measured next."""
+    say("the machine's ceiling")
     ceiling = machine.measure(bench.team)
     found = dict(threads=bench.team.num_threads, ceiling=vars(ceiling), prefill={}, decode={}, switches={}, profiles={})
     length = min(512 if quick else 1000, max(lengths))
-    say(f"{length} tokens, one at a time and in chunks")
-    ratios, largest = measure.against_per_token(bench, length, 1 if quick else repeat)
+    ratios, largest = measure.against_per_token(bench, length, 1 if quick else repeat, say)
     found["per_token"] = dict(tokens=length, max_abs_diff=largest, ratios={k: vars(r) for k, r in ratios.items()})
     if quick:
         return found
     for length in lengths:
-        say(f"prefill of {length}")
+        say(f"prefill of {length} tokens")
         found["prefill"][length] = length / statistics.median(bench.prefill(length)[0] for _ in range(repeat))
     for depth in depths:
-        say(f"decode after {depth}")
+        say(f"decode after {depth} tokens")
         found["decode"][depth] = 1 / statistics.median(bench.decode(depth) for _ in range(repeat))
-    say("founding changes, with and without")
-    found["switches"] = {k: vars(r) for k, r in measure.switch_ratios(bench, min(512, max(lengths)), repeat).items()}
+    ratios = measure.switch_ratios(bench, min(512, max(lengths)), repeat, say)
+    found["switches"] = {name: vars(paired) for name, paired in ratios.items()}
     for name, (tokens, context) in dict(prefill=(min(512, max(lengths)), 0), decode=(1, depths[0])).items():
-        say(f"profile of {name}")
+        say(f"a profile of {name}")
         profile = bench.profile(tokens, context)
         found["profiles"][name] = measure.summed(profile, {"T": tokens, "O": 1, "R": 1, "E": 0, "S": 1})
-    say("machine ceiling again")  # other programs may slow one of the two measurements: the better one counts
+    say("the machine's ceiling again")  # other programs may slow one of the two measurements: the better one counts
     again = vars(machine.measure(bench.team))
     found["ceiling"] = {name: max(rate, again[name]) for name, rate in found["ceiling"].items()}
     return found

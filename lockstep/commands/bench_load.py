@@ -1,14 +1,13 @@
 """`lockstep bench load`: throughput, latencies and cache hits of requests that arrive over time, without HTTP."""
 
 import json
-import sys
 from typing import Annotated, Any
 
 import typer
 
 from lockstep.commands.bench import check_plot
 from lockstep.commands.options import KvDtype, ModelName, Threads, Weights, load, say_unused
-from lockstep.commands.terminal.output import counted, pyplot, write
+from lockstep.commands.terminal.output import counted, pyplot, say_stage, write
 from lockstep.commands.terminal.tables import made_table, report_console, speed
 from lockstep.lab import load as measure
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS
@@ -77,8 +76,7 @@ def command(
     )
     _check_context(workload, llm)
     visits = measure.prepare(llm.engine, workload)
-    # no live display during the run: another Python thread would delay steps
-    print(f"lockstep: measuring {_arrivals(workload)}", file=sys.stderr)
+    say_stage(f"measuring {_arrivals(workload)}")
     measured = measure.measure(llm.engine, visits, concurrency)
     found: dict[str, Any] = measure.plain(workload, measured) | dict(engine=_sizes(llm.engine, concurrency))
     if check:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from lockstep.commands.options import KvDtype, ModelName, Numa, Weights, load
-from lockstep.commands.terminal.output import write
+from lockstep.commands.terminal.output import say_stage, write
 from lockstep.commands.terminal.tables import made_table, report_console, speed
 from lockstep.lab import scaling as predict
 from lockstep.lab import shares as measure
@@ -52,11 +52,8 @@ def command(
     llm = load(model, weights=weights, kv_dtype=kv_dtype, threads=here, numa=numa, needed_context=longest)
     if longest > llm.max_context:
         raise ValueError(f"--prompt and --context: the model's context is {llm.max_context} tokens, got {longest}")
-    console = Console(stderr=True)
-    # no live display during the run: another Python thread would delay steps
-    say = lambda text: console.print(f"lockstep: {text}", highlight=False)
     rig = measure.Rig(llm.model, llm.model.config.vocab_size, llm.engine.team, workloads)
-    found = run(rig, llm.engine.team, workloads, Asked(counts, memory_gbs, rounds), say)
+    found = run(rig, llm.engine.team, workloads, Asked(counts, memory_gbs, rounds), say_stage)
     rig.close()
     llm.close()
     write(json.dumps(found) + "\n") if as_json else show(found, report_console())

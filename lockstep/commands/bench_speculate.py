@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from lockstep.commands.options import KvDtype, ModelName, Threads, Weights, load, say_unused
-from lockstep.commands.terminal.output import write
+from lockstep.commands.terminal.output import say_stage, write
 from lockstep.commands.terminal.tables import made_table, report_console, speed
 from lockstep.engine.engine import EngineOptions
 from lockstep.engine.speculation.drafts import MAX_DRAFTS
@@ -60,10 +60,8 @@ def command(
     options = EngineOptions(
         **sizes, threads=llm.engine.team.num_threads, speculate="mtp" if replay else "lookup", draft=MAX_DRAFTS
     )
-    console = Console(stderr=True)
     bench = measure.Bench(llm.model, llm.engine, options)
-    # no live display during the run: another Python thread would delay steps
-    found = run(bench, plan, chosen_parts, lambda text: console.print(f"lockstep: {text}", highlight=False))
+    found = run(bench, plan, chosen_parts, say_stage)
     bench.close()
     llm.close()
     write(json.dumps(found) + "\n") if as_json else show(found, report_console())

@@ -20,6 +20,9 @@ from lockstep.lab.parity import GREEDY
 from lockstep.ops import BACKENDS
 from lockstep.runtime.operands import GROUPS
 
+CHUNKS = (64, 512)  # tokens of a chunk that whole prompts are compared in
+LONG_SECONDS = 5.0  # of a pair of runs, from which on each pair is told of
+
 
 class Bench:
     """A model's runners, one for each op table, all on one team and one set of weights."""
@@ -83,10 +86,13 @@ class Paired:
     spread: tuple[float, float]  # smallest and largest ratio
 
 
-def paired(run_a, run_b, repeat):
-    """Runs two functions, which return their seconds, in pairs whose order alternates; returns a Paired."""
+def paired(run_a, run_b, repeat, say=lambda text: None):
+    """Runs two functions, which return their seconds, in pairs whose order alternates; returns a Paired. say: is told
+    of each pair of long runs."""
     times = []
     for i in range(repeat):
+        if i and sum(times[-1]) > LONG_SECONDS:
+            say(f"pair {i + 1} of {repeat}")
         first, second = (run_a, run_b) if i % 2 == 0 else (run_b, run_a)
         one, two = first(), second()
         times.append((one, two) if i % 2 == 0 else (two, one))
@@ -99,32 +105,46 @@ def paired(run_a, run_b, repeat):
     )
 
 
-def against_per_token(bench, num_tokens, repeat):
-    """One token at a time against chunks: ({name: Paired}, the largest difference between their logits)."""
+def chunk_sizes(num_tokens, largest):
+    """The chunks that a prompt is compared in. Those that hold all of it are the same: only the smallest is there."""
+    holding = [size for size in CHUNKS if size >= num_tokens]
+    return [size for size in CHUNKS if size <= largest and size not in holding[1:]]
+
+
+def against_per_token(bench, num_tokens, repeat, say=lambda text: None):
+    """One token at a time against chunks: ({name: Paired}, the largest difference between their logits). say: is told
+    what is measured next."""
+    say(f"{num_tokens} tokens, one at a time")
     reference = bench.per_token(num_tokens)[1]
     results, largest = {}, 0.0
-    for name, size in (("chunks of 64", 64), ("chunks of 512", 512)):
-        if size <= bench.chunk:
-            largest = max(largest, float(np.abs(bench.prefill(num_tokens, size)[1] - reference).max()))
-            results[name] = paired(
-                lambda: bench.per_token(num_tokens)[0],
-                lambda size=size: bench.prefill(num_tokens, size)[0],
-                repeat,
-            )
+    for size in chunk_sizes(num_tokens, bench.chunk):
+        name = f"chunks of {size}"
+        stage = f"{num_tokens} tokens, one at a time against {name}"
+        say(stage)
+        largest = max(largest, float(np.abs(bench.prefill(num_tokens, size)[1] - reference).max()))
+        results[name] = paired(
+            lambda: bench.per_token(num_tokens)[0],
+            lambda size=size: bench.prefill(num_tokens, size)[0],
+            repeat,
+            lambda pair, stage=stage: say(f"{stage}, {pair}"),
+        )
     return results, largest
 
 
-def switch_ratios(bench, num_tokens, repeat):
-    """Prefill with the per-token kernels of a group of ops against prefill with its batched ones, {group: Paired}."""
+def switch_ratios(bench, num_tokens, repeat, say=lambda text: None):
+    """Prefill with the per-token kernels of a group of ops against prefill with its batched ones, {group: Paired}. say:
+    is told what is measured next."""
     results, single = {}, BACKENDS["per_token"]
     groups = {op.group for op in bench.model.program.ops if op.kind in single}
     for name in (group for group in GROUPS if group in groups):
-        swaps = {name: "per_token"}
+        swaps, stage = {name: "per_token"}, f"{name}, per token against batched"
+        say(stage)
         bench.prefill(num_tokens, swaps=swaps)
         results[name] = paired(
             lambda swaps=swaps: bench.prefill(num_tokens, swaps=swaps)[0],
             lambda: bench.prefill(num_tokens)[0],
             repeat,
+            lambda pair, stage=stage: say(f"{stage}, {pair}"),
         )
     return results
 

@@ -28,6 +28,12 @@ def has_colours(stream) -> bool:
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
+def say_stage(text: str) -> None:
+    """Says on standard error which measurement begins. There is no live display during one, not on a terminal
+    either: another Python thread would delay what is measured."""
+    print(f"lockstep: {text}", file=sys.stderr, flush=True)
+
+
 def counted(count: int, noun: str) -> str:
     """A number with a noun: "1 token", "12 tokens"."""
     return f"{count} {noun}{'s' * (count != 1)}"

@@ -1,24 +1,18 @@
 """`lockstep bench`: this machine's ceiling, speed of prefill and decode, A/B comparisons, and profiles of steps."""
 
-import importlib.util
 import itertools
 import json
-import pathlib
-import shlex
 import statistics
-import sys
 from typing import Annotated
 
 import typer
 
+from lockstep.commands.bench_pictures import about, check_plot, draw
 from lockstep.commands.options import KvDtype, ModelName, Numa, Threads, Weights, load, say_unused
-from lockstep.commands.terminal.output import pyplot, say_stage
+from lockstep.commands.terminal.output import say_stage
 from lockstep.commands.terminal.tables import made_table, report_console, speed
 from lockstep.lab import ceiling as machine
 from lockstep.lab import model_speed as measure
-
-MATPLOTLIB = "matplotlib>=3.9"  # the extra `plot` of pyproject.toml
-PICTURES = (".png", ".svg", ".pdf")
 
 
 def command(
@@ -48,7 +42,8 @@ def command(
     llm = load(model, weights=weights, kv_dtype=kv_dtype, threads=threads, numa=numa, needed_context=longest)
     if longest > llm.max_context:
         raise ValueError(f"--prompts and --contexts: the model's context is {llm.max_context} tokens, got {longest}")
-    found = run(measure.Bench(llm.model, llm.engine.team, longest), lengths, depths, repeat, quick, say_stage)
+    found = dict(about=about(model, llm))
+    found |= run(measure.Bench(llm.model, llm.engine.team, longest), lengths, depths, repeat, quick, say_stage)
     print(json.dumps(found)) if as_json else show(found, report_console())
     if plot:
         draw(found, plot)
@@ -142,35 +137,3 @@ def profile_table(name, rows, ceiling):
             f"{percent:.0%}" if macs else "",
         )
     return table
-
-
-def check_plot(path) -> None:
-    """ValueError, before anything is measured, where the picture could not be drawn."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError(f"--plot needs matplotlib: {shlex.quote(sys.executable)} -m pip install '{MATPLOTLIB}'")
-    if not pathlib.Path(path).parent.is_dir() or pathlib.Path(path).suffix not in PICTURES:
-        raise ValueError(f"--plot {path}: expected a file name ending in {', '.join(PICTURES)} in a folder that exists")
-
-
-def draw(found, path) -> None:
-    """Draws the speed of prefill and decode, and the ratios, to a file."""
-    plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(2, 3))
-    left.bar(
-        [f"prefill {k}" for k in found["prefill"]] + [f"decode @{k}" for k in found["decode"]],
-        [*found["prefill"].values(), *found["decode"].values()],
-        color="#3b6fb6",
-    )
-    left.set_ylabel("tokens per second")
-    left.tick_params(axis="x", rotation=35)
-    ratios = {
-        **{f"one at a time / {k}": r for k, r in found["per_token"]["ratios"].items()},
-        **{f"{k}: per token / batched": r for k, r in found["switches"].items()},
-    }
-    right.barh(list(ratios), [paired["ratio"] for paired in ratios.values()], color="#b6693b")
-    right.axvline(1, color="black", linewidth=0.8)
-    right.set_xlabel("times slower without it (same bits)")
-    for row, paired in enumerate(ratios.values()):
-        right.text(paired["ratio"], row, f" {paired['ratio']:.1f}x", va="center")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)

@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from lockstep.commands.bench import check_plot
+from lockstep.commands.bench_pictures import about, about_in_words, check_plot, pyplot
 from lockstep.commands.options import KvDtype, ModelName, Threads, Weights, load, say_unused
-from lockstep.commands.terminal.output import counted, pyplot, say_stage, write
+from lockstep.commands.terminal.output import counted, say_stage, write
 from lockstep.commands.terminal.tables import made_table, report_console, speed
 from lockstep.lab import load as measure
 from lockstep.ops.attention.kv_cache import PAGE_TOKENS
@@ -77,15 +77,16 @@ def command(
     _check_context(workload, llm)
     visits = measure.prepare(llm.engine, workload)
     say_stage(f"measuring {_arrivals(workload)}")
+    found: dict[str, Any] = dict(about=about(model, llm), engine=_sizes(llm.engine, concurrency))
     measured = measure.measure(llm.engine, visits, concurrency)
-    found: dict[str, Any] = measure.plain(workload, measured) | dict(engine=_sizes(llm.engine, concurrency))
+    found |= measure.plain(workload, measured)
     if check:
         differing, num_compared = measure.differing(llm.engine, visits, check_sample)
         found["check"] = dict(differing=differing, compared=num_compared)
     llm.close()
     write(json.dumps(found) + "\n") if as_json else show(found, workload, report_console())
     if plot:
-        draw(measured, workload, plot)
+        draw(measured, f"{about_in_words(found['about'])}\n{_arrivals(workload)}", plot)
     raise typer.Exit(1 if check and found["check"]["differing"] else 0)
 
 
@@ -202,13 +203,13 @@ def _remarks(found):
 # ------------------------------------------------------------ picture
 
 
-def draw(measured, workload, path) -> None:
+def draw(measured, title, path) -> None:
     """Draws the load over time, and the distributions of latencies: to the first token, and between tokens."""
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2))
     _draw_load(left, measured)
     _draw_latencies(right, measured)
-    figure.suptitle(_arrivals(workload), fontsize=10)
+    figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

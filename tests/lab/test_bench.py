@@ -2,10 +2,12 @@
 
 import json
 import statistics
+from types import SimpleNamespace
 
 import pytest
 
 from lockstep.cli import main
+from lockstep.commands import bench_pictures as pictures
 from lockstep.lab import model_speed
 from lockstep.lab.model_speed import chunk_sizes, paired
 
@@ -32,6 +34,7 @@ def test_each_measurement_has_a_line_before_it_off_a_terminal_too(capsys, no_cei
     assert main(["bench", *SMALL, "--json"]) == 0
     printed = capsys.readouterr()
     found, said = json.loads(printed.out), printed.err.splitlines()
+    assert found["about"]["model"] == "bundled model" and found["about"]["threads"] == 1
     assert list(found["per_token"]["ratios"]) == ["chunks of 64"] and found["prefill"].keys() == {"20"}
     stages = [line.removeprefix("lockstep: ") for line in said if line.startswith("lockstep: ")]
     assert stages == [
@@ -53,3 +56,48 @@ def test_a_long_comparison_has_a_line_for_each_pair(seconds, lines):
     found = paired(lambda: seconds, lambda: seconds / 2, 3, said.append)
     assert said == lines and found.ratio == statistics.median([2.0] * 3)
     assert model_speed.LONG_SECONDS <= 10
+
+
+# ------------------------------------------------------------ pictures
+
+PAIRED = dict(a_seconds=2.0, b_seconds=1.0, ratio=2.0, spread=(1.9, 2.1))
+ABOUT = dict(model="org/model", weights=["q8_0", "f32"], kv_dtype="bf16", threads=2, began="2026-11-30T21:15:46+00:00")
+QUICK = dict(
+    about=ABOUT, prefill={}, decode={}, per_token=dict(ratios={"chunks of 64": PAIRED | dict(ratio=98.7)}), switches={}
+)
+FULL = QUICK | dict(prefill={64: 102799.8}, decode={128: 12.3}, switches=dict(attention=PAIRED))
+
+
+def drawn(found, monkeypatch, tmp_path):
+    """The figure that is drawn of a measurement."""
+    pytest.importorskip("matplotlib")
+    kept = []
+    monkeypatch.setattr(pictures.pyplot(), "close", kept.append)
+    pictures.draw(found, str(tmp_path / "x.png"))
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    return kept[0]
+
+
+def test_a_picture_has_only_panels_with_bars():
+    assert [label for label, *_ in pictures.panels(QUICK)] == ["times slower without it (same bits)"]
+    assert [words for _, _, words, _ in pictures.panels(FULL)] == [["102,800", "12.3"], ["98.7x", "2.0x"]]
+
+
+def test_the_labels_of_a_picture_are_within_its_frame(monkeypatch, tmp_path):
+    figure = drawn(FULL, monkeypatch, tmp_path)
+    title = "org/model (q8_0, f32; KV cache bf16), 2 threads, 2026-11-30"
+    assert len(figure.axes) == 2 and figure.get_suptitle() == title
+    for axis in figure.axes:
+        frame = axis.get_window_extent()
+        assert len(axis.texts) == 2 and all(text.get_window_extent().x1 < frame.x1 for text in axis.texts)
+    assert len(drawn(QUICK, monkeypatch, tmp_path).axes) == 1
+
+
+def test_a_model_is_named_as_it_was_typed_but_a_folder_by_its_last_part(tmp_path):
+    model = SimpleNamespace(main_formats=["f32"], kv_dtype="f32")
+    llm = SimpleNamespace(model=model, engine=SimpleNamespace(team=SimpleNamespace(num_threads=3)))
+    folder = tmp_path / "a model"
+    folder.mkdir()
+    names = [pictures.about(typed, llm)["model"] for typed in (None, "org/model:Q8_0", f"{folder}/", "no/such")]
+    assert names == ["bundled model", "org/model:Q8_0", "a model", "no/such"]
+    assert pictures.about(None, llm)["threads"] == 3

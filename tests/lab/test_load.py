@@ -286,6 +286,7 @@ def test_json_and_the_plot(capsys, tmp_path):
     assert main([*ARGUMENTS, "--json", "--no-prefix-cache", "--plot", str(path), "--max-requests", "2"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["totals"]["requests"] == 6 == len(found["visits"]) and found["hit_rate"] is None
+    assert found["about"]["model"] == "bundled model" and found["about"]["weights"] == ["bf16"]
     assert found["engine"]["max_requests"] == 2 and not found["engine"]["prefix_cache"]
     assert all(a["due"] <= b["due"] for a, b in itertools.pairwise(found["visits"]))
     assert path.read_bytes().startswith(b"\x89PNG")

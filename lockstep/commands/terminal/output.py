@@ -1,21 +1,13 @@
 """Output of commands. Text of a model or a file never acts on the terminal: control characters are escaped."""
 
-import importlib
 import os
 import sys
-from typing import Any
 
 import typer
 
 PIPE_CLOSED = 141  # what a shell reports for a program that SIGPIPE ended
 # control characters can change a terminal's title, colours, clipboard and earlier output
 CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
-
-
-def pyplot() -> Any:
-    """matplotlib.pyplot, drawing to files. Only --plot needs it."""
-    importlib.import_module("matplotlib").use("Agg")
-    return importlib.import_module("matplotlib.pyplot")
 
 
 def shown(text, stream):

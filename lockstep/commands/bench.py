@@ -14,6 +14,8 @@ from lockstep.commands.terminal.tables import made_table, report_console, speed
 from lockstep.lab import ceiling as machine
 from lockstep.lab import model_speed as measure
 
+MOST_OF_CEILING = 1.1  # what an op may reach: the ceiling is measured at another moment
+
 
 def command(
     invoked: typer.Context,
@@ -110,6 +112,12 @@ def show(found, console) -> None:
     console.print(table)
     for name, rows in found["profiles"].items():
         console.print(profile_table(name, rows, ceiling))
+    if above := above_ceiling(found["profiles"], ceiling):
+        console.print(
+            f"Above the ceiling: {', '.join(above)}. It moved during the run, as where other programs are busy, or "
+            "these weights lay in a cache.",
+            highlight=False,
+        )
 
 
 def _paired_cells(paired):
@@ -118,22 +126,43 @@ def _paired_cells(paired):
     return *seconds, f"{paired['ratio']:.2f}x ({low:.2f}..{high:.2f})"
 
 
+def shown_rows(rows):
+    """The rows of a profile that take enough of the step's time to be shown."""
+    total = sum(row[1] for row in rows)
+    return [row for row in rows if row[1] >= 0.002 * total]
+
+
+def share_of_ceiling(row, ceiling):
+    """How near a row of a profile comes to the ceiling that is nearer, of memory or of arithmetic; 1: it is there."""
+    _, seconds, num_bytes, macs, int8 = row
+    peak = ceiling["int8_per_second" if int8 else "f32_per_second"]
+    return max(num_bytes / ceiling["bytes_per_second"], 2 * macs / peak) / seconds
+
+
+def above_ceiling(profiles, ceiling):
+    """In words: the ops of each profile that are faster than the ceiling by more than its measurement may be wrong."""
+    ratios = [
+        (f"{row[0]} of {name}", share_of_ceiling(row, ceiling))
+        for name, rows in profiles.items()
+        for row in shown_rows(rows)
+        if row[3]
+    ]
+    return [f"{words} at {ratio:.0%}" for words, ratio in ratios if ratio > MOST_OF_CEILING]
+
+
 def profile_table(name, rows, ceiling):
     """The time of each kind of op in a step, and how near linear layers come to the machine's ceiling."""
     table = made_table(f"{name}, one step", "op", ">ms", ">share", ">GB/s", ">GOPS", ">% of ceiling")
     total = sum(row[1] for row in rows)
-    for kind, seconds, num_bytes, macs, int8 in rows:
-        if seconds < 0.002 * total:
-            continue
+    for row in shown_rows(rows):
+        kind, seconds, num_bytes, macs, _ = row
         rate, ops = num_bytes / seconds, 2 * macs / seconds
-        peak = ceiling["int8_per_second" if int8 else "f32_per_second"]
-        percent = max(rate / ceiling["bytes_per_second"], ops / peak) if macs else None
         table.add_row(
             kind,
             f"{seconds * 1e3:.2f}",
             f"{seconds / total:.1%}",
             f"{rate / 1e9:.1f}" if macs else "",
             f"{ops / 1e9:.0f}" if macs else "",
-            f"{percent:.0%}" if macs else "",
+            f"{share_of_ceiling(row, ceiling):.0%}" if macs else "",
         )
     return table

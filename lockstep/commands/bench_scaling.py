@@ -17,6 +17,8 @@ from lockstep.runtime.threads import Team
 
 SHOWN = 0.01  # of a step's time: an op with less is not in the table
 MOST_THREADS = 256
+LEAST_TOGETHER = 0.95  # of one thread's speed of memory, for all threads: two measurements of the same differ a little
+MOST_ERROR = 0.25  # of the prediction for this machine, by which the others are still worth something
 
 
 def command(
@@ -90,7 +92,7 @@ def run(
         say(workload.name)
         measured = rig.measure(workload, [*asked.counts, here.num_threads], asked.rounds)
         found["steps"].append(step_data(measured, here, asked.counts, most))
-    return found
+    return found | dict(doubts=doubts_of(found))
 
 
 def step_data(
@@ -136,6 +138,10 @@ def show(found: dict[str, Any], console: Console) -> None:
             console.print(ops_table(step, predicted))
         console.print(total_table(step))
         console.print(check_words(step), highlight=False)
+    if found["doubts"]:
+        console.print(
+            f"Do not rely on this: {' and '.join(found['doubts'])}. Other programs were probably busy.", highlight=False
+        )
 
 
 def ops_table(step: dict[str, Any], predicted: dict[str, Any]) -> Any:
@@ -160,6 +166,19 @@ def total_table(step: dict[str, Any]) -> Any:
         rate, speedup = step["rows"] / each["seconds"], step["alone"] / each["seconds"]
         table.add_row(str(each["threads"]), f"{1e3 * each['seconds']:.3f}", speed(rate), f"{speedup:.1f}x", *shares)
     return table
+
+
+def doubts_of(found: dict[str, Any]) -> list[str]:
+    """What shows that the machine was not at rest while it was measured, in words."""
+    alone, together = found["machine"]["bytes_per_second"]
+    wrong = [step for step in found["steps"] if abs(step["check"]["error"]) > MOST_ERROR]
+    doubts = []
+    if wrong:
+        steps = ", ".join(f"{step['name']} {step['check']['error']:+.0%}" for step in wrong)
+        doubts.append(f"the prediction for this machine is off by more than {MOST_ERROR:.0%} ({steps})")
+    if found["threads"] > 1 and together < LEAST_TOGETHER * alone:
+        doubts.append(f"{found['threads']} threads read memory more slowly than one")
+    return doubts
 
 
 def check_words(step: dict[str, Any]) -> str:

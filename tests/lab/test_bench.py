@@ -1,13 +1,16 @@
 """`bench`: what it says while it measures, and what it compares."""
 
+import io
 import json
 import statistics
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from lockstep.cli import main
 from lockstep.commands import bench_pictures as pictures
+from lockstep.commands.bench import above_ceiling, show
 from lockstep.lab import model_speed
 from lockstep.lab.model_speed import chunk_sizes, paired
 
@@ -101,3 +104,19 @@ def test_a_model_is_named_as_it_was_typed_but_a_folder_by_its_last_part(tmp_path
     names = [pictures.about(typed, llm)["model"] for typed in (None, "org/model:Q8_0", f"{folder}/", "no/such")]
     assert names == ["bundled model", "org/model:Q8_0", "a model", "no/such"]
     assert pictures.about(None, llm)["threads"] == 3
+
+
+# ------------------------------------------------------------ the ceiling
+
+
+def test_ops_above_the_ceiling_are_named_below_the_tables():
+    ceiling = dict(bytes_per_second=1e9, int8_per_second=1e12, f32_per_second=1e12)
+    rows = [("linear_q8_0", 1.0, 1.2e9, 10, True), ("linear_f32", 1.0, 1.05e9, 10, False), ("norm", 1.0, 9e9, 0, False)]
+    profiles = dict(prefill=rows[1:], decode=rows)
+    assert above_ceiling(profiles, ceiling) == ["linear_q8_0 of decode at 120%"]
+    console = Console(file=io.StringIO(), width=1000)
+    per_token = dict(tokens=20, max_abs_diff=0.0, ratios={})
+    show(FULL | dict(threads=1, ceiling=ceiling, profiles=profiles, per_token=per_token, switches={}), console)
+    assert (
+        "Above the ceiling: linear_q8_0 of decode at 120%. It moved during" in console.file.getvalue().splitlines()[-1]
+    )

@@ -1,10 +1,13 @@
 """`bench scaling`: what limits an op, by its tasks, bytes and barrier; and the command on the bundled model."""
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from lockstep.cli import main
+from lockstep.commands.bench_scaling import doubts_of, show
 from lockstep.lab.ceiling import Ceiling
 from lockstep.lab.scaling import PARTS, arrivals, bandwidth, barrier, op_time, step_times, total
 from lockstep.lab.shares import Like, Machine, Measured, Workload
@@ -59,7 +62,7 @@ def test_the_command(capsys):
     printed = capsys.readouterr()
     found = json.loads(printed.out)
     assert "barriers and the passing of activations are not measured" in " ".join(printed.err.split())
-    assert found["machine"]["barrier_seconds"] == 0
+    assert found["machine"]["barrier_seconds"] == 0 and isinstance(found["doubts"], list)
     assert [step["rows"] for step in found["steps"]] == [1, 2, 64]
     for step in found["steps"]:
         assert [each["threads"] for each in step["predicted"]] == [4, 16] and step["check"]["measured"] > 0
@@ -82,3 +85,36 @@ def test_numbers_of_threads_are_checked(threads, capsys):
 def test_the_speed_of_a_memory_is_finite(capsys):
     assert main(["bench", "scaling", "--memory-gbs", "inf"]) == 2
     assert "--memory-gbs: expected a number, got inf" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------ doubts
+
+
+def scaled(error=0.1, alone=10e9, together=16e9):
+    step = dict(name="decode of 1", check=dict(error=error))
+    return dict(threads=2, machine=dict(bytes_per_second=[alone, together]), steps=[step, step | dict(name="other")])
+
+
+@pytest.mark.parametrize(("found", "doubts"), [
+    (scaled(), []), (scaled(error=-0.25), []), (scaled(together=9.9e9), []),
+    (scaled(together=5e9) | dict(threads=1), []),
+    (scaled(error=-0.428), ["the prediction for this machine is off by more than 25% (decode of 1 -43%, other -43%)"]),
+    (scaled(together=9e9), ["2 threads read memory more slowly than one"]),
+])  # fmt: skip
+def test_a_machine_that_was_busy_is_doubted(found, doubts):
+    assert doubts_of(found) == doubts
+
+
+def test_doubts_are_the_last_sentence_of_the_report():
+    found = scaled(error=0.5, together=9e9)
+    check = dict(error=0.5, threads=2, predicted=1.5, measured=1.0, alone=1.0)
+    step = dict(name="decode of 1", rows=1, alone=1.0, check=check, ops=[], predicted=[])
+    found |= dict(memory_gbs=None, steps=[step])
+    found["doubts"] = doubts_of(found)
+    found["machine"]["barrier_seconds"] = 1e-6
+    console = Console(file=io.StringIO(), width=1000)
+    show(found, console)
+    assert console.file.getvalue().splitlines()[-1] == (
+        "Do not rely on this: the prediction for this machine is off by more than 25% (decode of 1 +50%) and 2 threads"
+        " read memory more slowly than one. Other programs were probably busy."
+    )

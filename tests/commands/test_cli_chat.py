@@ -99,7 +99,8 @@ def test_commands(talk, tmp_path, capsys):
     ("/set top_p 7", "top_p: expected a number from"), ("/save", "expected a"),
     ("/load /nowhere/x", "/nowhere/x: No such file"), ("/load {bad}", "expected a list of messages"),
     ("/load /etc/passwd", "/etc/passwd: expected messages as /save writes them, this is not JSON"),
-    ("x " * 9000, "tokens and the context"), ("\udc80", "surrogate"),
+    ("x " * 9000, "tokens, which leave no room for an answer in the context of 4096: shorten it)"),
+    ("\udc80", "surrogate"),
 ])  # fmt: skip
 def test_a_mistake_changes_nothing(line, said, talk, tmp_path, capsys):
     (tmp_path / "bad.json").write_text('[{"role": "system"}]')
@@ -107,6 +108,18 @@ def test_a_mistake_changes_nothing(line, said, talk, tmp_path, capsys):
     talk.hear(line.replace("{bad}", str(tmp_path / "bad.json")))
     assert said in capsys.readouterr().err
     assert (talk.messages, talk.settings) == before and talk.open
+
+
+def test_a_full_conversation_can_be_reset_but_a_long_question_cannot(talk, monkeypatch, capsys):
+    talk.hear("hello")
+    capsys.readouterr()
+    talk.hear("x " * 9000)
+    said = capsys.readouterr().err
+    assert said.startswith("(the conversation has ") and said.endswith("in the context of 4096: /reset it)\n")
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["chat", "-p", "x " * 9000]) == 2
+    said = capsys.readouterr().err
+    assert "lockstep: the question with its template has " in said and "reset" not in said
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ class Conversation:
     def _answer(self, asked: list[Message], num_tries: int) -> Turn:
         """Answers the last of these messages. num_tries: how many other answers it has had, with other seeds."""
         prepared = self._chat.prepare(chat.Conversation(asked, variables=self._variables))
-        room = self._room(prepared.ids)
+        room = self._room(prepared.ids, any(message["role"] == "assistant" for message in asked))
         params = self._params(room, self.settings.get("seed", 0) + num_tries, prepared.options)
         self._asked, self._num_tries = asked, num_tries
         printer = AnswerPrinter(prepared.new_parser())
@@ -137,15 +137,24 @@ class Conversation:
         fields = self.settings | dict(options) | dict(seed=seed)
         return self.llm.default_params(**fields | dict(max_tokens=min(room, self.settings.get("max_tokens", room))))
 
-    def _room(self, ids: Sequence[int]) -> int:
-        """How many tokens the context has left for the answer to a prompt. ValueError if there is none."""
+    def _room(self, ids: Sequence[int], has_answers: bool) -> int:
+        """How many tokens the context has left for the answer to a prompt. ValueError if there is none. has_answers:
+        whether there are earlier questions and answers in it, which could be dropped."""
         room = self.llm.max_context - len(ids)
         if room < 1:
+            what = "the conversation" if has_answers else "the question with its template"
+            drop = "/reset it" if has_answers else "shorten it"
             raise ValueError(
-                f"the conversation has {len(ids)} tokens and the context {self.llm.max_context}: "
-                f"/reset it, or start with a larger --max-context if the model has more"
+                f"{what} has {len(ids)} tokens, which leave no room for an answer in the context of "
+                f"{self.llm.max_context}: {drop}{self._or_a_longer_context}"
             )
         return room
+
+    @property
+    def _or_a_longer_context(self) -> str:
+        """What else helps where the context is full; nothing, where the model has no longer one."""
+        has_more = self.llm.max_context < self.llm.model.config.max_positions
+        return ", or start with a larger --max-context" if has_more else ""
 
     @functools.cached_property
     def _chat(self) -> chat.ChatModel:

@@ -25,6 +25,7 @@ from lockstep.commands.options import (
     Threads,
     VerifyWeights,
     Weights,
+    check_model,
     load,
     say_unused,
 )
@@ -138,6 +139,8 @@ def command(
 
     model, source = (None, "-") if model == "-" and source is None else (model, source)
     form = answer_form(json_schema, regex, grammar)
+    if prompt is None and file is None:
+        check_model(model)
     text = read_prompt(prompt, file, source)
     fields: dict[str, Any] = dict(
         temperature=temperature,
@@ -262,8 +265,9 @@ def run(llm, text, num_tokens, fields, form, receipts, *, echo, as_json) -> None
     from lockstep.engine.request import SamplingParams
 
     ids = llm.encode(text)
-    room = max(1, llm.max_context - len(ids))
-    params = SamplingParams(max_tokens=num_tokens or min(DEFAULT_TOKENS, room), **fields)
+    if num_tokens is None:
+        num_tokens = min(DEFAULT_TOKENS, checked_room(llm, len(ids)))
+    params = SamplingParams(max_tokens=num_tokens, **fields)
     show = (lambda piece: None) if as_json else write
     if ignored := ignored_sampling(llm.makers_sampling(), params):
         print(f"(greedy, not as the model's makers ask: {ignored})", file=sys.stderr, flush=True)
@@ -283,6 +287,18 @@ def run(llm, text, num_tokens, fields, form, receipts, *, echo, as_json) -> None
     llm.close()
     if stream.request.error is not None:
         raise ValueError(stream.request.error)
+
+
+def checked_room(llm: "LLM", num_prompt: int) -> int:
+    """How many tokens of the context a prompt leaves for its answer. ValueError if there are none."""
+    room = llm.max_context - num_prompt
+    if room < 1:
+        more = ", or a larger --max-context" if llm.max_context < llm.model.config.max_positions else ""
+        raise ValueError(
+            f"the prompt has {num_prompt} tokens, which leave no room for an answer in the context of "
+            f"{llm.max_context}: expected a shorter prompt{more}"
+        )
+    return room
 
 
 def ignored_sampling(recommended: dict[str, Any], params: "SamplingParams") -> str:

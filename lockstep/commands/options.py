@@ -1,6 +1,7 @@
 """Options that several commands share, and `load`, which loads a model with them."""
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -187,6 +188,20 @@ RayAddress = Annotated[
         help="Have Ray carry the replicas: local (a cluster of its own here), auto or HOST:PORT.",
     ),
 ]
+
+
+def check_model(model: str | None) -> None:
+    """ValueError for a MODEL that is none, on a command line that gives no prompt: perhaps it was meant to be one.
+    Nothing is loaded, and the hub is not asked for a name that may be one of its models."""
+    from lockstep.models.checkpoint import open_checkpoint
+    from lockstep.weights.hub import parse_hub_name, resolve_model
+
+    if model is None or (parse_hub_name(model) is not None and not os.path.exists(os.path.expanduser(model))):
+        return
+    try:
+        open_checkpoint(resolve_model(model))
+    except ValueError as error:
+        raise ValueError(f"{error} (it was read as MODEL; a prompt is given as -p TEXT or -f FILE)") from None
 
 
 def loader(replicas: int | None, ray: str | None, check_share: float = 0.0) -> Callable[..., "LoadedModel"]:

@@ -36,7 +36,9 @@ def compiled():
     (["-p", "x", "-n", "0"], "greater than or equal to 1"),
     (["-p", "x", "-n", "many"], "-n"),
     (["-p", "x", "-n", "5000"], "is more than the context of 4096 tokens"),
-    (["-p", "x " * 9000], "tokens plus max_tokens"),
+    (["-p", "x " * 9000], "the prompt has 9001 tokens, which leave no room for an answer in the context of 4096: expe"),
+    (["-p", "x " * 200, "--max-context", "100"], "100: expected a shorter prompt, or a larger --max-context"),
+    (["-p", "x " * 9000, "-n", "2"], "tokens plus max_tokens 2 is more"),
     (["-p", "x", "--top-p", "2"], "top_p: expected a number from"),
     (["-p", "x", "--temperature", "nan"], "temperature: expected a number from"),
     (["-p", "x", "--weights", "q9"], "weights 'q9': expected one of auto"),
@@ -90,6 +92,20 @@ def test_no_prompt_is_one_sentence(stdin, said, monkeypatch, capsys):
     assert run() == 2
     assert capsys.readouterr().err.startswith(f"lockstep: {said}")
     assert run("-") == 2
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_prompt_that_was_read_as_a_model_is_named(is_terminal, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "stdin", Terminal(is_terminal))
+    for name, said in (("hello", "no such folder or file, and not a hub name"), (str(tmp_path), "expected ")):
+        assert run(name) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"lockstep: {name}: {said}") and err.endswith(
+            "a prompt is given as -p TEXT or -f FILE)\n"
+        )
+    for model in ("bundled", "org/model"):
+        assert run(model) == 2
+        assert "expected" in (err := capsys.readouterr().err) and "MODEL" not in err
 
 
 @pytest.mark.parametrize("options", [[], ["--help"], ["--rate", "4"]], ids=str)

@@ -48,7 +48,7 @@ def batch_of(receipts: Sequence[Envelope]) -> Batch:
 def read_batch(envelope: Envelope) -> Batch:
     """The Batch in an envelope. ReceiptError for anything else."""
     check_type(envelope, BATCH)
-    with reading(strict_json.loads(envelope.payload), "batch.") as fields:
+    with reading(strict_json.of_payload(envelope.payload), "batch.") as fields:
         version = fields.take("version")
         if version != VERSION or type(version) is not int:
             fields.refuse("version", f"expected {VERSION}, got {shown(version)}")

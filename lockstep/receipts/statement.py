@@ -152,7 +152,7 @@ class Statement:
 
 def from_bytes(payload: bytes) -> Statement:
     """The Statement of a JSON text. ReceiptError for a text that is none, or of another version, or breaks a bound."""
-    with reading(strict_json.loads(payload)) as fields:
+    with reading(strict_json.of_payload(payload)) as fields:
         version = fields.take("version")
         if version != VERSION or type(version) is not int:
             fields.refuse("version", f"expected {VERSION}, got {shown(version)}")

@@ -13,6 +13,7 @@ from lockstep.receipts.errors import ReceiptError
 
 MAX_BYTES = 64 << 20
 MAX_DEPTH = 32
+BLANK = " \t\n\r"  # what JSON allows around a value
 MAX_INTEGER = 1 << 63
 SURROGATE = re.compile("[\ud800-\udfff]")
 # A text need not end, and none is searched twice (possessive): else one without an end is searched anew from each of
@@ -47,18 +48,32 @@ def loads(data: bytes | str, max_bytes: int = MAX_BYTES, *, has_reals: bool = Fa
     return value
 
 
+def of_payload(payload: bytes) -> Any:
+    """The value of an envelope's payload, which is a JSON text of its own; see `loads`."""
+    try:
+        return loads(payload)
+    except ReceiptError as error:
+        raise ReceiptError(f"the payload in the envelope: {error}") from None
+
+
 def dumps(value: Any) -> bytes:
     """The shortest ASCII text of a value."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
 def _check_depth(text: str) -> None:
+    """ReceiptError for a value that is nested too deep. Of a text that is no JSON, such as a log, only what a reader
+    would come to is looked at: it is refused as what it is."""
+    if text.lstrip(BLANK)[:1] not in ("[", "{"):
+        return
     depth = 0
     for found in TEXT_OR_BRACKET.finditer(text):
         mark = text[found.start()]
         depth += (mark in "[{") - (mark in "]}")
         if depth > MAX_DEPTH:
             raise ReceiptError(f"expected JSON of a depth of at most {MAX_DEPTH}, got more")
+        if depth == 0:
+            return
 
 
 def _object(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -239,10 +239,12 @@ def _check_ending(statement: Statement, found: Ending) -> Verdict | None:
         return false("tokens", answer.tokens, found.num_tokens, reason)
     claimed = None if answer.finish_reason == "cancelled" else answer.finish_reason
     if claimed != found.reason:
-        reason = f"the receipt says that the answer ended by {answer.finish_reason!r}, its tokens say {found.reason!r}"
+        ended = "that nothing ends it" if found.reason is None else repr(found.reason)
+        reason = f"the receipt says that the answer ended by {answer.finish_reason!r}, its tokens say {ended}"
         return false("finish_reason", answer.finish_reason, found.reason, reason)
     if claimed is not None and answer.stop_reason != found.stop_reason:
-        reason = f"the answer was stopped by {found.stop_reason!r}, not by {answer.stop_reason!r}"
+        stops = ["an end token" if each is None else repr(each) for each in (found.stop_reason, answer.stop_reason)]
+        reason = f"the answer was stopped by {stops[0]}, not by {stops[1]}"
         return false("stop_reason", answer.stop_reason, found.stop_reason, reason)
     return None
 

@@ -47,6 +47,37 @@ def changed(folder, name, **fields):
     return folder / name
 
 
+def with_payload(folder, name, payload):
+    """A file with the envelope of the receipt of `folder`, whose payload is another."""
+    envelope = json.loads((folder / "signed").read_text()) | dict(payload=base64.b64encode(payload).decode())
+    (folder / name).write_text(json.dumps(envelope))
+    return folder / name
+
+
+@pytest.mark.parametrize("command", ["verify", "receipt show"])
+def test_a_damaged_payload_is_named_with_its_file(command, folder, capsys):
+    path = with_payload(folder, "damaged", b"\xff\xfe" if command == "verify" else b"damaged")
+    capsys.readouterr()
+    assert main([*command.split(), str(path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"lockstep: {path}: the payload in the envelope: expected JSON")
+
+
+def test_a_damaged_batch_is_named_with_its_file(folder, capsys):
+    path = with_payload(folder, "damaged batch", b"{")
+    path.write_text(path.read_text().replace("receipt+json", "receipt-batch+json"))
+    code, _, err = verify(capsys, path, "--receipts", folder / "signed")
+    assert code == 2 and err.startswith(f"lockstep: {path}: the payload in the envelope: expected JSON: ")
+
+
+def test_a_log_is_no_receipt(folder, capsys):
+    (folder / "log").write_text("INFO: started\n" + "INFO: {[(\n" * 40)
+    code, _, err = verify(capsys, folder / "log")
+    assert (
+        code == 2 and err == f"lockstep: {folder / 'log'}: expected JSON: Expecting value: line 1 column 1 (char 0)\n"
+    )
+
+
 def test_false_receipts(folder, capsys):
     code, out, _ = verify(capsys, changed(folder, "a", root="0" * 64))
     assert code == 1 and out.startswith(
@@ -56,6 +87,10 @@ def test_false_receipts(folder, capsys):
     assert code == 1 and out.startswith("false: the receipt is not signed by key ")
     code, out, _ = verify(capsys, changed(folder, "b", finish_reason="stop"))
     assert code == 1 and "ended by 'stop', its tokens say 'length'" in out
+    statement = dict(json.loads(base64.b64decode(json.loads((folder / "signed").read_text())["payload"])))
+    statement["sampling"]["max_tokens"] += 1
+    code, out, _ = verify(capsys, with_payload(folder, "c", json.dumps(statement).encode()))
+    assert code == 1 and "ended by 'length', its tokens say that nothing ends it\n" in out
     request = folder / "request.json"
     request.write_text(json.dumps(dict(prompt="import os\n", max_tokens=12, temperature=0.8, seed=4)))
     code, out, _ = verify(capsys, folder / "signed", "--request", request)

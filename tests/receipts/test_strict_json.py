@@ -44,6 +44,21 @@ def test_what_is_refused(text, said):
         loads(text)
 
 
+@pytest.mark.parametrize("text", [
+    "lockstep: " + "[" * 40, "[INFO] began\n" + "[" * 40, "2026-11-30 {" + "[" * 40, "}" * 3 + "[" * 40, "",
+])  # fmt: skip
+def test_a_text_that_is_no_json_is_not_said_to_be_deep(text):
+    with pytest.raises(ReceiptError, match=r"^expected JSON: "):
+        loads(text)
+
+
+def test_a_deep_value_is_refused_wherever_it_is_deep():
+    for text in ("[" * 33 + "]" * 33, " \n[[], " + "[" * 32 + "]" * 33, '{"a": {}, "b": ' + "[" * 32 + "]" * 32 + "}"):
+        with pytest.raises(ReceiptError, match="depth"):
+            loads(text)
+    assert loads("[" * 32 + "]" * 32)
+
+
 def test_brackets_in_texts_are_no_depth():
     assert loads(json.dumps(["[" * 1000 + '\\"' + "{" * 50])) == ["[" * 1000 + '\\"' + "{" * 50]
     assert loads("[" * MAX_DEPTH + "]" * MAX_DEPTH)

@@ -24,8 +24,8 @@ def command(
     from lockstep.commands.terminal.verification import of_file
     from lockstep.receipts.around.files import answered
 
-    for each in of_file(answered, path):
-        write(json.dumps(described(each.envelope, tokens), indent=2) + "\n")
+    for each in of_file(lambda text: [described(one.envelope, tokens) for one in answered(text)], path):
+        write(json.dumps(each, indent=2) + "\n")
 
 
 def described(envelope: "Envelope", with_tokens: bool) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def described(envelope: "Envelope", with_tokens: bool) -> dict[str, Any]:
     from lockstep.receipts.envelope import RECEIPT
     from lockstep.receipts.statement import from_bytes
 
-    payload = strict_json.loads(envelope.payload)
+    payload = strict_json.of_payload(envelope.payload)
     if envelope.type == RECEIPT:
         statement = from_bytes(envelope.payload)
         for name, part in dict(prompt=statement.prompt, answer=statement.answer).items():

@@ -58,6 +58,14 @@ def of_file(found: Callable[[str], Found], path: str) -> Found:
         raise ReceiptError(f"{path}: {error}") from error.__cause__
 
 
+def of_envelope(read: "Callable[[Envelope], Found]", envelope: "Envelope", path: str) -> Found:
+    """read(an envelope of a file). ReceiptError, which names the file, where read raises one."""
+    try:
+        return read(envelope)
+    except ReceiptError as error:
+        raise ReceiptError(f"{path}: {error}") from None
+
+
 def verify_all(files: Files, model: str | None, **options: Any) -> int:
     """Verifies all receipts that a command line names; returns the exit status. ValueError for files that do not fit
     together. options: of the model."""
@@ -116,7 +124,7 @@ def check_batch(
     from lockstep.receipts.around.files import answered
     from lockstep.receipts.batch import batch_of, read_batch
 
-    claimed = read_batch(batch)
+    claimed = of_envelope(read_batch, batch, files.path)
     if files.receipts is None:
         raise ValueError(f"this is a batch of {claimed.num_answers} receipts: expected --receipts FILE, too")
     receipts = of_file(answered, files.receipts)
@@ -150,7 +158,7 @@ def items_of(found: "Sequence[Answered | Unreadable]", files: Files) -> "tuple[l
             items.append(Item(each, from_bytes(each.envelope.payload), with_salt(given, each), body))
         except ReceiptError as error:
             if len(found) == 1:
-                raise
+                raise ReceiptError(f"{files.path}: {error}") from None
             unread.append(Unreadable(each.place, str(error)))
     return items, unread
 

@@ -58,8 +58,8 @@ class SamplingFields(KnownFields):
     top_k: Annotated[Whole, Field(ge=-1, le=(1 << 31) - 1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[Whole, Field(**INT64)] | None = None
-    n: Annotated[Whole, Field(ge=1, le=128)] | None = None
-    n_cmpl: Annotated[Whole, Field(ge=1, le=128)] | None = None  # llama.cpp's name for n; used where both are given
+    n: Annotated[Whole, Field(ge=1)] | None = None  # at most Limits.max_samples
+    n_cmpl: Annotated[Whole, Field(ge=1)] | None = None  # llama.cpp's name for n; used where both are given
     best_of: Whole | None = None
     stop: str | Items[str] | None = None
     stop_token_ids: Items[TokenId] | None = None

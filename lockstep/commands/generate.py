@@ -275,9 +275,12 @@ def run(llm, text, num_tokens, fields, form, receipts, *, echo, as_json) -> None
         show(text)
     with constrained_params(llm, params, form) as params:
         stream, timing = answer(llm, ids, params, show, receipt=receipts is not None)
+    if not as_json:
+        write("\n")  # before lines of standard error, which may go to the same place
     has_receipt = receipts and stream.request.error is None
     made = receipts.write(llm, stream.request, params) if has_receipt else {}
-    write(json.dumps(described(stream, timing) | made) + "\n" if as_json else "\n")
+    if as_json:
+        write(json.dumps(described(stream, timing) | made) + "\n")
     print(timing, file=sys.stderr, flush=True)
     if form and stream.request.finish_reason == "length":
         cut = f"the answer was cut at {timing.num_output} tokens, perhaps before {form[0]} is fulfilled"

@@ -1,6 +1,8 @@
 """`lockstep verify`, `generate --receipt`, `receipt key` and `receipt batch` on the command line."""
 
 import base64
+import contextlib
+import io
 import json
 import stat
 
@@ -26,6 +28,13 @@ def verify(capsys, *args):
     code = main(["verify", *map(str, args), "--threads", "1"])
     said = capsys.readouterr()
     return code, said.out, said.err
+
+
+def test_what_is_said_of_a_receipt_has_a_line_of_its_own(folder):
+    both = io.StringIO()
+    with contextlib.redirect_stdout(both), contextlib.redirect_stderr(both):
+        assert main([*ASK, "--receipt", str(folder / "another")]) == 0
+    assert "\nlockstep: receipt " in both.getvalue()
 
 
 def test_a_true_receipt(folder, capsys):

@@ -22,8 +22,27 @@ ModelName = Annotated[
         "lmstudio:PUBLISHER/NAME. Default: the bundled model.",
     ),
 ]
+
+
+def weights_format(text: str) -> str:
+    """A value of --weights, in small letters. ValueError for another one, before a model is looked for."""
+    from lockstep.formats.choice import CHOICES  # it takes a while to import
+
+    if text.lower() not in CHOICES:
+        raise ValueError(
+            f"weights {text!r}: expected one of {', '.join(CHOICES)}; other formats are not made from a model, they "
+            "come with a GGUF file that has them, such as org/model:Q4_K_M"
+        )
+    return text.lower()
+
+
 Weights = Annotated[
-    str, typer.Option(metavar="FORMAT", help="How linear layers multiply: auto (as stored), f32, bf16, q8_0 or q4_0.")
+    str,
+    typer.Option(
+        metavar="FORMAT",
+        callback=weights_format,
+        help="How linear layers multiply: auto (as stored), f32, bf16, q8_0 or q4_0.",
+    ),
 ]
 KvDtype = Annotated[
     str | None,

@@ -42,6 +42,7 @@ def compiled():
     (["-p", "x", "--top-p", "2"], "top_p: expected a number from"),
     (["-p", "x", "--temperature", "nan"], "temperature: expected a number from"),
     (["-p", "x", "--weights", "q9"], "weights 'q9': expected one of auto"),
+    (["-p", "x", "--weights", "Q4_K_M"], "q8_0, q4_0; other formats are not made from a model, they come with a"),
     (["-p", "x", "--kv-dtype", "f8"], "kv_dtype 'f8'"),
     (["-p", "x", "--op", "linear"], "--op linear: expected KIND=BACKEND"),
     (["-p", "x", "--op", "linear=gpu"], "no such backend"),
@@ -72,6 +73,13 @@ def test_a_mistake_is_one_sentence(args, said, capsys):
     out, err = capsys.readouterr()
     assert not out and said in err
     assert err.startswith("lockstep: ") and err.count("\n") == 1
+
+
+def test_the_format_of_weights_may_be_in_capitals(capsys):
+    assert main(["inspect", "--weights", "Q8_0", "--json"]) == 0
+    capitals = capsys.readouterr().out
+    assert main(["inspect", "--weights", "q8_0", "--json"]) == 0
+    assert capitals == capsys.readouterr().out
 
 
 class Terminal(io.TextIOWrapper):

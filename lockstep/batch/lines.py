@@ -88,6 +88,14 @@ def _output_line(key: bytes, custom_id: str | None, response: bytes, error: byte
     return b'%b%b,"error":%b}' % (beginning.encode("ascii"), response, error)
 
 
+def error_of(output_line: bytes) -> str:
+    """The message of a line of the output that is an error."""
+    line = json.loads(output_line)
+    body = (line["response"] or {}).get("body")
+    error = line["error"] or (body.get("error") if isinstance(body, dict) else None)
+    return str(error["message"]) if isinstance(error, dict) and "message" in error else json.dumps(body)
+
+
 def key_of(output_line: bytes) -> bytes | None:
     """The key of a line of the output; None for a line that is none."""
     found = BEGINNING.match(output_line)

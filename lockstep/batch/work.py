@@ -8,7 +8,7 @@ from typing import IO
 
 from lockstep.batch.finished import Finished, custom_id_digest
 from lockstep.batch.journal import Journal
-from lockstep.batch.lines import Line, RawLine, raw_lines
+from lockstep.batch.lines import Line, RawLine, error_of, raw_lines
 
 LOOK_SECONDS = 0.05  # how often it is asked whether there is room, while no answer comes
 TURN = 64  # lines that are passed by before others have their turn
@@ -22,12 +22,23 @@ class InputChanged(ValueError):
 @dataclass
 class Counts:
     """Lines of the input. total: all that are not blank; known: of these, those whose answer an earlier run has left;
-    done: answered or refused so far, known ones included; failed: those of them that are errors."""
+    done: answered or refused so far, known ones included; failed: those of them that are errors.
+    first_error: what the first of these says, where the output was written; num_like_first: how many say the same."""
 
     total: int = 0
     known: int = 0
     done: int = 0
     failed: int = 0
+    first_error: str | None = None
+    num_like_first: int = 0
+
+    def add_written(self, output_line: bytes, failed: bool) -> None:
+        """Counts a line of the output."""
+        self.total, self.done, self.failed = self.total + 1, self.done + 1, self.failed + failed
+        if failed:
+            error = error_of(output_line)
+            self.first_error = error if self.first_error is None else self.first_error
+            self.num_like_first += error == self.first_error
 
 
 class Work:
@@ -108,7 +119,7 @@ class Work:
             kept = None if line.refusal is not None else self._kept_line(line.key)
             failed = kept is None or line.key in self._journal.failed
             made = kept or line.refusal or self._unasked(line, unasked)
-            counts.total, counts.done, counts.failed = counts.total + 1, counts.done + 1, counts.failed + failed
+            counts.add_written(made, failed)
             (output if errors is None or not failed else errors).write(made + b"\n")
         return counts
 

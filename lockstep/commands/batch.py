@@ -33,7 +33,7 @@ from lockstep.commands.options import (
     say_unused,
 )
 from lockstep.commands.serve import model_names
-from lockstep.commands.terminal.output import counted, unread
+from lockstep.commands.terminal.output import counted, shown, unread
 from lockstep.new_files import USUAL_FILE, new_file, scratch_folder
 from lockstep.progress import Progress
 
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 FAILED, INTERRUPTED = 1, 130
 LINES_AHEAD = 2  # lines that are in work or prepared, for each that the engine runs
 NO_HURRY = 1e9  # seconds: nobody waits for a single line
+MOST_OF_ERROR = 300  # characters of an error that are shown
 CLOSE_SECONDS = 1.0  # for the engine to end its step, after Ctrl-C
 
 
@@ -289,11 +290,21 @@ def interrupted(counts: "Counts", files: Files, service: "Service") -> int:
 
 def ending(counts: "Counts", files: Files, service: "Service", seconds: float) -> str:
     """What a run has done, in words."""
-    words = [f"{counted(counts.total, 'line')} in {files.shown}, {counts.failed} failed"]
+    words = [f"{counted(counts.total, 'line')} in {files.shown}, {failures(counts)}"]
     words += [f"{counts.known} answered before"] if counts.known else []
     made = service.metrics.generated_tokens
     words += [f"{counted(made, 'token')} in {seconds:.1f} s, {speed(service, seconds)}"] if made else []
     return f"lockstep: {'; '.join(words)}"
+
+
+def failures(counts: "Counts") -> str:
+    """How many lines failed, and why the first of them did, in words."""
+    if counts.first_error is None:
+        return f"{counts.failed} failed"
+    error = " ".join(counts.first_error.split())
+    error = shown(error if len(error) <= MOST_OF_ERROR else f"{error[:MOST_OF_ERROR]}...", sys.stderr)
+    with_it = "" if counts.failed == 1 else f", {counts.num_like_first} of them with the first error"
+    return f"{counts.failed} failed{with_it}: {error}"
 
 
 def speed(service: "Service", seconds: float) -> str:

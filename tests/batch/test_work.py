@@ -12,8 +12,8 @@ import pytest
 
 from lockstep.batch.finished import Finished, is_success
 from lockstep.batch.journal import Journal, journal_path
-from lockstep.batch.lines import error_line, key_of, raw_lines, response_line
-from lockstep.batch.work import InputChanged, Work, count_lines
+from lockstep.batch.lines import error_line, error_of, key_of, raw_lines, response_line
+from lockstep.batch.work import Counts, InputChanged, Work, count_lines
 from tests.batch.echo import MAX_BYTES, Echo, answer, read
 from tests.serve.server import ROOT, wait_until
 
@@ -78,6 +78,17 @@ def test_what_failed_is_asked_again_and_what_was_refused_is_not_asked(tmp_path):
         assert (counts.total, counts.failed, echo.asked) == (5, 3, asked)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["response"]["body"] for line in lines] == ["GOOD", "refused", "?FAILS", "refused", "LAST"]
+
+
+def test_the_first_error_of_an_output_is_kept_with_how_many_have_it():
+    counts = Counts()
+    key, wrong = b"k" * 16, dict(error=dict(message="wrong"))
+    counts.add_written(response_line(key, None, 200, b"{}"), False)
+    for body in (json.dumps(wrong).encode(), b'{"error": "no object"}', json.dumps(wrong).encode()):
+        counts.add_written(response_line(key, "id", 400, body), True)
+    assert (counts.total, counts.failed, counts.first_error, counts.num_like_first) == (4, 3, "wrong", 2)
+    assert error_of(error_line(key, None, dict(code="x", message="not asked"))) == "not asked"
+    assert error_of(response_line(key, "id", 400, b'"refused"')) == '"refused"'
 
 
 def test_an_error_ends_the_run_and_keeps_the_answers(source, tmp_path):

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from lockstep.batch.work import Counts
 from lockstep.cli import main
+from lockstep.commands.batch import failures
 from tests.serve.server import ROOT, wait_until
 
 OPTIONS = ["--threads", "1", "--max-requests", "4", "--max-context", "512"]
@@ -112,7 +114,7 @@ def test_bad_lines(tmp_path, capfd):
     ]
     source, out = written(tmp_path / "in.jsonl", *[each for each, _, _ in lines]), str(tmp_path / "out.jsonl")
     assert main(["batch", source, out, *OPTIONS, "--max-body-mb", "1"]) == 1
-    assert "15 lines" in (said := capfd.readouterr().err) and "14 failed" in said
+    assert "15 lines" in (said := capfd.readouterr().err) and "14 failed, 1 of them with the first error: " in said
     found = [each["response"] for each in read(out)]
     codes = [each["body"].get("error", {}).get("code") for each in found]
     assert [(each["status_code"], code) for each, code in zip(found, codes, strict=True)] == [
@@ -167,3 +169,10 @@ def test_killed_interrupted_and_started_twice(tmp_path, capfd):
     assert main(["batch", source, str(out), *OPTIONS]) == 0
     assert "answered before" in capfd.readouterr().err
     assert out.read_bytes() == Path(whole).read_bytes() and not journal.exists()
+
+
+def test_a_summary_has_the_first_error_and_how_many_have_it():
+    assert failures(Counts(3, 0, 3, 0)) == "0 failed"
+    assert failures(Counts(3, 0, 3, 1, "n: wrong\nhere", 1)) == "1 failed: n: wrong here"
+    long = failures(Counts(9, 0, 9, 3, "x" * 1000, 2))
+    assert long == f"3 failed, 2 of them with the first error: {'x' * 300}..."

@@ -283,7 +283,7 @@ def test_a_question_that_gets_no_answer_is_an_error(monkeypatch, capsys, plain):
     for args, piped, said in (
         (["-p", " "], b"\n", "-p: expected a question, got an empty text"),
         (["-p", "x"], b"\xff", "standard input: not UTF-8 text"),
-        (["-p", "x " * 9000], b"", "tokens and the context"),
+        (["-p", "x " * 9000], b"", "leave no room for an answer in the context"),
     ):
         monkeypatch.setattr(sys, "stdin", Output(piped))
         assert main(["chat", *args]) == 2

@@ -47,7 +47,7 @@ def shape(format, target: targets.Target, num_rows: int) -> tuple[int, int, Use]
     few, _, most, panels = linear_cpu.shapes_of(format, target)
     rows = linear_cpu.tile_rows.py_func
     unpacks = format.unpacked_on(target) > 0
-    if num_rows <= (2 if unpacks else 1) * few:
+    if num_rows <= (2 * (most if panels == 1 else few) if unpacks else few):
         return rows(num_rows, few), 1, Use.OWN
     return rows(num_rows, most), panels, Use.READ if unpacks else Use.OWN
 

@@ -35,5 +35,12 @@ AVX2 = Target(
     shuffle=x86.shuffle,
     shuffle_bytes=32,
     rounded_bytes=x86.rounded_bytes,
+    whole_tile=4,
 )
-AVX512 = replace(AVX2, fits=lambda cpu: has_avx2(cpu) and cpu.has("avx512f", AVX512_CPUS), lanes=16, registers=32)
+AVX512 = replace(
+    AVX2,
+    fits=lambda cpu: has_avx2(cpu) and cpu.has("avx512f", AVX512_CPUS),
+    lanes=16,
+    registers=32,
+    whole_tile=0,
+)

@@ -55,6 +55,10 @@ class Target:
     up to shuffle_bytes; None: such a lookup is made of choices. bf16_dot: `formats.bf16.flushed_fma` for pairs of
     bfloat16 held as int32, odd halves first, whatever the control word says; None: made of float32.
 
+    whole_tile: how many rows tiles of many rows of codes have where a panel is several vectors and all tiles of codes
+    have whole panels, so that a row's codes are loaded into all lanes once for all vectors; 0: tiles of more than two
+    rows take a panel vector after vector, and keep all sums in registers.
+
     shifts_bytes: whether a shift of bytes is one instruction. rounded_bytes: as `emit.rounded_bytes`.
 
     tiles: a module with the loops of a tile of codes, as `isa.dots` has them. quad: how the loops of that module get
@@ -75,6 +79,7 @@ class Target:
     shuffle: Callable[..., Any] | None = None
     shuffle_bytes: int = 16
     bf16_dot: Callable[..., Any] | None = None
+    whole_tile: int = 0
     shifts_bytes: bool = False
     rounded_bytes: Callable[..., Any] = rounded_bytes
     quad: Callable[..., Any] = dots.quad

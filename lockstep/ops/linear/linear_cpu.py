@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from lockstep.formats import FORMATS
 from lockstep.formats.pack import pack, pack_dense
+from lockstep.formats.parts.rows import QUANTIZED
 from lockstep.formats.parts.tiles import Ahead, Output, Panels, Rows
 from lockstep.native.kernel import inlined, merged, variant
 from lockstep.native.machine import fetch_add, stack_memory
@@ -39,6 +40,7 @@ from lockstep.runtime.step import COUNTER, num_rows
 
 COLS = TARGET.panels  # of a tile: 6 x 2 x 16 lanes fill 32 registers, 6 x 1 x 16 fill 16
 MIN_ROWS, MAX_ROWS = 3, 6
+WHOLE_FEWEST = 2  # rows of a tile of whole panels, where there are several: see `Target.whole_tile`
 ALL_PANELS = (1 << COLS) - 1  # of a tile, one bit for each
 NEAR_BYTES = 48 * 1024  # weights of a tile that are read again and again; a first-level cache may hold a part of them
 FEW_ROWS_DENSE = 2  # rows that share each panel of a dense layout while it streams by
@@ -77,6 +79,8 @@ def shapes_of(format, target=TARGET):
     into, and their panels)."""
     panels = target.panels
     few = format.narrow_rows if panels == 1 else format.few_rows
+    if target.whole_tile and format.product.rows is QUANTIZED:
+        return few, WHOLE_FEWEST, target.whole_tile, panels
     if format.unpacked_on(target):  # more than 2 * few rows are three tiles or more, none of them low
         return few, MIN_ROWS + 1, MAX_ROWS, panels
     if panels == 1:
@@ -132,8 +136,10 @@ def multiply_rows(format, shapes, x, w, out, ahead, num_rows):
 
 @inlined
 def few_rows(format, shapes):
-    """Up to how many rows are multiplied in tiles of one panel: in two of these, where more rows unpack their codes."""
-    return 2 * shapes[0] if unpacked_bytes(format, K_UNIT) > 0 else shapes[0]
+    """Up to how many rows are multiplied in tiles of one panel: in two of these, where more rows unpack their codes. No
+    more than two tiles of many rows would have, where these have one panel, too."""
+    few, _, most, panels = shapes
+    return 2 * (most if panels == 1 else few) if unpacked_bytes(format, K_UNIT) > 0 else few
 
 
 @inlined

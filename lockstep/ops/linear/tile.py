@@ -10,7 +10,7 @@ from lockstep.native.numbers import types
 from lockstep.native.simd import I1, I64, LANES, primitive
 
 K_UNIT = max(format.packed.size for format in FORMATS.values())
-WHOLE_PANELS = 2  # up to this number of rows, registers hold whole panels even where a panel is several vectors
+WHOLE_PANELS = 2  # up to this number of rows, registers hold the sums of whole panels on every target
 
 
 def needs_flushing(format):
@@ -161,13 +161,13 @@ def _tile_of(format, layout, target):
 
 
 def emit_tile(tile, b, magic, format, height, panels, operands, *, use=Use.OWN, streams=True):
-    """Emits a tile of `height` rows by some panels, column after column where registers do not hold whole panels. tile:
+    """Emits a tile of `height` rows by some panels, column after column where tiles do not have whole panels. tile:
     the format's function; operands: `Rows`, `Panels`, `Output`, `Ahead`; streams: see `look_ahead`."""
     x, w, out, ahead = operands
     target, made = targets.of(magic), FORMATS[format]
     lanes = target.dot_lanes if made.product.rows is QUANTIZED else LANES
     columns = [(p, first) for p in panels for first in range(0, LANES, lanes)]
-    whole = height <= WHOLE_PANELS or lanes == LANES
+    whole = height <= WHOLE_PANELS or lanes == LANES or target.whole_tile
     for group in [columns] if whole else [[column] for column in columns]:
         s = Site(b, magic, height, group, lanes, x, w, num_vectors=made.unpacked_on(target), use=use)
         s.flushes, s.is_last = needs_flushing(made), b.icmp_signed("!=", out.is_last, s.int(0))

@@ -17,9 +17,10 @@ UNPACKED = [name for name, format in FORMATS.items() if format.unpacked_on(targe
 EVERYWHERE = [(target, name) for target in targets.TARGETS for name in FORMATS if FORMATS[name].unpacked_on(target)]
 
 
-def heights(num_rows, few, most):
+def heights(num_rows, shapes):
     """Of the tiles that num_rows rows are cut into: the first, which unpacks, and the others."""
-    if num_rows <= 2 * few:
+    few, _, most, panels = shapes
+    if num_rows <= 2 * (most if panels == 1 else few):
         return None, []
     first, others = linear_cpu.tile_rows.py_func(num_rows, most), []
     left = num_rows - first
@@ -32,9 +33,10 @@ def heights(num_rows, few, most):
 @pytest.mark.parametrize("target, name", EVERYWHERE, ids=lambda each: getattr(each, "name", each))
 def test_tiles_of_every_height_that_occurs_are_compiled(target, name):
     """A height that is not would compute nothing."""
-    for few, fewest, most, _ in (linear_cpu.shapes_of(FORMATS[name], target), score_cpu.SHAPES):
+    for shapes in (linear_cpu.shapes_of(FORMATS[name], target), score_cpu.SHAPES):
+        _, fewest, most, _ = shapes
         for num_rows in range(1, 500):
-            first, others = heights(num_rows, few, most)
+            first, others = heights(num_rows, shapes)
             assert first is None or fewest + 1 <= first <= most
             assert all(fewest <= other <= most for other in others)
 

@@ -58,11 +58,17 @@ def described(checkpoint, model, context):
         weights=model.weights,
         kv_dtype=model.kv_dtype,
         context=context,
+        has_weights=has_files(checkpoint),
         tensors=[dataclasses.asdict(info) for info in checkpoint.tensors.info.values()],
         program=[dataclasses.asdict(cost) for cost in op_costs(model.recorded, context)],
         memory=memory(model.recorded, mtp_program(model)),
         parameters=parameters(model.recorded),
     )
+
+
+def has_files(checkpoint) -> bool:
+    """Whether a checkpoint has weights: one of `open_config` has only the shapes that its config asks for."""
+    return bool(checkpoint.files)
 
 
 def mtp_program(model):
@@ -75,19 +81,31 @@ def mtp_program(model):
 
 def show(checkpoint, model, context, tensors, everything) -> None:
     """Prints the tables."""
+    from rich.text import Text
+
     from lockstep.lab.describe import collapsed, memory, op_costs
 
     console = report_console()
     costs = op_costs(model.recorded, context)
     groups = [([c.layer] if c.layer is not None else None, [c]) for c in costs] if everything else collapsed(costs)
+    if not has_files(checkpoint):
+        console.print(Text(shown(missing_in_words(checkpoint, model), sys.stdout)), "")
     for table in (
         config_table(checkpoint, model.config),
-        tensor_table(checkpoint.tensors.info, tensors),
+        tensor_table(checkpoint, tensors),
         program_table(groups, context),
         memory_table(memory(model.recorded, mtp_program(model)), model),
         short_table(checkpoint, model),
     ):
         console.print(table)
+
+
+def missing_in_words(checkpoint, model) -> str:
+    """What a folder without weights lacks, and what is shown of it nevertheless."""
+    return (
+        f"{checkpoint.path} has no weights (*.safetensors): it cannot be run. Shown is what its config asks for, as if "
+        f"the weights were there, multiplied as {', '.join(model.main_formats)}."
+    )
 
 
 def config_numbers(config):
@@ -135,19 +153,21 @@ def _inner(value):
     return f"{value:.6g}" if isinstance(value, float) else _plain(value)
 
 
-def tensor_table(infos, every):
+def tensor_table(checkpoint, every):
     """Numbers and bytes of tensors by format; with `every` a row for each tensor."""
     from rich.text import Text
 
     from lockstep.lab.describe import formats
 
+    infos = checkpoint.tensors.info
+    missing = "" if has_files(checkpoint) else ", which are not there"
     if every:
-        table = made_table(f"{len(infos)} tensors", "name", "format", ">shape", ">bytes")
+        table = made_table(f"{len(infos)} tensors{missing}", "name", "format", ">shape", ">bytes")
         for info in infos.values():
             name, shape = Text(shown(info.name, sys.stdout)), " x ".join(map(str, info.shape))
             table.add_row(name, info.format, shape, f"{info.num_bytes:,}")
         return table
-    table = made_table("Tensors (--tensors lists them)", "format", ">tensors", ">parameters", ">bytes")
+    table = made_table(f"Tensors{missing} (--tensors lists them)", "format", ">tensors", ">parameters", ">bytes")
     for format, (count, size, stored) in formats(infos.values()).items():
         table.add_row(format, str(count), f"{size:,}", f"{stored:,}")
     return table
@@ -231,19 +251,31 @@ def memory_table(needed, model):
 
 def short_table(checkpoint, model):
     """What there is to know before a model is run: its size on the disk, packed and in the cache, and its text."""
-    from lockstep.lab.describe import memory, parameters
+    from lockstep.lab.describe import memory
 
-    table, size = made_table(None, "in short", ""), cache.size
+    table, packed = made_table(None, "in short", ""), memory(model.recorded)["packed_weights"]
+    problem = text_problem(checkpoint.path, checkpoint.metadata)
+    if has_files(checkpoint):
+        table.add_row("weights", weights_in_words(checkpoint, model))
+        table.add_row("packed", kept_in_words(packed))
+        table.add_row("texts", problem or chat_in_words(checkpoint))
+    else:
+        table.add_row("weights", f"missing: its config asks for {weights_in_words(checkpoint, model)}")
+        table.add_row("packed", f"nothing; {cache.size(packed)} once the weights are there")
+        table.add_row("texts", f"none without weights; {problem or f'with them {chat_in_words(checkpoint)}'}")
+    return table
+
+
+def weights_in_words(checkpoint, model):
+    """The numbers of a model's parameters, the bytes of those that are stored, and how they are multiplied."""
+    from lockstep.lab.describe import parameters
+
     count, infos = parameters(model.recorded), checkpoint.tensors.info.values()
     about, total = f"{count:,} parameters", sum(math.prod(info.shape) for info in infos)
-    if checkpoint.files:
+    if has_files(checkpoint):
         others = "" if total == count else f" of {total:,} numbers"
-        about += f"{others}, {size(sum(info.num_bytes for info in infos))} as stored"
-    table.add_row("weights", f"{about}; multiplied as {', '.join(model.main_formats)}")
-    table.add_row("packed", kept_in_words(memory(model.recorded)["packed_weights"]))
-    problem = text_problem(checkpoint.path, checkpoint.metadata)
-    table.add_row("texts", problem or chat_in_words(checkpoint))
-    return table
+        about += f"{others}, {cache.size(sum(info.num_bytes for info in infos))} as stored"
+    return f"{about}; multiplied as {', '.join(model.main_formats)}"
 
 
 def kept_in_words(num_bytes):

@@ -249,10 +249,19 @@ def test_inspect_a_config_without_weights(tmp_path, capsys):
     assert main(["inspect", str(tmp_path), "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
     assert {t["name"]: tuple(t["shape"]) for t in made["tensors"]} == tiny.shapes(config)
+    assert main(["inspect", str(tmp_path)]) == 0
+    top, _, short = " ".join(capsys.readouterr().out.split()).rpartition("in short")
+    assert top.startswith(f"{tmp_path} has no weights (*.safetensors): it cannot be run. Shown is what its config asks")
+    assert "Tensors, which are not there (--tensors lists them)" in top
+    assert "weights missing: its config asks for" in short and "kB once the weights are there" in short
+    assert "texts none without weights; it has no tokenizer" in short and "kept in" not in short
     tiny.write(tmp_path, config, tiny.tensors(config, 1), "BF16")
     assert main(["inspect", str(tmp_path), "--json"]) == 0
     stored = json.loads(capsys.readouterr().out)
     assert made["program"] == stored["program"] and made["memory"] == stored["memory"]
+    assert (made["has_weights"], stored["has_weights"]) == (False, True)
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "not there" not in (shown := capsys.readouterr().out) and "missing" not in shown
 
 
 def test_inspect_tables(capsys):

@@ -1,5 +1,9 @@
 """A report in a real browser, opened as a file."""
 
+import itertools
+import re
+from importlib import resources
+
 import pytest
 
 from lockstep.study.report.data import report_data
@@ -35,6 +39,36 @@ def test_every_trial_that_is_done_is_a_point(page, study):
         "const e = document.getElementById('plot-size'); e.value = 'kv_bytes'; e.dispatchEvent(new Event('change'))"
     )
     assert len(page.texts("#plot circle.on")) == len(data["frontiers"]["delta_nll/kv_bytes"])
+
+
+LABELS = "return [...document.querySelectorAll('#plot text')].map(e => [e.textContent, +e.getAttribute('y')])"
+
+
+def test_the_scale_of_losses_is_said_and_can_be_read(page):
+    texts = {text.replace("\N{MINUS SIGN}", "-"): y for text, y in page.run(LABELS)}
+    [caption] = [text for text in texts if text.startswith("↑")]
+    assert re.fullmatch(r"↑ ΔNLL \(logarithmic, linear within ±0\.[\d]+\)", caption)
+    ticks = {float(text): y for text, y in texts.items() if re.fullmatch(r"-?[\d.]+(e-?\d+)?", text)}
+    assert 0 in ticks and len(ticks) >= 6
+    heights = sorted(ticks.values())
+    assert min(b - a for a, b in itertools.pairwise(heights)) >= 22
+    assert max(b - a for a, b in itertools.pairwise(heights)) <= 80
+
+
+@pytest.mark.parametrize(("low", "high", "knee", "expected"), [
+    (0, 0.3, 0.002, [0, 0.001, 0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3]),
+    (-0.02, 0.3, 0.02, [-0.02, -0.01, 0, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3]),
+    (0, 0.009, 0.009, [0, 0.001, 0.002, 0.003, 0.005]),
+    (0, 1, 1, [0, 0.1, 0.2, 0.3, 0.5, 1]),
+    (0, 1e12, 1e-6, [0, 1e-4, 1e-2, 1, 1e2, 1e4, 1e6, 1e8, 1e10, 1e12]),
+])  # fmt: skip
+def test_ticks_of_a_scale(low, high, knee, expected, page):
+    """Checks the function alone, with the scale of the plot."""
+    script = (resources.files("lockstep.study.report") / "page" / "plot.js").read_text("utf-8")
+    bend = f"const bend = v => Math.asinh(v / {knee}), from = bend({low}), to = bend({high});"
+    at = "v => 336 - 320 * (bend(v) - from) / (to - from)"
+    made = page.run(f"{script}\n{bend} return errorTicks({low}, {high}, {knee}, {at})")
+    assert sorted(made) == expected
 
 
 def test_a_point_shows_its_trial_to_mouse_and_keyboard(page, study):

@@ -1,6 +1,7 @@
 // Loss against bytes: a point for each trial, and the line of those that no other beats.
 
 const HEIGHT = 380, ROOM = { left: 62, right: 16, top: 16, bottom: 44 };
+const TICK_GAP = 22; // between the lines of two ticks, at least: a label and a little air
 
 /** Draws the plot for the loss and the size that are chosen; onTrial gets the trial that is asked for. */
 function drawPlot(onTrial) {
@@ -26,23 +27,27 @@ function sizeScale(values, width) {
   return { at, ticks: roundNumbers(from, to, Math.max(3, Math.floor(width / 120))) };
 }
 
-/** Linear next to 0, logarithmic farther away, so that noise and loss can both be seen. */
+/** Linear next to 0, logarithmic farther away, so that noise and loss can both be seen; the caption says where. */
 function errorScale(points, error) {
   const values = points.map(t => t.metrics[error]);
   const sizes = values.map(Math.abs).filter(v => v > 0).sort((a, b) => a - b);
   const knee = sizes.length ? sizes[Math.floor(sizes.length / 10)] : 1;
   const bend = value => Math.asinh(value / knee);
-  const low = bend(Math.min(0, ...values)), high = bend(Math.max(knee, ...values)), pad = 0.06 * (high - low);
+  const from = Math.min(0, ...values), to = Math.max(knee, ...values);
+  const low = bend(from), high = bend(to), pad = 0.06 * (high - low);
   const at = value => HEIGHT - ROOM.bottom - (bend(value) - low + pad) / (high - low + 2 * pad) * (HEIGHT - ROOM.top - ROOM.bottom);
-  return { at, ticks: errorTicks(Math.min(0, ...values), Math.max(knee, ...values), knee) };
+  const scale = `(logarithmic, linear within ±${tickText(+knee.toPrecision(1))})`;
+  return { at, scale, ticks: errorTicks(from, to, knee, at) };
 }
 
-function errorTicks(low, high, knee) {
+/** 0 and round numbers of both signs, as many as have room: powers of ten first, the largest of them before others. */
+function errorTicks(low, high, knee, at) {
   const made = [0];
-  for (let power = Math.ceil(Math.log10(knee)); 10 ** power <= Math.max(high, -low); power++) {
-    if (10 ** power <= high) made.push(10 ** power);
-    if (10 ** power <= -low) made.push(-(10 ** power));
-  }
+  const last = Math.floor(Math.log10(Math.max(high, -low))), first = Math.floor(Math.log10(knee)) - 1;
+  for (const digit of [1, 3, 2, 5])
+    for (let power = last; power >= first; power--)
+      for (const value of [digit, -digit].map(signed => Number(`${signed}e${power}`)))
+        if (low <= value && value <= high && made.every(other => Math.abs(at(other) - at(value)) >= TICK_GAP)) made.push(value);
   return made;
 }
 
@@ -57,7 +62,7 @@ function drawAxes(picture, x, y, width, sizeWords, errorWords) {
   for (const value of x.ticks)
     picture.append(shape("text", { x: x.at(value), y: floor + 18, "text-anchor": "middle" }, bytesText(value)));
   picture.append(shape("text", { x: width - ROOM.right, y: HEIGHT - 6, "text-anchor": "end" }, `${sizeWords}, bytes →`));
-  picture.append(shape("text", { x: 0, y: 10 }, `↑ ${errorWords}`));
+  picture.append(shape("text", { x: 0, y: 10 }, `↑ ${errorWords} ${y.scale}`));
 }
 
 function drawFrontier(picture, x, y, frontier, error, size) {

@@ -44,7 +44,13 @@ COMMANDS = {
     "cache": "List what is kept on disk: packed weights, compiled kernels.",
     "cache prune": "Remove what is kept on disk.",
 }
-FOLDERS = ("ptq ", "receipt ")  # groups of commands that have a folder
+# Groups of commands that have a folder, and what their help says first.
+GROUPS = {
+    "ptq": "Find out how few bits a model's weights, activations and KV cache can have: score one quantization plan, "
+    "or try many and rank them.",
+    "receipt": "Make the keys that sign receipts of answers; show, sign and take out receipts. lockstep verify "
+    "verifies them.",
+}
 RENAMED = {"bench serve": "bench load"}
 # The base of all complaints about the command line; typer has no name for it.
 UsageError: Any = typer.BadParameter.__mro__[2]
@@ -129,13 +135,13 @@ def application(args, group: str = ""):
         add_completion=False,
         rich_markup_mode=None,
         no_args_is_help=True,
-        help=_top.__doc__,
+        help=GROUPS.get(group.strip(), _top.__doc__),
         context_settings=dict(help_option_names=["-h", "--help"]),
     )
-    app.callback()(_top)
+    app.callback()(_of_group if group else _top)
     subcommand = next((word for word in args if not word.startswith("-")), None)
     for name, summary in COMMANDS.items():
-        module = f"lockstep.commands.{name.replace(' ', '.' if name.startswith(FOLDERS) else '_')}"
+        module = f"lockstep.commands.{name.replace(' ', '.' if name.split()[0] in GROUPS else '_')}"
         if name.startswith(group) and importlib.util.find_spec(module):
             function = importlib.import_module(module).command if name == subcommand else _not_loaded
             app.command(name.removeprefix(group), short_help=summary, help=function.__doc__ or summary)(function)
@@ -148,6 +154,10 @@ def _top(
     ),
 ) -> None:
     """An LLM inference engine whose every path gives the same bits."""
+
+
+def _of_group() -> None:  # a group has no options of its own
+    pass
 
 
 def _not_loaded() -> None:  # stands for each subcommand that does not run

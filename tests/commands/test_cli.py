@@ -58,6 +58,15 @@ def test_every_command_explains_itself(command, capsys):
     assert f"Usage: lockstep {command}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("group", "said"), [("ptq", "how few bits"), ("receipt", "sign receipts of answers")])
+@pytest.mark.parametrize("options", [[], ["-h"], ["--help"]], ids=str)
+def test_a_group_explains_itself(group, said, options, capsys):
+    assert main([group, *options]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.startswith(f"Usage: lockstep {group} ") and said in shown
+    assert "An LLM inference engine" not in shown and "--version" not in shown
+
+
 def test_help_loads_no_kernels():
     code = (
         "import sys; from lockstep.cli import main; main(['--help']); "

@@ -24,6 +24,7 @@ from lockstep.engine.speculation.drafts import MODEL, SOURCES
 from lockstep.models.checkpoint import end_of_sequence_ids, open_checkpoint
 from lockstep.models.pooling import default_pooling
 from lockstep.native.host import team_size
+from lockstep.other_names import names_options
 from lockstep.progress import OnProgress, Progress, reporting
 from lockstep.ptq.solved import Solved
 from lockstep.runtime import placement
@@ -174,6 +175,7 @@ def _shown(token: str | None) -> str:
 class LoadedModel:
     """A model with its tokenizer and its engine, on this machine's CPU. See `LLM` for the arguments."""
 
+    @names_options(elsewhere=SamplingParams)
     def __init__(
         self,
         model: str | None = None,
@@ -362,10 +364,8 @@ class LoadedModel:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else token_list(prompt)
 
     def default_params(self, **fields: Any) -> SamplingParams:
-        """SamplingParams with the values that the model's makers recommend, except for the given fields.
-
-        Where neither sets a temperature it is 1, as in OpenAI's API.
-        """
+        """SamplingParams with the values that the model's makers recommend, except for the given fields. Where neither
+        sets a temperature it is 1, as in OpenAI's API."""
         return SamplingParams(**{"temperature": 1.0, **self.sampling_defaults, **fields})
 
     @functools.cached_property

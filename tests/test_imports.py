@@ -40,6 +40,7 @@ ORDER = (
     "progress",
     "user_cache",
     "new_files",
+    "other_names",
 )
 COMPILERS = ("numba", "llvmlite")  # only the room `native` knows them
 

@@ -17,6 +17,7 @@ import typer
 
 from lockstep import __version__
 from lockstep.commands.terminal.errors import is_told, sentence
+from lockstep.commands.terminal.mistyped import complaint
 from lockstep.commands.terminal.output import shown, unread
 
 COMMANDS = {
@@ -79,7 +80,7 @@ def main(args=None):
     try:
         return application(args, group)(args, prog_name=f"lockstep {group}".rstrip(), standalone_mode=False) or 0
     except UsageError as error:
-        return _refuse(f"{error.format_message()} (lockstep --help lists commands and options)")
+        return _refuse(complaint(error, args))
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except Exception as error:

@@ -248,6 +248,29 @@ def test_unknown_commands(args, said, capsys):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("args", "said"), [
+    ("generate --n-predict 4 -p x", "--n-predict; it is called -n or --max-tokens here"),
+    ("generate -p x --max-new-tokens=4", "--max-new-tokens; it is called -n or --max-tokens here"),
+    ("generate -c 4 -p x", "-c; it is called --max-context here"),
+    ("chat --ctx-size 2048", "--ctx-size; it is called --max-context here"),
+    ("inspect --ctx-size 2048", "--ctx-size; did you mean --context?"),
+    ("generate -ngl 99 -p x", "-ngl: Lockstep computes on CPUs, and has no option for GPUs"),
+    ("serve -ngl 99", "-ngl: Lockstep computes on CPUs, and has no option for GPUs"),
+    ("serve --n-gpu-layers 99", "--n-gpu-layers: Lockstep computes on CPUs, and has no option for GPUs"),
+    ("generate --gpu -p x", "--gpu: Lockstep computes on CPUs, and has no option for GPUs"),
+    ("serve -np 4", "-np; it is called --max-requests here"),
+    ("generate -m x.gguf -p x", "-m; it is an argument without a name here: lockstep generate MODEL"),
+    ("bench load --model x.gguf", "--model; it is an argument without a name here: lockstep bench load MODEL"),
+    ("generate --stream -p x", "--stream"),
+    ("generate --temp 1", "--temp; did you mean --temperature?"),
+    ("serve --prot 1", "--prot; did you mean --port?"),
+    ("generate -x", "-x"),
+])  # fmt: skip
+def test_an_option_that_there_is_not(args, said, capsys):
+    assert main(args.split()) == 2
+    assert capsys.readouterr().err == f"lockstep: No such option: {said} (lockstep --help lists commands and options)\n"
+
+
 def test_plot_names_a_command_that_installs_what_it_needs(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, find=importlib.util.find_spec: (
         None if name == "matplotlib" else find(name)

@@ -254,15 +254,14 @@ def short_table(checkpoint, model):
     from lockstep.lab.describe import memory
 
     table, packed = made_table(None, "in short", ""), memory(model.recorded)["packed_weights"]
-    problem = text_problem(checkpoint.path, checkpoint.metadata)
     if has_files(checkpoint):
         table.add_row("weights", weights_in_words(checkpoint, model))
         table.add_row("packed", kept_in_words(packed))
-        table.add_row("texts", problem or chat_in_words(checkpoint))
+        table.add_row("texts", texts_in_words(checkpoint))
     else:
         table.add_row("weights", f"missing: its config asks for {weights_in_words(checkpoint, model)}")
         table.add_row("packed", f"nothing; {cache.size(packed)} once the weights are there")
-        table.add_row("texts", f"none without weights; {problem or f'with them {chat_in_words(checkpoint)}'}")
+        table.add_row("texts", f"none without weights; with them {texts_in_words(checkpoint)}")
     return table
 
 
@@ -291,9 +290,11 @@ def kept_in_words(num_bytes):
     return f"{cache.size(num_bytes)} at the first start, kept in {root} (up to {cache.size(allowed)} of all models)"
 
 
-def chat_in_words(checkpoint):
-    """Whether a model that reads texts has a chat template."""
+def texts_in_words(checkpoint):
+    """The commands that read a model's texts; or that it has only token ids, and why."""
     from lockstep.text.tokenizer.tokenizer import find_tokenizer
 
+    if (problem := text_problem(checkpoint.path, checkpoint.metadata)) is not None:
+        return f"token ids only: {problem}"
     has_template = find_tokenizer(checkpoint.path, checkpoint.metadata).has_chat_template
     return "generate and chat" if has_template else "generate; no chat template"

@@ -29,8 +29,8 @@ NO_NAME = "(without MODEL)"  # stands for the bundled model's name
 @dataclass(frozen=True)
 class Row:
     """A model of the list. name: what to type; None: nothing. format: of most of its weights. runs: whether it can be
-    run; None if it was not opened. reason: why not, or what to know of one that can. packed: whether its packed weights
-    are in Lockstep's cache."""
+    run; None if it was not opened. only: all that one can do that runs, but continues no texts. reason: why it cannot
+    be run, or do more. packed: whether its packed weights are in Lockstep's cache."""
 
     name: str | None
     source: str
@@ -38,8 +38,19 @@ class Row:
     num_bytes: int
     format: str | None
     runs: bool | None
+    only: str | None
     reason: str | None
     packed: bool
+
+
+@dataclass(frozen=True)
+class Check:
+    """What the headers of a model say: see Row."""
+
+    format: str | None = None
+    runs: bool | None = None
+    only: str | None = None
+    reason: str | None = None
 
 
 def command(
@@ -107,17 +118,17 @@ def rows_of(models: list[tuple[str, FoundModel]], check: bool) -> list[Row]:
         say = progress.counter("looking at models", "model")
         for source, model in models:
             say(len(rows) + 1, len(models))
-            format, runs, reason = (None, None, None) if model.problem is None else (None, False, model.problem)
+            seen = Check() if model.problem is None else Check(runs=False, reason=model.problem)
             if check and model.problem is None:
-                format, runs, reason = checked(model)
-            is_packed = str(model.path) in packed
-            row = Row(model.name or None, source, str(model.path), model.num_bytes, format, runs, reason, is_packed)
+                seen = checked(model)
+            place = model.name or None, source, str(model.path), model.num_bytes
+            row = Row(*place, **asdict(seen), packed=str(model.path) in packed)
             rows.append(row)
     return rows
 
 
-def checked(model: FoundModel) -> tuple[str | None, bool, str | None]:
-    """(format of the weights, whether a model can be run, why not or what to know), from its headers."""
+def checked(model: FoundModel) -> Check:
+    """Whether a model can be run, from its headers."""
     from lockstep.engine.model import load_model
     from lockstep.models.checkpoint import open_checkpoint
     from lockstep.weights.store import WeightStore
@@ -126,13 +137,14 @@ def checked(model: FoundModel) -> tuple[str | None, bool, str | None]:
         checkpoint = open_checkpoint(model.path)
         loaded = load_model(checkpoint, WeightStore(), "auto", None)
     except Exception as error:  # whatever is wrong with a model, the others are listed
-        return None, False, reason_of(error, model.path)
+        return Check(runs=False, reason=reason_of(error, model.path))
     formats = ", ".join(loaded.main_formats)
     if (lack := lacking_memory(model.num_bytes)) is not None:
-        return formats, False, lack
+        return Check(formats, runs=False, reason=lack)
     if not loaded.can_generate:
-        return formats, True, "embeddings only"
-    return formats, True, text_problem(model.path, checkpoint.metadata)
+        return Check(formats, runs=True, only="embeddings")
+    problem = text_problem(model.path, checkpoint.metadata)
+    return Check(formats, runs=True, only=None if problem is None else "token ids", reason=problem)
 
 
 def reason_of(error: Exception, path: Path) -> str:
@@ -150,12 +162,12 @@ def lacking_memory(num_bytes: int) -> str | None:
 
 
 def text_problem(path: Path, metadata: Mapping[str, object]) -> str | None:
-    """Why prompts of a model must be token ids; None if they can be texts."""
+    """Why prompts of a model must be token ids, and can be no texts; None if they can."""
     from lockstep.text.tokenizer.gguf import unknown_pre_tokenizer
     from lockstep.text.tokenizer.tokenizer import has_tokenizer
 
     if not has_tokenizer(path, metadata):
-        return "it has no tokenizer: prompts must be token ids"
+        return "it has no tokenizer"
     return unknown_pre_tokenizer(metadata) if "tokenizer.ggml.model" in metadata else None
 
 
@@ -170,17 +182,23 @@ def show(rows: list[Row]) -> None:
         table.add_row(name, size(row.num_bytes) if row.num_bytes else "", row.format or "", row.source, runs)
     report_console().print(table)
     total = size(sum(row.num_bytes for row in rows))
-    print(f"{counted(len(rows), 'model')}, {total}; for example: lockstep generate{_example(rows)} -p Hello")
+    print(f"{counted(len(rows), 'model')}, {total}{_example(rows)}")
 
 
 def in_words(row: Row) -> str:
-    """Whether a model can be run, and why not."""
+    """What a model can be run with, and why no more, or why not."""
     if row.runs is None:
         return ""
-    return ("yes" if row.runs else "no") + (f": {row.reason}" if row.reason else "")
+    answer = f"{row.only} only" if row.only else "yes" if row.runs else "no"
+    return answer + (f": {row.reason}" if row.reason else "")
 
 
 def _example(rows: Iterable[Row]) -> str:
-    """What follows `lockstep generate` for the first model that can be run with a text, but not the bundled one."""
-    name = next((row.name for row in rows if row.runs is not False and row.name and not row.reason), None)
-    return "" if name is None else f" {shlex.quote(shown(name, sys.stdout))}"
+    """A command that runs the first model of the list that continues texts, with "; " before it; the bundled one, which
+    has no name, if no other does; "" if none does."""
+    able = [row for row in rows if row.runs is not False and row.only is None]
+    first = next((row for row in able if row.name), next(iter(able), None))
+    if first is None:
+        return ""
+    name = f" {shlex.quote(shown(first.name, sys.stdout))}" if first.name else ""
+    return f"; for example: lockstep generate{name} -p Hello"

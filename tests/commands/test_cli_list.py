@@ -73,7 +73,8 @@ def test_what_is_on_the_disk_and_what_can_be_run(home, capsys):
     assert rows["ollama:tiny:bad"]["reason"].startswith("its manifest names no digest")
     assert "of 3000 bytes of the file: the file is cut off" in rows["ollama:tiny:latest"]["reason"]
     assert not rows["ollama:tiny:latest"]["reason"].startswith("/")
-    assert rows["lmstudio:maker/tiny"]["reason"] == "it has no tokenizer: prompts must be token ids"
+    assert rows["lmstudio:maker/tiny"]["reason"] == "it has no tokenizer"
+    assert {row["name"]: row["only"] for row in rows.values() if row["only"]} == {"lmstudio:maker/tiny": "token ids"}
     for name, row in rows.items():
         assert not row["runs"] or str(resolve_model(name)) == row["path"]
 
@@ -87,6 +88,19 @@ def test_the_table(home, capsys):
     out = capsys.readouterr().out
     assert "org/model" in out and "tiny" not in out
     assert re.search(r"^1 model, [\d.]+ MB; for example: lockstep generate org/model -p Hello$", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("text", "example"), [
+    ("", "; for example: lockstep generate org/model -p Hello"),
+    ("bundled", "; for example: lockstep generate -p Hello"),
+    ("lmstudio", ""),
+    ("bad", ""),
+])  # fmt: skip
+def test_the_example_runs_a_model_of_the_list(text, example, home, capsys):
+    assert main(["list", text]) == 0
+    out = capsys.readouterr().out
+    assert re.search(rf"^\d models?, [\d.]+ (MB|kB){example}$", out, re.MULTILINE)
+    assert ("token ids only: it has no tokenizer" in out) == (text in ("", "lmstudio"))
 
 
 def test_models_that_were_run_before(home, capsys):

@@ -97,6 +97,12 @@ def test_commands_exist(path):
     assert [p for p in places if not p.with_suffix(".py").exists() and not (p / "__main__.py").exists()] == []
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_model_of_verify_has_one_form(path):
+    """Checks that MODEL is the second word everywhere, though --model works, too."""
+    assert path.name in DATED or not re.search(r"lockstep verify [^\n`]*--model", path.read_text("utf-8"))
+
+
 def test_what_is_missing_is_seen(tmp_path):
     path, add = tmp_path / "text.md", "lockstep/ops/elementwise/add.py"
     path.write_text(f"# One: two\n[a](#one-two) [b](#three) [c](none.md)\n`ops/none.py` `{add}` (nothing.py)")

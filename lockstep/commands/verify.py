@@ -19,7 +19,7 @@ def command(
     *,
     model: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", show_default="the bundled model", help="The model that made the answer."),
+        typer.Option(metavar="MODEL", show_default=False, help="The same as MODEL: the model that made the answer."),
     ] = None,
     request: Annotated[
         str | None,

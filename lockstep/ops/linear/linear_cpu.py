@@ -6,7 +6,7 @@ balances over uneven cores. The weights of a run are read from memory once for a
     panel (16 features)   [k block][16 features]...   one contiguous stream, see the formats
     tile, few rows        all rows x 1 panel of accumulators: panel follows panel, one stream of memory
     tile, many rows       MAX_ROWS x COLS panels: fewest loads for each dot, see ops/linear/tile.py; or, where codes
-                          take longest to unpack, COLS * MAX_ROWS x 1 panel
+                          take longest to unpack, COLS * MAX_ROWS x 1 panel; or as many rows as the target says
 """
 
 from functools import partial
